@@ -1,0 +1,316 @@
+"""The refinement loop: the only one in the project. generate, the pipeline and the engine drive `BlockDecoder.step`.
+
+A decoder has a fixed number of slots. A slot holds one `Row`: a prompt, its parameters, its canvas and the block it is
+working on. A step forwards the active blocks of some rows, refines them all at once, and reads one small status tensor;
+a row whose block has ended starts its next block at its next step, so rows never wait for one another.
+"""
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from .config import DecodeParams
+from .kernels import refine
+from .kernels.attention import Run
+from .kernels.refine import RefineParams, RefineState, needed_positions, refine_step
+
+PREFILL_TOKENS = 4096  # prompt tokens of one prefill forward; longer prompts go in chunks of whole blocks
+_NEVER = 2**30
+_STATE = ("frozen", "step", "post_steps")  # what a new block clears
+
+
+@dataclass
+class Counters:
+    """What a row cost. TPF = generated tokens / denoise_forwards; prefill and settling forwards count apart."""
+
+    denoise_forwards: int = 0
+    prefill_forwards: int = 0
+    settle_forwards: int = 0
+    commits: int = 0
+    edits: int = 0
+    forwards_per_block: list[int] = field(default_factory=list)
+    prefill_s: float = 0.0
+
+
+@dataclass
+class Row:
+    """One prompt being continued. Positions are row-local: 0 .. total-1, on a grid of blocks from position 0."""
+
+    slot: int
+    params: DecodeParams
+    length: int  # block_length L
+    prompt_length: int
+    canvas: torch.Tensor  # int64 [blocks * L]: prompt, committed blocks, masks
+    kind: torch.Tensor  # int8 [blocks * L]
+    block: int  # the active block
+    prefix: int  # PREFIX_MASK | PREFIX_EOS
+    pages: tuple[int, ...] = ()
+    settled: int = 0  # leading blocks whose final K/V are in their pages
+    block_done: bool = False
+    finish_reason: str | None = None
+    error: str | None = None
+    eos_position: int | None = None
+    counters: Counters = field(default_factory=Counters)
+    events: list[tuple] | None = None  # (step, position, kind, token, confidence, old token); see trace.py
+
+    @property
+    def total(self):
+        """Prompt and generated positions, without the tail."""
+        return self.prompt_length + self.params.gen_length
+
+    @property
+    def first_block(self):
+        """The block generation starts in."""
+        return self.prompt_length // self.length
+
+    @property
+    def num_blocks(self):
+        return self.canvas.shape[0] // self.length
+
+    @property
+    def span(self):
+        """The active block's slice of the canvas."""
+        return slice(self.block * self.length, (self.block + 1) * self.length)
+
+    @property
+    def limit(self):
+        """Positions that exist: the tail counts only where it is attended to."""
+        return self.canvas.shape[0] if self.params.attend_tail else self.total
+
+
+def row_rules(params, length):
+    """DecodeParams -> the row's scalars of RefineParams (all but seed and eos_ids), as semantics.md 2 and 6 state."""
+    flags = 0
+    steps, least, max_steps = params.steps, params.minimal_topk, _NEVER
+    if params.profile == "hf-2.0":
+        steps = max_steps = min(params.steps, params.gen_length // params.minimal_topk)
+        least = 0
+        flags |= refine.FILL_PROMPT | refine.EOS_HOLDS | (refine.EOS_COMMIT if params.eos_early_stop else 0)
+    elif params.profile == "hf-2.1":
+        steps, least, max_steps = length, params.num_to_transfer, length + params.max_post_steps + 1
+        flags |= refine.FILL_PROMPT | refine.EDITING | (refine.EOS_CLEAN if params.eos_early_stop else 0)
+    else:
+        editing = params.editing_threshold is not None
+        flags |= refine.BAN_MASK | (refine.EDITING if editing else 0)
+        if params.eos_early_stop:
+            flags |= refine.EOS_END if editing else refine.EOS_STEP
+    return {
+        "temperature": 0.0 if params.sampling_method == "greedy" else params.temperature,
+        "top_k": params.top_k or 0,
+        "top_p": 1.0 if params.top_p is None else params.top_p,
+        "threshold": params.threshold,
+        "edit_threshold": 0.0 if params.editing_threshold is None else params.editing_threshold,
+        "steps": steps,
+        "min_transfer": least,
+        "max_steps": max_steps,
+        "max_post_steps": params.max_post_steps,
+        "flags": flags,
+    }
+
+
+class CachedForward:
+    """Forwards of our own network over a paged cache.
+
+    settle: how a finished block's final K/V get to its pages when its last step changed it: "carry" = with the next
+    block's first forward, "separate" = by a forward of its own. reuse=False recomputes all blocks at every step.
+    """
+
+    def __init__(self, model, cache, settle="carry", reuse=True):
+        self.model, self.cache, self.settle, self.reuse = model, cache, settle, reuse
+
+    def open(self, row):
+        row.pages = self.cache.allocate(row.num_blocks)
+
+    def close(self, row):
+        self.cache.free(row.pages)
+        row.pages = ()
+
+    def __call__(self, rows, state, needed):
+        """Logits of the needed positions: ([M, V] in the model's dtype, index int64 [slots, L] into them or -1)."""
+        if self.reuse:
+            self._prefill([row for row in rows if row.settled < row.first_block])
+            if self.settle == "separate":
+                self._settle([row for row in rows if row.settled < row.block])
+        runs = [(row, row.settled, row.block + 1) for row in rows]
+        hidden = self._forward(runs, state)
+        for row in rows:
+            row.settled = row.block if self.reuse else 0
+        ends = torch.tensor([(end - begin) * row.length for row, begin, end in runs]).cumsum(0)
+        own = torch.arange(needed.shape[1]) - needed.shape[1] + ends[:, None]  # where each active block lies in hidden
+        slots = torch.tensor([row.slot for row in rows])
+        chosen = needed[slots]
+        index = torch.full(needed.shape, -1, device=needed.device)
+        index[slots] = torch.where(chosen, chosen.flatten().cumsum(0).view(chosen.shape) - 1, -1)
+        return self.model.lm_logits(hidden[own.to(chosen.device)[chosen]]), index
+
+    def _prefill(self, rows):
+        started = time.perf_counter()
+        pending = [(row, row.settled, row.first_block) for row in rows]
+        while pending:
+            budget, runs, rest = PREFILL_TOKENS, [], []
+            for row, begin, end in pending:
+                stop = min(end, begin + max(budget // row.length, 0 if runs else 1))
+                budget -= (stop - begin) * row.length
+                if stop > begin:
+                    runs.append((row, begin, stop))
+                if stop < end:
+                    rest.append((row, stop, end))
+            self._forward(runs)
+            for row, _, stop in runs:
+                row.settled = stop
+                row.counters.prefill_forwards += 1
+                row.counters.prefill_s += time.perf_counter() - started
+            started, pending = time.perf_counter(), rest
+
+    def _settle(self, rows):
+        if rows:
+            self._forward([(row, row.settled, row.block) for row in rows])
+            for row in rows:
+                row.settled = row.block
+                row.counters.settle_forwards += 1
+
+    def _forward(self, spans, state=None):
+        """Forward blocks begin..end-1 of rows; active blocks are read from the state, the others from the canvas."""
+        tokens, positions, runs = [], [], []
+        for row, begin, end in spans:
+            at = begin * row.length
+            if end <= row.block:
+                tokens.append(row.canvas[at : end * row.length])
+            else:
+                tokens += [row.canvas[at : row.span.start], state.tokens[row.slot]]
+            positions.append(torch.arange(at, end * row.length, device=row.canvas.device))
+            runs.append(Run(row.pages, begin, end - begin, row.limit))
+        return self.model.forward_blocks(torch.cat(tokens), torch.cat(positions), runs, self.cache)
+
+
+class BlockDecoder:
+    """Rows in slots, refined block by block.
+
+    forward: called as forward(rows, state, needed) -> (logits, index), with open(row) and close(row), like
+    CachedForward. slots: how many rows at most. mask_id: int. max_eos: EOS ids a row may have.
+    """
+
+    def __init__(self, forward, slots, block_length, mask_id, device="cpu", max_eos=1, trace=False):
+        self.forward, self.length, self.mask_id, self.trace = forward, block_length, mask_id, trace
+        self.rows = [None] * slots
+        blocks = torch.full((slots, block_length), mask_id, device=device)
+        self.state = RefineState.start_block(
+            blocks, torch.zeros_like(blocks, dtype=torch.int8), torch.zeros(slots, dtype=torch.int64, device=device)
+        )
+        self.state.frozen.fill_(refine.FINISHED)
+        real = torch.zeros(slots, device=device)
+        whole = torch.zeros(slots, dtype=torch.int32, device=device)
+        self.params = RefineParams(
+            temperature=real.clone(), top_k=whole.clone(), top_p=real.clone(),
+            seed=torch.zeros(slots, dtype=torch.int64, device=device),
+            threshold=real.clone(), edit_threshold=real.clone(), steps=whole.clone(), min_transfer=whole.clone(),
+            max_steps=whole.clone(), max_post_steps=whole.clone(), flags=whole.clone(),
+            eos_ids=torch.full((slots, max_eos), -1, device=device),
+        )  # fmt: skip
+
+    def open(self, slot, prompt, params, seed, eos_ids):
+        """Put a prompt (int64 [n], n may be 0) with checked DecodeParams into a free slot; returns its Row."""
+        assert self.rows[slot] is None, f"slot {slot} is taken"
+        length, n = self.length, prompt.shape[0]
+        size = -(-(n + params.gen_length) // length) * length
+        device = self.state.tokens.device
+        canvas = torch.full((size,), self.mask_id, device=device)
+        canvas[:n] = prompt
+        kind = torch.full((size,), refine.TAIL if params.attend_tail else refine.ABSENT, dtype=torch.int8)
+        kind[:n] = refine.PROMPT
+        kind[n : n + params.gen_length] = refine.VALID
+        eos = torch.full((self.params.eos_ids.shape[1],), -1, device=device)
+        eos[: len(eos_ids)] = torch.tensor(eos_ids, dtype=torch.int64)
+        in_prompt = bool(torch.isin(canvas[:n], eos).any())
+        row = Row(
+            slot, params, length, n, canvas, kind.to(device), block=n // length,
+            prefix=refine.PREFIX_EOS if in_prompt else 0, events=[] if self.trace else None,
+        )  # fmt: skip
+        self.forward.open(row)
+        self.rows[slot] = row
+        for name, value in (row_rules(params, length) | {"seed": seed, "eos_ids": eos}).items():
+            getattr(self.params, name)[slot] = value
+        self._start_block(row)
+        if self.params.max_steps[slot] == 0:  # hf-2.0 with gen_length < minimal_topk: no step is ever taken
+            row.finish_reason = "length"
+        return row
+
+    def close(self, slot):
+        """Give a slot and its pages back."""
+        self.forward.close(self.rows[slot])
+        self.rows[slot] = None
+        self.state.frozen[slot] = refine.FINISHED
+
+    def running(self):
+        """Rows that are not finished."""
+        return [row for row in self.rows if row is not None and row.finish_reason is None and row.error is None]
+
+    def step(self, rows):
+        """One refinement step of running rows; one left out must be between two blocks. RefineOutput [slots, ...]."""
+        assert all(row in rows or row.block_done for row in self.running()), "a row in the middle of a block is left out"
+        for row in rows:
+            if row.block_done:
+                row.block += 1
+                self._start_block(row)
+        needed = needed_positions(self.state, self.params, self.mask_id)
+        logits, index = self.forward(rows, self.state, needed)
+        before = self.state.tokens.clone() if self.trace else None
+        output = refine_step(logits, self.state, self.params, self.mask_id, index)
+        status = output.status.tolist()  # sync: the one of a step
+        for row in rows:
+            self._account(row, status[row.slot])
+        if self.trace:
+            self._record(rows, output, before)
+        return output
+
+    def _start_block(self, row):
+        slot, state = row.slot, self.state
+        row.block_done = False
+        state.tokens[slot] = row.canvas[row.span]
+        state.kind[slot] = row.kind[row.span]
+        state.start[slot] = row.span.start
+        state.prefix[slot] = row.prefix
+        for name in _STATE:
+            getattr(state, name)[slot] = 0
+        state.commit_step[slot] = -1
+        state.commit_confidence[slot] = 0
+        row.counters.forwards_per_block.append(0)
+
+    def _account(self, row, status):
+        flags = status[refine.FLAGS]
+        counters = row.counters
+        counters.denoise_forwards += 1
+        counters.forwards_per_block[-1] += 1
+        counters.commits += status[refine.COMMITS]
+        counters.edits += status[refine.EDITS]
+        if flags & refine.ERROR:
+            row.error = f"logits hold NaN or infinity at step {status[refine.STEP]} of block {row.block}"
+            return
+        if not flags & (refine.BLOCK_DONE | refine.FINISHED):
+            return
+        tokens = self.state.tokens[row.slot]
+        row.canvas[row.span] = tokens
+        if flags & refine.BLOCK_DONE:
+            row.block_done = True
+            if not flags & refine.CHANGED and isinstance(self.forward, CachedForward) and self.forward.reuse:
+                row.settled = row.block + 1  # the step that changed nothing has written the final K/V
+            generated = row.kind[row.span] != refine.PROMPT
+            if row.params.profile != "default" and bool((generated & (tokens == self.mask_id)).any()):
+                row.prefix |= refine.PREFIX_MASK
+        if flags & refine.FINISHED:
+            row.finish_reason = "eos"
+            if status[refine.EOS_AT] >= 0:
+                row.eos_position = row.span.start + status[refine.EOS_AT]
+        elif row.block + 1 == row.num_blocks:
+            row.finish_reason = "length"
+
+    def _record(self, rows, output, before):
+        for row in rows:
+            slot, step = row.slot, row.counters.denoise_forwards - 1
+            for kind, mask in (("commit", output.commit), ("edit", output.edit)):
+                for at in torch.where(mask[slot])[0].tolist():  # sync: only with trace=True
+                    row.events.append((
+                        step, row.span.start + at, kind, int(output.token[slot, at]),
+                        float(output.confidence[slot, at]), int(before[slot, at]),
+                    ))  # fmt: skip

@@ -1,0 +1,283 @@
+"""The LLaDA2 MoE network.
+
+Two ways through the same layers: `forward` takes whole sequences and an attention mask, without a cache, as the model
+cards and diffusers call it; `forward_blocks` takes packed runs of whole blocks and attends over cached pages, as the
+decoder calls it. Shapes: B batch, S sequence, T packed tokens, H hidden, V vocab, D head dim, L block_length.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from . import checkpoint
+from .config import ModelConfig
+from .kernels.attention import block_attention, masked_attention, run_slots, write_pages
+from .kernels.moe import experts, gated, route
+from .kernels.norm import rms_norm
+from .kernels.rope import qk_norm_rope, rope_angles
+from .tokens import special_ids
+
+
+@dataclass
+class ModelOutput:
+    """What `LLaDA2Model.forward` returns.
+
+    logits [B, S, V] float32; hidden_states: embeddings, each layer's output and the final norm, num_layers + 2 tensors
+    [B, S, H]; router_indices: per layer [B*S, K] int64 in descending order of choice, None for dense layers.
+    """
+
+    logits: torch.Tensor
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    router_indices: tuple[torch.Tensor | None, ...] | None = None
+
+
+def block_causal_mask(length, block_length, device=None):
+    """bool [length, length]: position i sees j iff j's block is not later than i's."""
+    block = torch.arange(length, device=device) // block_length
+    return block[:, None] >= block
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size, eps, **kw):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, **kw))
+        self.eps = eps
+
+    def forward(self, x):
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """QKV projection, QK-norm, RoPE, attention by the caller's `attend(q, k, v)`, output projection."""
+
+    def __init__(self, config, **kw):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads, config.num_key_value_heads, config.head_dim,
+        )  # fmt: skip
+        self.eps = config.rms_norm_eps
+        width = (self.heads + 2 * self.kv_heads) * self.head_dim
+        self.query_key_value = nn.Linear(config.hidden_size, width, bias=config.use_qkv_bias, **kw)
+        if config.use_qk_norm:
+            self.query_layernorm = RMSNorm(self.head_dim, self.eps, **kw)
+            self.key_layernorm = RMSNorm(self.head_dim, self.eps, **kw)
+        self.dense = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=config.use_bias, **kw)
+        self.norms = config.use_qk_norm
+
+    def forward(self, x, cos, sin, attend):
+        qkv = self.query_key_value(x).unflatten(-1, (-1, self.head_dim))
+        q_weight = self.query_layernorm.weight if self.norms else None
+        k_weight = self.key_layernorm.weight if self.norms else None
+        q, k, v = qk_norm_rope(qkv, q_weight, k_weight, cos, sin, self.eps, self.heads, self.kv_heads)
+        return self.dense(attend(q, k, v).flatten(-2))
+
+
+class MLP(nn.Module):
+    """down( silu(gate(x)) * up(x) ); gate and up are one projection, gate rows first."""
+
+    def __init__(self, hidden, inner, **kw):
+        super().__init__()
+        self.gate_up = nn.Linear(hidden, 2 * inner, bias=False, **kw)
+        self.down = nn.Linear(inner, hidden, bias=False, **kw)
+
+    def forward(self, x, block=None):
+        return self.down(gated(self.gate_up(x))), None
+
+
+class Router(nn.Module):
+    def __init__(self, config, **kw):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, **kw))
+        self.expert_bias = nn.Parameter(torch.empty(config.num_experts, device=kw["device"], dtype=torch.float32))
+        self.rule = (
+            config.num_experts_per_tok, config.n_group, config.topk_group,
+            config.routed_scaling_factor, config.expert_capacity,
+        )  # fmt: skip
+
+    def forward(self, x, block):
+        return route(x, self.weight, self.expert_bias, *self.rule, block)
+
+
+class Experts(nn.Module):
+    def __init__(self, config, **kw):
+        super().__init__()
+        count, inner, hidden = config.num_experts, config.moe_intermediate_size, config.hidden_size
+        self.gate_up = nn.Parameter(torch.empty(count, 2 * inner, hidden, **kw))
+        self.down = nn.Parameter(torch.empty(count, hidden, inner, **kw))
+
+    def forward(self, x, ids, weights):
+        return experts(x, ids, weights, self.gate_up, self.down)
+
+
+class MoE(nn.Module):
+    """Routed experts plus the shared expert, which is neither scaled nor gated."""
+
+    def __init__(self, config, **kw):
+        super().__init__()
+        self.router = Router(config, **kw)
+        self.experts = Experts(config, **kw)
+        shared = config.num_shared_experts * config.moe_intermediate_size
+        self.shared_experts = MLP(config.hidden_size, shared, **kw) if shared else None
+
+    def forward(self, x, block=None):
+        ids, weights = self.router(x, block)
+        y = self.experts(x, ids, weights)
+        return (y if self.shared_experts is None else y + self.shared_experts(x)[0]), ids
+
+
+class Layer(nn.Module):
+    def __init__(self, config, index, **kw):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **kw)
+        self.attention = Attention(config, **kw)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **kw)
+        dense = index < config.first_k_dense_replace
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, **kw) if dense else MoE(config, **kw)
+
+    def forward(self, x, cos, sin, attend, block=None):
+        x = x + self.attention(self.input_layernorm(x), cos, sin, attend)
+        y, ids = self.mlp(self.post_attention_layernorm(x), block)
+        return x + y, ids
+
+
+class LLaDA2Model(nn.Module):
+    """The network. `block_length` is the one used where a call names none (config `block_size`, else 32)."""
+
+    def __init__(self, config: ModelConfig, dtype=torch.float32, device="cpu"):
+        super().__init__()
+        kw = {"dtype": dtype, "device": device}
+        self.config = config
+        self.block_length = config.block_size
+        self.special_ids = {}  # what the folder says of mask, eos and pad, see tokens.py
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, **kw)
+        self.layers = nn.ModuleList(Layer(config, i, **kw) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **kw)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, **kw)
+        self.requires_grad_(False)
+
+    @property
+    def dtype(self):
+        return self.word_embeddings.weight.dtype
+
+    @property
+    def device(self):
+        return self.word_embeddings.weight.device
+
+    @classmethod
+    def from_pretrained(cls, path, dtype=None, device="cpu", progress=True):
+        """Load a LLaDA2.0/2.1/2.2 checkpoint folder or hub id (safetensors only, no remote code).
+
+        dtype: torch dtype of the weights, None = the config's. Raises CheckpointError naming file and tensor.
+        """
+        folder = checkpoint.resolve(path)
+        config = ModelConfig.from_hf(folder)
+        if dtype is None:
+            dtype = getattr(torch, config.dtype or "bfloat16")
+        with torch.device("meta"):
+            model = cls(config, dtype=dtype, device="meta")
+        model = model.to_empty(device=device).eval()
+        checkpoint.load(folder, config, dict(model.named_parameters()), progress=progress)
+        model.special_ids = special_ids(folder)
+        return model
+
+    def save_pretrained(self, path):
+        """Write config.json and the weights in the checkpoint's own layout; tensors are byte-equal."""
+        checkpoint.save(path, self.config, dict(self.named_parameters()))
+
+    def lm_logits(self, hidden):
+        """hidden [..., H], after the final norm -> logits [..., V] in the model's dtype."""
+        head = self.word_embeddings if self.config.tie_word_embeddings else self.lm_head
+        return F.linear(hidden, head.weight)
+
+    def _angles(self, position):
+        c = self.config
+        return rope_angles(position, c.rotary_dim, c.rope_theta, c.rope_factor, self.dtype)
+
+    @torch.no_grad()
+    def forward(self, input_ids, position_ids=None, block_length=None, attention_mask=None,
+                output_hidden_states=False, output_router_indices=False, **ignored):  # fmt: skip
+        """Logits of whole sequences, without a cache.
+
+        input_ids [B, S] int64; position_ids [B or 1, S], default 0..S-1 (angles only, masks use sequence indices);
+        attention_mask: None = block-causal; [B, S] padding (1 = real), AND-ed with block-causal; [B, 1, S, S] bool
+        (True = attend) or additive, taken as given. Returns ModelOutput. Raises ValueError on shapes that do not fit.
+        """
+        if ignored.keys() - {"use_cache", "return_dict"}:
+            raise ValueError(f"forward: unknown arguments {sorted(ignored.keys() - {'use_cache', 'return_dict'})}")
+        if input_ids.ndim != 2 or input_ids.dtype != torch.int64:
+            raise ValueError(f"input_ids: int64 [B, S] expected, got {input_ids.dtype} {list(input_ids.shape)}")
+        batch, size = input_ids.shape
+        block_length = self.block_length if block_length is None else block_length
+        if block_length < 1:
+            raise ValueError(f"block_length: {block_length}, must be at least 1")
+        if position_ids is None:
+            position_ids = torch.arange(size, device=input_ids.device)[None]
+        if position_ids.shape not in ((batch, size), (1, size)):
+            raise ValueError(f"position_ids: [{batch}, {size}] expected, got {list(position_ids.shape)}")
+        mask = self._mask(attention_mask, batch, size, block_length)
+        cos, sin = self._angles(position_ids.expand(batch, size).flatten())
+        block = torch.arange(size, device=input_ids.device) // block_length
+        block = (block + torch.arange(batch, device=block.device)[:, None] * (size // block_length + 1)).flatten()
+
+        def attend(q, k, v):
+            return masked_attention(*(t.unflatten(0, (batch, size)) for t in (q, k, v)), mask).flatten(0, 1)
+
+        x = self.word_embeddings(input_ids.flatten())
+        hidden, chosen = [x], []
+        for layer in self.layers:
+            x, ids = layer(x, cos, sin, attend, block)
+            hidden.append(x)
+            chosen.append(ids)
+        x = self.norm(x)
+        hidden.append(x)
+        return ModelOutput(
+            self.lm_logits(x).float().unflatten(0, (batch, size)),
+            tuple(h.unflatten(0, (batch, size)) for h in hidden) if output_hidden_states else None,
+            tuple(chosen) if output_router_indices else None,
+        )
+
+    def _mask(self, attention_mask, batch, size, block_length):
+        if attention_mask is not None and attention_mask.ndim == 4:
+            if attention_mask.shape[0] not in (1, batch) or attention_mask.shape[2:] != (size, size):
+                raise ValueError(
+                    f"attention_mask: [{batch}, 1, {size}, {size}] expected, got {list(attention_mask.shape)}"
+                )
+            return attention_mask if attention_mask.dtype == torch.bool else attention_mask.to(self.dtype)
+        mask = block_causal_mask(size, block_length, self.device)[None, None]
+        if attention_mask is None:
+            return mask
+        if attention_mask.shape != (batch, size):
+            raise ValueError(f"attention_mask: [{batch}, {size}] expected, got {list(attention_mask.shape)}")
+        mask = mask & attention_mask.bool()[:, None, None, :]
+        # a padding position may be left with nothing to see: let it see itself, so that no NaN arises
+        return mask | (~mask.any(-1, keepdim=True) & torch.eye(size, dtype=torch.bool, device=mask.device))
+
+    @torch.no_grad()
+    def forward_blocks(self, tokens, positions, runs, cache):
+        """Hidden states of packed runs of whole blocks over cached pages; their K/V are written to their pages.
+
+        tokens, positions int64 [T], T = blocks of all runs times L; runs: list of Run; cache: PagedKVCache.
+        Returns [T, H] after the final norm; lm_logits turns the needed ones into logits.
+        """
+        length = cache.block_length
+        slot = torch.tensor(run_slots(runs, length), device=tokens.device)
+        block = torch.arange(tokens.shape[0], device=tokens.device) // length
+        cos, sin = self._angles(positions)
+        x = self.word_embeddings(tokens)
+        for i, layer in enumerate(self.layers):
+
+            def attend(q, k, v, i=i):
+                write_pages(k, v, cache.k[i], cache.v[i], slot)
+                return block_attention(q, cache.k[i], cache.v[i], runs)
+
+            x, _ = layer(x, cos, sin, attend, block)
+        return self.norm(x)
+
+    def generate(self, inputs, **kwargs):
+        """Text from this model; see llada2_fast.generate.generate for all arguments."""
+        from .generate import generate  # the one upward import: the model card's own spelling is model.generate(...)
+
+        return generate(self, inputs, **kwargs)
