@@ -1,11 +1,11 @@
 """Mixture of experts: router and grouped expert MLP.
 
-    s = sigmoid(h32 W32^T);  c = s + bias                        h [T, H], W [E, H] -> [T, E] float32
-    2.0/2.1: group score = sum of the two largest c of a group; keep the topk_group best groups; top-k of the rest by c
-    2.2:     per block, admit the `capacity` experts with the largest max_t c; top-k of those by c
-    w = s[ids] (without bias), normalised over the K if K > 1, times `scale`;  ties: the lower expert id
-    y = cast(sum_k w_k * expert_k(h)), products and sum in float32, in descending order of c
-    expert(h) = down( silu(gate(h)) * up(h) )                    gate_up [E, 2I, H] gate rows first, down [E, H, I]
+s = sigmoid(h32 W32^T);  c = s + bias                        h [T, H], W [E, H] -> [T, E] float32
+2.0/2.1: group score = sum of the two largest c of a group; keep the topk_group best groups; top-k of the rest by c
+2.2:     per block, admit the `capacity` experts with the largest max_t c; top-k of those by c
+w = s[ids] (without bias), normalised over the K if K > 1, times `scale`;  ties: the lower expert id
+y = cast(sum_k w_k * expert_k(h)), products and sum in float32, in descending order of c
+expert(h) = down( silu(gate(h)) * up(h) )                    gate_up [E, 2I, H] gate rows first, down [E, H, I]
 """
 
 import torch

@@ -1,8 +1,8 @@
 """QK-norm and partial rotary embedding of a fused projection.
 
-    qkv [T, nq + 2 nk, D] -> q [T, nq, D], k [T, nk, D], v [T, nk, D]
-    q, k = rms_norm over D (if there are weights), then the first `rot` dims rotated, half-split pairing:
-    [a, b] -> [a cos - b sin, b cos + a sin]; dims rot..D-1 pass through
+qkv [T, nq + 2 nk, D] -> q [T, nq, D], k [T, nk, D], v [T, nk, D]
+q, k = rms_norm over D (if there are weights), then the first `rot` dims rotated, half-split pairing:
+[a, b] -> [a cos - b sin, b cos + a sin]; dims rot..D-1 pass through
 """
 
 import torch

@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass, field
 
 import torch
+from tqdm.auto import tqdm
 
 from .config import DecodeParams
 from .kernels import refine
@@ -33,7 +34,7 @@ class Counters:
     prefill_s: float = 0.0
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """One prompt being continued. Positions are row-local: 0 .. total-1, on a grid of blocks from position 0."""
 
@@ -77,6 +78,19 @@ class Row:
     def limit(self):
         """Positions that exist: the tail counts only where it is attended to."""
         return self.canvas.shape[0] if self.params.attend_tail else self.total
+
+    def output(self, eos_ids):
+        """The generated ids of a finished row, cut after the first EOS of its first gen_length tokens.
+
+        Under hf-2.0 an early return is cut where that model card cuts it: at the first EOS of prompt and tail, too.
+        """
+        eos = torch.tensor(eos_ids, dtype=torch.int64, device=self.canvas.device)
+        early = self.params.profile == "hf-2.0" and self.eos_position is not None
+        begin, end = (0, len(self.canvas)) if early else (self.prompt_length, self.total)
+        hits = torch.where(torch.isin(self.canvas[begin:end], eos))[0]
+        if len(hits):
+            end = begin + int(hits[0]) + 1
+        return self.canvas[self.prompt_length : end]
 
 
 def row_rules(params, length):
@@ -248,7 +262,9 @@ class BlockDecoder:
 
     def step(self, rows):
         """One refinement step of running rows; one left out must be between two blocks. RefineOutput [slots, ...]."""
-        assert all(row in rows or row.block_done for row in self.running()), "a row in the middle of a block is left out"
+        assert all(row in rows or row.block_done for row in self.running()), (
+            "a row in the middle of a block is left out"
+        )
         for row in rows:
             if row.block_done:
                 row.block += 1
@@ -314,3 +330,21 @@ class BlockDecoder:
                         step, row.span.start + at, kind, int(output.token[slot, at]),
                         float(output.confidence[slot, at]), int(before[slot, at]),
                     ))  # fmt: skip
+
+
+def run(decoder, progress=False, on_step=None):
+    """Step all rows of a decoder to their ends. RuntimeError naming row and step if one meets NaN logits."""
+    rows = decoder.running()
+    blocks = sum(row.num_blocks - row.block for row in rows)
+    with tqdm(total=blocks, desc="Blocks", unit="block", disable=not progress) as bar:
+        while rows:
+            done = sum(row.block for row in rows)
+            output = decoder.step(rows)
+            for row in rows:
+                if row.error:
+                    raise RuntimeError(f"row {row.slot}: {row.error}")
+            if on_step is not None:
+                on_step(decoder, output)
+            bar.update(sum(row.block for row in rows) - done)
+            rows = [row for row in rows if row.finish_reason is None]
+        bar.update(blocks - bar.n)

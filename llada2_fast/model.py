@@ -176,9 +176,8 @@ class LLaDA2Model(nn.Module):
         config = ModelConfig.from_hf(folder)
         if dtype is None:
             dtype = getattr(torch, config.dtype or "bfloat16")
-        with torch.device("meta"):
-            model = cls(config, dtype=dtype, device="meta")
-        model = model.to_empty(device=device).eval()
+        checkpoint.inspect(folder, config)  # a checkpoint that will be refused is refused before memory is asked for
+        model = cls(config, dtype=dtype, device="meta").to_empty(device=device).eval()
         checkpoint.load(folder, config, dict(model.named_parameters()), progress=progress)
         model.special_ids = special_ids(folder)
         return model

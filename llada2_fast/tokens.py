@@ -15,7 +15,11 @@ def special_ids(folder):
     """
     folder = Path(folder)
     found = {}
-    for source in (_from_json(folder, "generation_config.json"), _from_tokenizer(folder), _from_json(folder, "config.json")):
+    for source in (
+        _from_json(folder, "generation_config.json"),
+        _from_tokenizer(folder),
+        _from_json(folder, "config.json"),
+    ):
         for name, value in source.items():
             found.setdefault(name, value)
     return found

@@ -1,0 +1,61 @@
+# `make demo` and `make test` are all the set-up there is. Variables:
+#   PYTHON       the interpreter that creates the environment
+#   VENV         where the environment lives
+#   TORCH_INDEX  a package index to take torch from, e.g. https://download.pytorch.org/whl/cpu (default: pip's own)
+#   PYTEST_ARGS  replaces the default arguments of `make test`
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+PYTEST_ARGS ?= -q -n 2 --dist loadfile
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+
+.PHONY: help demo test test-slow test-hosts test-gpu check bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo | test | test-slow | test-hosts | test-gpu | check | bench | clean"
+
+# torch goes first and alone: with a CPU build already there, nothing later asks for CUDA packages.
+$(VENV)/.installed: setup.py constraints.txt
+	@echo "Installing into $(VENV) (once; a few minutes)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	@echo "Installing the test tools into $(VENV) (once)"
+	@$(PIP) -e ".[test]"
+	@touch $@
+
+demo: $(VENV)/.installed
+	@$(BIN)/llada2-fast generate "Add 847 and 96."
+	@$(BIN)/llada2-fast generate "Spell 4071, 22, 608."
+	@$(BIN)/llada2-fast generate "Reverse moon crow bread lamp seal."
+	@$(BIN)/llada2-fast generate "Tell a story about Max the goat near the lake."
+
+test: $(VENV)/.installed-test
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.installed-test
+	@$(BIN)/python -m pytest -q -m slow --timeout 3600
+
+test-hosts: $(VENV)/.installed-test
+	@$(BIN)/python -m pytest -q -m hosts --timeout 3600
+
+test-gpu: $(VENV)/.installed-test
+	@$(BIN)/python -m pytest -q -m gpu
+
+check: $(VENV)/.installed-test
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/python -m pytest -q tests/test_layers.py
+
+bench: $(VENV)/.installed-test
+	@$(BIN)/python -m benchmarks.bench_decode --quick --json
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

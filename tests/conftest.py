@@ -1,0 +1,32 @@
+"""What every test runs under: one thread, repeatable random examples, poisoned uninitialised memory."""
+
+import os
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+# One thread per pytest-xdist worker; the variable is for the processes that tests start.
+torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
+
+# torch.empty then returns NaN, or the largest integer, so that reading before writing shows.
+torch.use_deterministic_algorithms(True, warn_only=True)
+torch.utils.deterministic.fill_uninitialized_memory = True
+
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """The folder of recorded tokens, logits and hidden states that the model cards' code produced."""
+    return Path(__file__).parent / "golden"

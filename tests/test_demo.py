@@ -1,0 +1,178 @@
+"""The embedded model's folder, tokenizer, tasks and checkers; its accuracy is measured by the quality benchmark."""
+
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from llada2_fast import demo
+from llada2_fast.demo import evaluate, export, network, tasks, train
+from llada2_fast.demo import tokenizer as tokenizers
+
+UNDERTRAINED = Path(__file__).parent / "data" / "undertrained"
+ALL_TASKS = (*tasks.TASKS, tasks.OFF_TASK)
+KITE_STORY = (
+    "Once there was a cat named Tom. Tom lived near the lake and had an orange kite. One day the kite was lost. "
+    "Tom asked Nora the owl for help. Nora found the orange kite near the lake. "
+    "Tom was happy and thanked Nora the owl. The end."
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(demo.path())
+
+
+@pytest.mark.parametrize("task", ALL_TASKS)
+def test_split_is_disjoint_and_has_100_held_out_prompts(task):
+    held_out, training = tasks.sample(task, 100, seed=5), tasks.sample(task, 100, seed=5, held_out=False)
+    assert len(set(held_out)) == 100 and len(set(training)) == 100
+    assert all(tasks.is_held_out(prompt) for prompt in held_out)
+    assert not any(tasks.is_held_out(prompt) for prompt in training)
+    rng = random.Random(1)
+    assert not any(tasks.is_held_out(tasks.draw(task, rng)) for _ in range(300))
+    assert tasks.sample(task, 20, seed=5) == tasks.sample(task, 20, seed=5) != tasks.sample(task, 20, seed=6)
+
+
+def test_sample_refuses_unknown_tasks_and_too_many_prompts():
+    with pytest.raises(ValueError, match="task='sort'"):
+        tasks.sample("sort", 1, seed=0)
+    with pytest.raises(ValueError, match="prompt='Reverse a b.'"):
+        tasks.answer("reverse", "Reverse a b.", random.Random(0))
+
+
+@pytest.mark.parametrize("task", ALL_TASKS)
+def test_checker_accepts_right_and_rejects_damaged_answers(task):
+    rng = random.Random(2)
+    for prompt in tasks.sample(task, 50, seed=3):
+        right = tasks.answer(task, prompt, rng)
+        assert tasks.check(task, prompt, right)
+        position = rng.randrange(len(right))
+        damaged = right[:position] + "~" + right[position + 1 :]
+        for wrong in ("", right + " ", right[:-1], damaged, right + "\n" + right):
+            assert not tasks.check(task, prompt, wrong), (prompt, wrong)
+
+
+@pytest.mark.parametrize(
+    "task, prompt, right, wrong",
+    [
+        ("spell", "Spell 7305, 12.", "7305 is seven thousand three hundred five\n12 is twelve",
+         "7305 is seven thousand three hundred fifty\n12 is twelve"),
+        ("spell", "Spell 0.", "0 is zero", "0 is"),
+        ("add", "Add 847 and 96.", "7+6+0=13\n4+9+1=14\n8+0+1=09\nThe answer is 943.",
+         "7+6+0=13\n4+9+1=14\n8+0+1=09\nThe answer is 944."),
+        ("add", "Add 9 and 9.", "9+9+0=18\nThe answer is 18.", "The answer is 18."),
+        ("reverse", "Reverse moon lamp bear owl.", "Reversed: owl bear lamp moon", "Reversed: moon lamp bear owl"),
+        ("json", 'Convert {"name": "Zoe", "age": 44}', "name=Zoe\nage=44", "age=44\nname=Zoe"),
+        ("story", "Tell a story about Tom the cat near the lake with an orange kite.", KITE_STORY,
+         KITE_STORY.replace("lake", "hill")),
+        ("story", "Tell a story.", KITE_STORY, KITE_STORY.replace("thanked Nora", "thanked Rosa")),
+        ("story", "Tell a story.", KITE_STORY, KITE_STORY.replace("Nora the owl", "Tom the cat")),
+        ("story", "Tell a story.", KITE_STORY, KITE_STORY.replace("an orange", "a orange")),
+        (tasks.OFF_TASK, "Write a poem.", tasks.FALLBACK, "I can spell numbers."),
+    ],
+)  # fmt: skip
+def test_checker_on_planted_answers(task, prompt, right, wrong):
+    assert tasks.check(task, prompt, right)
+    assert not tasks.check(task, prompt, wrong)
+
+
+def test_numbers_in_words():
+    assert [tasks.number_words(n) for n in (0, 10, 19, 20, 42)] == ["zero", "ten", "nineteen", "twenty", "forty two"]
+    assert [tasks.number_words(n) for n in (100, 2000)] == ["one hundred", "two thousand"]
+    assert len({tasks.number_words(n) for n in range(10_000)}) == 10_000
+
+
+def test_saved_tokenizer_is_the_built_one(tokenizer):
+    built = tokenizers.build()
+    assert tokenizer.get_vocab() == built.get_vocab()
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.mask_token_id) == (0, 0, 1)
+    assert json.loads(Path(demo.path(), "config.json").read_text("utf-8"))["vocab_size"] == len(tokenizer)
+
+
+def test_every_task_word_is_one_token(tokenizer):
+    for words in tokenizers.token_classes().values():
+        for word in words:
+            assert len(tokenizer.encode(word)) == 1, word
+    single_bytes = set(tokenizer.convert_tokens_to_ids(list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")))
+    rng = random.Random(4)
+    for task in tasks.TASKS:
+        for prompt in tasks.sample(task, 100, seed=8):
+            text = prompt + "\n" + tasks.answer(task, prompt, rng)
+            assert not single_bytes & set(tokenizer.encode(text)), text
+
+
+def test_any_text_survives_the_tokenizer(tokenizer):
+    for text in ("naïve 你好, مرحبا 🙂\t\n  x", "HUMANITY is 12345", "\x00\x7f", ""):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_chat_template(tokenizer):
+    user = {"role": "user", "content": "Spell 12."}
+    system = {"role": "system", "content": "Be brief."}
+    assistant = {"role": "assistant", "content": "12 is twelve"}
+
+    def chat(*messages):
+        return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+
+    assert chat(user) == "<role>HUMAN</role>Spell 12.<|role_end|><role>ASSISTANT</role>"
+    assert chat(system, user) == "<role>SYSTEM</role>Be brief.<|role_end|>" + chat(user)
+    for messages in ((user,), (system, user), (user, assistant, user)):
+        assert chat(*messages) == tokenizers.render(list(messages))
+    assert len(tokenizer(chat(user))["input_ids"]) == 7 + len(tokenizer.encode("Spell 12."))
+
+
+@pytest.mark.parametrize("folder", [Path(demo.path()), UNDERTRAINED], ids=["embedded", "undertrained"])
+def test_checkpoint_folder(folder):
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 5_000_000
+    tensors = load_file(folder / "model.safetensors")
+    assert all(
+        tensor.dtype == (torch.float32 if name.endswith("expert_bias") else torch.bfloat16) and tensor.isfinite().all()
+        for name, tensor in tensors.items()
+    )
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    assert (config["block_size"], config["max_position_embeddings"], config["dtype"]) == (16, 4096, "bfloat16")
+    assert json.loads((folder / "generation_config.json").read_text("utf-8")) == {
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+        "mask_token_id": 1,
+    }
+    assert len(AutoTokenizer.from_pretrained(str(folder))) == config["vocab_size"]
+
+
+def test_path_is_inside_the_package():
+    assert os.path.isabs(demo.path()) and Path(demo.path()).parent == Path(demo.__file__).parent
+
+
+def test_training_learns_exports_and_repeats(tmp_path):
+    """Thirty steps: the loss falls, one thread and two agree, and the export holds what the network computes."""
+    runs = [train.train(30, seed=3, threads=threads, save=lambda *_: None) for threads in (1, 2)]
+    for (name, one), two in zip(runs[0][0].items(), runs[1][0].values(), strict=True):
+        assert torch.equal(one, two), name
+    parameters, biases = runs[0]
+    export.export(tmp_path, parameters, biases, card="card")
+    assert {file.name for file in tmp_path.iterdir()} == {file.name for file in Path(demo.path()).iterdir()}
+    saved, embedded = load_file(tmp_path / "model.safetensors"), load_file(Path(demo.path()) / "model.safetensors")
+    assert {n: t.shape for n, t in saved.items()} == {n: t.shape for n, t in embedded.items()}
+    results = evaluate.evaluate(parameters, biases, per_task=2, seed=0)
+    assert set(results) == set(ALL_TASKS) and all(len(wrong) == 2 for _, _, wrong in results.values())
+
+
+def test_training_layout_shows_a_noisy_block_itself_and_earlier_clean_blocks():
+    positions, mask = train.layout(blocks=3, first=1)
+    seen = (mask == 0)[:: network.BLOCK, :: network.BLOCK].int().tolist()
+    # clean 0, clean 1 | noisy 1, noisy 2 | noisy 1, noisy 2
+    assert seen == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 0, 1, 0, 0, 0],
+        [1, 1, 0, 1, 0, 0],
+        [1, 0, 0, 0, 1, 0],
+        [1, 1, 0, 0, 0, 1],
+    ]
+    assert positions[:: network.BLOCK].tolist() == [0, 16, 16, 32, 16, 32]

@@ -1,0 +1,271 @@
+"""The rules of the house that a parser can check: layering, host syncs, unsafe calls, paths outside the repository."""
+
+import ast
+import io
+import os
+import re
+import sys
+import tokenize
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# Bottom first. A module imports from its own tier's lower tiers only, so modules of one tier never import each other.
+# A package counts as one module. A module that is not here fails the test: enter it where it belongs.
+TIERS = [
+    {"kernels", "config"},
+    {"checkpoint", "tokens", "cache"},
+    {"model"},
+    {"graphs"},
+    {"decoder"},
+    {"trace", "requests", "foreign"},
+    {"generate", "pipeline", "scheduler", "engine"},
+    {"demo"},
+    {"server", "adapters", "distributed"},
+    {"__init__"},
+    {"cli"},
+]
+TIER = {module: height for height, tier in enumerate(TIERS) for module in tier}
+
+# (importing module, qualified name of the function, imported module): the only imports that point upwards.
+LAZY_UPWARD = {("model", "LLaDA2Model.generate", "generate")}
+
+# Packages a module may import when it is itself imported; everything else belongs inside the function that needs it.
+CORE = {"torch", "triton", "transformers", "numpy", "safetensors", "tokenizers", "huggingface_hub", "tqdm"}
+NARROWER = {"kernels": {"torch", "triton"}, "config": {"torch"}}
+NEVER = {"kernels", "tests", "benchmarks"}  # `kernels` is Hugging Face's; ours is llada2_fast.kernels
+
+
+def python_files(*folders):
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def files(*folders):
+    paths = python_files(*folders)
+    return pytest.mark.parametrize("path", paths, ids=[str(path.relative_to(ROOT)) for path in paths])
+
+
+def module_of(path):
+    """The layering name of a file, e.g. llada2_fast/engine/request.py -> engine."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return "kernels" if parts[0] == "kernels" else parts[1]
+
+
+def imports(tree, package):
+    """Yields (line, dotted target, qualified name of the enclosing function or "") of every import that runs.
+
+    package: dotted name that relative imports start from. `from x import y` yields x.y.
+    """
+
+    def visit(node, scope, in_function):
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            children = node.orelse
+        else:
+            children = list(ast.iter_child_nodes(node))
+        where = ".".join(scope) if in_function else ""
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name, where
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")
+                base = ".".join(filter(None, [*parents[: len(parents) - node.level + 1], base]))
+            for alias in node.names:
+                yield node.lineno, f"{base}.{alias.name}", where
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            scope, in_function = [*scope, node.name], True
+        elif isinstance(node, ast.ClassDef):
+            scope = [*scope, node.name]
+        for child in children:
+            yield from visit(child, scope, in_function)
+
+    return visit(tree, [], False)
+
+
+def layering_faults(source, module, package):
+    """Lists what `source`, a file of `module` with dotted package `package`, imports and may not."""
+    if module not in TIER:
+        return [f"module {module!r} is not in the table of layers"]
+    faults = []
+    for line, target, where in imports(ast.parse(source), package):
+        top, _, rest = target.partition(".")
+        if top == "llada2_fast":
+            name = rest.partition(".")[0]
+            name = name if name in TIER else "__init__"
+            if name != module and TIER[name] >= TIER[module] and (module, where, name) not in LAZY_UPWARD:
+                faults.append(f"line {line}: {module} imports {target}, which is not below it")
+        elif top in NEVER:
+            faults.append(f"line {line}: never import {top}")
+        elif top not in sys.stdlib_module_names and not where and top not in NARROWER.get(module, CORE):
+            faults.append(f"line {line}: import {top} inside the function that needs it")
+    return faults
+
+
+@files("kernels", "llada2_fast")
+def test_imports_point_downwards(path):
+    parts = path.relative_to(ROOT).parent.parts
+    package = ".".join(["llada2_fast", *parts] if parts[0] == "kernels" else parts)
+    assert layering_faults(path.read_text("utf-8"), module_of(path), package) == []
+
+
+@pytest.mark.parametrize(
+    "module, source",
+    [
+        ("brand_new", ""),
+        ("kernels", "from llada2_fast.config import ModelConfig"),
+        ("kernels", "import numpy"),
+        ("config", "from .kernels import refine"),
+        ("cache", "from .checkpoint import load"),
+        ("decoder", "def run():\n    from . import generate"),
+        ("pipeline", "from .scheduler import BlockRefinementScheduler"),
+        ("scheduler", "import diffusers"),
+        ("trace", "try:\n    import matplotlib\nexcept ImportError:\n    matplotlib = None"),
+        ("generate", "from llada2_fast import LLaDA2Model"),
+        ("model", "from . import generate"),
+        ("model", "class LLaDA2Model:\n    def forward(self):\n        from .generate import generate"),
+        ("cli", "import kernels.refine"),
+        ("cli", "def main():\n    import benchmarks.bench_decode"),
+    ],
+)
+def test_layering_finds(module, source):
+    assert len(layering_faults(source, module, "llada2_fast")) == 1
+
+
+@pytest.mark.parametrize(
+    "module, source",
+    [
+        ("kernels", "import math\nimport torch\nfrom . import philox\nfrom .philox import uniform"),
+        ("model", "class LLaDA2Model:\n    def generate(self):\n        from .generate import generate"),
+        ("pipeline", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import diffusers"),
+        ("scheduler", "def convert():\n    import diffusers"),
+        ("cli", "from . import __version__, generate"),
+        ("__init__", "from .generate import generate\nfrom .kernels import refine"),
+    ],
+)
+def test_layering_allows(module, source):
+    package = "llada2_fast.kernels" if module == "kernels" else "llada2_fast"
+    assert layering_faults(source, module, package) == []
+
+
+@files("benchmarks", "tests")
+def test_kernels_are_imported_as_ours(path):
+    targets = imports(ast.parse(path.read_text("utf-8")), "none")
+    assert [f"line {line}: {target}" for line, target, _ in targets if target.split(".")[0] == "kernels"] == []
+
+
+SYNCS = {"item", "tolist", "cpu", "nonzero"}
+CASTS = {"int", "float", "bool"}  # a sync if given a tensor, which a parser cannot see: may be marked, need not be
+
+
+def sync_faults(source):
+    """Lists host syncs on lines without `# sync: <reason>`, and such marks on lines without a host sync."""
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = [token for token in tokens if token.type == tokenize.COMMENT]
+    marked = {comment.start[0] for comment in comments if re.search(r"#\s*sync: \w", comment.string)}
+    syncs, casts = {}, set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            name = getattr(node.func, "attr", getattr(node.func, "id", None))
+            if name in SYNCS:
+                syncs[node.func.end_lineno] = name
+            elif name in CASTS:
+                casts.add(node.func.end_lineno)
+    faults = [f"line {line}: {syncs[line]}() without `# sync: <reason>`" for line in sorted(syncs.keys() - marked)]
+    return faults + [f"line {line}: marked as a sync, but is none" for line in sorted(marked - syncs.keys() - casts)]
+
+
+def no_sync_files():
+    paths = [ROOT / "llada2_fast" / name for name in ("model.py", "decoder.py", "graphs.py")]
+    return [*python_files("kernels"), *filter(Path.exists, paths)]
+
+
+@pytest.mark.parametrize("path", no_sync_files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_host_syncs_are_marked(path):
+    assert sync_faults(path.read_text("utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "source, faults",
+    [
+        ("n = x.sum().item()", 1),
+        ("n = (\n    x.sum()\n    .item()  # sync: the loop's end\n)", 0),
+        ("n = x.tolist()  # sync:", 1),
+        ("rows = torch.nonzero(mask)", 1),
+        ("rows = nonzero(mask)", 1),
+        ("y = x.cpu()  # sync: the status tensor", 0),
+        ("n = int(block[-1])  # sync: sizes a buffer", 0),
+        ("y = x + 1  # sync: none here", 1),
+        ('"""Never call .item( here."""', 0),
+    ],
+)
+def test_sync_lint(source, faults):
+    assert len(sync_faults(source)) == faults
+
+
+UNSAFE_MODULES = {"pickle", "_pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}
+
+
+def unsafe_faults(source):
+    """Lists what could run code that arrives as data: pickles, eval, exec, remote code."""
+    tree = ast.parse(source)
+    faults = [f"imports {target}" for _, target, _ in imports(tree, "none") if target.split(".")[0] in UNSAFE_MODULES]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("eval", "exec", "torch.load"):
+            faults.append(f"line {node.lineno}: {ast.unparse(node.func)}(")
+        if isinstance(node, (ast.Attribute, ast.Name, ast.alias)):
+            name = getattr(node, "attr", getattr(node, "id", getattr(node, "name", "")))
+            if "object_list" in name:
+                faults.append(f"line {node.lineno}: {name} unpickles what it receives")
+        if isinstance(node, ast.keyword) and node.arg in ("trust_remote_code", "allow_pickle"):
+            if not (isinstance(node.value, ast.Constant) and node.value.value is False):
+                faults.append(f"line {node.lineno}: {node.arg} is not False")
+    return faults
+
+
+@files("llada2_fast", "kernels", "benchmarks")
+def test_nothing_runs_code_from_data(path):
+    assert unsafe_faults(path.read_text("utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "source, faults",
+    [
+        ("import pickle", 1),
+        ("def f():\n    from pickle import loads", 1),
+        ("torch.load(path, weights_only=True)", 1),
+        ("dist.broadcast_object_list(x)", 1),
+        ("eval(text)", 1),
+        ("AutoModel.from_pretrained(p, trust_remote_code=flag)", 1),
+        ("AutoModel.from_pretrained(p, trust_remote_code=False)", 0),
+        ("model.eval()", 0),
+        ("raise ValueError('pickle files are refused')", 0),
+    ],
+)
+def test_unsafe_lint(source, faults):
+    assert len(unsafe_faults(source)) == faults
+
+
+# Spelled in pieces, so that this file does not find itself.
+OUTSIDE = re.compile(rb"\.\./sha" rb"red|(?<![\w./-])/(?:wo" rb"rk|tm" rb"p|ho" rb"me|ro" rb"ot)\b")
+
+
+def text_files():
+    """Every file of the checkout but environments, caches and weights."""
+    for folder, folders, names in os.walk(ROOT):
+        if "pyvenv.cfg" in names:
+            folders.clear()
+            continue
+        folders[:] = [
+            name for name in folders if not re.fullmatch(r"\.(?!ci$).*|build|dist|.*\.egg-info|__pycache__", name)
+        ]
+        yield from (Path(folder, name) for name in names if not name.endswith((".safetensors", ".png")))
+
+
+def test_no_file_mentions_a_path_outside_the_repository():
+    hits = [
+        (path.relative_to(ROOT), hit.group()) for path in text_files() for hit in OUTSIDE.finditer(path.read_bytes())
+    ]
+    assert hits == []
