@@ -17,6 +17,8 @@ def route_ref(h, weight, bias, top_k, n_group, topk_group, scale, capacity=None,
 
     capacity selects block routing; block int64 [T] is then each token's block, 0 .. max.
     """
+    if h.shape[0] == 0:
+        return h.new_empty(0, top_k, dtype=torch.int64), h.new_empty(0, top_k, dtype=torch.float32)
     score = torch.sigmoid(F.linear(h.float(), weight.float()))
     choice = score + bias
     if capacity is not None:
@@ -50,6 +52,8 @@ def route(h, weight, bias, top_k, n_group, topk_group, scale, capacity=None, blo
 def experts_ref(h, ids, weights, gate_up, down):
     """h [T, H], ids, weights [T, K] -> [T, H] in h's dtype. Tokens sorted by expert; only touched experts are read."""
     tokens, top_k = ids.shape
+    if tokens == 0:
+        return torch.empty_like(h)
     flat = ids.flatten()
     order = flat.argsort(stable=True)
     counts = torch.bincount(flat, minlength=gate_up.shape[0]).tolist()  # sync: CPU reference

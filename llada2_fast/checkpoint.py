@@ -198,6 +198,14 @@ def inspect(folder: str | os.PathLike, config: ModelConfig) -> list[tuple[Entry,
     return plan
 
 
+def router_dtypes(plan: list[tuple[Entry, Slot]], dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Parameter -> dtype for the routers of a network whose other weights are held as `dtype`: wide enough that neither
+    the gate nor expert_bias loses a bit, because near-ties between experts are decided by it."""
+    return {
+        slot.param: torch.promote_types(_DTYPES[entry.dtype], dtype) for entry, slot in plan if ".router." in slot.param
+    }
+
+
 def load(
     folder: str | os.PathLike, config: ModelConfig, params: dict[str, torch.Tensor], progress: bool = True
 ) -> None:
@@ -226,9 +234,8 @@ def save(
 ) -> None:
     """Write `params` in the standard layout, with config.json, and an index where they fill more than one shard.
 
-    Tensors keep their dtype, or are converted to `dtype`; expert_bias is always written as fp32, as it is held. So a
-    checkpoint that was loaded without conversion is written back byte for byte, except that a bf16 expert_bias comes
-    back as fp32 of equal value. A folder with weight files that would not be overwritten is refused."""
+    Tensors keep their dtype, or are converted to `dtype`, all but expert_bias. So a checkpoint that was loaded without
+    conversion is written back byte for byte. A folder with weight files that would not be overwritten is refused."""
     _check_params(config, params)
     if dtype is not None and dtype not in _DTYPES.values():
         raise ValueError(f"dtype={dtype}: expected one of {', '.join(DTYPES)}")
@@ -390,9 +397,8 @@ def _check_params(config, params):
     for name, shape in shapes.items():
         if tuple(params[name].shape) != shape:
             raise ValueError(f"params: {name} has shape {list(params[name].shape)}, expected {list(shape)}")
-        allowed = (torch.float32,) if name.endswith(".expert_bias") else tuple(_DTYPES.values())
-        if params[name].dtype not in allowed:
-            raise ValueError(f"params: {name} is {params[name].dtype}, expected one of {allowed}")
+        if params[name].dtype not in _DTYPES.values():
+            raise ValueError(f"params: {name} is {params[name].dtype}, expected one of {tuple(_DTYPES.values())}")
 
 
 def _read(entry, buffer) -> torch.Tensor:

@@ -170,14 +170,18 @@ class LLaDA2Model(nn.Module):
     def from_pretrained(cls, path, dtype=None, device="cpu", progress=True):
         """Load a LLaDA2.0/2.1/2.2 checkpoint folder or hub id (safetensors only, no remote code).
 
-        dtype: torch dtype of the weights, None = the config's. Raises CheckpointError naming file and tensor.
+        dtype: torch dtype of the weights, None = the config's; the routers' tensors keep their own where it is wider.
+        Raises CheckpointError naming file and tensor.
         """
         folder = checkpoint.resolve(path)
         config = ModelConfig.from_hf(folder)
         if dtype is None:
             dtype = getattr(torch, config.dtype or "bfloat16")
-        checkpoint.inspect(folder, config)  # a checkpoint that will be refused is refused before memory is asked for
-        model = cls(config, dtype=dtype, device="meta").to_empty(device=device).eval()
+        plan = checkpoint.inspect(folder, config)  # what will be refused is refused before memory is asked for
+        model = cls(config, dtype=dtype, device="meta").eval()
+        for name, wide in checkpoint.router_dtypes(plan, dtype).items():
+            model.get_parameter(name).data = torch.empty_like(model.get_parameter(name), dtype=wide)
+        model.to_empty(device=device)
         checkpoint.load(folder, config, dict(model.named_parameters()), progress=progress)
         model.special_ids = special_ids(folder)
         return model

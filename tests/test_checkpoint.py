@@ -110,6 +110,16 @@ def test_bf16_expert_bias_and_fp32_gate_are_accepted(golden, tmp_path):
     assert torch.equal(params["layers.2.mlp.router.weight"], raw[gate])
 
 
+def test_routers_keep_their_own_dtype_through_load_and_save(golden, tmp_path):
+    bias, gate = "model.layers.2.mlp.gate.expert_bias", "model.layers.2.mlp.gate.weight"
+    changed = tmp_path / "changed"
+    rewrite(golden / "bf16", changed, lambda t: {**t, bias: t[bias].bfloat16(), gate: t[gate].float() + 1e-4})
+    LLaDA2Model.from_pretrained(changed, dtype=torch.bfloat16, progress=False).save_pretrained(tmp_path / "back")
+    same_bytes(stored(tmp_path / "back"), stored(changed))
+    wide = LLaDA2Model.from_pretrained(changed, dtype=torch.float32, progress=False)
+    assert {p.dtype for p in wide.parameters()} == {torch.float32}
+
+
 def rewrite(source, target, change):
     """Copy a golden set as one file, its dict of tensors passed through `change`."""
     target.mkdir(exist_ok=True)

@@ -6,15 +6,11 @@ import pytest
 import torch
 
 from llada2_fast.kernels import attention, moe, norm, rope
-from llada2_fast.kernels.attention import Run
 
 
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-
-
-# ---------------------------------------------------------------- rms_norm
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (1, 1), (3, 7), (2, 5, 16)])
@@ -30,18 +26,17 @@ def test_rms_norm(shape):
 def test_rms_norm_casts_before_the_weight():
     x, weight = (torch.randn(64, 32) * 3).bfloat16(), torch.randn(32).bfloat16()
     wide = x.double()
-    unit = (wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()).float().bfloat16()
-    assert torch.equal(norm.rms_norm_ref(x, weight, 1e-6), unit * weight)
-    assert not torch.equal(norm.rms_norm_ref(x, weight, 1e-6), (unit.float() * weight.float() + 1e-2).bfloat16())
+    unit = (wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()).float()
+    got = norm.rms_norm_ref(x, weight, 1e-6)
+    assert torch.equal(got, unit.bfloat16() * weight)
+    assert not torch.equal(got, (unit * weight).bfloat16())
 
 
 def test_rms_norm_of_a_strided_view_and_of_huge_bfloat16():
-    x, weight = torch.randn(6, 20), torch.ones(10)
-    assert torch.equal(norm.rms_norm_ref(x[::2, ::2], weight, 1e-6), norm.rms_norm_ref(x[::2, ::2].clone(), weight, 1e-6))
-    assert torch.equal(norm.rms_norm_ref(torch.full((1, 10), 1e18).bfloat16(), weight.bfloat16(), 1e-6), weight[None].bfloat16())
-
-
-# ---------------------------------------------------------------- rope
+    view, weight = torch.randn(6, 20)[::2, ::2], torch.ones(10)
+    assert torch.equal(norm.rms_norm_ref(view, weight, 1e-6), norm.rms_norm_ref(view.clone(), weight, 1e-6))
+    huge = torch.full((1, 10), 1e18).bfloat16()
+    assert torch.equal(norm.rms_norm_ref(huge, weight.bfloat16(), 1e-6), weight[None].bfloat16())
 
 
 def written_out_rope(vector, position, rot, theta, factor):
@@ -103,11 +98,8 @@ def test_rope_angles_are_float32_whatever_the_dtype():
     assert torch.equal(cos, exact[0].bfloat16()) and torch.equal(sin, exact[1].bfloat16())
 
 
-# ---------------------------------------------------------------- attention
-
-
 def written_out_attention(q, k, v, visible):
-    """q [T, nq, D], k, v [S, nk, D], visible(t, s) -> [T, nq, D], in float64; KV head h serves the q heads h*g .. h*g+g-1."""
+    """q [T, nq, D], k, v [S, nk, D], visible(t, s) -> [T, nq, D] in float64; KV head h serves g q heads from h*g on."""
     q, k, v = q.double(), k.double(), v.double()
     out = torch.zeros_like(q)
     group = q.shape[1] // k.shape[1]
@@ -123,14 +115,14 @@ def written_out_attention(q, k, v, visible):
 @pytest.mark.parametrize("tile", [4, 8, 256])
 @pytest.mark.parametrize("heads, kv_heads", [(4, 2), (2, 2), (3, 1)])
 def test_block_attention(monkeypatch, tile, heads, kv_heads):
-    """Runs of one, two and many blocks, pages in any order, a tail nobody sees: each block sees its row up to its own end."""
+    """Runs of one, two and many blocks, pages in any order, a tail nobody sees; a block sees its row up to its end."""
     monkeypatch.setattr(attention, "QUERY_TILE", tile)
     length, dim, pages = 4, 6, 16
     runs = [
-        Run((2, 3, 4), 2, 1, 12),  # one block behind two of prefix, pages side by side
-        Run((9, 0), 0, 2, 6),  # two blocks, the last two positions of the second do not exist
-        Run((15, 1, 8, 7, 6), 1, 4, 20),  # four blocks behind one, scattered pages
-        Run((5,), 0, 1, 1),  # a block of one position
+        attention.Run((2, 3, 4), 2, 1, 12),  # one block behind two of prefix, pages side by side
+        attention.Run((9, 0), 0, 2, 6),  # two blocks, the last two positions of the second do not exist
+        attention.Run((15, 1, 8, 7, 6), 1, 4, 20),  # four blocks behind one, scattered pages
+        attention.Run((5,), 0, 1, 1),  # a block of one position
     ]
     k_rows = [torch.randn(len(run.pages) * length, kv_heads, dim) for run in runs]
     v_rows = [torch.randn(len(run.pages) * length, kv_heads, dim) for run in runs]
@@ -156,7 +148,7 @@ def test_block_attention(monkeypatch, tile, heads, kv_heads):
 def test_a_run_does_not_depend_on_its_neighbours_or_on_its_pages():
     length = 4
     k, v, q = torch.randn(8, length, 2, 8), torch.randn(8, length, 2, 8), torch.randn(12, 4, 8)
-    run, other = Run((0, 1, 2), 1, 2, 12), Run((5, 3), 1, 1, 8)
+    run, other = attention.Run((0, 1, 2), 1, 2, 12), attention.Run((5, 3), 1, 1, 8)
     together = attention.block_attention_ref(q, k, v, [run, other])
     order = torch.tensor([7, 4, 1, 3, 0, 5, 6, 2])
     moved_k, moved_v = torch.empty_like(k), torch.empty_like(v)
@@ -167,7 +159,7 @@ def test_a_run_does_not_depend_on_its_neighbours_or_on_its_pages():
 
 
 def test_write_pages_and_run_slots():
-    runs = [Run((3, 1), 1, 1, 8), Run((0, 2), 0, 2, 8)]
+    runs = [attention.Run((3, 1), 1, 1, 8), attention.Run((0, 2), 0, 2, 8)]
     slots = attention.run_slots(runs, 4)
     assert slots == [4, 5, 6, 7, 0, 1, 2, 3, 8, 9, 10, 11]
     k, v = torch.randn(2, 12, 2, 3)
@@ -189,9 +181,6 @@ def test_masked_attention(heads, kv_heads):
     for b in range(2):
         expected = written_out_attention(q[b], k[b], v[b], lambda t, s, b=b: bool(mask[b, 0, t, s]))
         torch.testing.assert_close(got[b].double(), expected, atol=1e-5, rtol=1e-5)
-
-
-# ---------------------------------------------------------------- MoE
 
 
 def written_out_route(h, weight, bias, top_k, n_group, topk_group, scale, capacity=None, block=None):
@@ -235,7 +224,7 @@ def test_route(rule):
     h, weight, bias = torch.randn(14, 8), torch.randn(12, 8), torch.randn(12) * 0.3
     block = torch.tensor([0] * 4 + [1] * 4 + [2] * 4 + [4] * 2) if "capacity" in rule else None
     ids, weights = moe.route_ref(h, weight, bias, **rule, block=block)
-    expected_ids, expected_weights = written_out_route(h, weight, bias, **rule, block=None if block is None else block.tolist())
+    expected_ids, expected_weights = written_out_route(h, weight, bias, **rule, block=block)
     assert ids.dtype == torch.int64 and weights.dtype == torch.float32
     assert ids.tolist() == expected_ids
     torch.testing.assert_close(weights.double(), torch.tensor(expected_weights).double(), atol=1e-6, rtol=1e-5)
@@ -254,7 +243,7 @@ def test_route_ties_go_to_the_lower_expert_and_group(rule):
     bias = torch.tensor([0.0, 1, 1, 0, 1, 0, 1, 1, 0, 1, 0, 1])
     block = torch.zeros(6, dtype=torch.int64) if "capacity" in rule else None
     ids, _ = moe.route_ref(h, weight, bias, **rule, block=block)
-    expected, _ = written_out_route(h, weight, bias, **rule, block=None if block is None else block.tolist())
+    expected, _ = written_out_route(h, weight, bias, **rule, block=block)
     assert ids.tolist() == expected
 
 
@@ -319,3 +308,5 @@ def test_no_tokens_are_no_work():
     ids, weights = moe.route_ref(empty, torch.randn(4, 8), torch.zeros(4), 2, 2, 1, 1.0)
     assert ids.shape == weights.shape == (0, 2)
     assert moe.experts_ref(empty, ids, weights, torch.randn(4, 6, 8), torch.randn(4, 8, 3)).shape == (0, 8)
+    block = torch.empty(0, dtype=torch.int64)
+    assert moe.route_ref(empty, torch.randn(4, 8), torch.zeros(4), 2, 2, 1, 1.0, 3, block)[0].shape == (0, 2)

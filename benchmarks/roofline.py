@@ -1,0 +1,120 @@
+"""The floor under a denoise step: bytes and operations that cannot be avoided, per operation, and the time they take.
+
+    python -m benchmarks.roofline [--gpu h200|h100|b200|a100] [--bandwidth TB/s --tflops N] [--json]
+
+One step forwards one block of every row over its cached prefix and refines it. Every weight that is touched is read
+once, keys and values of the prefix once, activations and logits stay on chip. Experts: T tokens that choose K of E
+independently touch E (1 - (1 - K/E)^T) of them; real routing inside a block is correlated and touches fewer. fp8 stores
+all weights but router and LM head in one byte (scales not counted); operations are priced at the bf16 rate.
+"""
+
+import argparse
+import json
+from typing import NamedTuple
+
+from llada2_fast.config import ModelConfig
+
+BLOCK = 32
+GPUS = {  # reachable copy bandwidth in TB/s and dense bf16 rate in TFLOP/s, below the data sheets' peaks
+    "h200": (4.3, 790.0),
+    "h100": (3.0, 790.0),
+    "b200": (7.2, 1800.0),
+    "a100": (1.75, 270.0),
+}
+_COMMON = dict(
+    vocab_size=157184, head_dim=128, num_key_value_heads=4, num_experts=256, num_experts_per_tok=8,
+    num_shared_experts=1, n_group=8, topk_group=4, first_k_dense_replace=1, use_bias=False, rms_norm_eps=1e-6,
+    rope_theta=600000.0, max_position_embeddings=32768, pad_token_id=156892, dtype="bfloat16",
+)  # fmt: skip
+MINI = ModelConfig(
+    hidden_size=2048, num_hidden_layers=20, num_attention_heads=16, intermediate_size=5120, moe_intermediate_size=512,
+    **_COMMON,
+)  # fmt: skip
+FLASH = ModelConfig(
+    hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=9216, moe_intermediate_size=1024,
+    **_COMMON,
+)  # fmt: skip
+MODELS = {"mini": MINI, "flash": FLASH}
+
+
+class Cost(NamedTuple):
+    """bytes read and operations (2 per multiply-add) of one op over a whole step."""
+
+    bytes: float
+    operations: float
+
+
+def touched_experts(config, tokens):
+    """Expected number of distinct experts of one layer for `tokens` tokens."""
+    miss = 1 - config.num_experts_per_tok / config.num_experts
+    return config.num_experts * (1 - miss**tokens)
+
+
+def step_costs(config, batch, prefix, weight_bytes=2, block=BLOCK):
+    """{op: Cost} of one step of `batch` blocks, each over `prefix` cached tokens. weight_bytes: 2 bf16, 1 fp8."""
+    c, tokens = config, batch * block
+    heads, kv_heads, dim, hidden = c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.hidden_size
+    moe_layers = c.num_hidden_layers - c.first_k_dense_replace
+
+    def matmul(weights, rows, layers=1, width=weight_bytes):
+        return Cost(weights * width * layers, 2.0 * weights * rows * layers)
+
+    projections = hidden * (heads + 2 * kv_heads) * dim + heads * dim * hidden
+    expert = 3 * hidden * c.moe_intermediate_size
+    costs = {
+        "qkv and output projections": matmul(projections, tokens, c.num_hidden_layers),
+        "attention": Cost(
+            2 * kv_heads * dim * 2 * prefix * batch * c.num_hidden_layers,
+            4.0 * heads * dim * tokens * (prefix + block) * c.num_hidden_layers,
+        ),
+        "router": matmul(hidden * c.num_experts, tokens, moe_layers, 2),
+        "routed experts": Cost(
+            touched_experts(c, tokens) * expert * weight_bytes * moe_layers,
+            2.0 * expert * c.num_experts_per_tok * tokens * moe_layers,
+        ),
+        "shared expert": matmul(expert * c.num_shared_experts, tokens, moe_layers),
+        "dense MLP": matmul(3 * hidden * c.intermediate_size, tokens, c.first_k_dense_replace),
+        "LM head": matmul(hidden * c.vocab_size, tokens, width=2),
+    }
+    return {op: cost for op, cost in costs.items() if cost.bytes}
+
+
+def floor_ms(costs, bandwidth, tflops):
+    """The step's floor in ms: all bytes at `bandwidth` TB/s or all operations at `tflops`, whichever takes longer."""
+    total_bytes = sum(cost.bytes for cost in costs.values())
+    operations = sum(cost.operations for cost in costs.values())
+    return max(total_bytes / bandwidth, operations / tflops) / 1e9
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--gpu", choices=GPUS, default="h200")
+    parser.add_argument("--bandwidth", type=float, help="TB/s, in place of the GPU's")
+    parser.add_argument("--tflops", type=float, help="bf16 TFLOP/s, in place of the GPU's")
+    parser.add_argument("--json", action="store_true", help="end with one JSON line")
+    args = parser.parse_args(argv)
+    bandwidth, tflops = args.bandwidth or GPUS[args.gpu][0], args.tflops or GPUS[args.gpu][1]
+    if bandwidth <= 0 or tflops <= 0:
+        parser.error("--bandwidth and --tflops must be above 0")
+    result = {"gpu": args.gpu, "bandwidth_tb_s": bandwidth, "tflops": tflops, "block_length": BLOCK}
+    print(f"{args.gpu}: {bandwidth} TB/s, {tflops} TFLOP/s; one step of blocks of {BLOCK}")
+    for name, config in MODELS.items():
+        result[f"{name}_b1_experts"] = round(touched_experts(config, BLOCK), 1)
+        for dtype, width in (("bf16", 2), ("fp8", 1)):
+            for prefix in (1024, 32768):
+                for batch in (1, 8, 32, 128):
+                    costs = step_costs(config, batch, prefix, width)
+                    floor = floor_ms(costs, bandwidth, tflops)
+                    key = f"{name}_{dtype}_b{batch}" + ("" if prefix == 1024 else f"_p{prefix}")
+                    result[f"{key}_floor_ms"] = round(floor, 3)
+                    result[f"{key}_gb"] = round(sum(cost.bytes for cost in costs.values()) / 1e9, 2)
+                    print(f"\n{name} {dtype}, batch {batch}, prefix {prefix}: floor {floor:.2f} ms")
+                    for op, cost in costs.items():
+                        ms = floor_ms({op: cost}, bandwidth, tflops)
+                        print(f"  {op:28s}{cost.bytes / 1e9:9.3f} GB{cost.operations / 1e12:9.3f} TFLOP{ms:9.3f} ms")
+    if args.json:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
