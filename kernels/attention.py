@@ -7,6 +7,9 @@ finished block is carried along, many in prefill. Each block of a run sees all e
 bidirectionally, and nothing later. Its own keys and values are already in its pages (write_pages).
 
     k_cache, v_cache [pages, L, nk, D]      page = one block of K/V
+
+On a GPU a block's keys are cut into at most MAX_SPLITS splits by their number alone; each split has its own program,
+and their results are added in the order of the splits. So a block's bits depend on its own row and on nothing else.
 """
 
 from typing import NamedTuple
@@ -14,7 +17,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-QUERY_TILE = 256  # tokens of a long run that share one masked call
+from ._triton import tl, triton, use_triton
+
+QUERY_TILE = 256  # tokens of a long run that share one masked call (reference)
+SPLIT, MAX_SPLITS = 256, 32  # keys of a split (a multiple of it beyond 8192 keys), splits of a block
+SCRATCH_BYTES = 2**28  # partial results of one launch; more query blocks than fit take several
 
 
 class Run(NamedTuple):
@@ -27,6 +34,48 @@ class Run(NamedTuple):
     first_block: int
     num_blocks: int
     limit: int
+
+
+class BlockBatch(NamedTuple):
+    """Query blocks described by tensors, so that a CUDA graph holds them. NB blocks, R rows, P pages of a row.
+
+    Query block i is block block_index[i] of row block_row[i]. Row -1 = unused: its tokens go to no page, its output is
+    zero, its index is any of 0 .. P-1. Pages behind a row's last query block are never read.
+    """
+
+    block_row: torch.Tensor  # int32 [NB]
+    block_index: torch.Tensor  # int32 [NB]
+    page_table: torch.Tensor  # int32 [R, P]: the row's pages from block 0 on
+    limit: torch.Tensor  # int32 [R]: how many positions of the row exist
+
+    @classmethod
+    def from_runs(cls, runs, device):
+        """The blocks of a list of Run, in order; a row per run."""
+        ends = [run.first_block + run.num_blocks for run in runs]
+        width = max(ends, default=0)
+        blocks = [(i, b) for i, run in enumerate(runs) for b in range(run.first_block, ends[i])]
+        table = [page for run in runs for page in (run.pages[:width] + (0,) * width)[:width]]
+        numbers = [row for row, _ in blocks] + [index for _, index in blocks] + table + [run.limit for run in runs]
+        flat = torch.tensor(numbers, dtype=torch.int32).to(device)  # one copy to the device, not four
+        row, index, table, limit = flat.split([len(blocks), len(blocks), len(table), len(runs)])
+        return cls(row, index, table.view(len(runs), width), limit)
+
+    def slots(self, length):
+        """Cache slots of all tokens for blocks of `length` tokens: int64 [NB * length], -1 in unused blocks."""
+        row = self.block_row.long()[:, None]
+        page = self.page_table[row.clamp(min=0), self.block_index.long()[:, None]]
+        slot = page.long() * length + torch.arange(length, device=row.device)
+        return torch.where(row < 0, -1, slot).flatten()
+
+    def runs(self):
+        """The used blocks as a list of (query block, Run of one block); for the reference."""
+        limits, tables = self.limit.tolist(), self.page_table.tolist()  # sync: reference
+        blocks = zip(self.block_row.tolist(), self.block_index.tolist(), strict=True)  # sync: reference
+        return [
+            (i, Run(tuple(tables[row][: index + 1]), index, 1, limits[row]))
+            for i, (row, index) in enumerate(blocks)
+            if row >= 0
+        ]
 
 
 def write_pages(k, v, k_cache, v_cache, slot):
@@ -43,6 +92,15 @@ def run_slots(runs, block_length):
         for block in range(run.first_block, run.first_block + run.num_blocks)
         for offset in range(block_length)
     ]
+
+
+def place_blocks(blocks, length, x):
+    """blocks (list of Run or BlockBatch) as block_attention takes them for tensors like x, and their tokens' slots."""
+    if not isinstance(blocks, BlockBatch):
+        if not use_triton(x):
+            return blocks, torch.tensor(run_slots(blocks, length), dtype=torch.int64, device=x.device)
+        blocks = BlockBatch.from_runs(blocks, x.device)
+    return blocks, blocks.slots(length)
 
 
 def block_attention_ref(q, k_cache, v_cache, runs):
@@ -87,9 +145,205 @@ def _attend(q, k, v, mask):
     return o.view(groups, -1, count, dim).permute(2, 0, 1, 3).reshape(count, heads, dim)
 
 
-def block_attention(q, k_cache, v_cache, runs):
-    """Block attention of packed runs; see block_attention_ref for shapes."""
-    return block_attention_ref(q, k_cache, v_cache, runs)
+def batch_attention_ref(q, k_cache, v_cache, batch):
+    """block_attention_ref for a BlockBatch: q [NB * L, nq, D] -> [NB * L, nq, D], zeros in unused blocks."""
+    length = k_cache.shape[1]
+    out = torch.zeros_like(q)
+    for block, run in batch.runs():
+        rows = slice(block * length, (block + 1) * length)
+        out[rows] = block_attention_ref(q[rows], k_cache, v_cache, [run])
+    return out
+
+
+@triton.jit
+def _splits(BLOCK_ROW, BLOCK_INDEX, LIMIT, block, L, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr):
+    """row of a query block, the keys it sees (none if unused), keys of a split, splits: part of the definition."""
+    row = tl.load(BLOCK_ROW + block)
+    used = row >= 0
+    row = tl.maximum(row, 0)
+    seen = tl.where(used, tl.minimum((tl.load(BLOCK_INDEX + block) + 1) * L, tl.load(LIMIT + row)), 0)
+    size = tl.cdiv(tl.maximum(seen, 1), SPLIT * MAX_SPLITS) * SPLIT
+    return row.to(tl.int64), seen, size, tl.cdiv(seen, size)
+
+
+@triton.jit(do_not_specialize=["first", "table_stride", "splits"])
+def _attention_kernel(
+    Q, K, V, OUT, PART, TOP, TOTAL, BLOCK_ROW, BLOCK_INDEX, PAGE_TABLE, LIMIT,
+    first, splits, scale, table_stride, q_stride, page_stride, token_stride, head_stride,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, L: tl.constexpr,
+    SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (KV heads * query tiles, splits, query blocks from `first` on).
+
+    The L queries of the GROUP heads that share a KV head are the rows of one matrix. A block's only split goes to OUT;
+    of several each leaves exp2-sums relative to its largest score: PART [blocks, splits, L * HEADS, D], TOP and TOTAL.
+    """
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    TILES: tl.constexpr = (L * GROUP + TILE_M - 1) // TILE_M
+    kv_head = tl.program_id(0) // TILES
+    m = tl.program_id(0) % TILES * TILE_M + tl.arange(0, TILE_M)
+    split = tl.program_id(1)
+    block = first + tl.program_id(2)
+    row, seen, size, count = _splits(BLOCK_ROW, BLOCK_INDEX, LIMIT, block, L, SPLIT, MAX_SPLITS)
+    if split >= tl.maximum(count, 1):
+        return
+    d = tl.arange(0, TILE_D)
+    n = tl.arange(0, TILE_N)
+    in_head = (d < D)[None, :]
+    asks = (m < L * GROUP)[:, None] & in_head
+    head = kv_head * GROUP + m % GROUP
+    query = block.to(tl.int64) * L + m // GROUP
+    q = tl.load(Q + (query * q_stride + head * D)[:, None] + d[None, :], mask=asks, other=0.0)
+    pages = PAGE_TABLE + row * table_stride
+    inner = kv_head * head_stride + d[None, :]
+
+    top = tl.full([TILE_M], float("-inf"), tl.float32)
+    total = tl.zeros([TILE_M], tl.float32)
+    acc = tl.zeros([TILE_M, TILE_D], tl.float32)
+    end = tl.minimum((split + 1) * size, seen)
+    for begin in range(split * size, end, TILE_N):
+        at = begin + n
+        exists = at < end
+        page = tl.load(pages + at // L, mask=exists, other=0).to(tl.int64)
+        place = (page * page_stride + at % L * token_stride)[:, None] + inner
+        k = tl.load(K + place, mask=exists[:, None] & in_head, other=0.0)
+        v = tl.load(V + place, mask=exists[:, None] & in_head, other=0.0)
+        score = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        score = tl.where(exists[None, :], score, float("-inf"))
+        new_top = tl.maximum(top, tl.max(score, 1) * scale)
+        weight = tl.exp2(score * scale - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(weight, 1)
+        acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        top = new_top
+
+    if count <= 1:
+        out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        tl.store(OUT + ((query * HEADS + head) * D)[:, None] + d[None, :], out.to(OUT.dtype.element_ty), mask=asks)
+    else:
+        part = (tl.program_id(2).to(tl.int64) * splits + split) * (L * HEADS) + m // GROUP * HEADS + head
+        tl.store(PART + (part * D)[:, None] + d[None, :], acc, mask=asks)
+        tl.store(TOP + part, top, mask=m < L * GROUP)
+        tl.store(TOTAL + part, total, mask=m < L * GROUP)
+
+
+@triton.jit(do_not_specialize=["first", "splits"])
+def _combine_kernel(
+    PART, TOP, TOTAL, OUT, BLOCK_ROW, BLOCK_INDEX, LIMIT, first, splits,
+    HEADS: tl.constexpr, D: tl.constexpr, L: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
+    TILE_R: tl.constexpr, TILE_D: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of the L * HEADS query vectors, query blocks from `first` on): adds a block's splits in order."""
+    r = tl.program_id(0) * TILE_R + tl.arange(0, TILE_R)
+    block = first + tl.program_id(1)
+    _row, _seen, _size, count = _splits(BLOCK_ROW, BLOCK_INDEX, LIMIT, block, L, SPLIT, MAX_SPLITS)
+    if count <= 1:
+        return
+    d = tl.arange(0, TILE_D)
+    s = tl.arange(0, MAX_SPLITS)
+    real = r < L * HEADS
+    part = tl.program_id(1).to(tl.int64) * splits * (L * HEADS) + r  # the vector's first split
+    both = real[:, None] & (s < count)[None, :]
+    each = part[:, None] + s[None, :] * (L * HEADS)
+    tops = tl.load(TOP + each, mask=both, other=float("-inf"))
+    top = tl.max(tops, 1)
+    total = tl.sum(tl.exp2(tops - top[:, None]) * tl.load(TOTAL + each, mask=both, other=0.0), 1)
+    acc = tl.zeros([TILE_R, TILE_D], tl.float32)
+    mask = real[:, None] & (d < D)[None, :]
+    for _ in range(count):
+        weight = tl.exp2(tl.load(TOP + part, mask=real, other=0.0) - top)
+        acc += weight[:, None] * tl.load(PART + (part * D)[:, None] + d[None, :], mask=mask, other=0.0)
+        part += L * HEADS
+    out = (acc / total[:, None]).to(OUT.dtype.element_ty)
+    tl.store(OUT + ((block.to(tl.int64) * (L * HEADS) + r) * D)[:, None] + d[None, :], out, mask=mask)
+
+
+def block_attention(q, k_cache, v_cache, blocks):
+    """Block attention of packed query blocks: q [NB * L, nq, D], caches [pages, L, nk, D] -> [NB * L, nq, D].
+
+    blocks: list of Run or a BlockBatch; the latter on a GPU, where a list costs a copy to the device at every call.
+    ValueError if shapes, dtypes or strides do not fit.
+    """
+    if use_triton(q):
+        batch = blocks if isinstance(blocks, BlockBatch) else BlockBatch.from_runs(blocks, q.device)
+        return _launch(q, k_cache, v_cache, batch)
+    if isinstance(blocks, BlockBatch):
+        return batch_attention_ref(q, k_cache, v_cache, blocks)
+    return block_attention_ref(q, k_cache, v_cache, blocks)
+
+
+def _launch(q, k_cache, v_cache, batch):
+    _, length, kv_heads, dim = k_cache.shape
+    tokens, heads, _ = q.shape
+    check_caches(q, k_cache, v_cache, kv_heads)
+    rows, width = batch.page_table.shape
+    count = batch.block_row.shape[0]
+    if tokens != count * length or q.stride()[1:] != (dim, 1) or heads % kv_heads:
+        raise ValueError(
+            f"q: [{count} * {length}, a multiple of {kv_heads}, {dim}] expected, a token's heads side by side, "
+            f"got {list(q.shape)} with strides {q.stride()}"
+        )
+    shapes = BlockBatch((count,), (count,), (rows, width), (rows,))
+    for name, x, shape in zip(batch._fields, batch, shapes, strict=True):
+        if x.shape != shape or x.dtype != torch.int32 or not x.is_contiguous() or x.device != q.device:
+            raise ValueError(
+                f"{name}: contiguous int32 {list(shape)} on {q.device} expected, "
+                f"got {x.dtype} {list(x.shape)} on {x.device}"
+            )  # fmt: skip
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if tokens == 0:
+        return out
+    splits = min(MAX_SPLITS, triton.cdiv(width * length, SPLIT))  # more than a row of this table has are never made
+    at_once = max(1, min(count, 65535, SCRATCH_BYTES // (4 * splits * length * heads * (dim + 2))))
+    vectors = at_once * splits * length * heads if splits > 1 else 1
+    part = torch.empty(vectors, dim, dtype=torch.float32, device=q.device)
+    top, total = torch.empty(2, vectors, dtype=torch.float32, device=q.device)
+    meta, combine = attention_tiles(q.dtype, length, heads, kv_heads, dim)
+    tiles = triton.cdiv(length * heads // kv_heads, meta["TILE_M"])
+    for first in range(0, count, at_once):
+        grid = min(at_once, count - first)
+        _attention_kernel[(kv_heads * tiles, splits, grid)](
+            q, k_cache, v_cache, out, part, top, total, *batch, first, splits, dim**-0.5 * 1.4426950408889634,
+            width, q.stride(0), *k_cache.stride()[:3], **meta,
+        )  # fmt: skip
+        if splits > 1:
+            _combine_kernel[(triton.cdiv(length * heads, combine["TILE_R"]), grid)](
+                part, top, total, out, batch.block_row, batch.block_index, batch.limit, first, splits, **combine
+            )
+    return out
+
+
+def check_caches(x, k_cache, v_cache, kv_heads):
+    """ValueError unless k_cache and v_cache are [pages, L, kv_heads, D] of x's D, dtype and device, laid out alike."""
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if cache.ndim != 4 or cache.shape[2:] != (kv_heads, x.shape[-1]) or cache.stride(3) != 1:
+            raise ValueError(
+                f"{name}: [pages, L, {kv_heads}, {x.shape[-1]}] expected, an element beside the next, "
+                f"got {list(cache.shape)} with strides {cache.stride()}"
+            )
+        if cache.dtype != x.dtype or cache.device != x.device:
+            raise ValueError(f"{name}: {x.dtype} on {x.device} expected, got {cache.dtype} on {cache.device}")
+    if k_cache.shape != v_cache.shape or k_cache.stride() != v_cache.stride():
+        raise ValueError(f"v_cache: laid out as k_cache expected: {list(k_cache.shape)}, {k_cache.stride()}; "
+                         f"got {list(v_cache.shape)}, {v_cache.stride()}")  # fmt: skip
+
+
+def attention_tiles(dtype, length, heads, kv_heads, dim):
+    """Compile-time arguments of the attention kernel and of the combine kernel.
+
+    Not measured yet. 128 rows by 32 keys: 119 registers and 80 KiB on sm_90, so two programs share a multiprocessor and
+    one's exponentials hide behind the other's products. Five stages: two are spent on looking the pages up.
+    """
+    shared = {"HEADS": heads, "D": dim, "L": length, "SPLIT": SPLIT, "MAX_SPLITS": MAX_SPLITS}
+    shared["TILE_D"] = max(16, triton.next_power_of_2(dim))
+    tile = max(16, triton.next_power_of_2(length * heads // kv_heads))
+    if dtype == torch.float32:  # no tensor cores at full precision: the products are made in registers
+        own = {"TILE_M": min(tile, 32), "PRECISION": "ieee", "num_warps": 8, "num_stages": 2}
+    else:
+        tile = min(tile, 128)
+        own = {"TILE_M": tile, "PRECISION": "tf32", "num_warps": max(4, tile // 16), "num_stages": 5}
+    return {**shared, **own, "KV_HEADS": kv_heads, "TILE_N": 32}, {**shared, "TILE_R": 8, "num_warps": 4}
 
 
 def masked_attention(q, k, v, mask):

@@ -1,24 +1,39 @@
 """Logits -> one candidate token and its confidence per position.
 
-    greedy    c = argmax_{v != mask} x_v                  lowest id on ties
-              p = exp(x_c) / sum_v exp(x_v)               the mask logit counts in the normaliser
-    sampling  z = x / temperature without the mask logit; top-k (ties at the k-th value kept); top-p over what is left
-              (v stays iff the mass strictly above x_v is <= top_p; ties kept); draw c; p = its renormalised probability
+    greedy     c = argmax_{v != mask} x_v                  lowest id on ties
+               p = exp(x_c) / sum_v exp(x_v)               the mask logit counts in the normaliser
+    sampling   the mask logit removed; temperature, top-k, top-p (filters.py); draw c; p = its renormalised probability
+    runner-up  the best id but c of what is left, lowest id on ties, and its probability by the same normaliser
 
-    logits [M, V] any float type and strides; per-position row index into the [R] parameters
-    -> token [M] int64, confidence [M] float32; confidence is NaN where the logits are an error (NaN, +inf, all -inf)
+    logits [R, L, V], or [M, V] with an index [R, L]; any float type and strides; parameters per row [R]
+    -> token [R, L] int64, confidence [R, L] float32. Logits that are an error (NaN, +inf, all -inf) give token -1 and
+    confidence NaN; positions that were not asked for token -1 and confidence -inf
 
 The draw is a two-level inverse CDF over tiles of TILE_V ids in id order: stream 0 picks the tile, stream 1 + tile the id
 inside it. So one pass over the logits can draw without knowing the normaliser, and the split never changes the result.
+
+Kernels: _vocab_kernel reads the logits once and leaves each tile's maximum, mass and candidate, its *parts*; where rows
+filter, filters.py draws anew and replaces the parts of those positions; whoever wants the candidates combines a
+position's parts (_combine): refine.py's commit, or _candidates_kernel. Reads of the logits: 1 for greedy and for
+temperature alone; with filters 1, and the chunks of them that reach the cut again. The reference reads them twice.
 """
 
 from typing import NamedTuple
 
 import torch
 
-from .philox import uniform_ref
+from ._triton import register_op, tl, triton, use_triton
+from .filters import CHUNK, GROUP, PIVOTS, STEP_BITS, _filter_kernel, _filters, _finite, _scale, cut_ref
+from .philox import _pick, _pick_tile, _uniform, pick_ref, uniform_ref
+from .roles import BAN_MASK, _locate
 
 TILE_V = 4096  # part of the definition of a draw: the same in the reference and in every kernel
+_SLAB = 2**19  # logits whose probabilities the reference holds at a time: they stay in a CPU's cache
+_WIDTH = 256  # the reference takes maxima of so many ids first: argmax, slow on a CPU, then sees one such tile
+
+_BAN_MASK = tl.constexpr(BAN_MASK)
+_NONE = tl.constexpr(float("-inf"))
+_NO_ID = tl.constexpr(2**31 - 1)
 
 
 class SampleParams(NamedTuple):
@@ -30,95 +45,369 @@ class SampleParams(NamedTuple):
     seed: torch.Tensor  # int64
 
 
-def candidates_ref(logits, row, position, step, params, mask_id, ban_mask, tile_v=TILE_V):
+def candidates_ref(logits, row, position, step, params, mask_id, ban_mask, tile_v=TILE_V, runner_up=False):
     """Candidates of M positions. See the module's text for the rule.
 
     logits [M, V]; row [M] int64 into the parameters; position [M] int64 absolute; step [M] int64;
     params SampleParams [R]; mask_id int; ban_mask [R] bool: the mask id is never a candidate of that row.
-    Returns token [M] int64, confidence [M] float32 (NaN: error).
+    Returns token [M] int64 and confidence [M] float32; with runner_up also the runner-up's, -1 and 0 where there is none.
     """
     if logits.shape[0] == 0:
-        return row.new_zeros(0), logits.new_zeros(0, dtype=torch.float32)
-    token, confidence, top = _greedy_ref(logits, mask_id, ban_mask[row], tile_v)
-    temperature = params.temperature[row]
-    sampled = temperature > 0
-    if bool(sampled.any()):
-        at = torch.where(sampled)[0]
-        own = row[at]
-        token[at], confidence[at] = _sample_ref(
-            logits[at].float(), temperature[at], params.top_k[own], params.top_p[own], params.seed[own],
-            position[at], step[at], mask_id, ban_mask[own], tile_v,
-        )  # fmt: skip
-    bad = ~torch.isfinite(top) | torch.isnan(confidence)
-    return token, confidence.masked_fill(bad, float("nan"))
+        nothing = (row.new_empty(0), logits.new_empty(0, dtype=torch.float32))
+        return nothing * 2 if runner_up else nothing
+    ban = ban_mask[row]
+    if not bool((params.temperature > 0).any()):  # sync: the reference alone
+        return _greedy_ref(logits, ban, mask_id, runner_up)
+    drawn = torch.where((params.temperature > 0)[row])[0]
+    own = SampleParams(*(parameter[row[drawn]] for parameter in params))
+    slabs = (
+        _sample_ref(logits[at], ban[at], position[at], step[at], SampleParams(*parameters), mask_id, tile_v, runner_up)
+        for at, *parameters in zip(*(tensor.split(_slab_rows(logits)) for tensor in (drawn, *own)), strict=True)
+    )
+    found = tuple(torch.cat(parts) for parts in zip(*slabs, strict=True))
+    if drawn.shape[0] < row.shape[0]:
+        whole = _greedy_ref(logits, ban, mask_id, runner_up)
+        found = tuple(into.index_copy_(0, drawn, part) for into, part in zip(whole, found, strict=True))
+    return found
 
 
-def _tile_max(x, tile_v):
-    """[M, V] -> [M, tiles]: the largest logit of each tile of ids; vectorised, unlike argmax on a CPU."""
-    whole = x.shape[1] // tile_v * tile_v
-    parts = [x[:, :whole].unflatten(1, (-1, tile_v)).amax(-1)] if whole else []
-    if whole < x.shape[1]:
-        parts.append(x[:, whole:].amax(-1, keepdim=True))
-    return torch.cat(parts, 1)
+def _slab_rows(logits):
+    return max(1, _SLAB // logits.shape[1])
 
 
-def _greedy_ref(logits, mask_id, ban, tile_v):
-    """token, confidence, and the largest logit a candidate may have ([M], NaN or inf marks an error)."""
+def _greedy_ref(logits, ban, mask_id, runner_up):
+    """ban [M] bool. Without it nothing but the candidate's tile is looked at twice."""
     vocab = logits.shape[1]
-    tile_v = min(tile_v, 1024, vocab)  # a small tile: argmax reads one tile only
-    tops = _tile_max(logits, tile_v)
-    finite = tops.amax(-1)  # over all ids, mask included: NaN and +inf anywhere are an error
-    if 0 <= mask_id < vocab:
-        home = mask_id // tile_v
-        tile = logits[:, home * tile_v : (home + 1) * tile_v].clone()
-        inside = tile[:, mask_id - home * tile_v]
-        inside.masked_fill_(ban, float("-inf"))
+    width = min(_WIDTH, vocab)
+    whole = vocab // width * width
+    tops = logits[:, :whole].unflatten(1, (-1, width)).amax(-1)
+    if whole < vocab:
+        tops = torch.cat((tops, logits[:, whole:].amax(-1, keepdim=True)), 1)
+    best, token = _first_best(logits, tops, width)
+    hidden = ban & (mask_id < vocab)
+    beaten = hidden & (token == mask_id)
+    if bool(beaten.any()):  # sync: the reference alone
+        home = mask_id // width
+        tile = logits[:, home * width : (home + 1) * width].clone()
+        tile[:, mask_id % width].masked_fill_(hidden, float("-inf"))
         tops[:, home] = tile.amax(-1)
-    best = tops.amax(-1)
-    home = tops.argmax(-1)
-    ids = (home[:, None] * tile_v + torch.arange(tile_v, device=logits.device)).clamp_(max=vocab - 1)
-    tile = logits.gather(1, ids)
-    if 0 <= mask_id < vocab:
-        tile = tile.masked_fill(ban[:, None] & (ids == mask_id), float("-inf"))
-    token = ids.gather(1, tile.argmax(-1, keepdim=True))
-    probability = torch.softmax(logits, -1, dtype=torch.float32).gather(1, token)[:, 0]
-    best = torch.where(torch.isfinite(finite), best, finite).float()
-    return token[:, 0], probability, best
+        best, token = _first_best(logits, tops, width, torch.where(hidden, mask_id, -1))
+    confidence = _probability(logits, token)  # NaN where the logits hold NaN or +inf, or nothing but -inf
+    confidence.masked_fill_(best == float("-inf"), float("nan"))
+    bad = confidence.isnan()
+    if not runner_up:
+        return token.masked_fill_(bad, -1), confidence
+    others = logits.scatter(1, token[:, None], float("-inf"))
+    if mask_id < vocab:
+        others[:, mask_id].masked_fill_(hidden, float("-inf"))
+    logit, second = others.max(-1)
+    none = bad | (logit == float("-inf"))
+    share = _probability(logits, second).masked_fill_(none, 0)
+    return token.masked_fill_(bad, -1), confidence, second.masked_fill_(none, -1), share
 
 
-def _sample_ref(x, temperature, top_k, top_p, seed, position, step, mask_id, ban, tile_v):
-    """Draw from the filtered distribution of x [M, V] float32; all other arguments [M] but mask_id and tile_v."""
-    count, vocab = x.shape
-    if 0 <= mask_id < vocab:
-        x[:, mask_id] = torch.where(ban, float("-inf"), x[:, mask_id])
+def _first_best(logits, tops, width, hidden=None):
+    """Largest logit [M] and its lowest id [M], NaN being the largest; tops [M, tiles]: maxima of `width` ids each."""
+    home = tops.max(-1).indices
+    ids = home[:, None] * width + torch.arange(width, device=logits.device)
+    tile = logits.gather(1, ids.clamp_(max=logits.shape[1] - 1))
+    if hidden is not None:
+        tile = tile.masked_fill(ids == hidden[:, None], float("-inf"))
+    best, at = tile.max(-1)
+    return best, home * width + at
+
+
+def _probability(logits, token):
+    """softmax(logits)[token]: float32 [M]; slab by slab into one buffer, since fresh memory costs more than exp."""
+    size = min(_slab_rows(logits), logits.shape[0])
+    buffer = logits.new_empty((size, logits.shape[1]), dtype=torch.float32)
+    found = buffer.new_empty(token.shape)
+    for x, ids, into in zip(logits.split(size), token[:, None].split(size), found[:, None].split(size), strict=True):
+        torch.gather(torch.softmax(x, -1, dtype=torch.float32, out=buffer[: x.shape[0]]), 1, ids, out=into)
+    return found
+
+
+def _sample_ref(logits, ban, position, step, params, mask_id, tile_v, runner_up):
+    """Draw from the filtered distributions of logits [M, V]; all else but the last three is [M]."""
+    count, vocab = logits.shape
+    x = logits.float() if logits.dtype != torch.float32 else logits.clone()
+    bad = torch.zeros_like(ban)
+    if mask_id < vocab:
+        bad = ban & ~(x[:, mask_id] < float("inf"))
+        x[:, mask_id].masked_fill_(ban, float("-inf"))
     top = x.amax(-1, keepdim=True)
-    weight = torch.exp((x - top) / temperature[:, None])
-    filters_k = (top_k > 0) & (top_k < vocab)
-    filters_p = top_p < 1
-    if bool((filters_k | filters_p).any()):
-        ordered = torch.sort(x, -1, descending=True).values
-        k_at = torch.where(filters_k, top_k, vocab).long() - 1
-        cut = ordered.gather(1, k_at[:, None])
-        mass = torch.exp((ordered - top) / temperature[:, None]).double().masked_fill(ordered < cut, 0)
-        above = mass.cumsum(-1) - mass
-        keep = (above <= top_p[:, None].double() * mass.sum(-1, keepdim=True)) & (ordered >= cut)
-        keep[:, 0] = True
-        nucleus = ordered.gather(1, keep.sum(-1, keepdim=True) - 1)
-        cut = torch.where(filters_p[:, None], nucleus, cut)
-        weight = weight.masked_fill(x < cut, 0)
+    temperature = params.temperature[:, None]
+    if bool((((params.top_k > 0) & (params.top_k < vocab)) | (params.top_p < 1)).any()):  # sync: the reference alone
+        x = x.masked_fill(x < cut_ref(x, params.temperature, params.top_k, params.top_p), float("-inf"))
+    weight = torch.exp((x - top) / temperature)
     tiles = -(-vocab // tile_v)
     padded = torch.nn.functional.pad(weight, (0, tiles * tile_v - vocab)).view(count, tiles, tile_v)
     masses = padded.sum(-1)
-    tile = _pick(masses, uniform_ref(seed, position, step, torch.zeros_like(position)))
+    tile = pick_ref(masses, uniform_ref(params.seed, position, step, torch.zeros_like(position)))
     inside = padded.gather(1, tile[:, None, None].expand(-1, 1, tile_v))[:, 0]
-    token = tile * tile_v + _pick(inside, uniform_ref(seed, position, step, tile + 1))
-    return token, weight.gather(1, token[:, None])[:, 0] / masses.sum(-1)
+    token = tile * tile_v + pick_ref(inside, uniform_ref(params.seed, position, step, tile + 1))
+    token.clamp_(max=vocab - 1)  # weights of NaN pick anything
+    total = masses.sum(-1)
+    confidence = (weight.gather(1, token[:, None])[:, 0] / total).masked_fill_(bad, float("nan"))
+    bad = confidence.isnan()
+    if not runner_up:
+        return token.masked_fill_(bad, -1), confidence
+    logit, second = x.scatter(1, token[:, None], float("-inf")).max(-1)
+    none = bad | (logit == float("-inf"))
+    share = (weight.gather(1, second[:, None])[:, 0] / total).masked_fill_(none, 0)
+    return token.masked_fill_(bad, -1), confidence, second.masked_fill_(none, -1), share
 
 
-def _pick(weight, uniform):
-    """Inverse CDF: the first index whose cumulative weight exceeds uniform * total; never one of weight zero."""
-    cumulative = weight.cumsum(-1)
-    beyond = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(-1)
-    positive = weight > 0
-    last = weight.shape[1] - 1 - positive.flip(-1).to(torch.uint8).argmax(-1)
-    return torch.minimum(beyond, last)
+def block_candidates_ref(
+    logits, start, step, params, mask_id, ban_mask, index=None, wanted=None, tile_v=TILE_V, runner_up=False
+):
+    """candidates_ref of blocks: logits [R, L, V], or [M, V] and index [R, L]; start, step [R]; wanted bool [R, L] or None.
+
+    Returns tensors [R, L]; positions without logits or not wanted get -1, -inf (and -1, 0).
+    """
+    shape = logits.shape[:2] if index is None else index.shape
+    if index is None:
+        logits = logits.flatten(0, 1)
+    if index is None and wanted is None:
+        at = torch.arange(logits.shape[0], device=logits.device)
+    else:
+        present = wanted if index is None else index >= 0 if wanted is None else wanted & (index >= 0)
+        at = torch.where(present.flatten())[0]
+        own = at if index is None else index.flatten()[at]
+        if own.shape[0] == logits.shape[0]:  # no copy of the logits: their order instead of the positions'
+            at = torch.empty_like(at).index_copy_(0, own, at)
+        else:
+            logits = logits[own]
+    row = at.div(shape[1], rounding_mode="floor")
+    found = candidates_ref(
+        logits, row, start[row] + at % shape[1], step[row].long(), params, mask_id, ban_mask, tile_v, runner_up
+    )  # fmt: skip
+    if index is None and wanted is None:
+        return tuple(tensor.view(shape) for tensor in found)
+    nothing = (-1, float("-inf"), -1, 0)
+    return tuple(
+        torch.full((shape[0] * shape[1],), value, dtype=tensor.dtype, device=at.device)
+        .index_copy_(0, at, tensor)
+        .view(shape)
+        for value, tensor in zip(nothing, found, strict=False)
+    )
+
+
+@triton.jit
+def _vocab_kernel(
+    LOGITS, INDEX, TOKENS, KIND, FROZEN,  # see _locate
+    FLAGS, START, STEP, TEMPERATURE, TOP_K, TOP_P, SEED,  # [R]
+    PART, PART_ID,  # float32 [3 or 5, R*L, tiles]: maximum, mass, candidate's logit (two best); int32 [1 or 3, ...]: ids
+    CHUNK_MAX, CHUNK_MASS,  # float32 [R*L, chunks] of positions that filter; None if no row does
+    vocab, mask_id, stride_r, stride_l, stride_v,
+    L: tl.constexpr, TILE_V: tl.constexpr, CHUNK: tl.constexpr, ONLY_NEEDED: tl.constexpr, RUNNER_UP: tl.constexpr,
+):  # fmt: skip
+    """Grid (R*L, tiles): what one tile of TILE_V ids says about one position, from one read of its logits."""
+    n = tl.program_id(0)
+    tile = tl.program_id(1)
+    tiles = tl.num_programs(1)
+    row = n // L
+    flags = tl.load(FLAGS + row).to(tl.int32)
+    base, wanted = _locate(
+        LOGITS, INDEX, TOKENS, KIND, FROZEN, flags, mask_id, n, stride_r, stride_l, L, ONLY_NEEDED
+    )  # fmt: skip
+    if not wanted:
+        return
+    temperature = tl.load(TEMPERATURE + row)
+    sampled = temperature > 0
+    scale = _scale(temperature)
+    local = tl.arange(0, TILE_V // CHUNK)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+    ids = tile * TILE_V + local
+    x = tl.load(base + ids.to(tl.int64) * stride_v, mask=ids < vocab, other=_NONE).to(tl.float32)
+
+    mask_logit = tl.full([], float("-inf"), tl.float32)
+    if (mask_id >= tile * TILE_V) & (mask_id < (tile + 1) * TILE_V) & ((flags & _BAN_MASK) != 0):
+        mask_logit = tl.sum(tl.where(ids == mask_id, x, 0.0))  # a sum, since a maximum would lose NaN
+        x = tl.where(ids == mask_id, _NONE, x)
+    best = tl.max(x)
+    first = tl.min(tl.where(x == best, ids, _NO_ID))
+    top = tl.where(sampled, best, tl.maximum(best, mask_logit))
+    weight = tl.exp2((x - _finite(top)) * scale)
+    mask_weight = tl.exp2((mask_logit - _finite(top)) * scale)
+    mask_is_bad = (mask_logit != mask_logit) | (mask_logit == float("inf"))
+    mask_weight = tl.where(sampled, tl.where(mask_is_bad, float("nan"), 0.0), mask_weight)
+    mass = tl.sum(weight) + mask_weight  # NaN if the tile holds NaN or +inf
+
+    logit = best
+    token = first
+    if sampled:
+        uniform = _uniform(tl.load(SEED + row), tl.load(START + row) + n % L, tl.load(STEP + row), tile + 1)
+        drawn = _pick_tile(weight, uniform)
+        token = tile * TILE_V + drawn
+        logit = tl.max(tl.where(local == drawn, x, _NONE))
+        if CHUNK_MAX is not None:
+            if _filters(tl.load(TOP_K + row), tl.load(TOP_P + row), vocab):
+                chunk = (n * tiles + tile) * (TILE_V // CHUNK) + tl.arange(0, TILE_V // CHUNK)
+                tl.store(CHUNK_MAX + chunk, tl.max(x, 1))
+                tl.store(CHUNK_MASS + chunk, tl.sum(weight, 1))
+
+    plane = tl.num_programs(0) * tiles
+    at = n * tiles + tile
+    tl.store(PART + at, top)
+    tl.store(PART + plane + at, mass)
+    tl.store(PART + 2 * plane + at, logit)
+    tl.store(PART_ID + at, token)
+    if RUNNER_UP:
+        others = tl.where(ids == first, _NONE, x)
+        second = tl.max(others)
+        tl.store(PART + 3 * plane + at, best)
+        tl.store(PART + 4 * plane + at, second)
+        tl.store(PART_ID + plane + at, first)
+        tl.store(PART_ID + 2 * plane + at, tl.min(tl.where(others == second, ids, _NO_ID)))
+
+
+@triton.jit
+def _combine(PART, PART_ID, n, wanted, tiles, plane, temperature, seed, position, step, TILES: tl.constexpr):
+    """Positions n [P] of one row from their parts: token int32, confidence, largest logit, mass and scale to it.
+
+    Token -1 and confidence NaN where the logits are an error, or where not wanted.
+    """
+    lane = tl.arange(0, TILES)[None, :]
+    at = n[:, None] * tiles + lane
+    there = wanted[:, None] & (lane < tiles)
+    tops = tl.load(PART + at, mask=there, other=_NONE)
+    masses = tl.load(PART + plane + at, mask=there, other=0.0)
+    logits = tl.load(PART + 2 * plane + at, mask=there, other=_NONE)
+    tokens = tl.load(PART_ID + at, mask=there, other=_NO_ID)
+    scale = _scale(temperature)
+    top = _finite(tl.max(tops, 1))
+    masses *= tl.exp2((tops - top[:, None]) * scale)
+    mass = tl.sum(masses, 1)
+    own = logits == tl.max(logits, 1)[:, None]
+    if temperature > 0:
+        tile = _pick(masses, mass * _uniform(seed, position, step, tl.full([], 0, tl.int32)))
+        own = lane == tile[:, None]
+    token = tl.min(tl.where(own, tokens, _NO_ID), 1)
+    logit = tl.max(tl.where(own, logits, _NONE), 1)
+    bad = (logit == _NONE) | (mass != mass)
+    confidence = tl.where(bad, float("nan"), tl.exp2((logit - top) * scale) / mass)
+    return tl.where(bad, -1, token), confidence, top, mass, scale
+
+
+@triton.jit
+def _candidates_kernel(
+    INDEX, START, STEP, TEMPERATURE, SEED, PART, PART_ID,
+    TOKEN, CONFIDENCE, SECOND, SECOND_CONFIDENCE,  # [R, L]; the last two are None without a runner-up
+    tiles, L: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Grid (R,): the candidates of one row from the parts of its positions."""
+    row = tl.program_id(0)
+    lane = tl.arange(0, LANES)
+    n = row * L + lane
+    wanted = lane < L
+    if INDEX is not None:
+        wanted &= tl.load(INDEX + n, mask=lane < L, other=-1) >= 0
+    plane = tl.num_programs(0) * L * tiles
+    token, confidence, top, mass, scale = _combine(
+        PART, PART_ID, n, wanted, tiles, plane, tl.load(TEMPERATURE + row), tl.load(SEED + row),
+        tl.load(START + row) + lane, tl.load(STEP + row), TILES,
+    )  # fmt: skip
+    tl.store(TOKEN + n, token.to(tl.int64), mask=lane < L)
+    tl.store(CONFIDENCE + n, tl.where(wanted, confidence, _NONE), mask=lane < L)
+    if SECOND is not None:
+        tile = tl.arange(0, TILES)[None, :]
+        at = n[:, None] * tiles + tile
+        there = wanted[:, None] & (tile < tiles)
+        best_id = tl.load(PART_ID + plane + at, mask=there, other=_NO_ID)
+        other_id = tl.load(PART_ID + 2 * plane + at, mask=there, other=_NO_ID)
+        best = tl.load(PART + 3 * plane + at, mask=there, other=_NONE)
+        other = tl.load(PART + 4 * plane + at, mask=there, other=_NONE)
+        taken = best_id == token[:, None]  # then the tile's second best takes part
+        best = tl.where(taken, other, best)
+        logit = tl.max(best, 1)
+        second = tl.min(tl.where(best == logit[:, None], tl.where(taken, other_id, best_id), _NO_ID), 1)
+        none = (token < 0) | (logit == _NONE)
+        share = tl.exp2((logit - top) * scale) / mass
+        tl.store(SECOND + n, tl.where(none, -1, second).to(tl.int64), mask=lane < L)
+        tl.store(SECOND_CONFIDENCE + n, tl.where(none, 0.0, share), mask=lane < L)
+
+
+def launch_parts(
+    logits, index, roles, flags, start, step, params, mask_id, filters, runner_up=False, tile_v=TILE_V
+):
+    """The launches that read the logits: parts float32 [3 or 5, R*L, tiles] and their ids int32 [1 or 3, R*L, tiles].
+
+    roles: (tokens, kind, frozen) to read only what a step needs, else None. flags: integer [R], bit BAN_MASK.
+    filters: False if no row has top-k or top-p.
+    """
+    if logits.dtype not in STEP_BITS:
+        raise ValueError(f"logits: expected one of {', '.join(map(str, STEP_BITS))}, got {logits.dtype}")
+    rows, length = logits.shape[:2] if index is None else index.shape
+    vocab = logits.shape[-1]
+    stride_r, stride_l, stride_v = logits.stride() if index is None else (logits.stride(0), 0, logits.stride(1))
+    tiles = triton.cdiv(vocab, tile_v)
+    positions, device = rows * length, logits.device
+    parts = torch.empty((5 if runner_up else 3, positions, tiles), device=device)
+    ids = torch.empty((3 if runner_up else 1, positions, tiles), dtype=torch.int32, device=device)
+    chunks = torch.empty((2, positions, tiles * (tile_v // CHUNK)), device=device) if filters else (None, None)
+    tokens, kind, frozen = (None, None, None) if roles is None else roles
+    inputs = (logits, index, tokens, kind, frozen, flags, start, step, *params, parts, ids, *chunks)
+    shape = {"L": length, "TILE_V": tile_v, "CHUNK": CHUNK, "ONLY_NEEDED": roles is not None, "RUNNER_UP": runner_up}
+    where = (vocab, mask_id, stride_r, stride_l, stride_v)
+    _vocab_kernel[(positions, tiles)](*inputs, *where, **shape, num_warps=4)
+    if filters:
+        _filter_kernel[(positions,)](
+            *inputs, chunks[0].view(torch.int32), *where, tiles, **shape, TILES=triton.next_power_of_2(tiles),
+            STEP_BITS=STEP_BITS[logits.dtype], PIVOTS=PIVOTS, GROUP=GROUP, num_warps=8,
+        )  # fmt: skip
+    return parts, ids
+
+
+def _launch(logits, start, step, params, mask_id, ban_mask, index, filters, runner_up, tile_v=TILE_V):
+    rows, length = logits.shape[:2] if index is None else index.shape
+    found = _empty(logits, index, runner_up)
+    if rows * length == 0:
+        return found
+    parts, ids = launch_parts(
+        logits, index, None, ban_mask.view(torch.uint8), start, step, params, mask_id, filters, runner_up, tile_v
+    )  # fmt: skip
+    tiles = parts.shape[2]
+    _candidates_kernel[(rows,)](
+        index, start, step, params.temperature, params.seed, parts, ids, *found, *(() if runner_up else (None, None)),
+        tiles, length, triton.next_power_of_2(tiles), lanes(length), num_warps=4,
+    )  # fmt: skip
+    return found
+
+
+def lanes(length):
+    """Lanes of a kernel that has a row's positions side by side."""
+    return max(16, triton.next_power_of_2(length))
+
+
+def _empty(logits, index, runner_up):
+    shape = logits.shape[:2] if index is None else index.shape
+    types = (torch.int64, torch.float32) * (2 if runner_up else 1)
+    return tuple(logits.new_empty(shape, dtype=dtype) for dtype in types)
+
+
+def _run(logits, start, step, temperature, top_k, top_p, seed, mask_id, ban_mask, index, filters, runner_up):
+    params = SampleParams(temperature, top_k, top_p, seed)
+    if use_triton(logits):
+        return list(_launch(logits, start, step, params, mask_id, ban_mask, index, filters, runner_up))
+    return list(block_candidates_ref(logits, start, step, params, mask_id, ban_mask, index, runner_up=runner_up))
+
+
+_op = register_op(
+    "candidates(Tensor logits, Tensor start, Tensor step, Tensor temperature, Tensor top_k, Tensor top_p, Tensor seed, "
+    "int mask_id, Tensor ban_mask, Tensor? index, bool filters, bool runner_up) -> Tensor[]",
+    _run,
+    lambda logits, *arguments: list(_empty(logits, arguments[-3], arguments[-1])),
+)
+
+
+def candidates(logits, start, step, params, mask_id, ban_mask, index=None, filters=True, runner_up=False):
+    """Candidates of R blocks.
+
+    logits [R, L, V]; or [M, V], and index int64 [R, L] names each position's row of logits, -1 for none.
+    start [R] int64: absolute position of a block's first token; step [R] int32; params SampleParams [R]; mask_id int;
+    ban_mask [R] bool. filters=False promises that no row has top-k or top-p, and saves a launch on a GPU.
+    Returns token int64, confidence float32 [R, L]; with runner_up also the runner-up's, -1 and 0 where there is none.
+    """
+    if (logits.ndim, index is None) not in ((3, True), (2, False)):
+        raise ValueError(f"logits: expected [R, L, V], or [M, V] and an index, got {tuple(logits.shape)}")
+    return tuple(_op(logits, start, step, *params, mask_id, ban_mask, index, filters, runner_up))

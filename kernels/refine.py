@@ -130,10 +130,12 @@ def refine_step_ref(logits, state, params, mask_id, index=None):
     present = index >= 0
     row = torch.arange(rows, device=where.device)[:, None].expand(rows, length)[present]
     position = (state.start[:, None] + where)[present]
+    own = index[present]
+    if own.shape[0] != logits.shape[0] or bool((own.diff() < 0).any()):  # sync: saves a copy of the logits
+        logits = logits[own]
     sampling = SampleParams(params.temperature, params.top_k, params.top_p, params.seed)
     picked, probability = candidates_ref(
-        logits[index[present]] if index.numel() != logits.shape[0] else logits,
-        row, position, state.step[row].long(), sampling, mask_id, (params.flags & BAN_MASK) != 0,
+        logits, row, position, state.step[row].long(), sampling, mask_id, (params.flags & BAN_MASK) != 0,
     )  # fmt: skip
     token = torch.full_like(state.tokens, -1)
     confidence = torch.full(token.shape, float("-inf"), device=token.device)
@@ -192,7 +194,7 @@ def _commit_ref(token, confidence, state, params, mask_id):
     first_valid = _first(is_eos & (state.kind == VALID))
     judged = ((flags & EOS_STEP) != 0) | (((flags & EOS_END) != 0) & done)
     finished = judged & (first_valid < length) & (first_mask > first_valid)
-    
+
     first_any = _first(is_eos)
     in_prompt = (state.prefix & PREFIX_EOS) != 0
     first_is_prompt = prompt.gather(1, first_any.clamp(max=length - 1)[:, None])[:, 0]

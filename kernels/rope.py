@@ -1,12 +1,15 @@
-"""QK-norm and partial rotary embedding of a fused projection.
+"""QK-norm and partial rotary embedding of a fused projection, and the page writes that follow.
 
 qkv [T, nq + 2 nk, D] -> q [T, nq, D], k [T, nk, D], v [T, nk, D]
 q, k = rms_norm over D (if there are weights), then the first `rot` dims rotated, half-split pairing:
 [a, b] -> [a cos - b sin, b cos + a sin]; dims rot..D-1 pass through
+qk_norm_rope_write stores k and v in the pages of a cache instead of returning them
 """
 
 import torch
 
+from ._triton import tl, triton, use_triton
+from .attention import check_caches, write_pages
 from .norm import rms_norm_ref
 
 
@@ -33,6 +36,124 @@ def qk_norm_rope_ref(qkv, q_weight, k_weight, cos, sin, eps, num_heads, num_kv_h
     return qk[:, :num_heads], qk[:, num_heads:], v
 
 
+def qk_norm_rope_write_ref(
+    qkv, q_weight, k_weight, cos, sin, eps, num_heads, num_kv_heads, k_cache, v_cache, slot
+):  # fmt: skip
+    """qk_norm_rope_ref, then k and v at slots [T] int64 of the caches [pages, L, nk, D], -1 = nowhere -> q."""
+    q, k, v = qk_norm_rope_ref(qkv, q_weight, k_weight, cos, sin, eps, num_heads, num_kv_heads)
+    if bool((slot < 0).any()):  # sync: reference
+        kept = slot >= 0
+        k, v, slot = k[kept], v[kept], slot[kept]
+    write_pages(k, v, k_cache, v_cache, slot)
+    return q
+
+
+@triton.jit
+def _rounded(x, like):
+    """x in the dtype that `like` points to, as float32 again: a rounding that no fused multiply-add can skip."""
+    return x.to(like.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _qk_norm_rope_kernel(
+    QKV, Q_WEIGHT, K_WEIGHT, COS, SIN, Q, K, V, SLOT, eps, tokens, qkv_stride, page_stride, token_stride,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, ROT: tl.constexpr, L: tl.constexpr,
+    TILE_R: tl.constexpr, TILE_D: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of the T * (nq + 2 nk) vectors,). Weights None: no norm. V None: v is not stored.
+
+    SLOT None: k of token t goes to K[t]. Every rounding of the reference is made: after the norm, after the weight,
+    after both products and after their sum.
+    """
+    ALL: tl.constexpr = HEADS + 2 * KV_HEADS
+    HALF: tl.constexpr = ROT // 2
+    r = tl.program_id(0).to(tl.int64) * TILE_R + tl.arange(0, TILE_R)[:, None]
+    d = tl.arange(0, TILE_D)[None, :]
+    token = r // ALL
+    head = r % ALL
+    exists = token < tokens
+    is_q = head < HEADS
+    is_v = head >= HEADS + KV_HEADS
+    inside = exists & (d < D)
+    turns = d < ROT
+    partner = tl.where(d < HALF, d + HALF, d - HALF)  # the dim a dim is paired with
+    vector = QKV + token * qkv_stride + head * D
+    raw = tl.load(vector + d, mask=inside, other=0.0)
+    x = raw.to(tl.float32)
+    y = tl.load(vector + partner, mask=inside & turns, other=0.0).to(tl.float32)
+    if Q_WEIGHT is not None:
+        scale = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+        q_weight = tl.load(Q_WEIGHT + d, mask=d < D, other=0.0).to(tl.float32)
+        k_weight = tl.load(K_WEIGHT + d, mask=d < D, other=0.0).to(tl.float32)
+        x = _rounded(_rounded(x * scale, QKV) * tl.where(is_q, q_weight, k_weight), QKV)
+        q_weight = tl.load(Q_WEIGHT + partner, mask=turns, other=0.0).to(tl.float32)
+        k_weight = tl.load(K_WEIGHT + partner, mask=turns, other=0.0).to(tl.float32)
+        y = _rounded(_rounded(y * scale, QKV) * tl.where(is_q, q_weight, k_weight), QKV)
+    cos = tl.load(COS + token * ROT + d, mask=exists & turns, other=1.0).to(tl.float32)
+    sin = tl.load(SIN + token * ROT + d, mask=exists & turns, other=0.0).to(tl.float32)
+    turned = _rounded(x * cos, QKV) + _rounded(tl.where(d < HALF, -y, y) * sin, QKV)
+    result = tl.where(turns, turned, x).to(Q.dtype.element_ty)
+    tl.store(Q + (token * HEADS + head) * D + d, result, mask=inside & is_q)
+    if SLOT is None:
+        place = token * page_stride
+    else:
+        slot = tl.load(SLOT + token, mask=exists, other=-1)
+        inside = inside & (slot >= 0)
+        place = slot // L * page_stride + slot % L * token_stride
+    tl.store(K + place + (head - HEADS) * D + d, result, mask=inside & (head >= HEADS) & (head < HEADS + KV_HEADS))
+    if V is not None:
+        tl.store(V + place + (head - HEADS - KV_HEADS) * D + d, raw, mask=inside & is_v)
+
+
 def qk_norm_rope(qkv, q_weight, k_weight, cos, sin, eps, num_heads, num_kv_heads):
-    """QK-norm and rotary embedding; see qk_norm_rope_ref for shapes."""
-    return qk_norm_rope_ref(qkv, q_weight, k_weight, cos, sin, eps, num_heads, num_kv_heads)
+    """QK-norm and rotary embedding; see qk_norm_rope_ref for shapes. One launch; v is a view of qkv."""
+    if not use_triton(qkv):
+        return qk_norm_rope_ref(qkv, q_weight, k_weight, cos, sin, eps, num_heads, num_kv_heads)
+    k = qkv.new_empty(qkv.shape[0], num_kv_heads, qkv.shape[2])
+    q = _launch(qkv, q_weight, k_weight, cos, sin, eps, num_heads, num_kv_heads, k[:, None], None, None)
+    return q, k, qkv[:, num_heads + num_kv_heads :]
+
+
+def qk_norm_rope_write(
+    qkv, q_weight, k_weight, cos, sin, eps, num_heads, num_kv_heads, k_cache, v_cache, slot
+):  # fmt: skip
+    """QK-norm, rotary embedding and page writes; see qk_norm_rope_write_ref. One launch. Returns q [T, nq, D]."""
+    args = (qkv, q_weight, k_weight, cos, sin, eps, num_heads, num_kv_heads, k_cache, v_cache, slot)
+    return _launch(*args) if use_triton(qkv) else qk_norm_rope_write_ref(*args)
+
+
+def _launch(qkv, q_weight, k_weight, cos, sin, eps, num_heads, num_kv_heads, k_cache, v_cache, slot):
+    tokens, heads, dim = qkv.shape
+    rot = cos.shape[-1]
+    if heads != num_heads + 2 * num_kv_heads or qkv.stride()[1:] != (dim, 1):
+        raise ValueError(
+            f"qkv: [T, {num_heads} + 2 * {num_kv_heads}, D] expected, a token's heads side by side, "
+            f"got {list(qkv.shape)} with strides {qkv.stride()}"
+        )
+    for name, x, shape in (
+        ("q_weight", q_weight, (dim,)), ("k_weight", k_weight, (dim,)),
+        ("cos", cos, (tokens, rot)), ("sin", sin, (tokens, rot)),
+    ):  # fmt: skip
+        if x is not None and (x.shape != shape or x.dtype != qkv.dtype or not x.is_contiguous()):
+            raise ValueError(f"{name}: contiguous {qkv.dtype} {list(shape)} expected, got {x.dtype} {list(x.shape)}")
+    if rot % 2 or rot > dim:
+        raise ValueError(f"cos: an even number of rotated dims up to {dim} expected, got {rot}")
+    if slot is not None:
+        check_caches(qkv, k_cache, v_cache, num_kv_heads)
+        if slot.shape != (tokens,) or slot.dtype != torch.int64 or not slot.is_contiguous():
+            raise ValueError(f"slot: contiguous int64 [{tokens}] expected, got {slot.dtype} {list(slot.shape)}")
+    q = qkv.new_empty(tokens, num_heads, dim)
+    if tokens:
+        meta = rope_tile(num_heads, num_kv_heads, dim)
+        _qk_norm_rope_kernel[(triton.cdiv(tokens * heads, meta["TILE_R"]),)](
+            qkv, q_weight, k_weight, cos, sin, q, k_cache, v_cache, slot, eps, tokens,
+            qkv.stride(0), k_cache.stride(0), k_cache.stride(1), ROT=rot, L=k_cache.shape[1], **meta,
+        )  # fmt: skip
+    return q
+
+
+def rope_tile(num_heads, num_kv_heads, dim):
+    """Compile-time arguments of the kernel that depend on the heads; a program takes about 1024 elements."""
+    tile = triton.next_power_of_2(dim)
+    shape = {"TILE_R": max(1, 1024 // tile), "TILE_D": tile, "num_warps": 4}
+    return {"HEADS": num_heads, "KV_HEADS": num_kv_heads, "D": dim, **shape}

@@ -9,11 +9,13 @@ import time
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from .config import DecodeParams
 from .kernels import refine
 from .kernels.attention import Run
+from .kernels.moe import ROWS
 from .kernels.refine import RefineParams, RefineState, needed_positions, refine_step
 
 PREFILL_TOKENS = 4096  # prompt tokens of one prefill forward; longer prompts go in chunks of whole blocks
@@ -102,7 +104,7 @@ def row_rules(params, length):
         least = 0
         flags |= refine.FILL_PROMPT | refine.EOS_HOLDS | (refine.EOS_COMMIT if params.eos_early_stop else 0)
     elif params.profile == "hf-2.1":
-        steps, least, max_steps = length, params.num_to_transfer, length + params.max_post_steps + 1
+        steps, least, max_steps = length, params.num_to_transfer, min(length + params.max_post_steps + 1, _NEVER)
         flags |= refine.FILL_PROMPT | refine.EDITING | (refine.EOS_CLEAN if params.eos_early_stop else 0)
     else:
         editing = params.editing_threshold is not None
@@ -156,7 +158,10 @@ class CachedForward:
         chosen = needed[slots]
         index = torch.full(needed.shape, -1, device=needed.device)
         index[slots] = torch.where(chosen, chosen.flatten().cumsum(0).view(chosen.shape) - 1, -1)
-        return self.model.lm_logits(hidden[own.to(chosen.device)[chosen]]), index
+        picked = hidden[own.to(chosen.device)[chosen]]
+        # padded to whole ROWS, so that a position's logits do not depend on how many others are needed
+        logits = self.model.lm_logits(F.pad(picked, (0, 0, 0, -len(picked) % ROWS)))
+        return logits[: len(picked)], index
 
     def _prefill(self, rows):
         started = time.perf_counter()
@@ -203,10 +208,13 @@ class BlockDecoder:
 
     forward: called as forward(rows, state, needed) -> (logits, index), with open(row) and close(row), like
     CachedForward. slots: how many rows at most. mask_id: int. max_eos: EOS ids a row may have.
+    all_logits: candidates for every position of a running row's block, not only where the rule needs them.
+    status: the last step's status tensor as lists of ints, [slots][8].
     """
 
-    def __init__(self, forward, slots, block_length, mask_id, device="cpu", max_eos=1, trace=False):
+    def __init__(self, forward, slots, block_length, mask_id, device="cpu", max_eos=1, trace=False, all_logits=False):
         self.forward, self.length, self.mask_id, self.trace = forward, block_length, mask_id, trace
+        self.all_logits, self.status = all_logits, None
         self.rows = [None] * slots
         blocks = torch.full((slots, block_length), mask_id, device=device)
         self.state = RefineState.start_block(
@@ -243,11 +251,13 @@ class BlockDecoder:
         )  # fmt: skip
         self.forward.open(row)
         self.rows[slot] = row
-        for name, value in (row_rules(params, length) | {"seed": seed, "eos_ids": eos}).items():
+        rules = row_rules(params, length)
+        for name, value in (rules | {"seed": seed, "eos_ids": eos}).items():
             getattr(self.params, name)[slot] = value
         self._start_block(row)
-        if self.params.max_steps[slot] == 0:  # hf-2.0 with gen_length < minimal_topk: no step is ever taken
+        if rules["max_steps"] == 0:  # hf-2.0 with gen_length < minimal_topk: no step is ever taken
             row.finish_reason = "length"
+            self.state.frozen[slot] = refine.FINISHED
         return row
 
     def close(self, slot):
@@ -269,13 +279,16 @@ class BlockDecoder:
             if row.block_done:
                 row.block += 1
                 self._start_block(row)
-        needed = needed_positions(self.state, self.params, self.mask_id)
+        if self.all_logits:
+            needed = (self.state.kind != refine.ABSENT) & (self.state.frozen == 0)[:, None]
+        else:
+            needed = needed_positions(self.state, self.params, self.mask_id)
         logits, index = self.forward(rows, self.state, needed)
         before = self.state.tokens.clone() if self.trace else None
         output = refine_step(logits, self.state, self.params, self.mask_id, index)
-        status = output.status.tolist()  # sync: the one of a step
+        self.status = output.status.tolist()  # sync: the one of a step
         for row in rows:
-            self._account(row, status[row.slot])
+            self._account(row, self.status[row.slot])
         if self.trace:
             self._record(rows, output, before)
         return output

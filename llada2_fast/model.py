@@ -13,10 +13,10 @@ from torch import nn
 
 from . import checkpoint
 from .config import ModelConfig
-from .kernels.attention import block_attention, masked_attention, run_slots, write_pages
+from .kernels.attention import block_attention, masked_attention, place_blocks
 from .kernels.moe import experts, gated, route
-from .kernels.norm import rms_norm
-from .kernels.rope import qk_norm_rope, rope_angles
+from .kernels.norm import add_rms_norm, rms_norm
+from .kernels.rope import qk_norm_rope, qk_norm_rope_write, rope_angles
 from .tokens import special_ids
 
 
@@ -48,9 +48,16 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         return rms_norm(x, self.weight, self.eps)
 
+    def add(self, x, delta):
+        """x + delta and its norm."""
+        return add_rms_norm(x, delta, self.weight, self.eps)
+
 
 class Attention(nn.Module):
-    """QKV projection, QK-norm, RoPE, attention by the caller's `attend(q, k, v)`, output projection."""
+    """QKV projection, QK-norm, RoPE, attention by the caller's `attend(q, k, v)`, output projection.
+
+    With pages = (k_cache, v_cache, slot) k and v go to their pages instead, and attend(q) finds them there.
+    """
 
     def __init__(self, config, **kw):
         super().__init__()
@@ -66,12 +73,13 @@ class Attention(nn.Module):
         self.dense = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=config.use_bias, **kw)
         self.norms = config.use_qk_norm
 
-    def forward(self, x, cos, sin, attend):
+    def forward(self, x, cos, sin, attend, pages=None):
         qkv = self.query_key_value(x).unflatten(-1, (-1, self.head_dim))
         q_weight = self.query_layernorm.weight if self.norms else None
         k_weight = self.key_layernorm.weight if self.norms else None
-        q, k, v = qk_norm_rope(qkv, q_weight, k_weight, cos, sin, self.eps, self.heads, self.kv_heads)
-        return self.dense(attend(q, k, v).flatten(-2))
+        args = (qkv, q_weight, k_weight, cos, sin, self.eps, self.heads, self.kv_heads)
+        o = attend(*qk_norm_rope(*args)) if pages is None else attend(qk_norm_rope_write(*args, *pages))
+        return self.dense(o.flatten(-2))
 
 
 class MLP(nn.Module):
@@ -136,9 +144,10 @@ class Layer(nn.Module):
         dense = index < config.first_k_dense_replace
         self.mlp = MLP(config.hidden_size, config.intermediate_size, **kw) if dense else MoE(config, **kw)
 
-    def forward(self, x, cos, sin, attend, block=None):
-        x = x + self.attention(self.input_layernorm(x), cos, sin, attend)
-        y, ids = self.mlp(self.post_attention_layernorm(x), block)
+    def forward(self, x, cos, sin, attend, block=None, pages=None):
+        o = self.attention(self.input_layernorm(x), cos, sin, attend, pages)
+        x, h = self.post_attention_layernorm.add(x, o)
+        y, ids = self.mlp(h, block)
         return x + y, ids
 
 
@@ -244,10 +253,14 @@ class LLaDA2Model(nn.Module):
 
     def _mask(self, attention_mask, batch, size, block_length):
         if attention_mask is not None and attention_mask.ndim == 4:
-            if attention_mask.shape[0] not in (1, batch) or attention_mask.shape[2:] != (size, size):
+            rows, heads = attention_mask.shape[:2]
+            fits = rows in (1, batch) and heads in (1, self.config.num_attention_heads)
+            if not fits or attention_mask.shape[2:] != (size, size):
                 raise ValueError(
                     f"attention_mask: [{batch}, 1, {size}, {size}] expected, got {list(attention_mask.shape)}"
                 )
+            if attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
+                raise ValueError(f"attention_mask: bool or additive float expected, got {attention_mask.dtype}")
             return attention_mask if attention_mask.dtype == torch.bool else attention_mask.to(self.dtype)
         mask = block_causal_mask(size, block_length, self.device)[None, None]
         if attention_mask is None:
@@ -262,21 +275,20 @@ class LLaDA2Model(nn.Module):
     def forward_blocks(self, tokens, positions, runs, cache):
         """Hidden states of packed runs of whole blocks over cached pages; their K/V are written to their pages.
 
-        tokens, positions int64 [T], T = blocks of all runs times L; runs: list of Run; cache: PagedKVCache.
-        Returns [T, H] after the final norm; lm_logits turns the needed ones into logits.
+        tokens, positions int64 [T], T = blocks of all runs times L; runs: list of Run, or a BlockBatch, which a CUDA
+        graph can hold; cache: PagedKVCache. Returns [T, H] after the final norm; lm_logits turns the needed ones into
+        logits.
         """
-        length = cache.block_length
-        slot = torch.tensor(run_slots(runs, length), device=tokens.device)
-        block = torch.arange(tokens.shape[0], device=tokens.device) // length
-        cos, sin = self._angles(positions)
         x = self.word_embeddings(tokens)
-        for i, layer in enumerate(self.layers):
+        blocks, slot = place_blocks(runs, cache.block_length, x)
+        block = torch.arange(tokens.shape[0], device=tokens.device) // cache.block_length
+        cos, sin = self._angles(positions)
+        for layer, k_cache, v_cache in zip(self.layers, cache.k, cache.v, strict=True):
 
-            def attend(q, k, v, i=i):
-                write_pages(k, v, cache.k[i], cache.v[i], slot)
-                return block_attention(q, cache.k[i], cache.v[i], runs)
+            def attend(q, k_cache=k_cache, v_cache=v_cache):
+                return block_attention(q, k_cache, v_cache, blocks)
 
-            x, _ = layer(x, cos, sin, attend, block)
+            x, _ = layer(x, cos, sin, attend, block, (k_cache, v_cache, slot))
         return self.norm(x)
 
     def generate(self, inputs, **kwargs):

@@ -1,13 +1,13 @@
-"""The output objects of the diffusers-shaped classes."""
+"""The base of the output objects of the diffusers-shaped classes."""
 
 from collections import OrderedDict
 from dataclasses import fields
 
 
 class Output(OrderedDict):
-    """Base of output dataclasses (declare them with eq=False): attributes, keys and indices, as diffusers' BaseOutput.
+    """A dataclass (declare it with eq=False) whose fields are also keys and indices, as diffusers' BaseOutput.
 
-    Fields that are None have no key and no index. Keys can be set, never removed or added.
+    Fields that are None have no key and no index. Values can be replaced, fields neither added nor removed.
     """
 
     def __post_init__(self):
@@ -26,7 +26,7 @@ class Output(OrderedDict):
         names = [field.name for field in fields(self)]
         if name not in names:
             raise AttributeError(f"{type(self).__name__} has no field {name!r}: expected one of {names}")
-        object.__setattr__(self, name, value)
+        super().__setattr__(name, value)
         if name in self:
             super().__setitem__(name, value)
 
@@ -38,6 +38,6 @@ class Output(OrderedDict):
         return tuple(self[key] for key in self)
 
     def _fixed(self, *args, **kwargs):
-        raise TypeError(f"{type(self).__name__}: its fields cannot be removed or added")
+        raise TypeError(f"{type(self).__name__}: fields can neither be added nor removed")
 
     __delitem__ = pop = popitem = setdefault = update = clear = _fixed

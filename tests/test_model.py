@@ -15,6 +15,7 @@ GOLDEN = Path(__file__).parent / "golden"
 SETS = ["tiny", "group", "variant", "flat", "moe256", "bf16", "block22"]
 BF16_SETS = ["bf16", "moe256"]
 ATOL = 1e-4  # float32 against float32
+NEAR = 5e-5  # the same product at another height: matrix products round differently, nothing else may
 BF16_TOL = 2**-5  # one layer in bfloat16, other order of summation: a few units in the last place
 
 
@@ -66,13 +67,16 @@ def test_hidden_states(name):
         inputs["input_ids"], position_ids=inputs["position_ids"], block_length=8, output_hidden_states=True
     ).hidden_states
     assert len(got) == model.config.num_hidden_layers + 2
-    for hidden, layer in zip(got, layer_names(model), strict=True):
-        torch.testing.assert_close(hidden, outputs[f"bl8.hidden.{layer}"], atol=ATOL, rtol=0, msg=lambda m, n=layer: f"{n}: {m}")
+    worst = {
+        layer: (hidden - outputs[f"bl8.hidden.{layer}"]).abs().max().item()
+        for hidden, layer in zip(got, layer_names(model), strict=True)
+    }
+    assert {layer: error for layer, error in worst.items() if not error <= ATOL} == {}
 
 
 @pytest.mark.parametrize("name", BF16_SETS)
 def test_bfloat16_end_to_end(name):
-    """A rounding may hand a token to another expert, after which it differs for good: so shares of tokens, not maxima."""
+    """A rounding may hand a token to another expert and change it for good: so shares of tokens, not maxima."""
     model, (inputs, outputs) = load(name, torch.bfloat16), recorded(name)
     got = model(inputs["input_ids"], position_ids=inputs["position_ids"], block_length=8)
     wanted = outputs["bf16.bl8.logits"]
@@ -117,13 +121,13 @@ def ids_of(name, batch=2, size=32, seed=0):
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_later_blocks_move_nothing_and_the_own_block_moves_everything(name):
+def test_a_token_moves_its_own_block_and_later_ones_only(name):
     model, ids = load(name), ids_of(name, batch=1)
     changed = ids.clone()
     changed[0, 23] = (changed[0, 23] + 1) % model.config.vocab_size
     before, after = (model(x, block_length=8).logits[0] for x in (ids, changed))
-    assert torch.equal(before[:16], after[:16])
-    assert (before[16:] - after[16:]).abs().amax(-1).min() > 0
+    assert (before[:16] - after[:16]).abs().max() <= NEAR
+    assert (before[16:] - after[16:]).abs().amax(-1).min() > 100 * NEAR
 
 
 @pytest.mark.parametrize("name", ["tiny", "variant", "block22"])
@@ -136,7 +140,7 @@ def test_four_dimensional_masks(name):
         for dtype in (torch.float32, torch.float64):
             additive = torch.zeros(1, 1, 32, 32, dtype=dtype).masked_fill(~mask, low)
             got = model(ids, block_length=8, attention_mask=additive.expand(2, -1, -1, -1)).logits
-            torch.testing.assert_close(got, default, atol=1e-5, rtol=0)
+            torch.testing.assert_close(got, default, atol=NEAR, rtol=0)
     assert torch.equal(model(ids, block_length=8, attention_mask=mask[None, None]).logits, default)
     assert torch.equal(model(ids, block_length=8, attention_mask=mask.expand(2, 1, -1, -1)).logits, default)
 
@@ -147,12 +151,12 @@ def test_a_four_dimensional_mask_is_taken_as_given():
     torch.testing.assert_close(everything, model(ids, block_length=32).logits, atol=1e-6, rtol=0)
     causal = torch.ones(32, 32).tril().bool()[None, None]
     torch.testing.assert_close(
-        model(ids, attention_mask=causal).logits, model(ids, block_length=1).logits, atol=1e-5, rtol=0
+        model(ids, attention_mask=causal).logits, model(ids, block_length=1).logits, atol=NEAR, rtol=0
     )
     own = torch.stack((causal[0], torch.ones_like(causal[0])))  # one mask per row
     got = model(ids, attention_mask=own).logits
-    torch.testing.assert_close(got[0], model(ids[:1], block_length=1).logits[0], atol=1e-5, rtol=0)
-    torch.testing.assert_close(got[1], everything[1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(got[0], model(ids[:1], block_length=1).logits[0], atol=NEAR, rtol=0)
+    torch.testing.assert_close(got[1], everything[1], atol=NEAR, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32], ids=str)
@@ -162,8 +166,8 @@ def test_right_padding_equals_the_row_alone(name, dtype):
     mask = torch.ones(2, 32)
     mask[1, 19:] = 0
     got = model(ids, block_length=8, attention_mask=mask.to(dtype)).logits
-    torch.testing.assert_close(got[1, :19], model(ids[1:, :19], block_length=8).logits[0], atol=1e-5, rtol=0)
-    torch.testing.assert_close(got[0], model(ids[:1], block_length=8).logits[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(got[1, :19], model(ids[1:, :19], block_length=8).logits[0], atol=NEAR, rtol=0)
+    torch.testing.assert_close(got[0], model(ids[:1], block_length=8).logits[0], atol=NEAR, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["tiny", "flat", "moe256", "block22"])
@@ -174,8 +178,8 @@ def test_left_padding_by_whole_blocks_with_position_ids_equals_the_row_alone(nam
     mask[1, :16] = 0
     position[1] = (position[1] - 16).clamp(min=0)
     got = model(ids, position_ids=position, block_length=8, attention_mask=mask).logits
-    torch.testing.assert_close(got[1, 16:], model(ids[1:, 16:], block_length=8).logits[0], atol=1e-5, rtol=0)
-    torch.testing.assert_close(got[0], model(ids[:1], block_length=8).logits[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(got[1, 16:], model(ids[1:, 16:], block_length=8).logits[0], atol=NEAR, rtol=0)
+    torch.testing.assert_close(got[0], model(ids[:1], block_length=8).logits[0], atol=NEAR, rtol=0)
 
 
 def test_padding_is_anded_with_block_causal_over_sequence_indices():
@@ -191,7 +195,7 @@ def test_padding_is_anded_with_block_causal_over_sequence_indices():
     got = model(ids, block_length=8, attention_mask=padding).logits
     wanted = model(ids, block_length=8, attention_mask=written_out).logits
     seen = written_out.any(-1)[:, 0]
-    torch.testing.assert_close(got[seen], wanted[seen], atol=1e-5, rtol=0)
+    torch.testing.assert_close(got[seen], wanted[seen], atol=NEAR, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -230,7 +234,7 @@ def test_sequences_that_end_inside_a_block(size):
         model, ids = load(name), ids_of(name, size=size)
         assert model(ids, block_length=8).logits.shape == (2, size, model.config.vocab_size)
         torch.testing.assert_close(
-            model(ids, block_length=8).logits[:1], model(ids[:1], block_length=8).logits, atol=1e-5, rtol=0
+            model(ids, block_length=8).logits[:1], model(ids[:1], block_length=8).logits, atol=NEAR, rtol=0
         )
 
 
@@ -288,7 +292,8 @@ def test_from_pretrained_takes_the_dtype_of_the_config_and_keeps_the_expert_bias
         model = LLaDA2Model.from_pretrained(GOLDEN / name, progress=False)
         biases = [v.dtype for k, v in model.named_parameters() if k.endswith("expert_bias")]
         assert model.dtype == dtype and set(biases) == {torch.float32}
-        assert model.special_ids["eos_token_id"] == (252,) and model.special_ids["pad_token_id"] == 252
+        pad = model.config.pad_token_id
+        assert model.special_ids == {"eos_token_id": (pad,), "pad_token_id": pad}
 
 
 @pytest.mark.parametrize("name", ["variant", "group", "block22"])

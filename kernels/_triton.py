@@ -1,0 +1,64 @@
+"""Triton or its absence, the one rule that chooses it, and the registration of ops with PyTorch.
+
+Kernel files take `triton` and `tl` from here. Where Triton is not installed both are a stand-in under which the files
+still import; the ops then run their PyTorch references.
+"""
+
+from contextlib import contextmanager
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+except ImportError:
+
+    class _Absent:
+        """Every attribute is the stand-in again; as a decorator it changes nothing."""
+
+        def __getattr__(self, name):
+            return self
+
+        def __call__(self, value=None, *args, **kwargs):
+            return self if value is None else value
+
+    triton = tl = _Absent()
+    HAS_TRITON = False
+
+_library = torch.library.Library("llada2_fast", "FRAGMENT")
+_forced = None
+
+
+def use_triton(x):
+    """Whether an op on tensor x runs its Triton kernels: yes on a GPU. The only rule there is."""
+    if _forced is not None:
+        return _forced == "triton"
+    return x.is_cuda and HAS_TRITON
+
+
+@contextmanager
+def force_ops(choice):
+    """For tests: within it every op runs "torch" (its reference) or "triton" (its kernels), whatever the device."""
+    global _forced
+    if choice not in ("torch", "triton"):
+        raise ValueError(f'choice: expected "torch" or "triton", got {choice!r}')
+    before, _forced = _forced, choice
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def register_op(schema, run, fake):
+    """Define torch.ops.llada2_fast.<op>, opaque to torch.compile and capturable in a CUDA graph; returns it.
+
+    schema: the op's signature, "name(Tensor x, ...) -> Tensor", writes marked as in Tensor(a!). run: runs it on any
+    device. fake: makes outputs of the right shapes and types without data.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"llada2_fast::{name}", fake, lib=_library)
+    return getattr(torch.ops.llada2_fast, name).default

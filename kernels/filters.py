@@ -1,0 +1,221 @@
+"""Temperature, top-k and top-p: which ids of a row may be drawn, and how much each weighs.
+
+    weight of v   exp((x_v - max x) / temperature)
+    top-k         keeps x_v >= the k-th largest logit; ties kept; off where k <= 0 or k >= V
+    top-p         of what is left keeps v iff the mass strictly above x_v is <= p * the mass left; ties kept; off at p >= 1
+
+So what is kept is all that reaches one logit, the cut. The kernel finds it exactly, without sorting: a bound from the
+maxima and masses of chunks of CHUNK ids, which the pass over the vocabulary left behind, tells which chunks can matter;
+the cut is then searched in those alone, PIVOTS candidates for it in every pass. Passes over them: at most 5 each for
+top-k and top-p on 16-bit logits, 11 on float32, and one more that weighs what is kept.
+"""
+
+import torch
+
+from ._triton import tl, triton
+from .philox import _pick, _pick_tile, _uniform
+from .roles import BAN_MASK, _locate
+
+CHUNK = 64  # ids; a tile of the vocabulary pass is a whole number of chunks
+PIVOTS = 8
+GROUP = 32  # chunks that are looked at together
+STEP_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}  # float32 bits that are always zero
+
+_BAN_MASK = tl.constexpr(BAN_MASK)
+_NONE = tl.constexpr(float("-inf"))
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+def cut_ref(x, temperature, top_k, top_p):
+    """x [M, V] float32, the others [M] -> cut [M, 1]: the smallest logit kept, -inf where nothing is filtered."""
+    ordered = torch.sort(x, -1, descending=True).values
+    filters_k = (top_k > 0) & (top_k < x.shape[1])
+    k_at = torch.where(filters_k, top_k, x.shape[1]).long() - 1
+    cut = ordered.gather(1, k_at[:, None])
+    mass = torch.exp((ordered - ordered[:, :1]) / temperature[:, None]).double().masked_fill(ordered < cut, 0)
+    above = mass.cumsum(-1) - mass
+    keep = (above <= top_p[:, None].double() * mass.sum(-1, keepdim=True)) & (ordered >= cut)
+    keep[:, 0] = True
+    nucleus = ordered.gather(1, keep.sum(-1, keepdim=True) - 1)
+    cut = torch.where((top_p < 1)[:, None], nucleus, cut)
+    return torch.where((filters_k | (top_p < 1))[:, None], cut, float("-inf"))
+
+
+@triton.jit
+def _scale(temperature):
+    """exp((x - y) / temperature) = exp2((x - y) * scale); 0, greedy, counts as 1."""
+    return tl.minimum(1.0 / tl.where(temperature > 0, temperature, 1.0) * _LOG2E, 3e38)
+
+
+@triton.jit
+def _finite(top):
+    """A maximum to subtract: 0 in place of -inf, so that exp2(-inf - top) is 0."""
+    return tl.where(top == _NONE, 0.0, top)
+
+
+@triton.jit
+def _filters(top_k, top_p, vocab):
+    """Whether a row that samples filters."""
+    return ((top_k > 0) & (top_k < vocab)) | (top_p < 1)
+
+
+@triton.jit
+def _key(x, STEP_BITS: tl.constexpr):
+    """float32 (no NaN) -> int64 in the same order; neighbours in the logits' own type differ by 1."""
+    bits = x.to(tl.int32, bitcast=True)
+    return (tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits) >> STEP_BITS).to(tl.int64)
+
+
+@triton.jit
+def _value(key, STEP_BITS: tl.constexpr):
+    """The float32 of a key. Compare floats, not keys: two keys are zero."""
+    bits = key.to(tl.int32) << STEP_BITS
+    return tl.where(bits < 0, bits ^ (0x7FFFFFFF >> STEP_BITS << STEP_BITS), bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _load_chunks(base, stride_v, LIST, first, count, vocab, hidden, GROUP: tl.constexpr, CHUNK: tl.constexpr):
+    """Chunks LIST[first : first + GROUP]: logits float32 [GROUP, CHUNK], -inf past the end; chunk numbers [GROUP]."""
+    slot = first + tl.arange(0, GROUP)
+    chunk = tl.load(LIST + slot, mask=slot < count, other=0)
+    ids = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+    there = (slot < count)[:, None] & (ids < vocab)
+    x = tl.load(base + ids.to(tl.int64) * stride_v, mask=there, other=_NONE).to(tl.float32)
+    return tl.where(ids == hidden, _NONE, x), chunk
+
+
+@triton.jit
+def _search(
+    base, stride_v, LIST, count, vocab, hidden, top, scale, low, least,
+    BY_COUNT: tl.constexpr, STEP_BITS: tl.constexpr, PIVOTS: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The largest key that enough logits reach, and their mass: in number `least` (BY_COUNT), in mass more than that.
+
+    low: a key known to be reached by enough. The listed chunks hold every logit that reaches it.
+    """
+    j = tl.arange(0, PIVOTS)
+    high = _key(top, STEP_BITS) + 1
+    mass_low = tl.full([], -1.0, tl.float32)
+    while (high - low > 1) | (mass_low < 0):
+        pivot = low + (high - low) * j // PIVOTS  # the first is low itself
+        value = _value(pivot, STEP_BITS)[:, None, None]
+        mass = tl.zeros([PIVOTS], tl.float32)
+        number = tl.zeros([PIVOTS], tl.int32)
+        for first in range(0, count, GROUP):
+            x, _chunk = _load_chunks(base, stride_v, LIST, first, count, vocab, hidden, GROUP, CHUNK)
+            weight = tl.exp2((x - top) * scale)
+            reach = x[None, :, :] >= value
+            mass += tl.sum(tl.sum(tl.where(reach, weight[None, :, :], 0.0), 2), 1)
+            if BY_COUNT:
+                number += tl.sum(tl.sum(reach.to(tl.int32), 2), 1)
+        if BY_COUNT:
+            enough = (number >= least) | (j == 0)
+        else:
+            enough = (mass > least) | (j == 0)
+        high = tl.min(tl.where(enough, high, pivot), 0)
+        low = tl.max(tl.where(enough, pivot, low), 0)
+        mass_low = tl.max(tl.where(enough & (pivot == low), mass, -1.0), 0)
+    return low, mass_low
+
+
+@triton.jit
+def _filter_kernel(
+    LOGITS, INDEX, TOKENS, KIND, FROZEN,  # see _locate
+    FLAGS, START, STEP, TEMPERATURE, TOP_K, TOP_P, SEED,  # [R]
+    PART, PART_ID, CHUNK_MAX, CHUNK_MASS,  # see _vocab_kernel
+    CHUNK_LIST,  # int32 [R*L, chunks]: the memory of CHUNK_MAX
+    vocab, mask_id, stride_r, stride_l, stride_v, tiles,
+    L: tl.constexpr, TILE_V: tl.constexpr, CHUNK: tl.constexpr, ONLY_NEEDED: tl.constexpr, RUNNER_UP: tl.constexpr,
+    TILES: tl.constexpr, STEP_BITS: tl.constexpr, PIVOTS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Grid (R*L,): draws one position anew among what its row's filters keep; its first part replaces all its parts."""
+    n = tl.program_id(0)
+    row = n // L
+    flags = tl.load(FLAGS + row).to(tl.int32)
+    base, wanted = _locate(
+        LOGITS, INDEX, TOKENS, KIND, FROZEN, flags, mask_id, n, stride_r, stride_l, L, ONLY_NEEDED
+    )  # fmt: skip
+    temperature = tl.load(TEMPERATURE + row)
+    top_k = tl.load(TOP_K + row)
+    top_p = tl.load(TOP_P + row)
+    if not (wanted & (temperature > 0) & _filters(top_k, top_p, vocab)):
+        return
+    scale = _scale(temperature)
+    hidden = tl.where((flags & _BAN_MASK) != 0, mask_id, -1)
+    plane = tl.num_programs(0) * tiles
+    PART += n * tiles
+    lane = tl.arange(0, TILES)
+    tops = tl.load(PART + lane, mask=lane < tiles, other=_NONE)
+    masses = tl.load(PART + plane + lane, mask=lane < tiles, other=0.0)
+    top = _finite(tl.max(tops, 0))
+    total = tl.sum(masses * tl.exp2((tops - top) * scale), 0)
+    if not ((total > 0) & (total < float("inf"))):
+        return  # the logits are an error, and the parts say so
+
+    # A lower bound of the cut: k chunks reach it, or all that lies below weighs less than 1 - p
+    PER_TILE: tl.constexpr = TILE_V // CHUNK
+    by_count = (top_k > 0) & (top_k < vocab)
+    chunk = tl.arange(0, TILES * PER_TILE)
+    there = chunk < tiles * PER_TILE
+    CHUNK_MAX += n * tiles * PER_TILE
+    CHUNK_MASS += n * tiles * PER_TILE
+    CHUNK_LIST += n * tiles * PER_TILE
+    highest = tl.load(CHUNK_MAX + chunk, mask=there, other=_NONE)
+    mass = tl.load(CHUNK_MASS + chunk, mask=there, other=0.0)
+    mass *= tl.exp2((tl.load(PART + chunk // PER_TILE, mask=there, other=_NONE) - top) * scale)
+    low = _key(tl.full([], _NONE, tl.float32), STEP_BITS)
+    high = _key(top, STEP_BITS) + 1
+    for _ in range(16):  # any lower bound will do
+        middle = low + (high - low) // 2
+        bound = _value(middle, STEP_BITS)
+        reached = tl.sum((highest >= bound).to(tl.int32), 0)
+        below = tl.sum(tl.minimum(mass, CHUNK * tl.exp2((bound - top) * scale)), 0)
+        holds = tl.where(by_count, reached >= top_k, below < 0.999 * (1 - top_p) * total)
+        low = tl.where(holds, middle, low)
+        high = tl.where(holds, high, middle)
+
+    listed = there & (highest >= _value(low, STEP_BITS))
+    count = tl.sum(listed.to(tl.int32), 0)
+    tl.debug_barrier()  # CHUNK_MAX has been read by all threads
+    tl.store(CHUNK_LIST + tl.cumsum(listed.to(tl.int32), 0) - 1, chunk, mask=listed)
+    tl.debug_barrier()
+    if by_count:
+        low, total = _search(
+            base, stride_v, CHUNK_LIST, count, vocab, hidden, top, scale, low, top_k,
+            True, STEP_BITS, PIVOTS, GROUP, CHUNK,
+        )  # fmt: skip
+    if top_p < 1:
+        low, total = _search(
+            base, stride_v, CHUNK_LIST, count, vocab, hidden, top, scale, low, top_p * total,
+            False, STEP_BITS, PIVOTS, GROUP, CHUNK,
+        )  # fmt: skip
+    cut = _value(low, STEP_BITS)
+
+    kept = tl.zeros([TILES], tl.float32)  # mass of each tile
+    for first in range(0, count, GROUP):
+        x, chunk = _load_chunks(base, stride_v, CHUNK_LIST, first, count, vocab, hidden, GROUP, CHUNK)
+        mass = tl.sum(tl.where(x >= cut, tl.exp2((x - top) * scale), 0.0), 1)
+        kept += tl.sum(tl.where((chunk // PER_TILE)[:, None] == lane[None, :], mass[:, None], 0.0), 0)
+    seed = tl.load(SEED + row)
+    position = tl.load(START + row) + n % L
+    step = tl.load(STEP + row)
+    total = tl.sum(kept, 0)
+    target = tl.sum(kept[None, :], 1) * _uniform(seed, position, step, tl.full([], 0, tl.int32))
+    tile = tl.sum(_pick(kept[None, :], target), 0)
+    local = tl.arange(0, PER_TILE)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+    ids = tile * TILE_V + local
+    x = tl.load(base + ids.to(tl.int64) * stride_v, mask=ids < vocab, other=_NONE).to(tl.float32)
+    x = tl.where(ids == hidden, _NONE, x)
+    weight = tl.where(x >= cut, tl.exp2((x - top) * scale), 0.0)
+    drawn = _pick_tile(weight, _uniform(seed, position, step, tile + 1))
+
+    tl.debug_barrier()  # the parts have been read by all threads
+    only = lane == 0
+    tl.store(PART + lane, tl.where(only, top, _NONE), mask=lane < tiles)
+    tl.store(PART + plane + lane, tl.where(only, total, 0.0), mask=lane < tiles)
+    tl.store(PART + 2 * plane, tl.max(tl.where(local == drawn, x, _NONE)))
+    tl.store(PART_ID + n * tiles, tile * TILE_V + drawn)
+    if RUNNER_UP:
+        for level in tl.static_range(3, 5):
+            logit = tl.load(PART + level * plane + lane, mask=lane < tiles, other=_NONE)
+            tl.store(PART + level * plane + lane, tl.where(logit >= cut, logit, _NONE), mask=lane < tiles)

@@ -1,0 +1,63 @@
+"""What a position of a block is to a refinement step, and where its logits are.
+
+    masked    holds the mask id and may be filled      M2T commits over it
+    editable  holds a token and may be replaced        T2T edits it
+
+A step needs the logits of those positions only. Prompt positions are neither, but for mask ids under FILL_PROMPT;
+absent positions and frozen rows have no roles. Shapes: R rows, L block_length, V vocab; n = r * L + l.
+"""
+
+from ._triton import tl, triton
+
+# kind of a position
+VALID, PROMPT, TAIL, ABSENT = 0, 1, 2, 3  # TAIL is denoised but never returned; ABSENT is not even denoised
+
+# bits of a row's flags that decide roles and candidates; refine.py has the others
+BAN_MASK = 1  # the mask id is never a candidate
+FILL_PROMPT = 2  # mask ids at prompt positions are filled like any other (model cards)
+EDITING = 4  # T2T editing
+
+_PROMPT, _ABSENT = tl.constexpr(PROMPT), tl.constexpr(ABSENT)
+_FILL_PROMPT, _EDITING = tl.constexpr(FILL_PROMPT), tl.constexpr(EDITING)
+
+
+def roles_ref(tokens, kind, frozen, flags, mask_id):
+    """tokens, kind [R, L]; frozen, flags [R] int32 -> masked, editable: bool [R, L]."""
+    holds_mask = tokens == mask_id
+    generated = kind != PROMPT
+    live = (kind != ABSENT) & (frozen == 0)[:, None]
+    masked = live & holds_mask & (generated | ((flags & FILL_PROMPT) != 0)[:, None])
+    editable = live & ~holds_mask & generated & ((flags & EDITING) != 0)[:, None]
+    return masked, editable
+
+
+@triton.jit
+def _roles(token, kind, frozen, flags, mask_id):
+    """roles_ref in a kernel, of one position or of one row's positions; frozen and flags are the row's."""
+    live = (kind != _ABSENT) & (frozen == 0)
+    masked = live & (token == mask_id) & ((kind != _PROMPT) | ((flags & _FILL_PROMPT) != 0))
+    editable = live & (token != mask_id) & (kind != _PROMPT) & ((flags & _EDITING) != 0)
+    return masked, editable
+
+
+@triton.jit
+def _locate(
+    LOGITS, INDEX, TOKENS, KIND, FROZEN, flags, mask_id, n, stride_r, stride_l,
+    L: tl.constexpr, ONLY_NEEDED: tl.constexpr,
+):  # fmt: skip
+    """The start of position n's logits, and whether a step wants them.
+
+    LOGITS [R, L, V] and INDEX None, or [M, V] and INDEX int64 [R, L]: the row, negative for none; strides in elements.
+    TOKENS, KIND [R, L], FROZEN [R] are read where ONLY_NEEDED.
+    """
+    if INDEX is None:
+        start = (n // L).to(tl.int64) * stride_r + (n % L).to(tl.int64) * stride_l
+        wanted = n >= 0
+    else:
+        source = tl.load(INDEX + n)
+        start = source * stride_r
+        wanted = source >= 0
+    if ONLY_NEEDED:
+        masked, editable = _roles(tl.load(TOKENS + n), tl.load(KIND + n), tl.load(FROZEN + n // L), flags, mask_id)
+        wanted &= masked | editable
+    return LOGITS + start, wanted

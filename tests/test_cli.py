@@ -1,0 +1,269 @@
+"""The command line: text on stdout, everything else on stderr, exit codes, one line for a mistake."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from llada2_fast import __version__, cli, demo
+from llada2_fast.config import DecodeParams
+
+ROOT = Path(__file__).parent.parent
+QUESTION, ANSWER = cli.QUESTION, cli.ANSWER
+QUIET = "--no-progress"
+
+
+def run(*arguments, stdin="", **kwargs):
+    command = [sys.executable, "-m", "llada2_fast", *arguments]
+    return subprocess.run(command, cwd=ROOT, input=stdin, capture_output=True, text=True, **kwargs)
+
+
+@pytest.fixture
+def call(capsys, monkeypatch):
+    """main() in this process: (exit code, stdout, stderr)."""
+
+    def call(*arguments, stdin=""):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        code = cli.main(arguments)
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def assert_refused(result, *words):
+    code, out, err = result
+    assert (code, out) == (2, "")
+    assert err.startswith("llada2-fast: error: ") and err.count("\n") == 1 and err.endswith("\n")
+    for word in words:
+        assert word in err
+
+
+def test_generate_in_a_process_of_its_own():
+    done = run("generate", QUESTION)
+    assert (done.returncode, done.stdout) == (0, ANSWER + "\n")
+    assert "Blocks: 100%" in done.stderr  # the progress bar
+    statistics = done.stderr.splitlines()[-1]
+    assert statistics.startswith("36 tokens, ") and statistics.endswith(" tokens/s, finish reason: eos")
+    assert " forwards, TPF " in statistics
+
+
+def test_mistake_in_a_process_of_its_own():
+    done = run("generate", "hello", "--steps", "0")
+    assert_refused((done.returncode, done.stdout, done.stderr), "steps=0")
+
+
+def test_help_and_mistakes_in_arguments_do_not_wait_for_torch():
+    code = "import sys; from llada2_fast.cli import main; main(['--help']); main(['chat', '--x'])"
+    code += "; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "False" and "--x" in done.stderr
+
+
+def test_several_prompts_are_one_batch(call):
+    code, out, err = call("generate", QUESTION, "Reverse moon crow bread lamp.", QUIET)
+    assert (code, out) == (0, ANSWER + "\nReversed: lamp bread crow moon\n")
+    assert err.count("\n") == 1  # one line of statistics, no bar
+
+
+def test_json(call):
+    code, out, _ = call("generate", QUESTION, "Reverse moon crow bread lamp.", "--json", "--threshold", "0.9")
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [answer["prompt"] for answer in answers] == [QUESTION, "Reverse moon crow bread lamp."]
+    first = answers[0]
+    tokenizer = AutoTokenizer.from_pretrained(demo.path())
+    assert first["text"] == ANSWER == tokenizer.decode(first["token_ids"], skip_special_tokens=True)
+    assert first["num_tokens"] == len(first["token_ids"]) == 36 and first["finish_reason"] == "eos"
+    assert first["tokens_per_forward"] == 36 / first["denoise_forwards"] == 36 / sum(first["forwards_per_block"])
+    assert first["prompt_tokens"] > 5 and first["batch_seconds"] > 0
+
+
+def test_prompt_from_stdin(call):
+    assert call("generate", "-", QUIET, stdin=QUESTION + "\n")[:2] == (0, ANSWER + "\n")
+
+
+def test_raw_prompts_get_no_chat_template(call):
+    turn = f"<role>HUMAN</role>{QUESTION}<|role_end|><role>ASSISTANT</role>"
+    assert call("generate", turn, "--raw", QUIET)[:2] == (0, ANSWER + "\n")
+    assert call("generate", QUESTION, "--raw", QUIET)[:2] != (0, ANSWER + "\n")
+
+
+@pytest.mark.parametrize("options, tokens, reason", [
+    (["--max-tokens", "8"], 8, "length"),
+    (["--gen-length", "8", "--block-length", "4"], 8, "length"),
+    (["--no-eos-early-stop", "--gen-length", "64"], 36, "length"),
+    (["--eos-id", "-1", "--gen-length", "64"], 64, "length"),  # no end token: all 64 are answer
+    (["--profile", "hf-2.0", "--steps", "8"], 36, "eos"),
+    (["--editing-threshold", "0.9", "--max-post-steps", "2"], 36, "eos"),
+    (["--dtype", "bfloat16", "--device", "cpu"], 36, "eos"),
+])  # fmt: skip
+def test_options_reach_generate(call, options, tokens, reason):
+    code, out, _ = call("generate", QUESTION, "--json", QUIET, *options)
+    answer = json.loads(out)
+    assert (code, answer["num_tokens"], answer["finish_reason"]) == (0, tokens, reason)
+
+
+def test_sampling_is_repeatable_by_seed(call):
+    story = ["generate", "Tell a story.", "--temperature", "2", "--top-k", "50", "--top-p", "0.95", QUIET, "--seed"]
+    first = call(*story, "1")[1]
+    assert first == call(*story, "1")[1]
+    assert first != call(*story, "2")[1]
+
+
+def test_every_decoding_option_is_offered_and_explained(call):
+    code, out, _ = call("generate", "--help")
+    named = {"eos_id" if name == "eos_ids" else name for name in DecodeParams.__dataclass_fields__}
+    assert code == 0 and named == set(cli.DECODING)
+    for name in named:
+        assert "--" + name.replace("_", "-") in out
+    assert f"(default: {DecodeParams.threshold})" in out.replace("\n", " ").replace("  ", "")
+
+
+def test_version(call):
+    assert call("--version")[:2] == (0, f"llada2-fast {__version__}\n")
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ([], ["COMMAND"]),
+    (["invent"], ["invent"]),
+    (["generate"], ["PROMPT"]),
+    (["generate", "x", "--nonsense"], ["--nonsense"]),
+    (["generate", "x", "--step", "3"], ["--step"]),  # no abbreviations
+    (["generate", "x", "--steps", "many"], ["--steps", "many"]),
+    (["generate", "x", "--steps", "0"], ["steps=0"]),
+    (["generate", "x", "--gen-length", "0"], ["gen_length=0"]),
+    (["generate", "x", "--gen-length", "5000"], ["gen_length=5000", "4096"]),
+    (["generate", "x", "--block-length", "0"], ["block_length=0"]),
+    (["generate", "x", "--temperature", "-1"], ["temperature=-1"]),
+    (["generate", "x", "--temperature", "nan"], ["temperature=nan"]),
+    (["generate", "x", "--top-p", "0"], ["top_p=0"]),
+    (["generate", "x", "--editing-threshold", "-0.5"], ["editing_threshold=-0.5"]),
+    (["generate", "x", "--profile", "sglang"], ["profile='sglang'", "hf-2.1"]),
+    (["generate", "x", "--num-to-transfer", "2"], ["num_to_transfer=2"]),
+    (["generate", "x", "--mask-id", "99999"], ["mask_id=99999"]),
+    (["generate", "x", "--seed", str(2**64)], ["seed="]),
+    (["generate", "x", "--dtype", "int8"], ["dtype='int8'", "bfloat16"]),
+    (["generate", "x", "--device", "toaster"], ["device='toaster'"]),
+    (["generate", "x", "--device", "cuda:99"], ["device='cuda:99'"]),
+    (["generate", "-", "-"], ["stdin"]),
+    (["generate", "red " * 5000], ["4096 positions"]),
+    (["generate", "x", "--model", "no/such/folder"], ["no/such/folder"]),
+    (["generate", "x", "--model", ""], ["no such folder"]),
+    (["chat", "--steps", "0"], ["steps=0"]),
+    (["chat", "--model", "no/such/folder"], ["no/such/folder"]),
+    (["doctor", "now"], ["now"]),
+])  # fmt: skip
+def test_mistakes(call, arguments, words):
+    assert_refused(call(*arguments, *([QUIET] if arguments[:1] == ["generate"] else [])), *words)
+
+
+def damaged(folder, name):
+    """A copy of the embedded model with one thing wrong."""
+    shutil.copytree(demo.path(), folder)
+    weights = folder / "model.safetensors"
+    if name == "pickle only":
+        weights.rename(folder / "pytorch_model.bin")
+    elif name == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif name == "no weights":
+        weights.unlink()
+    elif name == "no config":
+        (folder / "config.json").unlink()
+    elif name == "bad config":
+        (folder / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    elif name == "no tokenizer":
+        (folder / "tokenizer.json").unlink()
+        (folder / "tokenizer_config.json").unlink()
+    elif name == "no chat template":
+        config = folder / "tokenizer_config.json"
+        kept = {key: value for key, value in json.loads(config.read_bytes()).items() if key != "chat_template"}
+        config.write_text(json.dumps(kept), encoding="utf-8")
+    return str(folder)
+
+
+@pytest.mark.parametrize("name, words", [
+    ("pickle only", ["pytorch_model.bin", "pickle"]),
+    ("truncated", ["model.safetensors"]),
+    ("no weights", ["model.safetensors"]),
+    ("no config", ["config.json"]),
+    ("bad config", ["config.json", "model_type='llama'"]),
+    ("no tokenizer", ["tokenizer.json"]),
+    ("no chat template", ["--raw"]),
+])  # fmt: skip
+def test_bad_checkpoints(call, tmp_path, name, words):
+    assert_refused(call("generate", "x", QUIET, "--model", damaged(tmp_path / "model", name)), *words)
+
+
+def test_failure_while_running_exits_1(call, monkeypatch):
+    def fail(args):
+        raise RuntimeError("row 0: logits hold NaN\nat step 3")
+
+    monkeypatch.setattr(cli, "_doctor", fail)
+    assert call("doctor") == (1, "", "llada2-fast: error: row 0: logits hold NaN at step 3\n")
+
+
+def test_ctrl_c_exits_130(call, monkeypatch):
+    def interrupt(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_doctor", interrupt)
+    assert call("doctor") == (130, "", "")
+
+
+def test_reader_of_stdout_that_goes_away():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "llada2_fast", "doctor"]
+    done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_chat_remembers_until_reset(call):
+    lines = f"{QUESTION}\n\nReverse moon crow bread lamp.\n/reset\n{QUESTION}\n/exit\n{QUESTION}\n"
+    code, out, err = call("chat", "--json", QUIET, stdin=lines)
+    first, second, third = map(json.loads, out.splitlines())
+    assert code == 0 and err.count("\n") == 3
+    assert first["text"] == third["text"] == ANSWER and second["text"] == "Reversed: lamp bread crow moon"
+    assert first["prompt_tokens"] == third["prompt_tokens"]
+    alone = json.loads(call("generate", "Reverse moon crow bread lamp.", "--json", QUIET)[1])
+    assert second["prompt_tokens"] == first["prompt_tokens"] + first["num_tokens"] + alone["prompt_tokens"]
+
+
+def test_chat_goes_on_after_a_turn_that_is_too_long(call):
+    code, out, err = call("chat", QUIET, stdin="red " * 5000 + f"\n{QUESTION}\n")
+    assert (code, out) == (0, ANSWER + "\n")
+    assert "llada2-fast: error: prompt: " in err.splitlines()[0]
+
+
+def test_chat_in_a_process_of_its_own():
+    done = run("chat", QUIET, stdin=f"{QUESTION}\n")
+    assert (done.returncode, done.stdout) == (0, ANSWER + "\n")
+    assert done.stderr.count("\n") == 1 and "tokens/s" in done.stderr
+
+
+def test_doctor(call):
+    code, out, err = call("doctor")
+    assert (code, err) == (0, "")
+    for word in ("torch", "triton", "transformers", "kernels (of HF)", "ops on", "refine_step", "rms_norm", "right"):
+        assert word in out
+
+
+def test_doctor_json(call):
+    code, out, _ = call("doctor", "--json")
+    report = json.loads(out)
+    ops = next(lines for title, lines in report.items() if title.startswith("ops on "))
+    assert code == 0 and report["versions"]["llada2-fast"] == __version__
+    assert {"refine_step", "block_attention", "route", "experts", "rms_norm", "qk_norm_rope"} <= set(ops)
+    assert all(choice == "Triton" or choice.startswith("PyTorch: ") for choice in ops.values())
+
+
+def test_doctor_finds_a_model_that_answers_wrong(call, monkeypatch):
+    monkeypatch.setattr(cli, "ANSWER", "The answer is 944.")
+    code, out, _ = call("doctor")
+    assert code == 1 and "wrong: " in out and "The answer is 943." in out
