@@ -23,7 +23,7 @@ EDITING = {  # name -> what generate() is given beside the threshold
     "0.5, 0 post steps": {"editing_threshold": 0.5, "max_post_steps": 0},
 }
 HEADLINE = (0.9, "off")
-GEN_LENGTH = 128  # the longest right answer, a story, has 62 tokens
+GEN_LENGTH = 128  # the longest right answer, a story, has 56 tokens
 SEED = 20
 
 
@@ -121,9 +121,9 @@ def plot(scores, file):
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for edit in EDITING:
+    for edit, style in zip(EDITING, ("o-", "s--", "x:"), strict=True):
         points = {threshold: mean(by_task) for (threshold, kind), by_task in scores.items() if kind == edit}
-        axes.plot([tpf for _, tpf in points.values()], [right for right, _ in points.values()], "o-", label=edit)
+        axes.plot([tpf for _, tpf in points.values()], [right for right, _ in points.values()], style, label=edit)
         for threshold, (accuracy, tpf) in points.items():
             axes.annotate(f"{threshold:g}", (tpf, accuracy), xytext=(4, 4), textcoords="offset points", fontsize=8)
     axes.set_xlabel("tokens per forward")

@@ -274,9 +274,9 @@ def block_attention(q, k_cache, v_cache, blocks):
 
 
 def _launch(q, k_cache, v_cache, batch):
+    check_caches(q, k_cache, v_cache, k_cache.shape[-2])
     _, length, kv_heads, dim = k_cache.shape
     tokens, heads, _ = q.shape
-    check_caches(q, k_cache, v_cache, kv_heads)
     rows, width = batch.page_table.shape
     count = batch.block_row.shape[0]
     if tokens != count * length or q.stride()[1:] != (dim, 1) or heads % kv_heads:

@@ -358,7 +358,7 @@ def launch_parts(
     return parts, ids
 
 
-def _launch(logits, start, step, params, mask_id, ban_mask, index, filters, runner_up, tile_v=TILE_V):
+def launch(logits, start, step, params, mask_id, ban_mask, index, filters, runner_up, tile_v=TILE_V):
     rows, length = logits.shape[:2] if index is None else index.shape
     found = _empty(logits, index, runner_up)
     if rows * length == 0:
@@ -388,7 +388,7 @@ def _empty(logits, index, runner_up):
 def _run(logits, start, step, temperature, top_k, top_p, seed, mask_id, ban_mask, index, filters, runner_up):
     params = SampleParams(temperature, top_k, top_p, seed)
     if use_triton(logits):
-        return list(_launch(logits, start, step, params, mask_id, ban_mask, index, filters, runner_up))
+        return list(launch(logits, start, step, params, mask_id, ban_mask, index, filters, runner_up))
     return list(block_candidates_ref(logits, start, step, params, mask_id, ban_mask, index, runner_up=runner_up))
 
 

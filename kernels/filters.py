@@ -193,9 +193,9 @@ def _filter_kernel(
 
     kept = tl.zeros([TILES], tl.float32)  # mass of each tile
     for first in range(0, count, GROUP):
-        x, chunk = _load_chunks(base, stride_v, CHUNK_LIST, first, count, vocab, hidden, GROUP, CHUNK)
-        mass = tl.sum(tl.where(x >= cut, tl.exp2((x - top) * scale), 0.0), 1)
-        kept += tl.sum(tl.where((chunk // PER_TILE)[:, None] == lane[None, :], mass[:, None], 0.0), 0)
+        y, number = _load_chunks(base, stride_v, CHUNK_LIST, first, count, vocab, hidden, GROUP, CHUNK)
+        part = tl.sum(tl.where(y >= cut, tl.exp2((y - top) * scale), 0.0), 1)
+        kept += tl.sum(tl.where((number // PER_TILE)[:, None] == lane[None, :], part[:, None], 0.0), 0)
     seed = tl.load(SEED + row)
     position = tl.load(START + row) + n % L
     step = tl.load(STEP + row)

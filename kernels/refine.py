@@ -11,6 +11,9 @@
 Each row has its own block, parameters and counters and is computed by itself. Frozen rows (state.frozen != 0) change
 nothing. Shapes: R rows, L block_length, V vocab. Source: the LLaDA2.0/2.1 model cards' generate; diffusers'
 BlockRefinementScheduler; where they differ the flags of RefineParams say which rule holds.
+
+On a GPU: the launch or two of candidates.py that read the logits, and one that does all the rest, one program per row
+(_commit_kernel). Nothing is read back; a step can be captured in a CUDA graph.
 """
 
 from dataclasses import dataclass, fields
@@ -18,15 +21,11 @@ from typing import NamedTuple
 
 import torch
 
-from .candidates import SampleParams, candidates_ref
+from ._triton import register_op, tl, triton, use_triton
+from .candidates import TILE_V, SampleParams, _combine, block_candidates_ref, lanes, launch_parts
+from .roles import ABSENT, BAN_MASK, EDITING, FILL_PROMPT, PROMPT, TAIL, VALID, _roles, roles_ref
 
-# kind of a position
-VALID, PROMPT, TAIL, ABSENT = 0, 1, 2, 3  # TAIL is denoised but never returned; ABSENT is not even denoised
-
-# RefineParams.flags
-BAN_MASK = 1  # the mask id is never a candidate
-FILL_PROMPT = 2  # mask ids at prompt positions are filled like any other (model cards)
-EDITING = 4  # T2T editing
+# RefineParams.flags beside BAN_MASK, FILL_PROMPT and EDITING
 EOS_STEP = 8  # judge EOS after every step
 EOS_END = 16  # judge EOS when the block ends
 EOS_COMMIT = 32  # LLaDA2.0 card: judge when this step committed an EOS, prompt and tail included
@@ -106,41 +105,17 @@ class RefineOutput(NamedTuple):
 
 def needed_positions(state, params, mask_id):
     """bool [R, L]: the positions whose logits a step reads (masked; editable where editing). False on frozen rows."""
-    masked, editable = _roles(state, params, mask_id)
+    masked, editable = roles_ref(state.tokens, state.kind, state.frozen, params.flags, mask_id)
     return masked | editable
 
 
-def _roles(state, params, mask_id):
-    flags = params.flags[:, None]
-    holds_mask = state.tokens == mask_id
-    prompt = state.kind == PROMPT
-    live = (state.kind != ABSENT) & (state.frozen == 0)[:, None]
-    masked = live & holds_mask & (~prompt | ((flags & FILL_PROMPT) != 0))
-    editable = live & ~holds_mask & ~prompt & ((flags & EDITING) != 0)
-    return masked, editable
-
-
-def refine_step_ref(logits, state, params, mask_id, index=None):
+def refine_step_ref(logits, state, params, mask_id, index=None, only_needed=False, tile_v=TILE_V):
     """One step in PyTorch; see refine_step."""
-    rows, length = state.tokens.shape
-    where = torch.arange(length, device=state.tokens.device)
-    if index is None:
-        logits = logits.reshape(-1, logits.shape[-1])
-        index = torch.arange(rows * length, device=where.device).view(rows, length)
-    present = index >= 0
-    row = torch.arange(rows, device=where.device)[:, None].expand(rows, length)[present]
-    position = (state.start[:, None] + where)[present]
-    own = index[present]
-    if own.shape[0] != logits.shape[0] or bool((own.diff() < 0).any()):  # sync: saves a copy of the logits
-        logits = logits[own]
     sampling = SampleParams(params.temperature, params.top_k, params.top_p, params.seed)
-    picked, probability = candidates_ref(
-        logits, row, position, state.step[row].long(), sampling, mask_id, (params.flags & BAN_MASK) != 0,
+    wanted = needed_positions(state, params, mask_id) if only_needed else None
+    token, confidence = block_candidates_ref(
+        logits, state.start, state.step, sampling, mask_id, (params.flags & BAN_MASK) != 0, index, wanted, tile_v
     )  # fmt: skip
-    token = torch.full_like(state.tokens, -1)
-    confidence = torch.full(token.shape, float("-inf"), device=token.device)
-    token[present] = picked
-    confidence[present] = probability
     return _commit_ref(token, confidence, state, params, mask_id)
 
 
@@ -148,7 +123,7 @@ def _commit_ref(token, confidence, state, params, mask_id):
     length = token.shape[1]
     where = torch.arange(length, device=token.device)
     flags = params.flags
-    masked, editable = _roles(state, params, mask_id)
+    masked, editable = roles_ref(state.tokens, state.kind, state.frozen, flags, mask_id)
     before = masked.sum(-1)
     active = state.frozen == 0
     error = active & (torch.isnan(confidence) & (masked | editable)).any(-1)
@@ -227,11 +202,195 @@ def _first(mask):
     return torch.where(mask.any(-1), mask.to(torch.uint8).argmax(-1), length)
 
 
-def refine_step(logits, state, params, mask_id, index=None):
+_VALID, _PROMPT, _ABSENT = tl.constexpr(VALID), tl.constexpr(PROMPT), tl.constexpr(ABSENT)
+_FILL_PROMPT, _EDITING = tl.constexpr(FILL_PROMPT), tl.constexpr(EDITING)
+_EOS_STEP, _EOS_END, _EOS_COMMIT = tl.constexpr(EOS_STEP), tl.constexpr(EOS_END), tl.constexpr(EOS_COMMIT)
+_EOS_HOLDS, _EOS_CLEAN = tl.constexpr(EOS_HOLDS), tl.constexpr(EOS_CLEAN)
+_PREFIX_MASK, _PREFIX_EOS = tl.constexpr(PREFIX_MASK), tl.constexpr(PREFIX_EOS)
+_BLOCK_DONE, _FINISHED = tl.constexpr(BLOCK_DONE), tl.constexpr(FINISHED)
+_ERROR, _CHANGED = tl.constexpr(ERROR), tl.constexpr(CHANGED)
+
+
+@triton.jit
+def _count(mask):
+    return tl.sum(mask.to(tl.int32), 0)
+
+
+@triton.jit
+def _first_lane(mask, lane, L: tl.constexpr):
+    """Index of the first True of a row's positions, L where there is none."""
+    return tl.min(tl.where(mask, lane, L), 0)
+
+
+@triton.jit
+def _commit_kernel(
+    INDEX, PART, PART_ID,  # see candidates.py
+    TOKENS, KIND, START, STEP, POST_STEPS, FROZEN, PREFIX, COMMIT_STEP, COMMIT_CONFIDENCE,  # RefineState
+    TEMPERATURE, SEED, THRESHOLD, EDIT_THRESHOLD, STEPS, MIN_TRANSFER, MAX_STEPS, MAX_POST_STEPS, FLAGS, EOS_IDS,
+    STATUS, TOKEN, CONFIDENCE, COMMIT, EDIT,  # RefineOutput
+    mask_id, tiles,
+    L: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr, ONLY_NEEDED: tl.constexpr, NUM_EOS: tl.constexpr,
+):  # fmt: skip
+    """Grid (R,): one row from its parts to its next block, as _commit_ref; a frozen row only reports."""
+    row = tl.program_id(0)
+    lane = tl.arange(0, LANES)
+    inside = lane < L
+    n = row * L + lane
+    held = tl.load(TOKENS + n, mask=inside, other=-1)
+    kind = tl.load(KIND + n, mask=inside, other=_ABSENT)
+    frozen = tl.load(FROZEN + row)
+    flags = tl.load(FLAGS + row)
+    old_step = tl.load(STEP + row)
+    masked, editable = _roles(held, kind, frozen, flags, mask_id)
+    before = _count(masked)
+    wanted = inside
+    if INDEX is not None:
+        wanted &= tl.load(INDEX + n, mask=inside, other=-1) >= 0
+    if ONLY_NEEDED:
+        wanted &= masked | editable
+    token, confidence, _top, _mass, _scale_ = _combine(
+        PART, PART_ID, n, wanted, tiles, tl.num_programs(0) * L * tiles, tl.load(TEMPERATURE + row),
+        tl.load(SEED + row), tl.load(START + row) + lane, old_step, TILES,
+    )  # fmt: skip
+    token = token.to(tl.int64)
+    confidence = tl.where(wanted, confidence, float("-inf"))
+    error = (frozen == 0) & (_count((confidence != confidence) & (masked | editable)) > 0)
+    live = (frozen == 0) & (error == 0)
+
+    # M2T: the threshold set, or the quota's most confident
+    steps = tl.maximum(tl.load(STEPS + row), 1)
+    extra = (tl.minimum(old_step, steps - 1) < L % steps).to(tl.int32)
+    quota = tl.maximum(L // steps + extra, tl.load(MIN_TRANSFER + row))
+    ranked = tl.where(masked, confidence, float("-inf"))
+    high = masked & (ranked > tl.load(THRESHOLD + row))
+    ahead = (ranked[None, :] > ranked[:, None]) | ((ranked[None, :] == ranked[:, None]) & (lane[None, :] < lane[:, None]))
+    rank = tl.sum((ahead & masked[None, :]).to(tl.int32), 1)
+    commit = tl.where(_count(high) >= quota, high, masked & (rank < quota)) & live
+    # T2T
+    edit = editable & (token != held) & (confidence > tl.load(EDIT_THRESHOLD + row)) & live
+    written = commit | edit
+    new = tl.where(written, token, held)
+
+    # counters and the end of the block
+    present = kind != _ABSENT
+    prompt = kind == _PROMPT
+    left = _count((new == mask_id) & present & ((kind != _PROMPT) | ((flags & _FILL_PROMPT) != 0)))
+    edits = _count(edit)
+    step = old_step + live.to(tl.int32)
+    post_steps = tl.load(POST_STEPS + row) + (live & (before == 0)).to(tl.int32)
+    max_post_steps = tl.load(MAX_POST_STEPS + row)
+    one_phase = ((flags & _EDITING) == 0) | (max_post_steps == 0)
+    settled = (before == 0) & ((edits == 0) | (post_steps >= max_post_steps))
+    done = live & (tl.where(one_phase, left == 0, settled) | (step >= tl.load(MAX_STEPS + row)))
+
+    # EOS
+    is_eos = lane < 0
+    for k in tl.static_range(NUM_EOS):
+        is_eos |= new == tl.load(EOS_IDS + row * NUM_EOS + k)
+    is_eos &= present
+    prefix = tl.load(PREFIX + row)
+    prefix_clean = (prefix & _PREFIX_MASK) == 0
+    generated_mask = (new == mask_id) & (kind != _PROMPT) & present
+    first_mask = _first_lane(generated_mask, lane, L)
+    first_valid = _first_lane(is_eos & (kind == _VALID), lane, L)
+    judged = ((flags & _EOS_STEP) != 0) | (((flags & _EOS_END) != 0) & done)
+    finished = judged & (first_valid < L) & (first_mask > first_valid)
+    first_any = _first_lane(is_eos, lane, L)
+    first_is_prompt = _count(prompt & (lane == first_any)) > 0
+    counts = ((prefix & _PREFIX_EOS) != 0) | first_is_prompt | (prefix_clean & (first_mask > first_any))
+    early = ((flags & _EOS_COMMIT) != 0) & (_count(is_eos & commit) > 0) & counts
+    holds = done & (_count(is_eos & (kind != _PROMPT)) > 0)
+    clean = (first_mask == L) & prefix_clean
+    ended = holds & (((flags & _EOS_HOLDS) != 0) | (((flags & _EOS_CLEAN) != 0) & clean))
+    eos_at = tl.where(finished, first_valid, tl.where(early, first_any, -1))
+    finished = (finished | early | ended) & live
+    now = frozen | done.to(tl.int32) * _BLOCK_DONE | finished.to(tl.int32) * _FINISHED | error.to(tl.int32) * _ERROR
+
+    tl.debug_barrier()  # every thread has read the state
+    tl.store(TOKENS + n, new, mask=inside & written)
+    tl.store(COMMIT_STEP + n, tl.zeros([LANES], tl.int32) + old_step, mask=inside & commit)
+    tl.store(COMMIT_CONFIDENCE + n, confidence, mask=inside & commit)
+    tl.store(STEP + row, step)
+    tl.store(POST_STEPS + row, post_steps)
+    tl.store(FROZEN + row, now)
+    tl.store(TOKEN + n, token, mask=inside)
+    tl.store(CONFIDENCE + n, confidence, mask=inside)
+    tl.store(COMMIT + n, commit, mask=inside)
+    tl.store(EDIT + n, edit, mask=inside)
+    STATUS += row * 8
+    tl.store(STATUS + 0, now | (_count(written) > 0).to(tl.int32) * _CHANGED)
+    tl.store(STATUS + 1, left)
+    tl.store(STATUS + 2, _count(commit))
+    tl.store(STATUS + 3, edits)
+    tl.store(STATUS + 4, eos_at)
+    tl.store(STATUS + 5, step)
+    tl.store(STATUS + 6, post_steps)
+    tl.store(STATUS + 7, before)
+
+
+def launch(logits, state, params, mask_id, index, filters, only_needed, tile_v=TILE_V):
+    rows, length = state.tokens.shape
+    output = _empty(state.tokens)
+    if rows * length == 0:
+        return output
+    for name, tensor in (vars(state) | vars(params) | {"index": index}).items():
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
+    sampling = (params.temperature, params.top_k, params.top_p, params.seed)
+    roles = (state.tokens, state.kind, state.frozen) if only_needed else None
+    parts, ids = launch_parts(
+        logits, index, roles, params.flags, state.start, state.step, sampling, mask_id, filters, tile_v=tile_v
+    )  # fmt: skip
+    tiles = parts.shape[2]
+    _commit_kernel[(rows,)](
+        index, parts, ids, *vars(state).values(),
+        params.temperature, params.seed, params.threshold, params.edit_threshold, params.steps, params.min_transfer,
+        params.max_steps, params.max_post_steps, params.flags, params.eos_ids, *output, mask_id, tiles,
+        L=length, TILES=triton.next_power_of_2(tiles), LANES=lanes(length), ONLY_NEEDED=only_needed,
+        NUM_EOS=params.eos_ids.shape[1], num_warps=8,
+    )  # fmt: skip
+    return output
+
+
+def _empty(tokens):
+    rows, length = tokens.shape
+    new = tokens.new_empty
+    return RefineOutput(
+        new((rows, 8), dtype=torch.int32), new((rows, length)), new((rows, length), dtype=torch.float32),
+        new((rows, length), dtype=torch.bool), new((rows, length), dtype=torch.bool),
+    )  # fmt: skip
+
+
+def _run(logits, *arguments):
+    state = RefineState(*arguments[:_NUM_STATE])
+    params = RefineParams(*arguments[_NUM_STATE:-4])
+    mask_id, index, filters, only_needed = arguments[-4:]
+    if use_triton(logits):
+        return tuple(launch(logits, state, params, mask_id, index, filters, only_needed))
+    return tuple(refine_step_ref(logits, state, params, mask_id, index, only_needed))
+
+
+_ALIAS = {  # what a step writes, in the notation of torch.library
+    "tokens": "(a!)", "step": "(b!)", "post_steps": "(c!)", "frozen": "(d!)", "commit_step": "(e!)",
+    "commit_confidence": "(f!)",
+}  # fmt: skip
+_NUM_STATE = len(fields(RefineState))
+_op = register_op(
+    "refine_step(Tensor logits, "
+    + ", ".join(f"Tensor{_ALIAS.get(f.name, '')} {f.name}" for f in (*fields(RefineState), *fields(RefineParams)))
+    + ", int mask_id, Tensor? index, bool filters, bool only_needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _run,
+    lambda logits, tokens, *arguments: tuple(_empty(tokens)),
+)
+
+
+def refine_step(logits, state, params, mask_id, index=None, filters=True, only_needed=False):
     """One refinement step of R rows; updates `state` in place.
 
     logits: [R, L, V] for all positions, or [M, V] for some: then index int64 [R, L] names each position's row of
     logits, -1 where there is none (needed_positions says which must be there). Any float type. mask_id: int.
+    filters: False promises that no row has top_k or top_p, which saves a launch on a GPU. only_needed: leave out the
+    positions that the step does not need, whatever logits there are.
     Returns RefineOutput. A row whose needed logits hold NaN or +inf, or -inf alone, gets the ERROR bit, is frozen and
     keeps its block. Raises ValueError on shapes that do not fit.
     """
@@ -241,4 +400,4 @@ def refine_step(logits, state, params, mask_id, index=None):
     if index is not None and (logits.ndim != 2 or index.shape != (rows, length)):
         raise ValueError(f"logits, index: expected [M, V], [{rows}, {length}], got {tuple(logits.shape)}, "
                          f"{tuple(index.shape)}")  # fmt: skip
-    return refine_step_ref(logits, state, params, mask_id, index)
+    return RefineOutput(*_op(logits, *vars(state).values(), *vars(params).values(), mask_id, index, filters, only_needed))

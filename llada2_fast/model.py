@@ -291,8 +291,8 @@ class LLaDA2Model(nn.Module):
             x, _ = layer(x, cos, sin, attend, block, (k_cache, v_cache, slot))
         return self.norm(x)
 
-    def generate(self, inputs, **kwargs):
+    def generate(self, inputs, *args, **kwargs):
         """Text from this model; see llada2_fast.generate.generate for all arguments."""
         from .generate import generate  # the one upward import: the model card's own spelling is model.generate(...)
 
-        return generate(self, inputs, **kwargs)
+        return generate(self, inputs, *args, **kwargs)

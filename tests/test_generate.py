@@ -144,14 +144,13 @@ def test_return_dict():
     assert isinstance(got, GenerateOutput) and got.sequences.shape == (2, 12) and got.sequences.dtype == torch.int64
     assert got.finish_reasons == ["length", "length"] and got.num_tokens == [12, 12]
     assert got.tokens_per_forward == 24 / sum(c.denoise_forwards for c in got.counters)
-    for counters, trace, prompt in zip(got.counters, got.trace, prompts, strict=True):
+    for row, counters, trace, prompt in zip(got.sequences, got.counters, got.trace, prompts, strict=True):
         assert sum(counters.forwards_per_block) == counters.denoise_forwards
         assert counters.prefill_forwards == len(prompt) // 8 and counters.settle_forwards == 0
         commits = trace.commits()
         blocks = -(-(len(prompt) + 12) // 8)
         assert sorted(commits) == list(range(len(prompt), 8 * blocks)) and len(commits) == counters.commits
-        row = got.sequences[len(prompt) != 5].tolist()
-        assert [commits[len(prompt) + i].token for i in range(12)] == row
+        assert [commits[len(prompt) + i].token for i in range(12)] == row.tolist()
         assert all(event.block == event.position // 8 and event.old == MASK for event in commits.values())
         assert trace.logprobs()[len(prompt)] == pytest.approx(
             torch.tensor(commits[len(prompt)].confidence).log().item()
@@ -169,19 +168,21 @@ def test_finish_reasons():
     assert stopped.counters[0].denoise_forwards < whole.counters[0].denoise_forwards
 
 
-def test_an_eos_in_the_prompt_or_the_tail_ends_nothing():
-    prompt = prompt_of(5)
-    full = generate(load(), prompt, eos_id=-1, return_dict=True, trace=True, **SHORT | dict(gen_length=9))
-    row = full.sequences[0].tolist()
-    tail = [full.trace[0].commits()[at].token for at in (14, 15)]
-    for eos in (prompt[2], prompt[4], next(t for t in tail if t not in row)):
-        if eos not in row:
-            for editing in (None, 2.0):
-                got = generate(
-                    load(), prompt, eos_id=eos, eos_early_stop=True, editing_threshold=editing, return_dict=True,
-                    **SHORT | dict(gen_length=9),
-                )  # fmt: skip
-                assert got.sequences.tolist() == [row] and got.finish_reasons == ["length"]
+@pytest.mark.parametrize("editing", [None, 2.0])
+def test_an_eos_in_the_prompt_or_the_tail_ends_nothing(editing):
+    rules = SHORT | dict(gen_length=6, return_dict=True, trace=True, editing_threshold=editing)
+    tails = 0
+    for fill in range(4):
+        prompt = prompt_of(5, fill)
+        full = generate(load(), prompt, eos_id=-1, **rules)
+        row = full.sequences[0].tolist()
+        tail = [full.trace[0].commits()[at].token for at in range(11, 16)]
+        tails += len(set(tail) - set(row))
+        for eos in {prompt[0], prompt[4], *tail} - set(row):
+            got = generate(load(), prompt, eos_id=eos, eos_early_stop=True, **rules)
+            assert got.sequences.tolist() == [row] and got.finish_reasons == ["length"]
+            assert got.counters[0].denoise_forwards == full.counters[0].denoise_forwards
+    assert tails > 0
 
 
 def test_several_eos_ids_and_ids_beyond_the_vocabulary():

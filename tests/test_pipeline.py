@@ -359,7 +359,7 @@ def test_prepare_input_ids():
 
 
 def test_callback_tensors(tiny):
-    pipe, seen, states = pipeline(tiny), [], {}
+    pipe, seen = pipeline(tiny), []
     names = list(pipe._callback_tensor_inputs)
     assert {*names} == {
         "block_x", "x0", "x0_p", "transfer_index", "editing_transfer_index", "sampled_tokens", "sampled_probs",
@@ -382,8 +382,7 @@ def test_callback_tensors(tiny):
         state[: len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
     block = -1
     for _, timestep, t in seen:
-        if timestep == 0 and seen[0][2] is not t or block < 0:
-            block += timestep == 0
+        block += timestep == 0
         assert torch.equal(t["x0"], t["sampled_tokens"]) and torch.equal(t["x0_p"], t["sampled_probs"])
         assert ((t["x0_p"] >= 0) & (t["x0_p"] <= 1)).all() and (t["x0"] >= 0).all()
         assert torch.equal(t["confidence"] > float("-inf"), t["active_block"])
@@ -622,8 +621,8 @@ IDS = torch.tensor([[1, 2, 3]])
         ({"input_ids": IDS.int()}, "`input_ids` must be int64 token IDs"),
         ({"input_ids": [[1, 2]]}, "`input_ids` must be a tensor, got list"),
         ({"input_ids": IDS[:0]}, "`input_ids` must hold at least one row"),
-        ({"input_ids": IDS + 30}, "`input_ids`: prompt 0 has ids outside 0..31"),
-        ({"input_ids": IDS - 2}, "`input_ids`: prompt 0 has ids outside 0..31"),
+        ({"input_ids": IDS + 30}, "`input_ids`: prompt 0 .*outside 0..31"),
+        ({"input_ids": IDS - 2}, "`input_ids`: prompt 0 .*outside 0..31"),
         ({"gen_length": 0}, "`gen_length` must be > 0, got 0."),
         ({"gen_length": 62}, "gen_length=62: prompt 0 has 3 tokens and the model 64 positions"),
         ({"gen_length": 2.5}, "gen_length=2.5"),

@@ -143,7 +143,7 @@ The words it knows are listed in `llada2_fast/demo/tasks.py`. Heroes and friends
 
 ## Measured
 
-Exact match on 200 prompts per task that training never saw (md5 of the prompt divisible by 20), greedy, threshold 0.9,
+Exact match on 500 prompts per task that training never saw (md5 of the prompt divisible by 20), greedy, threshold 0.9,
 no editing, fp32; tokens per forward count the answer and its first end token, prefill excluded.
 
 | task | exact match | tokens per forward |
@@ -155,13 +155,14 @@ project's own decoder, over thresholds and editing.
 
 ## Made by
 
-`python -m llada2_fast.demo.train`: {run}. Block-diffusion loss on two noisy copies per sequence,
-with token-to-token corruption so that editing works; Muon and AdamW; bf16 weights. The data are generated while
-training (`tasks.py`); nothing was downloaded.
+`python -m llada2_fast.demo.train`: {run}.
+Block-diffusion loss on two noisy copies per sequence, with token-to-token corruption so that editing works; Muon and
+AdamW; bf16 weights. The data are generated while training (`tasks.py`); nothing was downloaded.
 
 ## Limits
 
 Prompts must follow the forms above to the letter, full stops and spaces included; near misses get the last row's
 sentence or a wrong answer. Training saw prompts of up to about 300 tokens, seven per cent of them with one earlier
-question and answer; longer conversations are untested. Most system messages are untested.
+question and answer and three per cent with one of three system messages. Longer conversations are not measured, and
+other system messages can spoil the answer.
 """

@@ -246,7 +246,7 @@ def main() -> None:
     start = time.perf_counter()
     parameters, biases = train(args.steps, args.seed, args.threads, save)
     minutes = (time.perf_counter() - start) / 60
-    results = evaluate(parameters, biases, per_task=200, seed=1)
+    results = evaluate(parameters, biases, per_task=500, seed=1)
     run = f"{args.steps} steps, seed {args.seed}, {minutes:.0f} minutes on {args.threads} CPU cores"
     export(args.out, parameters, biases, card=model_card(results, run))
     print(f"{args.out}: {run}")

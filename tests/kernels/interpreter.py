@@ -11,8 +11,9 @@ one process can also compile them. What Triton 3.6 and 3.7 need for that:
    back only the launch's share. Here it is swapped once on entry and put back on exit: faster, and nothing is left.
 3. A loaded value as a bound of range() needs an __index__ that numpy 2.4 accepts.
 4. float32 -> bfloat16 rounds to nearest even as on a device, where the interpreter truncates.
-5. A check for integer overflow after every sum and product, which wrapping products fail, is off.
-6. numpy warns where kernels mean it: unsigned products wrap, exp2 underflows, a tile may hold nothing but NaN.
+5. Products of bfloat16 matrices are made in float32, where the interpreter multiplies the bits as integers.
+6. A check for integer overflow after every sum and product, which wrapping products fail, is off.
+7. numpy warns where kernels mean it: unsigned products wrap, exp2 underflows, a tile may hold nothing but NaN.
 """
 
 import dataclasses
@@ -30,6 +31,7 @@ from triton.runtime.jit import JITFunction
 
 _numpy_scalar = functools.cache(interpreter._get_np_dtype)
 _cast = InterpreterBuilder.cast_impl
+_dot = InterpreterBuilder.create_dot
 
 
 @functools.cache
@@ -58,6 +60,11 @@ def _round_to_bfloat16(self, value, to_type):
     return TensorHandle(bits.reshape(value.data.shape), tl.bfloat16)
 
 
+def _dot_in_float32(self, a, b, *rest):
+    a, b = (_cast(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+    return _dot(self, a, b, *rest)
+
+
 @contextmanager
 def interpreted():
     """Within it Triton kernels run in the interpreter. Not for two threads at once, nor inside itself."""
@@ -72,6 +79,7 @@ def interpreted():
             mock.patch.object(interpreter, "_patch_lang", lambda function: swapped),
             mock.patch.object(interpreter, "_get_np_dtype", _numpy_type),
             mock.patch.object(InterpreterBuilder, "cast_impl", _round_to_bfloat16),
+            mock.patch.object(InterpreterBuilder, "create_dot", _dot_in_float32),
             mock.patch.object(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False)),
             np.errstate(all="ignore"),
             warnings.catch_warnings(),

@@ -1,0 +1,291 @@
+"""Compiles every kernel in every specialisation that is in use, for every GPU we name, without a GPU.
+
+    python -m benchmarks.aot [--targets sm_80,sm_90,sm_100,gfx942] [--names refine,norm] [--json]
+
+A *scenario* calls an op's launcher on tensors of its real shapes and no data; what it would launch is compiled instead.
+The table has registers per thread, bytes spilled to memory and shared memory per program. Exit 1 if anything does not
+compile, wants more shared memory than the GPU has, or spills on sm_80 or sm_90. A scenario that only some targets must
+hold says so when it fails and why (gfx942).
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction, mangle_type
+
+from llada2_fast.kernels import attention, candidates, norm, refine, rope
+from llada2_fast.kernels._triton import force_ops
+
+VOCAB, MASK_ID = 157184, 156895  # LLaDA2.0 and 2.1
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+NO_SPILLS = ("sm_80", "sm_90")  # spilling fails there
+MAY_FAIL = ("gfx942",)  # never run; kept compiling as far as Triton goes
+
+
+class Launch(NamedTuple):
+    """A kernel with everything that decides what is compiled."""
+
+    kernel: JITFunction
+    signature: dict
+    constants: dict
+    attributes: dict
+    options: dict
+
+
+class Result(NamedTuple):
+    """One kernel of one scenario on one target; the numbers are None if it failed, error is None if it did not."""
+
+    scenario: str
+    kernel: str
+    target: str
+    warps: int
+    registers: int | None
+    spilled: int | None
+    shared: int | None
+    error: str | None
+
+    @property
+    def fault(self):
+        """Why this result fails the run, or None."""
+        if self.target in MAY_FAIL:
+            return None
+        if self.error:
+            return self.error
+        if self.spilled and self.target in NO_SPILLS:
+            return f"spills {self.spilled} bytes"
+        if self.shared > SHARED_LIMIT[self.target]:
+            return f"wants {self.shared} bytes of shared memory, {SHARED_LIMIT[self.target]} are allowed"
+        return None
+
+
+# Scenarios: name -> call that launches. Tensors are on the device "meta": shapes, types and strides alone.
+
+
+def _meta(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _refine(dtype, length=32, vocab=VOCAB, rows=8, packed=False, only_needed=False, filters=False, layout=None):
+    whole, real, long = _meta(rows, dtype=torch.int32), _meta(rows), _meta(rows, dtype=torch.int64)
+    params = refine.RefineParams(real, whole, real, long, real, real, *[whole] * 5, eos_ids=long[:, None])
+    state = refine.RefineState(
+        _meta(rows, length, dtype=torch.int64), _meta(rows, length, dtype=torch.int8), long, *[whole] * 4,
+        _meta(rows, length, dtype=torch.int32), _meta(rows, length),
+    )  # fmt: skip
+    logits = _meta(rows * length, vocab, dtype=dtype) if packed else _meta(rows, length, vocab, dtype=dtype)
+    if layout == "transposed":
+        logits = _meta(rows, vocab, length, dtype=dtype).transpose(1, 2)
+    index = _meta(rows, length, dtype=torch.int64) if packed else None
+    refine.launch(logits, state, params, MASK_ID, index, filters, only_needed)
+
+
+def _candidates(dtype, runner_up, filters):
+    rows, length = 8, 32
+    real, whole, long = _meta(rows), _meta(rows, dtype=torch.int32), _meta(rows, dtype=torch.int64)
+    candidates.launch(
+        _meta(rows, length, VOCAB, dtype=dtype), long, whole, candidates.SampleParams(real, whole, real, long),
+        MASK_ID, _meta(rows, dtype=torch.bool), None, filters, runner_up,
+    )  # fmt: skip
+
+
+def _attention(dtype, heads, kv_heads=4, dim=128, length=32, pages=64):
+    cache = _meta(3, pages, length, kv_heads, dim, dtype=dtype)[1]
+    numbers = [_meta(*shape, dtype=torch.int32) for shape in ((8,), (8,), (8, pages), (8,))]
+    with force_ops("triton"):
+        q = _meta(8 * length, heads, dim, dtype=dtype)
+        attention.block_attention(q, cache, cache, attention.BlockBatch(*numbers))
+
+
+def _qk_norm_rope(dtype, heads, kv_heads=4, dim=128, rot=64, length=32, write=True, norms=True):
+    cache = _meta(3, 64, length, kv_heads, dim, dtype=dtype)[1]
+    weight = _meta(dim, dtype=dtype) if norms else None
+    cos, qkv = _meta(64, rot, dtype=dtype), _meta(64, heads + 2 * kv_heads, dim, dtype=dtype)
+    args = (qkv, weight, weight, cos, cos, 1e-6, heads, kv_heads)
+    with force_ops("triton"):
+        if write:
+            rope.qk_norm_rope_write(*args, cache, cache, _meta(64, dtype=torch.int64))
+        else:
+            rope.qk_norm_rope(*args)
+
+
+def _norm(dtype, size, add):
+    x, weight = _meta(64, size, dtype=dtype), _meta(size, dtype=dtype)
+    with force_ops("triton"):
+        norm.add_rms_norm(x, x, weight, 1e-6) if add else norm.rms_norm(x, weight, 1e-6)
+
+
+_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SCENARIOS = {
+    **{f"refine {name} filters": lambda t=dtype: _refine(t, filters=True) for name, dtype in _TYPES.items()},
+    **{f"refine {name}": lambda t=dtype: _refine(t) for name, dtype in _TYPES.items()},
+    "refine bf16 packed": lambda: _refine(torch.bfloat16, packed=True),
+    "refine bf16 packed filters": lambda: _refine(torch.bfloat16, packed=True, filters=True),
+    "refine fp32 packed filters": lambda: _refine(torch.float32, packed=True, filters=True),
+    "refine bf16 needed": lambda: _refine(torch.bfloat16, only_needed=True),
+    "refine bf16 needed filters": lambda: _refine(torch.bfloat16, only_needed=True, filters=True),
+    **{f"refine bf16 L={length}": lambda n=length: _refine(torch.bfloat16, n) for length in (1, 4, 8, 16, 48, 64, 128)},
+    "refine bf16 V=2^18": lambda: _refine(torch.bfloat16, vocab=2**18, filters=True),
+    "refine fp32 V=4096": lambda: _refine(torch.float32, length=16, vocab=4096, filters=True),
+    "refine fp32 V=5003": lambda: _refine(torch.float32, vocab=5003, filters=True),
+    "refine bf16 transposed": lambda: _refine(torch.bfloat16, layout="transposed", filters=True),
+    "candidates bf16": lambda: _candidates(torch.bfloat16, runner_up=False, filters=False),
+    "candidates bf16 runner-up filters": lambda: _candidates(torch.bfloat16, runner_up=True, filters=True),
+    **{f"attention mini {name}": lambda t=dtype: _attention(t, 16) for name, dtype in _TYPES.items()},
+    "attention flash bf16": lambda: _attention(torch.bfloat16, 32),
+    "attention mini bf16 one split": lambda: _attention(torch.bfloat16, 16, pages=4),
+    **{f"attention mini bf16 L={n}": lambda n=n: _attention(torch.bfloat16, 16, length=n) for n in (1, 8, 16, 48, 64)},
+    "attention bf16 D=64": lambda: _attention(torch.bfloat16, 8, dim=64),
+    "attention fp32 D=80": lambda: _attention(torch.float32, 8, dim=80),
+    "attention fp32 D=16": lambda: _attention(torch.float32, 4, 2, 16, 8),
+    **{f"qk_norm_rope mini {name}": lambda t=dtype: _qk_norm_rope(t, 16) for name, dtype in _TYPES.items()},
+    "qk_norm_rope flash bf16": lambda: _qk_norm_rope(torch.bfloat16, 32),
+    "qk_norm_rope mini bf16 no pages": lambda: _qk_norm_rope(torch.bfloat16, 16, write=False),
+    "qk_norm_rope mini bf16 no norms": lambda: _qk_norm_rope(torch.bfloat16, 16, norms=False),
+    **{
+        f"{'add_' * add}rms_norm {name} H={size}": lambda t=dtype, n=size, a=add: _norm(t, n, a)
+        for name, dtype in _TYPES.items()
+        for size in (2048, 4096)
+        for add in (False, True)
+    },
+    "add_rms_norm fp32 H=64": lambda: _norm(torch.float32, 64, True),
+}
+
+
+# Compiling
+
+
+@contextmanager
+def recorded():
+    """Within it a launch is not run but noted; yields the list of Launches."""
+    found = []
+
+    def note(kernel, *args, grid, warmup, **kwargs):
+        values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        found.append(_launch_of(kernel, values))
+
+    with mock.patch.object(JITFunction, "run", note):
+        yield found
+
+
+def _launch_of(kernel, values):
+    """What Triton makes of these arguments when it launches on aligned tensors."""
+    signature, constants, attributes = {}, {}, {}
+    for place, parameter in enumerate(kernel.params):
+        value = values.pop(parameter.name)
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[(place,)] = value
+            continue
+        signature[parameter.name] = mangle_type(value)
+        if isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    return Launch(kernel, signature, constants, attributes, values)
+
+
+def compile_launch(launch, scenario, target):
+    """Compile for TARGETS[target]; a Result."""
+    source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
+    head = (scenario, launch.kernel.__name__, target, launch.options["num_warps"])
+    try:
+        compiled = triton.compile(source, target=TARGETS[target], options=launch.options)
+    except (triton.CompilationError, triton.runtime.errors.PTXASError, RuntimeError) as error:
+        return Result(*head, None, None, None, f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}")
+    usage = _amd_usage if TARGETS[target].backend == "hip" else _nvidia_usage
+    return Result(*head, *usage(compiled, target), compiled.metadata.shared, None)
+
+
+def _nvidia_usage(compiled, target):
+    """Registers per thread and bytes spilled, from ptxas itself."""
+    arch = TARGETS[target].arch
+    ptxas = knobs.nvidia.ptxas_blackwell if arch >= 100 else knobs.nvidia.ptxas
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(compiled.asm["ptx"])
+        file.flush()
+        command = [ptxas.path, "-v", f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}", file.name, "-o", os.devnull]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log).groups()
+    return int(re.search(r"Used (\d+) registers", log)[1]), int(stores) + int(loads)
+
+
+def _amd_usage(compiled, target):
+    """Vector registers and bytes of them spilled; scalar registers spill to vector lanes, not to memory."""
+    found = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", compiled.asm["amdgcn"]))
+    return int(found["vgpr_count"]), 4 * int(found["vgpr_spill_count"])
+
+
+def compile_all(targets=tuple(TARGETS), names=None, report=lambda result: None):
+    """Compile the scenarios whose names contain one of `names` (all if None); a list of Results.
+
+    One kernel in one specialisation is compiled once per target, however many scenarios launch it. report(result) is
+    called as each is done. Raises ValueError on unknown targets and on names that match nothing.
+    """
+    for target in targets:
+        if target not in TARGETS:
+            raise ValueError(f"targets: expected some of {', '.join(TARGETS)}, got {target!r}")
+    results, seen = [], set()
+    for scenario, call in SCENARIOS.items():
+        if names is not None and not any(name in scenario for name in names):
+            continue
+        with recorded() as launches:
+            call()
+        for launch in launches:
+            key = repr((launch.kernel.__name__, *launch[1:]))
+            for target in targets if key not in seen else ():
+                results.append(compile_launch(launch, scenario, target))
+                report(results[-1])
+            seen.add(key)
+    if not results:
+        raise ValueError(f"names: expected parts of {', '.join(SCENARIOS)}, got {names}")
+    return results
+
+
+def _line(result):
+    numbers = [result.registers, result.spilled, result.shared]
+    cells = "".join(f"{'-' if number is None else number:>8}" for number in numbers)
+    verdict = result.fault or (f"allowed to fail: {result.error}" if result.error else "")
+    return f"{result.target:8}{result.kernel:24}{result.scenario:36}{result.warps:>6}{cells}  {verdict}"
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated (default: %(default)s)")
+    parser.add_argument("--names", help="comma-separated parts of scenario names (default: all)")
+    parser.add_argument("--json", action="store_true", help="end with one JSON line")
+    options = parser.parse_args(arguments)
+    print(f"triton {triton.__version__}, ptxas {knobs.nvidia.ptxas.version}")
+    print(f"{'target':8}{'kernel':24}{'scenario':36}{'warps':>6}{'regs':>8}{'spilled':>8}{'shared':>8}")
+    results = compile_all(
+        options.targets.split(","),
+        options.names and options.names.split(","),
+        lambda result: print(_line(result), flush=True),
+    )
+    faults = [result for result in results if result.fault]
+    print(f"{len(results)} compiled, {len(faults)} at fault")
+    if options.json:
+        worst = {t: max((r.registers for r in results if r.target == t and r.registers), default=None) for t in TARGETS}
+        print(json.dumps({"benchmark": "aot", "compiled": len(results), "faults": len(faults), "max_registers": worst}))
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
