@@ -19,9 +19,9 @@ import torch.nn.functional as F
 
 from ._triton import tl, triton, use_triton
 
-QUERY_TILE = 256  # tokens of a long run that share one masked call (reference)
 SPLIT, MAX_SPLITS = 256, 32  # keys of a split (a multiple of it beyond 8192 keys), splits of a block
 SCRATCH_BYTES = 2**28  # partial results of one launch; more query blocks than fit take several
+_TABLES = ["BLOCK_ROW", "BLOCK_INDEX", "PAGE_TABLE", "LIMIT"]  # compiled alike wherever they begin
 
 
 class Run(NamedTuple):
@@ -104,25 +104,21 @@ def place_blocks(blocks, length, x):
 
 
 def block_attention_ref(q, k_cache, v_cache, runs):
-    """q [T, nq, D], T = sum of the runs' blocks times L; caches [pages, L, nk, D] -> [T, nq, D]."""
+    """q [T, nq, D], T = sum of the runs' blocks times L; caches [pages, L, nk, D] -> [T, nq, D].
+
+    Each block has a call of its own, so that its bits do not depend on the run it is in: how a prompt was cut into
+    chunks, or how much of it was found in the cache. Larger masked calls are no faster at L = 32 (measured, CPU).
+    """
     length = k_cache.shape[1]
     out = torch.empty_like(q)
     begin = 0
     for run in runs:
-        size = run.num_blocks * length
         keys = _row(k_cache, run, length)
         values = _row(v_cache, run, length)
-        tile = max(1, QUERY_TILE // length) if run.num_blocks > 2 else 1
-        for block in range(0, run.num_blocks, tile):
-            blocks = min(tile, run.num_blocks - block)
-            rows = slice(begin + block * length, begin + (block + blocks) * length)
-            seen = min((run.first_block + block + blocks) * length, run.limit)
-            mask = None
-            if blocks > 1:
-                where = (run.first_block + block) * length + torch.arange(blocks * length, device=q.device)
-                mask = where[:, None] // length >= torch.arange(seen, device=q.device) // length
-            out[rows] = _attend(q[rows], keys[:seen], values[:seen], mask)
-        begin += size
+        for block in range(run.first_block, run.first_block + run.num_blocks):
+            seen = min((block + 1) * length, run.limit)
+            out[begin : begin + length] = _attend(q[begin : begin + length], keys[:seen], values[:seen])
+            begin += length
     return out
 
 
@@ -134,14 +130,12 @@ def _row(cache, run, length):
     return cache[torch.tensor(pages, device=cache.device)].flatten(0, 1)
 
 
-def _attend(q, k, v, mask):
-    """q [Q, nq, D], k, v [S, nk, D], mask bool [Q, S] or None. Heads of a KV group are folded into the queries."""
+def _attend(q, k, v):
+    """q [Q, nq, D], k, v [S, nk, D] -> [Q, nq, D]. Heads of a KV group are folded into the queries."""
     count, heads, dim = q.shape
     groups = k.shape[1]
     folded = q.view(count, groups, -1, dim).permute(1, 2, 0, 3).reshape(1, groups, -1, dim)
-    if mask is not None:
-        mask = mask.repeat(heads // groups, 1)
-    o = F.scaled_dot_product_attention(folded, k.transpose(0, 1)[None], v.transpose(0, 1)[None], attn_mask=mask)
+    o = F.scaled_dot_product_attention(folded, k.transpose(0, 1)[None], v.transpose(0, 1)[None])
     return o.view(groups, -1, count, dim).permute(2, 0, 1, 3).reshape(count, heads, dim)
 
 
@@ -166,7 +160,7 @@ def _splits(BLOCK_ROW, BLOCK_INDEX, LIMIT, block, L, SPLIT: tl.constexpr, MAX_SP
     return row.to(tl.int64), seen, size, tl.cdiv(seen, size)
 
 
-@triton.jit(do_not_specialize=["first", "table_stride", "splits"])
+@triton.jit(do_not_specialize=[*_TABLES, "first", "splits", "table_stride"])
 def _attention_kernel(
     Q, K, V, OUT, PART, TOP, TOTAL, BLOCK_ROW, BLOCK_INDEX, PAGE_TABLE, LIMIT,
     first, splits, scale, table_stride, q_stride, page_stride, token_stride, head_stride,
@@ -228,7 +222,7 @@ def _attention_kernel(
         tl.store(TOTAL + part, total, mask=m < L * GROUP)
 
 
-@triton.jit(do_not_specialize=["first", "splits"])
+@triton.jit(do_not_specialize=[*_TABLES, "first", "splits"])
 def _combine_kernel(
     PART, TOP, TOTAL, OUT, BLOCK_ROW, BLOCK_INDEX, LIMIT, first, splits,
     HEADS: tl.constexpr, D: tl.constexpr, L: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,

@@ -23,8 +23,8 @@ from typing import NamedTuple
 import torch
 
 from ._triton import register_op, tl, triton, use_triton
-from .filters import CHUNK, GROUP, PIVOTS, STEP_BITS, _filter_kernel, _filters, _finite, _scale, cut_ref
-from .philox import _pick, _pick_tile, _uniform, pick_ref, uniform_ref
+from .filters import CHUNK, GROUP, PIVOTS, STEP_BITS, _draw, _filter_kernel, _filters, _finite, _scale, cut_ref
+from .philox import _pick, _uniform, pick_ref, uniform_ref
 from .roles import BAN_MASK, _locate
 
 TILE_V = 4096  # part of the definition of a draw: the same in the reference and in every kernel
@@ -216,8 +216,7 @@ def _vocab_kernel(
     temperature = tl.load(TEMPERATURE + row)
     sampled = temperature > 0
     scale = _scale(temperature)
-    local = tl.arange(0, TILE_V // CHUNK)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-    ids = tile * TILE_V + local
+    ids = tile * TILE_V + tl.arange(0, TILE_V // CHUNK)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
     x = tl.load(base + ids.to(tl.int64) * stride_v, mask=ids < vocab, other=_NONE).to(tl.float32)
 
     mask_logit = tl.full([], float("-inf"), tl.float32)
@@ -237,14 +236,16 @@ def _vocab_kernel(
     token = first
     if sampled:
         uniform = _uniform(tl.load(SEED + row), tl.load(START + row) + n % L, tl.load(STEP + row), tile + 1)
-        drawn = _pick_tile(weight, uniform)
-        token = tile * TILE_V + drawn
-        logit = tl.max(tl.where(local == drawn, x, _NONE))
+        masses = tl.sum(weight, 1)
+        hidden = tl.where((flags & _BAN_MASK) != 0, mask_id, -1)
+        token, logit = _draw(
+            base, stride_v, tile * TILE_V, vocab, hidden, masses, _finite(top), scale, _NONE, uniform, CHUNK
+        )  # fmt: skip
         if CHUNK_MAX is not None:
             if _filters(tl.load(TOP_K + row), tl.load(TOP_P + row), vocab):
                 chunk = (n * tiles + tile) * (TILE_V // CHUNK) + tl.arange(0, TILE_V // CHUNK)
                 tl.store(CHUNK_MAX + chunk, tl.max(x, 1))
-                tl.store(CHUNK_MASS + chunk, tl.sum(weight, 1))
+                tl.store(CHUNK_MASS + chunk, masses)
 
     plane = tl.num_programs(0) * tiles
     at = n * tiles + tile
@@ -280,7 +281,7 @@ def _combine(PART, PART_ID, n, wanted, tiles, plane, temperature, seed, position
     mass = tl.sum(masses, 1)
     own = logits == tl.max(logits, 1)[:, None]
     if temperature > 0:
-        tile = _pick(masses, mass * _uniform(seed, position, step, tl.full([], 0, tl.int32)))
+        tile = _pick(masses, (mass * _uniform(seed, position, step, tl.full([], 0, tl.int32)))[:, None])
         own = lane == tile[:, None]
     token = tl.min(tl.where(own, tokens, _NO_ID), 1)
     logit = tl.max(tl.where(own, logits, _NONE), 1)
@@ -349,7 +350,7 @@ def launch_parts(
     inputs = (logits, index, tokens, kind, frozen, flags, start, step, *params, parts, ids, *chunks)
     shape = {"L": length, "TILE_V": tile_v, "CHUNK": CHUNK, "ONLY_NEEDED": roles is not None, "RUNNER_UP": runner_up}
     where = (vocab, mask_id, stride_r, stride_l, stride_v)
-    _vocab_kernel[(positions, tiles)](*inputs, *where, **shape, num_warps=4)
+    _vocab_kernel[(positions, tiles)](*inputs, *where, **shape, num_warps=8)
     if filters:
         _filter_kernel[(positions,)](
             *inputs, chunks[0].view(torch.int32), *where, tiles, **shape, TILES=triton.next_power_of_2(tiles),

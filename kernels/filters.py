@@ -13,11 +13,11 @@ top-k and top-p on 16-bit logits, 11 on float32, and one more that weighs what i
 import torch
 
 from ._triton import tl, triton
-from .philox import _pick, _pick_tile, _uniform
+from .philox import _pick, _uniform
 from .roles import BAN_MASK, _locate
 
 CHUNK = 64  # ids; a tile of the vocabulary pass is a whole number of chunks
-PIVOTS = 8
+PIVOTS = 4
 GROUP = 32  # chunks that are looked at together
 STEP_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}  # float32 bits that are always zero
 
@@ -57,6 +57,24 @@ def _finite(top):
 def _filters(top_k, top_p, vocab):
     """Whether a row that samples filters."""
     return ((top_k > 0) & (top_k < vocab)) | (top_p < 1)
+
+
+@triton.jit
+def _draw(base, stride_v, first_id, vocab, hidden, mass, top, scale, cut, uniform, CHUNK: tl.constexpr):
+    """Inverse CDF in a tile that begins at first_id, from the masses [chunks] of its chunks: the id and its logit.
+
+    Only the chunk that is hit is read. Ids below the cut and id `hidden` weigh nothing.
+    """
+    target = tl.sum(mass, 0) * uniform
+    chunk = _pick(mass, target)
+    target -= tl.sum(tl.where(tl.arange(0, mass.shape[0]) < chunk, mass, 0.0), 0)
+    lane = tl.arange(0, CHUNK)
+    ids = first_id + chunk * CHUNK + lane
+    there = (ids >= first_id) & (ids < vocab)
+    x = tl.load(base + ids.to(tl.int64) * stride_v, mask=there, other=_NONE).to(tl.float32)
+    x = tl.where((ids == hidden) | (x < cut), _NONE, x)
+    at = _pick(tl.exp2((x - top) * scale), target)
+    return first_id + chunk * CHUNK + at, tl.max(tl.where(lane == at, x, _NONE), 0)
 
 
 @triton.jit
@@ -200,22 +218,23 @@ def _filter_kernel(
     position = tl.load(START + row) + n % L
     step = tl.load(STEP + row)
     total = tl.sum(kept, 0)
-    target = tl.sum(kept[None, :], 1) * _uniform(seed, position, step, tl.full([], 0, tl.int32))
-    tile = tl.sum(_pick(kept[None, :], target), 0)
+    tile = _pick(kept, total * _uniform(seed, position, step, tl.full([], 0, tl.int32)))
     local = tl.arange(0, PER_TILE)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
     ids = tile * TILE_V + local
     x = tl.load(base + ids.to(tl.int64) * stride_v, mask=ids < vocab, other=_NONE).to(tl.float32)
-    x = tl.where(ids == hidden, _NONE, x)
-    weight = tl.where(x >= cut, tl.exp2((x - top) * scale), 0.0)
-    drawn = _pick_tile(weight, _uniform(seed, position, step, tile + 1))
+    x = tl.where((ids == hidden) | (x < cut), _NONE, x)
+    token, logit = _draw(
+        base, stride_v, tile * TILE_V, vocab, hidden, tl.sum(tl.exp2((x - top) * scale), 1), top, scale, cut,
+        _uniform(seed, position, step, tile + 1), CHUNK,
+    )  # fmt: skip
 
     tl.debug_barrier()  # the parts have been read by all threads
     only = lane == 0
     tl.store(PART + lane, tl.where(only, top, _NONE), mask=lane < tiles)
     tl.store(PART + plane + lane, tl.where(only, total, 0.0), mask=lane < tiles)
-    tl.store(PART + 2 * plane, tl.max(tl.where(local == drawn, x, _NONE)))
-    tl.store(PART_ID + n * tiles, tile * TILE_V + drawn)
+    tl.store(PART + 2 * plane, logit)
+    tl.store(PART_ID + n * tiles, token)
     if RUNNER_UP:
         for level in tl.static_range(3, 5):
-            logit = tl.load(PART + level * plane + lane, mask=lane < tiles, other=_NONE)
-            tl.store(PART + level * plane + lane, tl.where(logit >= cut, logit, _NONE), mask=lane < tiles)
+            best = tl.load(PART + level * plane + lane, mask=lane < tiles, other=_NONE)
+            tl.store(PART + level * plane + lane, tl.where(best >= cut, best, _NONE), mask=lane < tiles)

@@ -1,52 +1,18 @@
-"""Mixture of experts: router and grouped expert MLP.
+"""Mixture of experts: the grouped expert MLP behind a router, and the shared expert beside it.
 
-s = sigmoid(h32 W32^T);  c = s + bias                        h [T, H], W [E, H] -> [T, E] float32
-2.0/2.1: group score = sum of the two largest c of a group; keep the topk_group best groups; top-k of the rest by c
-2.2:     per block, admit the `capacity` experts with the largest max_t c; top-k of those by c
-w = s[ids] (without bias), normalised over the K if K > 1, times `scale`;  ties: the lower expert id
-y = cast(sum_k w_k * expert_k(h)), products and sum in float32, in descending order of c
+y = cast(sum_k w_k * expert_k(h)) + shared(h)                h [T, H] -> [T, H], w from router.py
 expert(h) = down( silu(gate(h)) * up(h) )                    gate_up [E, 2I, H] gate rows first, down [E, H, I]
+
+Products of w_k and their sum are float32, in descending order of choice, with one cast; the shared expert is neither
+scaled nor gated and is added in h's dtype. On a GPU three launches: gate_up with its activation for all pairs and the
+shared expert, down likewise, and the sum. No atomics; only the experts that some token chose are read.
 """
 
 import torch
 import torch.nn.functional as F
 
-
-def route_ref(h, weight, bias, top_k, n_group, topk_group, scale, capacity=None, block=None):
-    """h [T, H]; weight [E, H]; bias [E] float32 -> ids [T, K] int64, weights [T, K] float32.
-
-    capacity selects block routing; block int64 [T] is then each token's block, 0 .. max.
-    """
-    if h.shape[0] == 0:
-        return h.new_empty(0, top_k, dtype=torch.int64), h.new_empty(0, top_k, dtype=torch.float32)
-    score = torch.sigmoid(F.linear(h.float(), weight.float()))
-    choice = score + bias
-    if capacity is not None:
-        best = choice.new_full((int(block[-1]) + 1, choice.shape[1]), float("-inf"))  # sync: CPU reference
-        best.scatter_reduce_(0, block[:, None].expand_as(choice), choice, "amax")
-        admitted = _keep_best(best, capacity)[block]
-        choice = choice.masked_fill(~admitted, float("-inf"))
-    elif topk_group < n_group:
-        grouped = choice.unflatten(1, (n_group, -1))
-        strength = grouped.topk(min(2, grouped.shape[-1]), -1).values.sum(-1)
-        kept = _keep_best(strength, topk_group)
-        choice = grouped.masked_fill(~kept[..., None], float("-inf")).flatten(1)
-    ids = choice.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
-    weights = score.gather(1, ids)
-    if top_k > 1:
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    return ids, weights * scale
-
-
-def _keep_best(x, count):
-    """[N, M] -> bool [N, M]: the `count` largest of each row, ties to the lower index."""
-    order = x.sort(dim=-1, descending=True, stable=True).indices[:, :count]
-    return torch.zeros_like(x, dtype=torch.bool).scatter_(1, order, True)
-
-
-def route(h, weight, bias, top_k, n_group, topk_group, scale, capacity=None, block=None):
-    """Experts and weights of every token; see route_ref for shapes."""
-    return route_ref(h, weight, bias, top_k, n_group, topk_group, scale, capacity, block)
+from ._triton import tl, triton, use_triton
+from .gemm import expert_gemm, rounded, tiles
 
 
 ROWS = 4  # a CPU's sgemm rounds a row alike at any height that is a multiple of this (measured: MKL, AVX-512)
@@ -85,6 +51,59 @@ def gated(x):
     return F.silu(gate) * up
 
 
-def experts(h, ids, weights, gate_up, down):
-    """Grouped expert MLP with weighted combine; see experts_ref for shapes."""
-    return experts_ref(h, ids, weights, gate_up, down)
+@triton.jit
+def _combine_kernel(OUTER, WEIGHTS, SHARED, OUT, H: tl.constexpr, K: tl.constexpr, TILE_H: tl.constexpr):
+    """Grid (T, H / TILE_H). OUTER [T * K, H]: what each expert made of its tokens; SHARED [T, H] or None."""
+    t = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * TILE_H + tl.arange(0, TILE_H)
+    real = h < H
+    total = tl.zeros((TILE_H,), tl.float32)
+    for k in range(K):
+        one = tl.load(OUTER + (t * K + k) * H + h, mask=real, other=0.0).to(tl.float32)
+        total += tl.load(WEIGHTS + t * K + k) * one
+    if SHARED is not None:
+        total = rounded(total, OUT) + tl.load(SHARED + t * H + h, mask=real, other=0.0).to(tl.float32)
+    tl.store(OUT + t * H + h, total.to(OUT.dtype.element_ty), mask=real)
+
+
+def mlp(h, gate_up, down):
+    """Dense MLP: h [T, H], gate_up [2I, H] gate rows first, down [H, I] -> [T, H]."""
+    return F.linear(gated(F.linear(h, gate_up)), down)
+
+
+def experts(h, routing, gate_up, down, shared=None):
+    """Grouped expert MLP of h [T, H] with weighted sum, plus the shared expert's MLP if shared = (gate_up, down).
+
+    routing: what router.route returned for h; weights as in experts_ref. Returns [T, H] in h's dtype. ValueError if
+    shapes do not fit.
+    """
+    if not use_triton(h):
+        y = experts_ref(h, routing.ids, routing.weights, gate_up, down)
+        return y if shared is None else y + mlp(h, *shared)
+    _check(h, routing, gate_up, down)
+    if h.shape[0] == 0:
+        return torch.empty_like(h)
+    # a shared expert of another width (several in one) is not one more expert of the same product
+    alike = shared is not None and shared[0].shape == gate_up.shape[1:]
+    size = tiles(h.device, h.shape[1], h.shape[0])
+    inner = expert_gemm(h, gate_up, shared[0] if alike else None, routing, True, **size["gate_up"])
+    outer = expert_gemm(inner, down, shared[1] if alike else None, routing, False, **size["down"])
+    pairs = routing.ids.numel()
+    beside = outer[pairs:] if alike else None if shared is None else mlp(h, *shared)
+    out = torch.empty_like(outer[: h.shape[0]])
+    _combine_kernel[(h.shape[0], triton.cdiv(h.shape[1], 1024))](
+        outer, routing.weights, beside, out, H=h.shape[1], K=routing.ids.shape[1], TILE_H=1024, num_warps=4
+    )  # fmt: skip
+    return out
+
+
+def _check(h, routing, gate_up, down):
+    count, rows, hidden = gate_up.shape
+    if h.shape[1] != hidden or h.stride(1) != 1 or h.dtype != gate_up.dtype:
+        raise ValueError(f"h: {gate_up.dtype} [T, {hidden}] expected, got {h.dtype} {list(h.shape)}")
+    if down.shape != (count, hidden, rows // 2) or down.dtype != gate_up.dtype:
+        raise ValueError(f"down: [{count}, {hidden}, {rows // 2}] expected, as gate_up, got {list(down.shape)}")
+    if not gate_up.is_contiguous() or not down.is_contiguous():
+        raise ValueError("gate_up, down: contiguous weights expected")
+    if routing.order is None or len(routing.ids) != len(h):
+        raise ValueError(f"routing: one of {len(h)} tokens with tiles expected, as route makes them on a GPU")

@@ -81,28 +81,18 @@ def _uniform(seed, position, step, stream):
 
 @triton.jit
 def _pick(weight, target):
-    """Inverse CDF along axis 1: weight [A, B] >= 0, target [A] = uniform * total -> int32 [A], -1 if all weights are 0.
+    """Inverse CDF along the last axis: weight [N] or [A, N] >= 0, target [] or [A, 1] = uniform * total.
 
-    The first index of positive weight whose cumulative weight exceeds the target, else the last of positive weight: a
-    parallel prefix sum may step back by a rounding, and must not let a weight of zero through.
+    int32 [] or [A]: the first index of positive weight whose cumulative weight exceeds the target, else the last of
+    positive weight (a parallel prefix sum may step back by a rounding, and must not let a weight of zero through), -1
+    where all weights are zero.
     """
-    width: tl.constexpr = weight.shape[1]
-    lane = tl.arange(0, width)[None, :]
-    beyond = (weight > 0) & (tl.cumsum(weight, 1) > target[:, None])
-    first = tl.min(tl.where(beyond, lane, width), 1)
-    last = tl.max(tl.where(weight > 0, lane, -1), 1)
+    width: tl.constexpr = weight.shape[len(weight.shape) - 1]
+    axis: tl.constexpr = len(weight.shape) - 1
+    lane = tl.arange(0, width)
+    if axis == 1:
+        lane = lane[None, :]
+    beyond = (weight > 0) & (tl.cumsum(weight, axis) > target)
+    first = tl.min(tl.where(beyond, lane, width), axis)
+    last = tl.max(tl.where(weight > 0, lane, -1), axis)
     return tl.where(first < width, first, last)
-
-
-@triton.jit
-def _pick_tile(weight, uniform):
-    """Inverse CDF over all of weight [A, B] in row-major order, in two levels -> int32 scalar index into A*B."""
-    rows: tl.constexpr = weight.shape[0]
-    width: tl.constexpr = weight.shape[1]
-    mass = tl.sum(weight, 1)
-    target = tl.sum(mass[None, :], 1) * uniform  # [1]
-    row = tl.sum(_pick(mass[None, :], target), 0)
-    lane = tl.arange(0, rows)
-    target -= tl.sum(tl.where(lane[None, :] < row, mass[None, :], 0.0), 1)
-    inside = tl.sum(tl.where(lane[:, None] == row, weight, 0.0), 0)
-    return row * width + tl.sum(_pick(inside[None, :], target), 0)

@@ -1,14 +1,14 @@
 """LLaDA2 diffusion language models, fast and with the right tokens.
 
-Public names load on first use, so `import llada2_fast` alone imports neither torch nor transformers. The first use of
-one of them, or an import of this package after transformers', also makes transformers' Auto classes load LLaDA2
-checkpoints (`register()` does it on its own). A plain import does not: the Auto classes take 2 seconds of CPU time to
-import, where torch takes one.
+Public names load on first use, so `import llada2_fast` alone imports neither torch nor transformers, which take 1 and 2
+seconds of CPU time. transformers' Auto classes load LLaDA2 checkpoints as soon as both packages are imported, in either
+order; `register()` does it on its own.
 """
 
 import importlib
 import sys
 import types
+from importlib.machinery import PathFinder
 
 __version__ = "0.1.0"
 
@@ -51,7 +51,6 @@ def register():
 def __getattr__(name):
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    register()
     module = importlib.import_module(f".{_HOME[name]}", __name__)
     globals()[name] = module if name == _HOME[name] != "generate" else getattr(module, name)
     return globals()[name]
@@ -61,5 +60,31 @@ def __dir__():
     return sorted({*globals(), *__all__})
 
 
-if "transformers" in sys.modules:
+class _AutoClasses(PathFinder):
+    """Registers with transformers' Auto classes when somebody imports them, so that nobody else pays for them."""
+
+    PENDING = {
+        "transformers.models.auto.configuration_auto": "register_configs",
+        "transformers.models.auto.modeling_auto": "register_models",
+    }
+
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name not in cls.PENDING:
+            return None
+        step = cls.PENDING.pop(name)
+        spec = super().find_spec(name, path, target)
+        execute = spec.loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            getattr(importlib.import_module(".adapters.transformers", __name__), step)()
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+if _AutoClasses.PENDING.keys() & sys.modules.keys():
     register()
+else:
+    sys.meta_path.insert(0, _AutoClasses)

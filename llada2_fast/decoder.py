@@ -6,7 +6,7 @@ a row whose block has ended starts its next block at its next step, so rows neve
 """
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -40,8 +40,10 @@ class Counters:
 class Row:
     """One prompt being continued. Positions are row-local: 0 .. total-1, on a grid of blocks from position 0."""
 
-    slot: int
+    slot: int | None
     params: DecodeParams
+    seed: int
+    eos: torch.Tensor  # int64 [max_eos], -1 where unused
     length: int  # block_length L
     prompt_length: int
     canvas: torch.Tensor  # int64 [blocks * L]: prompt, committed blocks, masks
@@ -50,12 +52,14 @@ class Row:
     prefix: int  # PREFIX_MASK | PREFIX_EOS
     pages: tuple[int, ...] = ()
     settled: int = 0  # leading blocks whose final K/V are in their pages
+    started: bool = False  # its active block is laid out: it takes part in steps
     block_done: bool = False
     finish_reason: str | None = None
     error: str | None = None
     eos_position: int | None = None
     counters: Counters = field(default_factory=Counters)
     events: list[tuple] | None = None  # (step, position, kind, token, confidence, old token); see trace.py
+    mark: tuple[Counters, int] | None = None  # counters and number of events when the active block began
 
     @property
     def total(self):
@@ -130,31 +134,40 @@ class CachedForward:
 
     settle: how a finished block's final K/V get to its pages when its last step changed it: "carry" = with the next
     block's first forward, "separate" = by a forward of its own. reuse=False recomputes all blocks at every step.
+    ahead: prompt blocks are prefilled ahead of a row's first step; without, they are carried along with it.
     """
 
-    def __init__(self, model, cache, settle="carry", reuse=True):
-        self.model, self.cache, self.settle, self.reuse = model, cache, settle, reuse
+    def __init__(self, model, cache, settle="carry", reuse=True, ahead=True):
+        self.model, self.cache, self.settle, self.reuse, self.ahead = model, cache, settle, reuse, ahead
 
     def open(self, row):
-        row.pages = self.cache.allocate(row.num_blocks)
+        """A row that comes with pages keeps them: the engine lets rows share."""
+        row.pages = row.pages or self.cache.allocate(row.num_blocks)
 
     def close(self, row):
         self.cache.free(row.pages)
         row.pages = ()
 
-    def __call__(self, rows, state, needed):
-        """Logits of the needed positions: ([M, V] in the model's dtype, index int64 [slots, L] into them or -1)."""
+    def __call__(self, rows, state, needed, prefill=()):
+        """Logits of the needed positions: ([M, V] in the model's dtype, index int64 [slots, L] into them or -1).
+
+        prefill: (row, n) pairs; n further blocks of rows that have not started are settled by the same forward.
+        """
         if self.reuse:
-            self._prefill([row for row in rows if row.settled < row.first_block])
+            if self.ahead:
+                self._prefill([row for row in rows if row.settled < row.first_block])
             if self.settle == "separate":
                 self._settle([row for row in rows if row.settled < row.block])
         runs = [(row, row.settled, row.block + 1) for row in rows]
-        hidden = self._forward(runs, state)
+        hidden = self._forward([*runs, *((row, row.settled, row.settled + n) for row, n in prefill)], state)
         for row in rows:
             row.settled = row.block if self.reuse else 0
-        ends = torch.tensor([(end - begin) * row.length for row, begin, end in runs]).cumsum(0)
+        for row, n in prefill:
+            row.settled += n
+            row.counters.prefill_forwards += 1
+        ends = torch.tensor([(end - begin) * row.length for row, begin, end in runs], dtype=torch.int64).cumsum(0)
         own = torch.arange(needed.shape[1]) - needed.shape[1] + ends[:, None]  # where each active block lies in hidden
-        slots = torch.tensor([row.slot for row in rows])
+        slots = torch.tensor([row.slot for row in rows], dtype=torch.int64)
         chosen = needed[slots]
         index = torch.full(needed.shape, -1, device=needed.device)
         index[slots] = torch.where(chosen, chosen.flatten().cumsum(0).view(chosen.shape) - 1, -1)
@@ -233,7 +246,13 @@ class BlockDecoder:
 
     def open(self, slot, prompt, params, seed, eos_ids):
         """Put a prompt (int64 [n], n may be 0) with checked DecodeParams into a free slot; returns its Row."""
-        assert self.rows[slot] is None, f"slot {slot} is taken"
+        row = self.new_row(prompt, params, seed, eos_ids)
+        self.place(slot, row)
+        self.start(row)
+        return row
+
+    def new_row(self, prompt, params, seed, eos_ids):
+        """The Row of a prompt, in no slot yet."""
         length, n = self.length, prompt.shape[0]
         size = -(-(n + params.gen_length) // length) * length
         device = self.state.tokens.device
@@ -245,20 +264,40 @@ class BlockDecoder:
         eos = torch.full((self.params.eos_ids.shape[1],), -1, device=device)
         eos[: len(eos_ids)] = torch.tensor(eos_ids, dtype=torch.int64)
         in_prompt = bool(torch.isin(canvas[:n], eos).any())
-        row = Row(
-            slot, params, length, n, canvas, kind.to(device), block=n // length,
+        return Row(
+            None, params, seed, eos, length, n, canvas, kind.to(device), block=n // length,
             prefix=refine.PREFIX_EOS if in_prompt else 0, events=[] if self.trace else None,
         )  # fmt: skip
+
+    def place(self, slot, row):
+        """Put a row that is in no slot into a free one; it takes part in steps once it is started."""
+        assert self.rows[slot] is None, f"slot {slot} is taken"
+        row.slot = slot
         self.forward.open(row)
         self.rows[slot] = row
-        rules = row_rules(params, length)
-        for name, value in (rules | {"seed": seed, "eos_ids": eos}).items():
+        rules = row_rules(row.params, self.length) | {"seed": row.seed, "eos_ids": row.eos}
+        for name, value in rules.items():
             getattr(self.params, name)[slot] = value
+
+    def start(self, row):
+        """Lay out a placed row's active block."""
+        row.started = True
         self._start_block(row)
-        if rules["max_steps"] == 0:  # hf-2.0 with gen_length < minimal_topk: no step is ever taken
+        if row_rules(row.params, self.length)["max_steps"] == 0:  # hf-2.0, gen_length < minimal_topk: no step is taken
             row.finish_reason = "length"
-            self.state.frozen[slot] = refine.FINISHED
-        return row
+            self.state.frozen[row.slot] = refine.FINISHED
+
+    def suspend(self, row):
+        """Take an unfinished row out of its slot and give its pages back. Placed and started again it gets the tokens it
+        would have got: it resumes behind its last finished block, whose steps alone stay counted and recorded."""
+        if row.block_done:
+            row.block, row.block_done = row.block + 1, False
+        elif row.started:
+            row.counters, events = row.mark
+            if row.events is not None:
+                del row.events[events:]
+        self.close(row.slot)
+        row.slot, row.settled, row.started = None, 0, False
 
     def close(self, slot):
         """Give a slot and its pages back."""
@@ -267,11 +306,15 @@ class BlockDecoder:
         self.state.frozen[slot] = refine.FINISHED
 
     def running(self):
-        """Rows that are not finished."""
-        return [row for row in self.rows if row is not None and row.finish_reason is None and row.error is None]
+        """Rows that have started and are not finished."""
+        rows = [row for row in self.rows if row is not None and row.started]
+        return [row for row in rows if row.finish_reason is None and row.error is None]
 
-    def step(self, rows):
-        """One refinement step of running rows; one left out must be between two blocks. RefineOutput [slots, ...]."""
+    def step(self, rows, prefill=()):
+        """One refinement step of running rows; one left out must be between two blocks. RefineOutput [slots, ...].
+
+        prefill: (row, n) pairs of placed rows that have not started: n of their blocks go along (CachedForward only).
+        """
         assert all(row in rows or row.block_done for row in self.running()), (
             "a row in the middle of a block is left out"
         )
@@ -283,19 +326,21 @@ class BlockDecoder:
             needed = (self.state.kind != refine.ABSENT) & (self.state.frozen == 0)[:, None]
         else:
             needed = needed_positions(self.state, self.params, self.mask_id)
-        logits, index = self.forward(rows, self.state, needed)
+        logits, index = self.forward(rows, self.state, needed, *([prefill] if prefill else []))
         before = self.state.tokens.clone() if self.trace else None
         output = refine_step(logits, self.state, self.params, self.mask_id, index)
         self.status = output.status.tolist()  # sync: the one of a step
         for row in rows:
             self._account(row, self.status[row.slot])
         if self.trace:
-            self._record(rows, output, before)
+            self._record(output, before)
         return output
 
     def _start_block(self, row):
         slot, state = row.slot, self.state
         row.block_done = False
+        kept = replace(row.counters, forwards_per_block=row.counters.forwards_per_block.copy())
+        row.mark = kept, len(row.events or ())
         state.tokens[slot] = row.canvas[row.span]
         state.kind[slot] = row.kind[row.span]
         state.start[slot] = row.span.start
@@ -334,15 +379,15 @@ class BlockDecoder:
         elif row.block + 1 == row.num_blocks:
             row.finish_reason = "length"
 
-    def _record(self, rows, output, before):
-        for row in rows:
-            slot, step = row.slot, row.counters.denoise_forwards - 1
-            for kind, mask in (("commit", output.commit), ("edit", output.edit)):
-                for at in torch.where(mask[slot])[0].tolist():  # sync: only with trace=True
-                    row.events.append((
-                        step, row.span.start + at, kind, int(output.token[slot, at]),
-                        float(output.confidence[slot, at]), int(before[slot, at]),
-                    ))  # fmt: skip
+    def _record(self, output, before):
+        for kind, mask in (("commit", output.commit), ("edit", output.edit)):
+            slots, where = torch.where(mask)
+            columns = (slots, where, *(x[slots, where] for x in (output.token, output.confidence, before)))
+            columns = [column.tolist() for column in columns]  # sync: only with trace=True
+            for slot, at, token, confidence, old in zip(*columns, strict=True):
+                row = self.rows[slot]
+                step = row.counters.denoise_forwards - 1
+                row.events.append((step, row.span.start + at, kind, token, confidence, old))
 
 
 def run(decoder, progress=False, on_step=None):

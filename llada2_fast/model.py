@@ -14,9 +14,10 @@ from torch import nn
 from . import checkpoint
 from .config import ModelConfig
 from .kernels.attention import block_attention, masked_attention, place_blocks
-from .kernels.moe import experts, gated, route
+from .kernels.moe import experts, mlp
 from .kernels.norm import add_rms_norm, rms_norm
 from .kernels.rope import qk_norm_rope, qk_norm_rope_write, rope_angles
+from .kernels.router import route, token_blocks
 from .tokens import special_ids
 
 
@@ -91,7 +92,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(inner, hidden, bias=False, **kw)
 
     def forward(self, x, block=None):
-        return self.down(gated(self.gate_up(x))), None
+        return mlp(x, self.gate_up.weight, self.down.weight), None
 
 
 class Router(nn.Module):
@@ -115,8 +116,9 @@ class Experts(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(count, 2 * inner, hidden, **kw))
         self.down = nn.Parameter(torch.empty(count, hidden, inner, **kw))
 
-    def forward(self, x, ids, weights):
-        return experts(x, ids, weights, self.gate_up, self.down)
+    def forward(self, x, routing, shared):
+        shared = None if shared is None else (shared.gate_up.weight, shared.down.weight)
+        return experts(x, routing, self.gate_up, self.down, shared)
 
 
 class MoE(nn.Module):
@@ -130,9 +132,8 @@ class MoE(nn.Module):
         self.shared_experts = MLP(config.hidden_size, shared, **kw) if shared else None
 
     def forward(self, x, block=None):
-        ids, weights = self.router(x, block)
-        y = self.experts(x, ids, weights)
-        return (y if self.shared_experts is None else y + self.shared_experts(x)[0]), ids
+        routing = self.router(x, block)
+        return self.experts(x, routing, self.shared_experts), routing.ids
 
 
 class Layer(nn.Module):
@@ -208,6 +209,10 @@ class LLaDA2Model(nn.Module):
         c = self.config
         return rope_angles(position, c.rotary_dim, c.rope_theta, c.rope_factor, self.dtype)
 
+    def _token_blocks(self, rows, size, length):
+        """TokenBlocks of packed rows, if experts are chosen per block."""
+        return None if self.config.expert_capacity is None else token_blocks(rows, size, length, self.device)
+
     @torch.no_grad()
     def forward(self, input_ids, position_ids=None, block_length=None, attention_mask=None,
                 output_hidden_states=False, output_router_indices=False, **ignored):  # fmt: skip
@@ -231,8 +236,7 @@ class LLaDA2Model(nn.Module):
             raise ValueError(f"position_ids: [{batch}, {size}] expected, got {list(position_ids.shape)}")
         mask = self._mask(attention_mask, batch, size, block_length)
         cos, sin = self._angles(position_ids.expand(batch, size).flatten())
-        block = torch.arange(size, device=input_ids.device) // block_length
-        block = (block + torch.arange(batch, device=block.device)[:, None] * (size // block_length + 1)).flatten()
+        block = self._token_blocks(batch, size, block_length)
 
         def attend(q, k, v):
             return masked_attention(*(t.unflatten(0, (batch, size)) for t in (q, k, v)), mask).flatten(0, 1)
@@ -281,7 +285,7 @@ class LLaDA2Model(nn.Module):
         """
         x = self.word_embeddings(tokens)
         blocks, slot = place_blocks(runs, cache.block_length, x)
-        block = torch.arange(tokens.shape[0], device=tokens.device) // cache.block_length
+        block = self._token_blocks(1, tokens.shape[0], cache.block_length)
         cos, sin = self._angles(positions)
         for layer, k_cache, v_cache in zip(self.layers, cache.k, cache.v, strict=True):
 

@@ -87,20 +87,25 @@ class LLaDA2Pipeline:
         return tqdm(iterable, total=total, **{**self._progress_bar_config, **kwargs})
 
     @classmethod
-    def from_pretrained(cls, path, *, torch_dtype=None, device="cpu", scheduler=None, tokenizer=None):
+    def from_pretrained(
+        cls, path, *, torch_dtype=None, dtype=None, device="cpu", scheduler=None, tokenizer=None, progress=True
+    ):  # fmt: skip
         """Load a checkpoint folder or hub id, or a folder that save_pretrained wrote (model/, scheduler/, tokenizer/).
 
-        torch_dtype: None = the checkpoint's; scheduler, tokenizer: used in place of the folder's. A folder without a
-        scheduler_config.json gets a scheduler with the model's block length.
+        torch_dtype or dtype: None = the checkpoint's; scheduler, tokenizer: used in place of the folder's. A folder
+        without a scheduler_config.json gets a scheduler with the model's block length. EOS ids are those of the
+        checkpoint, where it names any, else the tokenizer's; progress: a bar while weights are read.
         """
         from .scheduler import BlockRefinementScheduler
 
+        if torch_dtype is not None and dtype is not None:
+            raise ValueError(f"torch_dtype={torch_dtype}: give it or dtype, not both")
         folder = checkpoint.resolve(path)
 
         def home(name):
             return folder / name if (folder / name).is_dir() else folder
 
-        model = LLaDA2Model.from_pretrained(home("model"), dtype=torch_dtype, device=device)
+        model = LLaDA2Model.from_pretrained(home("model"), torch_dtype or dtype, device, progress)
         if tokenizer is None and (home("tokenizer") / "tokenizer_config.json").is_file():
             tokenizer = load_tokenizer(home("tokenizer"))
         if scheduler is None and (home("scheduler") / BlockRefinementScheduler.config_name).is_file():

@@ -59,7 +59,12 @@ def _from_tokenizer(folder):
 
 
 def load_tokenizer(folder):
-    """The folder's tokenizer as transformers loads it, without remote code."""
-    from transformers import AutoTokenizer  # a second of import time, needed for text only
+    """The folder's tokenizer.json as a transformers tokenizer; no file of the folder is ever run.
 
-    return AutoTokenizer.from_pretrained(folder)
+    The generic fast class, not AutoTokenizer: that one looks at auto_map and may ask to run the checkpoint's own code.
+    """
+    from transformers import PreTrainedTokenizerFast  # half a second of import time, needed for text only
+
+    if not (Path(folder) / "tokenizer.json").is_file():
+        raise ValueError(f"{folder}: no tokenizer.json; give token ids instead of text")
+    return PreTrainedTokenizerFast.from_pretrained(folder)

@@ -577,6 +577,10 @@ def test_from_pretrained_of_a_plain_checkpoint(golden, tmp_path):
     pipe.set_progress_bar_config(disable=True)
     scheduler = BlockRefinementScheduler(block_length=8, threshold=0.6)
     assert LLaDA2Pipeline.from_pretrained(golden / "tiny", scheduler=scheduler).scheduler is scheduler
+    half = LLaDA2Pipeline.from_pretrained(golden / "tiny", torch_dtype=torch.bfloat16, progress=False)
+    assert half.dtype == torch.bfloat16 and call(half, input_ids=IDS).sequences.shape == (1, 21)
+    with pytest.raises(ValueError, match="give it or dtype, not both"):
+        LLaDA2Pipeline.from_pretrained(golden / "tiny", torch_dtype=torch.float32, dtype=torch.float32)
 
 
 def test_save_and_load(golden, tmp_path):

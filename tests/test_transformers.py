@@ -40,9 +40,9 @@ def edit(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_bytes()) | changes), encoding="utf-8")
 
 
-def run(code):
+def run(code, input=None):
     """What Python prints for `code` in a process of its own."""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, input=input, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
 
@@ -182,14 +182,26 @@ def test_import_is_light():
 
 @pytest.mark.parametrize("first", [
     "import llada2_fast.generate; from llada2_fast import generate; llada2_fast.register()",
-    "from llada2_fast import generate; import llada2_fast.generate",  # any public name registers
-    "import transformers; from llada2_fast.generate import generate",  # so does coming after transformers
+    "from llada2_fast import generate; import llada2_fast.generate",
+    "import transformers; from llada2_fast.generate import generate",
+    "from transformers import AutoModelForCausalLM; from llada2_fast import generate",
+    "import llada2_fast; from transformers import AutoModelForCausalLM; from llada2_fast import generate",
 ])  # fmt: skip
-def test_what_registers_and_that_generate_is_always_the_function(golden, first):
+def test_importing_both_packages_registers_and_generate_is_always_the_function(golden, first):
     code = f"{first}; import llada2_fast; print(type(generate).__name__, generate is llada2_fast.generate)"
-    code += "; from transformers import AutoConfig"
-    code += f"; print(AutoConfig.from_pretrained({str(golden / 'tiny')!r}).model_type)"
-    assert run(code) == ["function", "True", "llada2_moe"]
+    code += f"; from transformers import AutoConfig, AutoModelForCausalLM; folder = {str(golden / 'tiny')!r}"
+    code += "; print(AutoConfig.from_pretrained(folder).model_type)"
+    code += "; print(type(AutoModelForCausalLM.from_pretrained(folder)).__name__)"
+    assert run(code) == ["function", "True", "llada2_moe", "LLaDA2MoeModelLM"]
+
+
+def test_the_tokenizer_runs_no_code_of_the_checkpoint(tmp_path):
+    for path in Path(llada2_fast.demo.path()).glob("*.json"):
+        shutil.copy(path, tmp_path)
+    edit(tmp_path, auto_map={"AutoTokenizer": ["tokenization_x.X", None], "AutoConfig": "tokenization_x.X"})
+    (tmp_path / "tokenization_x.py").write_text(REMOTE, encoding="utf-8")
+    code = f"from llada2_fast.tokens import load_tokenizer; print(load_tokenizer({str(tmp_path)!r}).mask_token)"
+    assert run(code, input="y\n") == ["<|mask|>"]
 
 
 def test_public_names():

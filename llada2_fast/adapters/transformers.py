@@ -9,7 +9,7 @@ An `auto_map` in config.json is ignored, also under trust_remote_code=True: no P
 from dataclasses import fields, replace
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from .. import checkpoint
 from ..config import DTYPES, ModelConfig
@@ -70,6 +70,8 @@ class LLaDA2MoeModelLM(LLaDA2Model):
         folder = checkpoint.resolve(path, revision)
         own = ModelConfig.from_hf(folder)
         if config is None:
+            from transformers import AutoConfig
+
             register()
             config = AutoConfig.from_pretrained(folder)
         _check_same(config, own)
@@ -86,8 +88,26 @@ class LLaDA2MoeModelLM(LLaDA2Model):
 
 def register():
     """Make AutoConfig and AutoModelForCausalLM know every LLaDA2 model type; doing it again is harmless."""
-    for config_class in (LLaDA2MoeConfig, LLaDA21MoeConfig, LLaDA2MoeVeomniConfig):
+    register_configs()
+    register_models()
+
+
+_CONFIGS = (LLaDA2MoeConfig, LLaDA21MoeConfig, LLaDA2MoeVeomniConfig)
+
+
+def register_configs():
+    """The half that needs AutoConfig alone: transformers loads its Auto classes one by one (see llada2_fast/__init__)."""
+    from transformers import AutoConfig
+
+    for config_class in _CONFIGS:
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+
+
+def register_models():
+    """The half that needs AutoModelForCausalLM."""
+    from transformers import AutoModelForCausalLM
+
+    for config_class in _CONFIGS:
         AutoModelForCausalLM.register(config_class, LLaDA2MoeModelLM, exist_ok=True)
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from llada2_fast.kernels import attention, moe, norm, rope
+from llada2_fast.kernels import attention, moe, norm, rope, router
 
 
 @pytest.fixture(autouse=True)
@@ -112,11 +112,9 @@ def written_out_attention(q, k, v, visible):
     return out
 
 
-@pytest.mark.parametrize("tile", [4, 8, 256])
 @pytest.mark.parametrize("heads, kv_heads", [(4, 2), (2, 2), (3, 1)])
-def test_block_attention(monkeypatch, tile, heads, kv_heads):
+def test_block_attention(heads, kv_heads):
     """Runs of one, two and many blocks, pages in any order, a tail nobody sees; a block sees its row up to its end."""
-    monkeypatch.setattr(attention, "QUERY_TILE", tile)
     length, dim, pages = 4, 6, 16
     runs = [
         attention.Run((2, 3, 4), 2, 1, 12),  # one block behind two of prefix, pages side by side
@@ -156,6 +154,18 @@ def test_a_run_does_not_depend_on_its_neighbours_or_on_its_pages():
     moved = [r._replace(pages=tuple(order[list(r.pages)].tolist())) for r in (other, run)]
     swapped = attention.block_attention_ref(torch.cat((q[8:], q[:8])), moved_k, moved_v, moved)
     assert torch.equal(together, torch.cat((swapped[4:], swapped[:4])))
+
+
+def test_a_block_does_not_depend_on_the_run_it_is_in():
+    """However a prompt is cut into chunks, a block's attention has the same bits."""
+    length, blocks = 4, 12
+    k, v, q = (torch.randn(blocks, length, 2, 8) for _ in range(3))
+    whole = attention.block_attention_ref(q.flatten(0, 1), k, v, [attention.Run(tuple(range(blocks)), 0, blocks, 48)])
+    for cuts in ((0, 1, 12), (0, 5, 7, 12), tuple(range(13))):
+        for first, end in zip(cuts, cuts[1:], strict=False):
+            run = attention.Run(tuple(range(end)), first, end - first, 48)
+            part = attention.block_attention_ref(q[first:end].flatten(0, 1), k, v, [run])
+            assert torch.equal(part, whole[first * length : end * length])
 
 
 def test_write_pages_and_run_slots():
@@ -223,7 +233,7 @@ ROUTES = {
 def test_route(rule):
     h, weight, bias = torch.randn(14, 8), torch.randn(12, 8), torch.randn(12) * 0.3
     block = torch.tensor([0] * 4 + [1] * 4 + [2] * 4 + [4] * 2) if "capacity" in rule else None
-    ids, weights = moe.route_ref(h, weight, bias, **rule, block=block)
+    ids, weights = router.route_ref(h, weight, bias, **rule, block=block)
     expected_ids, expected_weights = written_out_route(h, weight, bias, **rule, block=block)
     assert ids.dtype == torch.int64 and weights.dtype == torch.float32
     assert ids.tolist() == expected_ids
@@ -232,7 +242,7 @@ def test_route(rule):
 
 def test_the_bias_selects_but_does_not_weigh():
     h, weight = torch.zeros(1, 4), torch.randn(4, 4)  # every score is exactly one half
-    ids, weights = moe.route_ref(h, weight, torch.tensor([0.0, 5.0, 0.0, 9.0]), 2, 1, 1, 2.0)
+    ids, weights = router.route_ref(h, weight, torch.tensor([0.0, 5.0, 0.0, 9.0]), 2, 1, 1, 2.0)
     assert ids.tolist() == [[3, 1]] and weights.tolist() == [[1.0, 1.0]]
 
 
@@ -242,7 +252,7 @@ def test_route_ties_go_to_the_lower_expert_and_group(rule):
     h, weight = torch.zeros(6, 8), torch.randn(12, 8)
     bias = torch.tensor([0.0, 1, 1, 0, 1, 0, 1, 1, 0, 1, 0, 1])
     block = torch.zeros(6, dtype=torch.int64) if "capacity" in rule else None
-    ids, _ = moe.route_ref(h, weight, bias, **rule, block=block)
+    ids, _ = router.route_ref(h, weight, bias, **rule, block=block)
     expected, _ = written_out_route(h, weight, bias, **rule, block=block)
     assert ids.tolist() == expected
 
@@ -251,18 +261,18 @@ def test_block_routing_is_a_function_of_the_block_alone():
     rule = dict(top_k=2, n_group=1, topk_group=1, scale=1.0, capacity=3)
     h, weight, bias = torch.randn(12, 8), torch.randn(12, 8), torch.randn(12) * 0.1
     block = torch.arange(12) // 4
-    ids, weights = moe.route_ref(h, weight, bias, **rule, block=block)
+    ids, weights = router.route_ref(h, weight, bias, **rule, block=block)
     for b in range(3):
         own = slice(4 * b, 4 * b + 4)
-        alone = moe.route_ref(h[own], weight, bias, **rule, block=torch.zeros(4, dtype=torch.int64))
+        alone = router.route_ref(h[own], weight, bias, **rule, block=torch.zeros(4, dtype=torch.int64))
         assert torch.equal(ids[own], alone[0]) and len(ids[own].unique()) <= 3
         torch.testing.assert_close(weights[own], alone[1])
 
 
 def test_router_works_in_float32_on_bfloat16_input():
     h, weight, bias = torch.randn(32, 16).bfloat16(), torch.randn(8, 16).bfloat16(), torch.randn(8)
-    got = moe.route_ref(h, weight, bias, 2, 1, 1, 2.5)
-    wide = moe.route_ref(h.float(), weight.float(), bias, 2, 1, 1, 2.5)
+    got = router.route_ref(h, weight, bias, 2, 1, 1, 2.5)
+    wide = router.route_ref(h.float(), weight.float(), bias, 2, 1, 1, 2.5)
     assert torch.equal(got[0], wide[0]) and torch.equal(got[1], wide[1])
 
 
@@ -305,8 +315,8 @@ def test_experts_sum_in_float32_before_one_cast():
 
 def test_no_tokens_are_no_work():
     empty = torch.empty(0, 8)
-    ids, weights = moe.route_ref(empty, torch.randn(4, 8), torch.zeros(4), 2, 2, 1, 1.0)
+    ids, weights = router.route_ref(empty, torch.randn(4, 8), torch.zeros(4), 2, 2, 1, 1.0)
     assert ids.shape == weights.shape == (0, 2)
     assert moe.experts_ref(empty, ids, weights, torch.randn(4, 6, 8), torch.randn(4, 8, 3)).shape == (0, 8)
     block = torch.empty(0, dtype=torch.int64)
-    assert moe.route_ref(empty, torch.randn(4, 8), torch.zeros(4), 2, 2, 1, 1.0, 3, block)[0].shape == (0, 2)
+    assert router.route_ref(empty, torch.randn(4, 8), torch.zeros(4), 2, 2, 1, 1.0, 3, block)[0].shape == (0, 2)

@@ -1,0 +1,398 @@
+"""Which experts a token goes to, with which weights, and which tokens an expert gets.
+
+s = sigmoid(h32 W32^T);  c = s + bias                        h [T, H], W [E, H] -> [T, E] float32
+2.0/2.1: group score = sum of the two largest c of a group; keep the topk_group best groups; top-k of the rest by c
+2.2:     per block, admit the `capacity` experts with the largest max_t c; top-k of those by c
+w = s[ids] (without bias), normalised over the K if K > 1, times `scale`;  ties: the lower expert id
+
+On a GPU, for grouped products: the pairs p = t * K + k sorted by expert and token, cut into tiles of pairs of one expert.
+Two launches for up to TOKENS tokens (scores; selection and tiles), else three (tiles on their own). Nothing is read back
+and every buffer has a size that depends on T alone.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from . import gemm
+from ._triton import tl, triton, use_triton
+
+CHUNK = 512  # of H summed up on its own: a constant, so that a token's bits do not depend on how work was split
+TOKENS = 32  # selected for at a time by one program
+SPLIT_BELOW = 512  # tokens: for fewer, chunks are summed by programs of their own, to occupy the GPU
+_LOWEST = tl.constexpr(-(2**63))
+
+
+class TokenBlocks(NamedTuple):
+    """How T packed tokens make blocks: each token's block, and each block's first token."""
+
+    ids: torch.Tensor  # [T] int64, ascending
+    starts: torch.Tensor  # [blocks] int64
+
+
+class Routing(NamedTuple):
+    """Experts and weights of T tokens; on a GPU also the tiles of pairs for grouped products, else None and 0."""
+
+    ids: torch.Tensor  # [T, K] int64, in descending order of choice
+    weights: torch.Tensor  # [T, K] float32
+    order: torch.Tensor | None = None  # [T * K] int32: pairs t * K + k by expert, then by token
+    tiles: torch.Tensor | None = None  # [bound, 3] int32: expert, first and end place in order; end of its expert's pairs
+    num_tiles: torch.Tensor | None = None  # [1] int32: how many there are
+    tile_m: int = 0  # pairs per tile
+
+
+def token_blocks(rows, size, length, device=None):
+    """TokenBlocks of `rows` packed rows of `size` tokens in blocks of `length`, the last of a row maybe shorter."""
+    blocks = -(-size // length)
+    row = torch.arange(rows, device=device)[:, None]
+    ids = row * blocks + torch.arange(size, device=device) // length
+    return TokenBlocks(ids.flatten(), (row * size + torch.arange(0, size, length, device=device)).flatten())
+
+
+def route_ref(h, weight, bias, top_k, n_group, topk_group, scale, capacity=None, block=None):
+    """h [T, H]; weight [E, H]; bias [E] float32 -> ids [T, K] int64, weights [T, K] float32.
+
+    capacity selects block routing; block int64 [T] is then each token's block, 0 .. max.
+    """
+    if h.shape[0] == 0:
+        return h.new_empty(0, top_k, dtype=torch.int64), h.new_empty(0, top_k, dtype=torch.float32)
+    score = torch.sigmoid(F.linear(h.float(), weight.float()))
+    choice = score + bias
+    if capacity is not None:
+        best = choice.new_full((int(block[-1]) + 1, choice.shape[1]), float("-inf"))  # sync: CPU reference
+        best.scatter_reduce_(0, block[:, None].expand_as(choice), choice, "amax")
+        admitted = _keep_best(best, capacity)[block]
+        choice = choice.masked_fill(~admitted, float("-inf"))
+    elif topk_group < n_group:
+        grouped = choice.unflatten(1, (n_group, -1))
+        strength = grouped.topk(min(2, grouped.shape[-1]), -1).values.sum(-1)
+        kept = _keep_best(strength, topk_group)
+        choice = grouped.masked_fill(~kept[..., None], float("-inf")).flatten(1)
+    ids = choice.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    weights = score.gather(1, ids)
+    if top_k > 1:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return ids, weights * scale
+
+
+def _keep_best(x, count):
+    """[N, M] -> bool [N, M]: the `count` largest of each row, ties to the lower index."""
+    order = x.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+    return torch.zeros_like(x, dtype=torch.bool).scatter_(1, order, True)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _scores_kernel(
+    X, W, LOGITS, T, x_stride, E: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    WIDEN: tl.constexpr, TILE_T: tl.constexpr, TILE_E: tl.constexpr, TILE_H: tl.constexpr,
+):  # fmt: skip
+    """Grid (T / TILE_T, E / TILE_E, chunks / CHUNKS). LOGITS [grid 2, T, E]: sums over CHUNKS chunks of H.
+
+    Products of two bfloat16 or two float16 are exact in float32; anything else is widened first.
+    """
+    t = tl.program_id(0) * TILE_T + tl.arange(0, TILE_T)
+    e = tl.program_id(1) * TILE_E + tl.arange(0, TILE_E)
+    part = tl.program_id(2)
+    real = (e < E)[:, None]
+    x_at = X + t[:, None].to(tl.int64) * x_stride
+    w_at = W + e[:, None] * H
+    total = tl.zeros((TILE_E, TILE_T), tl.float32)
+    for chunk in range(part * CHUNKS, (part + 1) * CHUNKS):
+        acc = tl.zeros((TILE_E, TILE_T), tl.float32)
+        for done in range(0, CHUNK, TILE_H):
+            h = chunk * CHUNK + done + tl.arange(0, TILE_H)[None, :]
+            x = tl.load(x_at + h, mask=(t < T)[:, None] & (h < H), other=0.0)
+            w = tl.load(w_at + h, mask=real & (h < H), other=0.0)
+            if WIDEN:
+                x = x.to(tl.float32)
+                w = w.to(tl.float32)
+            acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
+        total += acc
+    place = LOGITS + (part * T + t[None, :]).to(tl.int64) * E + e[:, None]
+    tl.store(place, total, mask=real & (t < T)[None, :])
+
+
+# Selection works on columns: a group's experts side by side, groups and their number filled up to powers of two
+# (C = GROUPS * WIDTH columns for G groups of E / G experts).
+
+
+@triton.jit
+def _expert(column, E: tl.constexpr, G: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
+    """Expert of a column; E if it only fills up."""
+    if GROUPS * WIDTH == E:
+        return column
+    group = column // WIDTH
+    member = column % WIDTH
+    return tl.where((member < E // G) & (group < G), group * (E // G) + member, E)
+
+
+@triton.jit
+def _column(e, E: tl.constexpr, G: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
+    """Column of an expert; of -1 none."""
+    if GROUPS * WIDTH == E:
+        return e
+    return tl.where(e < 0, -1, (e // (E // G)) * WIDTH + e % (E // G))
+
+
+@triton.jit
+def _key(x, index, COUNT: tl.constexpr):
+    """int64 keys that sort by x and, among equals, put the lower index first: the larger key wins, no two are equal."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)  # -0.0 + 0.0 is 0.0
+    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return (bits.to(tl.int64) << 32) | (COUNT - 1 - index)
+
+
+@triton.jit
+def _key_value(key):
+    """The x of a key."""
+    bits = (key >> 32).to(tl.int32)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _sum_parts(LOGITS, t, e, inside, T, E: tl.constexpr, PARTS: tl.constexpr):
+    """Logits of tokens t at experts e; parts are added in order."""
+    at = LOGITS + t.to(tl.int64) * E + e
+    logits = tl.load(at, mask=inside, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        logits += tl.load(at + tl.cast(part * T, tl.int64) * E, mask=inside, other=0.0)
+    return logits
+
+
+@triton.jit
+def _choice_keys(LOGITS, BIAS, t, end, column, e, T, E: tl.constexpr, PARTS: tl.constexpr, C: tl.constexpr):
+    """Keys of c [TOKENS, C]; the lowest of all where there is no such token or expert."""
+    inside = (t < end)[:, None] & (e < E)[None, :]
+    logits = _sum_parts(LOGITS, t[:, None], e[None, :], inside, T, E, PARTS)
+    bias = tl.load(BIAS + e, mask=e < E, other=0.0).to(tl.float32)
+    return tl.where(inside, _key(1.0 / (1.0 + tl.exp(-logits)) + bias[None, :], column[None, :], C), _LOWEST)
+
+
+@triton.jit
+def _only(key, kept, column, C: tl.constexpr):
+    """Keys with c = -inf where not kept."""
+    out = _key(tl.full(key.shape, float("-inf"), tl.float32), column[None, :], C)
+    return tl.where(kept | (key == _LOWEST), key, out)
+
+
+@triton.jit
+def _in_best_groups(
+    key, TOKENS: tl.constexpr, G: tl.constexpr, KEEP: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """bool [TOKENS, C]: whether a column's group is among the KEEP best of its token."""
+    key = tl.reshape(key, (TOKENS, GROUPS, WIDTH))
+    best = tl.max(key, 2)
+    strength = _key_value(best)
+    if WIDTH > 1:
+        strength += _key_value(tl.max(tl.where(key == best[:, :, None], _LOWEST, key), 2))
+    group = tl.arange(0, GROUPS)[None, :]
+    strength_key = tl.where(group < G, _key(strength, group, GROUPS), _LOWEST)
+    rank = tl.sum((strength_key[:, None, :] > strength_key[:, :, None]).to(tl.int32), 2)
+    kept = tl.broadcast_to((rank < KEEP)[:, :, None], (TOKENS, GROUPS, WIDTH))
+    return tl.reshape(kept, (TOKENS, GROUPS * WIDTH))
+
+
+@triton.jit
+def _rank(key, C: tl.constexpr):
+    """int32 [C]: how many keys are larger; in slices of 32, so that no [C, C] tile arises."""
+    SLICE: tl.constexpr = 32 if C > 32 else C
+    slices = tl.reshape(key, (C // SLICE, SLICE))
+    row = tl.arange(0, C // SLICE)[:, None]
+    rank = tl.zeros((C,), tl.int32)
+    for i in range(C // SLICE):
+        others = tl.sum(tl.where(row == i, slices, 0), 0)
+        rank += tl.sum((others[None, :] > key[:, None]).to(tl.int32), 1)
+    return rank
+
+
+@triton.jit
+def _range(STARTS, T, groups, TOKENS: tl.constexpr):
+    """First token and end of this program's: a block's if there are STARTS, else TOKENS of them."""
+    own = tl.program_id(0)
+    if STARTS is None:
+        begin = own * TOKENS
+        end = tl.minimum(begin + TOKENS, T)
+    else:
+        begin = tl.load(STARTS + own).to(tl.int32)
+        end = tl.load(STARTS + own + 1, mask=own + 1 < groups, other=T).to(tl.int32)
+    return begin, end
+
+
+@triton.jit
+def _place_pairs(chosen, columns, t, end, base, ORDER, K: tl.constexpr, TILE_K: tl.constexpr):
+    """Put each pair behind the `base` [C] of its expert, tokens ascending.
+
+    chosen int32 [TOKENS, C]: 1 where a token chose a column's expert; columns [TOKENS, TILE_K]: of its K choices.
+    """
+    place = tl.gather(base[None, :] + tl.cumsum(chosen, 0) - chosen, columns, 1)
+    k = tl.arange(0, TILE_K)[None, :]
+    tl.store(ORDER + place, t[:, None] * K + k, mask=(t < end)[:, None] & (k < K))
+
+
+@triton.jit
+def _list_tiles(count, begin, e, TILES, NUM_TILES, TILE_M: tl.constexpr):
+    """(expert, first, end) for every TILE_M of the `count` pairs that expert e has from `begin` on."""
+    tiles = tl.cdiv(count, TILE_M)
+    first = tl.cumsum(tiles, 0) - tiles
+    for i in range(0, tl.max(tiles, 0)):
+        entry = TILES + (first + i) * 3
+        listed = i < tiles
+        tl.store(entry, e, mask=listed)
+        tl.store(entry + 1, begin + i * TILE_M, mask=listed)
+        tl.store(entry + 2, begin + count, mask=listed)
+    tl.store(NUM_TILES, tl.sum(tiles, 0))
+
+
+@triton.jit(do_not_specialize=["T", "groups"])
+def _select_kernel(
+    LOGITS, BIAS, STARTS, IDS, WEIGHTS, COUNTS, ORDER, TILES, NUM_TILES, T, groups, scale,
+    E: tl.constexpr, K: tl.constexpr, G: tl.constexpr, KEEP: tl.constexpr, CAPACITY: tl.constexpr,
+    GROUPS: tl.constexpr, WIDTH: tl.constexpr, TILE_K: tl.constexpr, PARTS: tl.constexpr,
+    TOKENS: tl.constexpr, TILE_M: tl.constexpr,
+):  # fmt: skip
+    """Grid (groups,) of tokens: blocks if there are STARTS, else TOKENS each. CAPACITY 0: no block routing.
+
+    Ids and weights; with COUNTS, how many tokens of the group chose each column; without, when one program has all
+    tokens and no more than TOKENS, the tiles as well.
+    """
+    C: tl.constexpr = GROUPS * WIDTH
+    begin, end = _range(STARTS, T, groups, TOKENS)
+    column = tl.arange(0, C)
+    e = _expert(column, E, G, GROUPS, WIDTH)
+    if CAPACITY > 0:
+        race = tl.full((C,), _LOWEST, tl.int64)
+        for first in range(begin, end, TOKENS):
+            own = _choice_keys(LOGITS, BIAS, first + tl.arange(0, TOKENS), end, column, e, T, E, PARTS, C)
+            race = tl.maximum(race, tl.max(own, 0))
+        admitted = (_rank(race, C) < CAPACITY)[None, :]
+    counts = tl.zeros((C,), tl.int32)
+    for first in range(begin, end, TOKENS):
+        t = first + tl.arange(0, TOKENS)
+        key = _choice_keys(LOGITS, BIAS, t, end, column, e, T, E, PARTS, C)
+        if CAPACITY > 0:
+            key = _only(key, admitted, column, C)
+        elif KEEP < G:
+            key = _only(key, _in_best_groups(key, TOKENS, G, KEEP, GROUPS, WIDTH), column, C)
+        chosen = tl.zeros((TOKENS, C), tl.int32)
+        columns = tl.zeros((TOKENS, TILE_K), tl.int32)
+        k_column = tl.arange(0, TILE_K)[None, :]
+        for k in range(K):
+            best = tl.max(key, 1)
+            hit = key == best[:, None]
+            key = tl.where(hit, _LOWEST, key)
+            chosen += (hit & (t < end)[:, None]).to(tl.int32)
+            columns = tl.where(k_column == k, C - 1 - (best & 0xFFFFFFFF).to(tl.int32)[:, None], columns)
+        inside = (t < end)[:, None] & (k_column < K)
+        ids = _expert(columns, E, G, GROUPS, WIDTH)
+        # read again rather than kept for all experts: half the registers
+        weights = 1.0 / (1.0 + tl.exp(-_sum_parts(LOGITS, t[:, None], ids, inside, T, E, PARTS)))
+        if K > 1:
+            weights = weights / (tl.sum(tl.where(inside, weights, 0.0), 1) + 1e-20)[:, None]
+        place = t[:, None].to(tl.int64) * K + k_column
+        tl.store(IDS + place, ids.to(tl.int64), mask=inside)
+        tl.store(WEIGHTS + place, weights * scale, mask=inside)
+        counts += tl.sum(chosen, 0)
+        if COUNTS is None:
+            pairs = tl.cumsum(counts, 0) - counts
+            _place_pairs(chosen, columns, t, end, pairs, ORDER, K, TILE_K)
+            _list_tiles(counts, pairs, e, TILES, NUM_TILES, TILE_M)
+    if COUNTS is not None:
+        tl.store(COUNTS + tl.program_id(0) * C + column, counts)
+
+
+@triton.jit(do_not_specialize=["T", "groups"])
+def _align_kernel(
+    IDS, COUNTS, STARTS, ORDER, TILES, NUM_TILES, T, groups, E: tl.constexpr, K: tl.constexpr, G: tl.constexpr,
+    GROUPS: tl.constexpr, WIDTH: tl.constexpr, TILE_K: tl.constexpr, TOKENS: tl.constexpr, TILE_M: tl.constexpr,
+):  # fmt: skip
+    """Grid (groups,) as in the selection: every program sums all COUNTS, then places its own tokens' pairs."""
+    C: tl.constexpr = GROUPS * WIDTH
+    begin, end = _range(STARTS, T, groups, TOKENS)
+    column = tl.arange(0, C)
+    total = tl.zeros((C,), tl.int32)
+    before = tl.zeros((C,), tl.int32)
+    for first in range(0, groups, 16):
+        group = first + tl.arange(0, 16)[:, None]
+        counts = tl.load(COUNTS + group * C + column[None, :], mask=group < groups, other=0)
+        total += tl.sum(counts, 0)
+        before += tl.sum(tl.where(group < tl.program_id(0), counts, 0), 0)
+    pairs = tl.cumsum(total, 0) - total
+    if tl.program_id(0) == 0:
+        _list_tiles(total, pairs, _expert(column, E, G, GROUPS, WIDTH), TILES, NUM_TILES, TILE_M)
+    base = pairs + before
+    k = tl.arange(0, TILE_K)[None, :]
+    for first in range(begin, end, TOKENS):
+        t = first + tl.arange(0, TOKENS)
+        inside = (t < end)[:, None] & (k < K)
+        ids = tl.load(IDS + t[:, None].to(tl.int64) * K + k, mask=inside, other=0).to(tl.int32)
+        chosen = tl.zeros((TOKENS, C), tl.int32)
+        for i in range(K):
+            one = tl.load(IDS + t.to(tl.int64) * K + i, mask=t < end, other=-1).to(tl.int32)
+            chosen += (_column(one, E, G, GROUPS, WIDTH)[:, None] == column[None, :]).to(tl.int32)
+        _place_pairs(chosen, _column(ids, E, G, GROUPS, WIDTH), t, end, base, ORDER, K, TILE_K)
+        base += tl.sum(chosen, 0)
+
+
+def route(h, weight, bias, top_k, n_group, topk_group, scale, capacity=None, block=None):
+    """Routing of every token; see route_ref for shapes, but block is a TokenBlocks. ValueError if they do not fit."""
+    if use_triton(h):
+        return _launch(h, weight, bias, top_k, n_group, topk_group, scale, capacity, block)
+    ids = None if block is None else block.ids
+    return Routing(*route_ref(h, weight, bias, top_k, n_group, topk_group, scale, capacity, ids))
+
+
+def _launch(h, weight, bias, top_k, n_group, topk_group, scale, capacity, block):
+    (tokens, hidden), experts = h.shape, weight.shape[0]
+    if weight.shape != (experts, hidden) or not weight.is_contiguous() or h.stride(1) != 1:
+        raise ValueError(f"weight: contiguous [E, {hidden}] expected, got {list(weight.shape)}")
+    if bias.shape != (experts,) or not bias.is_contiguous():
+        raise ValueError(f"bias: contiguous [{experts}] expected, got {list(bias.shape)}")
+    if capacity is not None:
+        n_group = topk_group = 1
+    if not 1 <= top_k <= topk_group * (experts // n_group) or experts % n_group:
+        raise ValueError(f"top_k: 1 to {topk_group} groups of {experts} / {n_group} experts expected, got {top_k}")
+    tile_m = gemm.tiles(h.device, hidden, tokens)["tile_m"]
+    pairs, new = tokens * top_k, h.new_empty
+    touched = min(experts, pairs)
+    out = Routing(
+        new(tokens, top_k, dtype=torch.int64), new(tokens, top_k, dtype=torch.float32), new(pairs, dtype=torch.int32),
+        new(touched + (pairs - touched) // tile_m, 3, dtype=torch.int32), new(1, dtype=torch.int32), tile_m,
+    )  # fmt: skip
+    if tokens == 0:
+        return out
+    logits = _scores(h, weight)
+    starts = None if capacity is None else block.starts
+    groups = triton.cdiv(tokens, TOKENS) if starts is None else len(starts)
+    tile = {
+        "E": experts, "K": top_k, "G": n_group, "GROUPS": triton.next_power_of_2(n_group),
+        "WIDTH": triton.next_power_of_2(experts // n_group), "TILE_K": triton.next_power_of_2(top_k),
+        "TOKENS": TOKENS, "TILE_M": tile_m, "num_warps": 8,
+    }  # fmt: skip
+    alone = groups == 1 and tokens <= TOKENS
+    counts = None if alone else new(groups, tile["GROUPS"] * tile["WIDTH"], dtype=torch.int32)
+    _select_kernel[(groups,)](
+        logits, bias, starts, out.ids, out.weights, counts, out.order, out.tiles, out.num_tiles, tokens, groups, scale,
+        KEEP=topk_group, CAPACITY=capacity or 0, PARTS=len(logits), **tile,
+    )  # fmt: skip
+    if not alone:
+        _align_kernel[(groups,)](
+            out.ids, counts, starts, out.order, out.tiles, out.num_tiles, tokens, groups, **tile
+        )  # fmt: skip
+    return out
+
+
+def _scores(h, weight):
+    """Logits [parts, T, E] float32, to be added up in order."""
+    (tokens, hidden), experts = h.shape, weight.shape[0]
+    widen = h.dtype != weight.dtype or h.dtype == torch.float32
+    # Triton multiplies float32 in TF32 on sm_100 if the left side has 64 rows or more, whatever input_precision says
+    tile_e, tile_h = (32, 32) if widen else (64, 64)
+    chunks = triton.cdiv(hidden, CHUNK)
+    parts = chunks if tokens < SPLIT_BELOW else 1
+    logits = torch.empty(parts, tokens, experts, dtype=torch.float32, device=h.device)
+    _scores_kernel[(triton.cdiv(tokens, 32), triton.cdiv(experts, tile_e), parts)](
+        h, weight, logits, tokens, h.stride(0), E=experts, H=hidden, CHUNK=CHUNK, CHUNKS=chunks // parts,
+        WIDEN=widen, TILE_T=32, TILE_E=tile_e, TILE_H=tile_h, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return logits
