@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
-from llada2_fast.kernels import attention, candidates, norm, refine, rope
+from llada2_fast.kernels import attention, candidates, moe, norm, refine, rope, router
 from llada2_fast.kernels._triton import force_ops
 
 VOCAB, MASK_ID = 157184, 156895  # LLaDA2.0 and 2.1
@@ -134,6 +134,16 @@ def _norm(dtype, size, add):
         norm.add_rms_norm(x, x, weight, 1e-6) if add else norm.rms_norm(x, weight, 1e-6)
 
 
+def _moe(dtype, hidden, inner, tokens, capacity=None, gate=None, shared=True, experts=256, top_k=8):
+    h, blocks = _meta(tokens, hidden, dtype=dtype), _meta(tokens // 32, dtype=torch.int64)
+    router_weight, bias = _meta(experts, hidden, dtype=gate or dtype), _meta(experts)
+    weights = _meta(experts, 2 * inner, hidden, dtype=dtype), _meta(experts, hidden, inner, dtype=dtype)
+    with force_ops("triton"):
+        block = capacity and router.TokenBlocks(None, blocks)
+        routing = router.route(h, router_weight, bias, top_k, 8, 4, 2.5, capacity, block)
+        moe.experts(h, routing, *weights, tuple(w[0] for w in weights) if shared else None)
+
+
 _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SCENARIOS = {
     **{f"refine {name} filters": lambda t=dtype: _refine(t, filters=True) for name, dtype in _TYPES.items()},
@@ -166,6 +176,11 @@ SCENARIOS = {
     **{f"add_rms_norm bf16 H={size}": lambda n=size: _norm(torch.bfloat16, n, add=True) for size in (2048, 4096)},
     "add_rms_norm fp32 H=2048": lambda: _norm(torch.float32, 2048, add=True),
     "add_rms_norm fp32 H=64": lambda: _norm(torch.float32, 64, add=True),
+    **{f"moe mini bf16 T={tokens}": lambda t=tokens: _moe(torch.bfloat16, 2048, 512, t) for tokens in (32, 512, 4096)},
+    **{f"moe flash bf16 T={tokens}": lambda t=tokens: _moe(torch.bfloat16, 4096, 1024, t) for tokens in (32, 512, 4096)},
+    **{f"moe flash 2.2 T={t}": lambda t=t: _moe(torch.bfloat16, 4096, 1024, t, capacity=48) for t in (32, 256)},
+    "moe mini bf16 fp32 gate": lambda: _moe(torch.bfloat16, 2048, 512, 32, gate=torch.float32),
+    "moe mini fp32 nothing shared": lambda: _moe(torch.float32, 2048, 512, 32, shared=False),
 }
 
 

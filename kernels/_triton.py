@@ -27,6 +27,8 @@ except ImportError:
     triton = tl = _Absent()
     HAS_TRITON = False
 
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # what the model's kernels take; they compute in float32
+
 _library = torch.library.Library("llada2_fast", "FRAGMENT")
 _forced = None
 

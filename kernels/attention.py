@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ._triton import tl, triton, use_triton
+from ._triton import FLOATS, tl, triton, use_triton
 
 SPLIT, MAX_SPLITS = 256, 32  # keys of a split (a multiple of it beyond 8192 keys), splits of a block
 SCRATCH_BYTES = 2**28  # partial results of one launch; more query blocks than fit take several
@@ -273,10 +273,10 @@ def _launch(q, k_cache, v_cache, batch):
     tokens, heads, _ = q.shape
     rows, width = batch.page_table.shape
     count = batch.block_row.shape[0]
-    if tokens != count * length or q.stride()[1:] != (dim, 1) or heads % kv_heads:
+    if tokens != count * length or q.stride()[1:] != (dim, 1) or heads % kv_heads or q.dtype not in FLOATS:
         raise ValueError(
-            f"q: [{count} * {length}, a multiple of {kv_heads}, {dim}] expected, a token's heads side by side, "
-            f"got {list(q.shape)} with strides {q.stride()}"
+            f"q: [{count} * {length}, a multiple of {kv_heads}, {dim}] of {FLOATS} expected, a token's heads side by "
+            f"side, got {q.dtype} {list(q.shape)} with strides {q.stride()}"
         )
     shapes = BlockBatch((count,), (count,), (rows, width), (rows,))
     for name, x, shape in zip(batch._fields, batch, shapes, strict=True):

@@ -197,10 +197,11 @@ def block_candidates_ref(
 def _vocab_kernel(
     LOGITS, INDEX, TOKENS, KIND, FROZEN,  # see _locate
     FLAGS, START, STEP, TEMPERATURE, TOP_K, TOP_P, SEED,  # [R]
-    PART, PART_ID,  # float32 [3 or 5, R*L, tiles]: maximum, mass, candidate's logit (two best); int32 [1 or 3, ...]: ids
+    PART, PART_ID,  # float32 [3 or 5, R*L, TILES]: maximum, mass, candidate's logit, (two best); int32 [1 or 3, ...]: ids
     CHUNK_MAX, CHUNK_MASS,  # float32 [R*L, chunks] of positions that filter; None if no row does
     vocab, mask_id, stride_r, stride_l, stride_v,
-    L: tl.constexpr, TILE_V: tl.constexpr, CHUNK: tl.constexpr, ONLY_NEEDED: tl.constexpr, RUNNER_UP: tl.constexpr,
+    L: tl.constexpr, TILE_V: tl.constexpr, CHUNK: tl.constexpr, TILES: tl.constexpr,
+    ONLY_NEEDED: tl.constexpr, RUNNER_UP: tl.constexpr,
 ):  # fmt: skip
     """Grid (R*L, tiles): what one tile of TILE_V ids says about one position, from one read of its logits."""
     n = tl.program_id(0)
@@ -247,8 +248,8 @@ def _vocab_kernel(
                 tl.store(CHUNK_MAX + chunk, tl.max(x, 1))
                 tl.store(CHUNK_MASS + chunk, masses)
 
-    plane = tl.num_programs(0) * tiles
-    at = n * tiles + tile
+    plane = tl.num_programs(0) * TILES
+    at = n * TILES + tile
     tl.store(PART + at, top)
     tl.store(PART + plane + at, mass)
     tl.store(PART + 2 * plane + at, logit)
@@ -263,13 +264,13 @@ def _vocab_kernel(
 
 
 @triton.jit
-def _combine(PART, PART_ID, n, wanted, tiles, plane, temperature, seed, position, step, TILES: tl.constexpr):
+def _combine(PART, PART_ID, n, wanted, plane, tiles, temperature, seed, position, step, TILES: tl.constexpr):
     """Positions n [P] of one row from their parts: token int32, confidence, largest logit, mass and scale to it.
 
     Token -1 and confidence NaN where the logits are an error, or where not wanted.
     """
     lane = tl.arange(0, TILES)[None, :]
-    at = n[:, None] * tiles + lane
+    at = n[:, None] * TILES + lane
     there = wanted[:, None] & (lane < tiles)
     tops = tl.load(PART + at, mask=there, other=_NONE)
     masses = tl.load(PART + plane + at, mask=there, other=0.0)
@@ -303,16 +304,16 @@ def _candidates_kernel(
     wanted = lane < L
     if INDEX is not None:
         wanted &= tl.load(INDEX + n, mask=lane < L, other=-1) >= 0
-    plane = tl.num_programs(0) * L * tiles
+    plane = tl.num_programs(0) * L * TILES
     token, confidence, top, mass, scale = _combine(
-        PART, PART_ID, n, wanted, tiles, plane, tl.load(TEMPERATURE + row), tl.load(SEED + row),
+        PART, PART_ID, n, wanted, plane, tiles, tl.load(TEMPERATURE + row), tl.load(SEED + row),
         tl.load(START + row) + lane, tl.load(STEP + row), TILES,
     )  # fmt: skip
     tl.store(TOKEN + n, token.to(tl.int64), mask=lane < L)
     tl.store(CONFIDENCE + n, tl.where(wanted, confidence, _NONE), mask=lane < L)
     if SECOND is not None:
         tile = tl.arange(0, TILES)[None, :]
-        at = n[:, None] * tiles + tile
+        at = n[:, None] * TILES + tile
         there = wanted[:, None] & (tile < tiles)
         best_id = tl.load(PART_ID + plane + at, mask=there, other=_NO_ID)
         other_id = tl.load(PART_ID + 2 * plane + at, mask=there, other=_NO_ID)
@@ -331,7 +332,7 @@ def _candidates_kernel(
 def launch_parts(
     logits, index, roles, flags, start, step, params, mask_id, filters, runner_up=False, tile_v=TILE_V
 ):
-    """The launches that read the logits: parts float32 [3 or 5, R*L, tiles] and their ids int32 [1 or 3, R*L, tiles].
+    """The launches that read the logits: parts float32 [3 or 5, R*L, TILES], their ids int32 [1 or 3, ...], and tiles.
 
     roles: (tokens, kind, frozen) to read only what a step needs, else None. flags: integer [R], bit BAN_MASK.
     filters: False if no row has top-k or top-p.
@@ -343,20 +344,24 @@ def launch_parts(
     stride_r, stride_l, stride_v = logits.stride() if index is None else (logits.stride(0), 0, logits.stride(1))
     tiles = triton.cdiv(vocab, tile_v)
     positions, device = rows * length, logits.device
-    parts = torch.empty((5 if runner_up else 3, positions, tiles), device=device)
-    ids = torch.empty((3 if runner_up else 1, positions, tiles), dtype=torch.int32, device=device)
+    room = triton.next_power_of_2(tiles)
+    parts = torch.empty((5 if runner_up else 3, positions, room), device=device)
+    ids = torch.empty((3 if runner_up else 1, positions, room), dtype=torch.int32, device=device)
     chunks = torch.empty((2, positions, tiles * (tile_v // CHUNK)), device=device) if filters else (None, None)
     tokens, kind, frozen = (None, None, None) if roles is None else roles
     inputs = (logits, index, tokens, kind, frozen, flags, start, step, *params, parts, ids, *chunks)
-    shape = {"L": length, "TILE_V": tile_v, "CHUNK": CHUNK, "ONLY_NEEDED": roles is not None, "RUNNER_UP": runner_up}
+    shape = {
+        "L": length, "TILE_V": tile_v, "CHUNK": CHUNK, "TILES": room, "ONLY_NEEDED": roles is not None,
+        "RUNNER_UP": runner_up,
+    }  # fmt: skip
     where = (vocab, mask_id, stride_r, stride_l, stride_v)
     _vocab_kernel[(positions, tiles)](*inputs, *where, **shape, num_warps=8)
     if filters:
         _filter_kernel[(positions,)](
-            *inputs, chunks[0].view(torch.int32), *where, tiles, **shape, TILES=triton.next_power_of_2(tiles),
+            *inputs, chunks[0].view(torch.int32), *where, tiles, **shape,
             STEP_BITS=STEP_BITS[logits.dtype], PIVOTS=PIVOTS, GROUP=GROUP, num_warps=8,
         )  # fmt: skip
-    return parts, ids
+    return parts, ids, tiles
 
 
 def launch(logits, start, step, params, mask_id, ban_mask, index, filters, runner_up, tile_v=TILE_V):
@@ -364,20 +369,21 @@ def launch(logits, start, step, params, mask_id, ban_mask, index, filters, runne
     found = _empty(logits, index, runner_up)
     if rows * length == 0:
         return found
-    parts, ids = launch_parts(
+    parts, ids, tiles = launch_parts(
         logits, index, None, ban_mask.view(torch.uint8), start, step, params, mask_id, filters, runner_up, tile_v
     )  # fmt: skip
-    tiles = parts.shape[2]
+    lanes, num_warps = row_layout(length)
     _candidates_kernel[(rows,)](
         index, start, step, params.temperature, params.seed, parts, ids, *found, *(() if runner_up else (None, None)),
-        tiles, length, triton.next_power_of_2(tiles), lanes(length), num_warps=4,
+        tiles, length, parts.shape[2], lanes, num_warps=num_warps,
     )  # fmt: skip
     return found
 
 
-def lanes(length):
-    """Lanes of a kernel that has a row's positions side by side."""
-    return max(16, triton.next_power_of_2(length))
+def row_layout(length):
+    """Lanes and warps of a kernel that has the parts of a row's positions side by side."""
+    lanes = max(16, triton.next_power_of_2(length))
+    return lanes, 4 if lanes == 16 else 8 if lanes == 32 else 16
 
 
 def _empty(logits, index, runner_up):

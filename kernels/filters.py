@@ -143,8 +143,9 @@ def _filter_kernel(
     PART, PART_ID, CHUNK_MAX, CHUNK_MASS,  # see _vocab_kernel
     CHUNK_LIST,  # int32 [R*L, chunks]: the memory of CHUNK_MAX
     vocab, mask_id, stride_r, stride_l, stride_v, tiles,
-    L: tl.constexpr, TILE_V: tl.constexpr, CHUNK: tl.constexpr, ONLY_NEEDED: tl.constexpr, RUNNER_UP: tl.constexpr,
-    TILES: tl.constexpr, STEP_BITS: tl.constexpr, PIVOTS: tl.constexpr, GROUP: tl.constexpr,
+    L: tl.constexpr, TILE_V: tl.constexpr, CHUNK: tl.constexpr, TILES: tl.constexpr,
+    ONLY_NEEDED: tl.constexpr, RUNNER_UP: tl.constexpr,
+    STEP_BITS: tl.constexpr, PIVOTS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Grid (R*L,): draws one position anew among what its row's filters keep; its first part replaces all its parts."""
     n = tl.program_id(0)
@@ -160,8 +161,8 @@ def _filter_kernel(
         return
     scale = _scale(temperature)
     hidden = tl.where((flags & _BAN_MASK) != 0, mask_id, -1)
-    plane = tl.num_programs(0) * tiles
-    PART += n * tiles
+    plane = tl.num_programs(0) * TILES
+    PART += n * TILES
     lane = tl.arange(0, TILES)
     tops = tl.load(PART + lane, mask=lane < tiles, other=_NONE)
     masses = tl.load(PART + plane + lane, mask=lane < tiles, other=0.0)
@@ -233,7 +234,7 @@ def _filter_kernel(
     tl.store(PART + lane, tl.where(only, top, _NONE), mask=lane < tiles)
     tl.store(PART + plane + lane, tl.where(only, total, 0.0), mask=lane < tiles)
     tl.store(PART + 2 * plane, logit)
-    tl.store(PART_ID + n * tiles, token)
+    tl.store(PART_ID + n * TILES, token)
     if RUNNER_UP:
         for level in tl.static_range(3, 5):
             best = tl.load(PART + level * plane + lane, mask=lane < tiles, other=_NONE)

@@ -7,12 +7,12 @@ A pair p = t * top_k + k is token t's k-th expert. Pairs come sorted by expert, 
 expert each (router.py). A shared expert, one more matrix that every token passes through, takes part as rows of its own
 behind the pairs.
 
-Weights are the left, tall side of every product: they come in tiles of TILE_N rows of 64 or more, whatever TILE_M is. So
-a GPU uses the same instruction for one pair as for a thousand, only wider, and adds up K in the same order, TILE_K at a
-time: a row's bits depend neither on its neighbours nor on the tile sizes. TILE_K is therefore never tuned.
+Weights are the left, tall side of every product, in tiles of at least 64 rows, whatever TILE_M is. So a GPU uses the
+same instruction for one pair as for a thousand, only wider, and adds up K in the same order, TILE_K at a time: a row's
+bits depend neither on its neighbours nor on the tile sizes. TILE_K is therefore never tuned.
 
-Gate and up rows are read as stored, all gate rows before all up rows: a program reads a tile of each, both in full lines
-of K, so an interleaved layout would gain nothing.
+Gate and up rows are read as stored, all gate rows before all up rows: a program reads a tile of each, both in full
+lines of K, so an interleaved layout would gain nothing.
 """
 
 import json
@@ -31,8 +31,8 @@ TILE_K = 64
 def tiles(device, hidden, tokens):
     """Tile sizes of an MoE layer: {"tile_m", "gate_up": {"tile_n", "num_warps", "num_stages"}, "down": the same}.
 
-    device: a torch.device; hidden: the layer's H. Measured entries of the device (and H) win over those for "any"; among
-    these the smallest that is meant for as many tokens.
+    device: a torch.device; hidden: the layer's H. Entries measured on this device for this H win over those for "any";
+    among either the first that is meant for as many tokens.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "any"
     table = _table()

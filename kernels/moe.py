@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from ._triton import tl, triton, use_triton
 from .gemm import expert_gemm, rounded, tiles
 
-
 ROWS = 4  # a CPU's sgemm rounds a row alike at any height that is a multiple of this (measured: MKL, AVX-512)
 
 

@@ -8,7 +8,7 @@ Computed in float32 and cast back before the multiplication by the weight, as th
 
 import torch
 
-from ._triton import tl, triton, use_triton
+from ._triton import FLOATS, tl, triton, use_triton
 
 MAX_SIZE = 16384  # a row is one tile of registers
 
@@ -58,8 +58,8 @@ def add_rms_norm(x, delta, weight, eps):
 
 def _launch(x, delta, weight, eps):
     size = x.shape[-1]
-    if not 0 < size <= MAX_SIZE:
-        raise ValueError(f"x: the last dimension must be 1 to {MAX_SIZE}, got {size}")
+    if not 0 < size <= MAX_SIZE or x.dtype not in FLOATS:
+        raise ValueError(f"x: {FLOATS} of 1 to {MAX_SIZE} in the last dimension expected, got {x.dtype} of {size}")
     if weight.shape != (size,) or weight.dtype != x.dtype or not weight.is_contiguous():
         raise ValueError(f"weight: contiguous {x.dtype} [{size}] expected, got {weight.dtype} {list(weight.shape)}")
     if delta is not None and (delta.shape != x.shape or delta.dtype != x.dtype):

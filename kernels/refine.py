@@ -22,8 +22,9 @@ from typing import NamedTuple
 import torch
 
 from ._triton import register_op, tl, triton, use_triton
-from .candidates import TILE_V, SampleParams, _combine, block_candidates_ref, lanes, launch_parts
-from .roles import ABSENT, BAN_MASK, EDITING, FILL_PROMPT, PROMPT, TAIL, VALID, _roles, roles_ref
+from .candidates import TILE_V, SampleParams, _combine, block_candidates_ref, launch_parts, row_layout
+from .roles import ABSENT, BAN_MASK, EDITING, FILL_PROMPT, PROMPT, VALID, _roles, roles_ref
+from .roles import TAIL as TAIL  # for callers, beside the others
 
 # RefineParams.flags beside BAN_MASK, FILL_PROMPT and EDITING
 EOS_STEP = 8  # judge EOS after every step
@@ -249,7 +250,7 @@ def _commit_kernel(
     if ONLY_NEEDED:
         wanted &= masked | editable
     token, confidence, _top, _mass, _scale_ = _combine(
-        PART, PART_ID, n, wanted, tiles, tl.num_programs(0) * L * tiles, tl.load(TEMPERATURE + row),
+        PART, PART_ID, n, wanted, tl.num_programs(0) * L * TILES, tiles, tl.load(TEMPERATURE + row),
         tl.load(SEED + row), tl.load(START + row) + lane, old_step, TILES,
     )  # fmt: skip
     token = token.to(tl.int64)
@@ -338,16 +339,16 @@ def launch(logits, state, params, mask_id, index, filters, only_needed, tile_v=T
             raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
     sampling = (params.temperature, params.top_k, params.top_p, params.seed)
     roles = (state.tokens, state.kind, state.frozen) if only_needed else None
-    parts, ids = launch_parts(
+    parts, ids, tiles = launch_parts(
         logits, index, roles, params.flags, state.start, state.step, sampling, mask_id, filters, tile_v=tile_v
     )  # fmt: skip
-    tiles = parts.shape[2]
+    lanes, num_warps = row_layout(length)
     _commit_kernel[(rows,)](
         index, parts, ids, *vars(state).values(),
         params.temperature, params.seed, params.threshold, params.edit_threshold, params.steps, params.min_transfer,
         params.max_steps, params.max_post_steps, params.flags, params.eos_ids, *output, mask_id, tiles,
-        L=length, TILES=triton.next_power_of_2(tiles), LANES=lanes(length), ONLY_NEEDED=only_needed,
-        NUM_EOS=params.eos_ids.shape[1], num_warps=8,
+        L=length, TILES=parts.shape[2], LANES=lanes, ONLY_NEEDED=only_needed, NUM_EOS=params.eos_ids.shape[1],
+        num_warps=num_warps,
     )  # fmt: skip
     return output
 

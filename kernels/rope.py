@@ -8,7 +8,7 @@ qk_norm_rope_write stores k and v in the pages of a cache instead of returning t
 
 import torch
 
-from ._triton import tl, triton, use_triton
+from ._triton import FLOATS, tl, triton, use_triton
 from .attention import check_caches, write_pages
 from .norm import rms_norm_ref
 
@@ -125,10 +125,10 @@ def qk_norm_rope_write(
 def _launch(qkv, q_weight, k_weight, cos, sin, eps, num_heads, num_kv_heads, k_cache, v_cache, slot):
     tokens, heads, dim = qkv.shape
     rot = cos.shape[-1]
-    if heads != num_heads + 2 * num_kv_heads or qkv.stride()[1:] != (dim, 1):
+    if heads != num_heads + 2 * num_kv_heads or qkv.stride()[1:] != (dim, 1) or qkv.dtype not in FLOATS:
         raise ValueError(
-            f"qkv: [T, {num_heads} + 2 * {num_kv_heads}, D] expected, a token's heads side by side, "
-            f"got {list(qkv.shape)} with strides {qkv.stride()}"
+            f"qkv: [T, {num_heads} + 2 * {num_kv_heads}, D] of {FLOATS} expected, a token's heads side by side, "
+            f"got {qkv.dtype} {list(qkv.shape)} with strides {qkv.stride()}"
         )
     for name, x, shape in (
         ("q_weight", q_weight, (dim,)), ("k_weight", k_weight, (dim,)),

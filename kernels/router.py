@@ -5,9 +5,9 @@ s = sigmoid(h32 W32^T);  c = s + bias                        h [T, H], W [E, H] 
 2.2:     per block, admit the `capacity` experts with the largest max_t c; top-k of those by c
 w = s[ids] (without bias), normalised over the K if K > 1, times `scale`;  ties: the lower expert id
 
-On a GPU, for grouped products: the pairs p = t * K + k sorted by expert and token, cut into tiles of pairs of one expert.
-Two launches for up to TOKENS tokens (scores; selection and tiles), else three (tiles on their own). Nothing is read back
-and every buffer has a size that depends on T alone.
+On a GPU also, for grouped products, the pairs p = t * K + k sorted by expert and token, cut into tiles of pairs of one
+expert. Two launches for up to TOKENS tokens (scores; selection with tiles), else three (tiles on their own). Nothing is
+read back and the size of every buffer depends on T alone.
 """
 
 from typing import NamedTuple
@@ -37,7 +37,7 @@ class Routing(NamedTuple):
     ids: torch.Tensor  # [T, K] int64, in descending order of choice
     weights: torch.Tensor  # [T, K] float32
     order: torch.Tensor | None = None  # [T * K] int32: pairs t * K + k by expert, then by token
-    tiles: torch.Tensor | None = None  # [bound, 3] int32: expert, first and end place in order; end of its expert's pairs
+    tiles: torch.Tensor | None = None  # [bound, 3] int32: expert, first place in order, end of that expert's places
     num_tiles: torch.Tensor | None = None  # [1] int32: how many there are
     tile_m: int = 0  # pairs per tile
 
@@ -334,17 +334,23 @@ def _align_kernel(
         base += tl.sum(chosen, 0)
 
 
-def route(h, weight, bias, top_k, n_group, topk_group, scale, capacity=None, block=None):
-    """Routing of every token; see route_ref for shapes, but block is a TokenBlocks. ValueError if they do not fit."""
+def route(h, weight, bias, top_k, n_group, topk_group, scale, capacity=None, block=None, tile_m=None):
+    """Routing of every token; see route_ref for shapes, but block is a TokenBlocks. ValueError if they do not fit.
+
+    tile_m: most pairs in a tile on a GPU, None = the table's.
+    """
     if use_triton(h):
-        return _launch(h, weight, bias, top_k, n_group, topk_group, scale, capacity, block)
+        tile_m = tile_m or gemm.tiles(h.device, h.shape[1], h.shape[0])["tile_m"]
+        return _launch(h, weight, bias, top_k, n_group, topk_group, scale, capacity, block, tile_m)
     ids = None if block is None else block.ids
     return Routing(*route_ref(h, weight, bias, top_k, n_group, topk_group, scale, capacity, ids))
 
 
-def _launch(h, weight, bias, top_k, n_group, topk_group, scale, capacity, block):
+def _launch(h, weight, bias, top_k, n_group, topk_group, scale, capacity, block, tile_m):
     (tokens, hidden), experts = h.shape, weight.shape[0]
-    if weight.shape != (experts, hidden) or not weight.is_contiguous() or h.stride(1) != 1:
+    if h.stride(1) != 1:
+        raise ValueError(f"h: the elements of a row side by side expected, got strides {h.stride()}")
+    if weight.shape != (experts, hidden) or not weight.is_contiguous():
         raise ValueError(f"weight: contiguous [E, {hidden}] expected, got {list(weight.shape)}")
     if bias.shape != (experts,) or not bias.is_contiguous():
         raise ValueError(f"bias: contiguous [{experts}] expected, got {list(bias.shape)}")
@@ -352,7 +358,6 @@ def _launch(h, weight, bias, top_k, n_group, topk_group, scale, capacity, block)
         n_group = topk_group = 1
     if not 1 <= top_k <= topk_group * (experts // n_group) or experts % n_group:
         raise ValueError(f"top_k: 1 to {topk_group} groups of {experts} / {n_group} experts expected, got {top_k}")
-    tile_m = gemm.tiles(h.device, hidden, tokens)["tile_m"]
     pairs, new = tokens * top_k, h.new_empty
     touched = min(experts, pairs)
     out = Routing(

@@ -197,6 +197,8 @@ class LLaDA2Pipeline:
             "minimal_topk": minimal_topk,
         }  # fmt: skip
         for name, value in counts.items():
+            if not _is_int(value):
+                raise ValueError(f"`{name}` must be an integer, got {value!r}.")
             if value <= 0:
                 raise ValueError(f"`{name}` must be > 0, got {value}.")
         if not threshold >= 0:
@@ -271,11 +273,8 @@ class LLaDA2Pipeline:
             prompt, messages, input_ids, gen_length, block_length, num_inference_steps, minimal_topk, threshold,
             sampling_method, output_type, callback_on_step_end, names,
         )  # fmt: skip
-        eos = self.eos_token_id if eos_token_id is None else eos_token_id
-        mask_id = self.mask_token_id if mask_token_id is None else mask_token_id
-        if mask_id is None:
-            raise ValueError("`mask_token_id` must be provided (or available on the tokenizer).")
-        eos = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+        eos, mask_id = self._special_ids(eos_token_id, mask_token_id)
+        _check_sampling(temperature, top_p)
         off = editing_threshold is None or editing_threshold <= 0
         params = DecodeParams(
             gen_length=gen_length, block_length=block_length, steps=num_inference_steps, temperature=temperature,
@@ -306,6 +305,19 @@ class LLaDA2Pipeline:
         if output_type == "text" and self.tokenizer is not None:
             texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return LLaDA2PipelineOutput(sequences, texts) if return_dict else (sequences, texts)
+
+    def _special_ids(self, eos, mask):
+        """(EOS ids, mask id): the call's, else the tokenizer's. ValueError without a mask id."""
+        eos = self.eos_token_id if eos is None else eos
+        mask = self.mask_token_id if mask is None else mask
+        eos = () if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
+        if mask is None:
+            raise ValueError("`mask_token_id` must be provided (or available on the tokenizer).")
+        if not _is_int(mask) or mask < 0:
+            raise ValueError(f"`mask_token_id` must be a token id, got {mask!r}.")
+        if not all(_is_int(i) for i in eos):
+            raise ValueError(f"`eos_token_id` must be a token id, several or None, got {eos!r}.")
+        return eos, mask
 
     def _open(self, ids, prompt_mask, params, generator, all_logits):
         """A decoder with one row per prompt; all checks that need prompts or model are done first."""
@@ -364,6 +376,17 @@ class LLaDA2Pipeline:
                         timestep += 1
                         bar.update(1)
                     rows = [row for row in decoder.running() if not row.block_done]
+
+
+def _is_int(value):
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_sampling(temperature, top_p):
+    if not temperature >= 0:
+        raise ValueError(f"`temperature` must be >= 0, got {temperature}.")
+    if top_p is not None and not top_p > 0:
+        raise ValueError(f"`top_p` must be in (0, 1], got {top_p}.")
 
 
 def _check_ids(input_ids):

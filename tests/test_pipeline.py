@@ -325,6 +325,17 @@ def test_texts_end_at_the_eos(early):
     assert plain(pipe, eos_token_id=9).sequences.tolist() == [[7, 7, 2] + [7] * 5]
 
 
+def test_several_eos_ids():
+    class Writes(Plain):
+        def forward(self, input_ids, attention_mask=None, position_ids=None):
+            output = super().forward(input_ids, attention_mask, position_ids)
+            output.logits[0, 5, 2] = output.logits[1, 6, 3] = 20.0
+            return output
+
+    output = plain(pipeline(Writes()), ((5,) * 4,) * 2, eos_token_id=[3, 2], gen_length=4)
+    assert output.sequences.tolist() == [[7, 2, 3, 3], [7, 7, 3, 3]]
+
+
 def test_eos_ids_in_prompts_and_padding_do_not_count(tiny):
     pipe = pipeline(tiny)
     prompt = torch.tensor([[5, EOS, 9]])
@@ -629,20 +640,24 @@ IDS = torch.tensor([[1, 2, 3]])
         ({"input_ids": IDS - 2}, "`input_ids`: prompt 0 .*outside 0..31"),
         ({"gen_length": 0}, "`gen_length` must be > 0, got 0."),
         ({"gen_length": 62}, "gen_length=62: prompt 0 has 3 tokens and the model 64 positions"),
-        ({"gen_length": 2.5}, "gen_length=2.5"),
+        ({"gen_length": 2.5}, "`gen_length` must be an integer, got 2.5."),
+        ({"num_inference_steps": True}, "`num_inference_steps` must be an integer, got True."),
         ({"block_length": -1}, "`block_length` must be > 0, got -1."),
         ({"num_inference_steps": 0}, "`num_inference_steps` must be > 0, got 0."),
         ({"minimal_topk": 0}, "`minimal_topk` must be > 0, got 0."),
         ({"threshold": -0.1}, r"`threshold` must be in \[0, 1\] \(or > 1 to force top-k commits\), got -0.1."),
         ({"threshold": float("nan")}, "`threshold` must be in .* got nan."),
         ({"editing_threshold": float("nan")}, "editing_threshold"),
-        ({"temperature": -1.0}, "temperature"),
-        ({"temperature": float("nan")}, "temperature"),
-        ({"top_p": 0.0}, "top_p"),
+        ({"temperature": -1.0}, "`temperature` must be >= 0, got -1.0."),
+        ({"temperature": float("nan")}, "`temperature` must be >= 0, got nan."),
+        ({"temperature": float("inf")}, "temperature=inf"),
+        ({"top_p": 0.0}, r"`top_p` must be in \(0, 1\], got 0.0."),
         ({"max_post_steps": -1}, "max_post_steps"),
         ({"sampling_method": "beam"}, "`sampling_method` must be one of .* got 'beam'."),
         ({"output_type": "latent"}, "`output_type` must be 'seq' or 'text', got 'latent'."),
         ({"mask_token_id": None}, r"`mask_token_id` must be provided \(or available on the tokenizer\)."),
+        ({"mask_token_id": -1}, "`mask_token_id` must be a token id, got -1."),
+        ({"eos_token_id": [2, "a"]}, "`eos_token_id` must be a token id, several or None"),
         ({"mask_token_id": 32}, "`mask_token_id` must be in 0..31, got 32."),
         (
             {"attention_mask": torch.ones(1, 2)},

@@ -8,9 +8,11 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
+from llada2_fast.cache import PagedKVCache
 from llada2_fast.kernels import attention
 from llada2_fast.kernels._triton import force_ops, triton
 from llada2_fast.kernels.attention import BlockBatch, Run
+from llada2_fast.model import LLaDA2Model
 from tests.kernels.interpreter import interpreted
 
 # Against float32 truth. Probabilities are rounded to 16 bits before they meet the values.
@@ -42,9 +44,9 @@ def kernel(q, k_cache, v_cache, blocks):
 
 
 def compare(got, q, k_cache, v_cache, runs):
-    wanted = attention.block_attention_ref(q.float(), k_cache.float(), v_cache.float(), runs)
+    wanted = attention.block_attention_ref(*(x.float().cpu() for x in (q, k_cache, v_cache)), runs)
     assert got.shape == q.shape and got.dtype == q.dtype
-    torch.testing.assert_close(got.float(), wanted, atol=TOLERANCE[q.dtype], rtol=TOLERANCE[q.dtype])
+    torch.testing.assert_close(got.float().cpu(), wanted, atol=TOLERANCE[q.dtype], rtol=TOLERANCE[q.dtype])
 
 
 @pytest.fixture
@@ -234,12 +236,40 @@ def test_place_blocks():
     assert again is batch and slot.tolist() == attention.run_slots(runs, 4)
 
 
+def test_the_network_over_a_batch_with_unused_blocks(golden):
+    """forward_blocks: a list of runs and a BlockBatch, references and kernels, give one result and write one cache."""
+    model = LLaDA2Model.from_pretrained(golden / "tiny", progress=False)
+    length, used = 8, [True, False, True, True]
+    runs = [Run((3,), 0, 1, 8), Run((5, 0, 2), 1, 2, 22)]
+    generator = torch.Generator().manual_seed(0)
+    history = torch.randn(2, model.config.num_hidden_layers, 6, length, 2, 16, generator=generator)
+    tokens = torch.randint(model.config.vocab_size, (4, length), generator=generator)
+    positions = torch.tensor([0, 0, 1, 2])[:, None] * length + torch.arange(length)
+
+    def forward(choice, keep, blocks):
+        cache = PagedKVCache(model.config, 6, length, torch.float32, "cpu")
+        cache.k, cache.v = history.clone()
+        with force_ops(choice), interpreted():
+            hidden = model.forward_blocks(tokens[keep].flatten(), positions[keep].flatten(), blocks, cache)
+        return hidden.view(-1, length, hidden.shape[-1]), cache.k, cache.v
+
+    batch = with_unused(BlockBatch.from_runs(runs, "cpu"), used)
+    wanted, *pages = forward("torch", used, runs)
+    for got, *written in (
+        forward("triton", used, runs), forward("torch", [True] * 4, batch), forward("triton", [True] * 4, batch),
+    ):  # fmt: skip
+        got = got if len(got) == 3 else got[used]
+        torch.testing.assert_close(got, wanted, atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(written, pages, atol=2e-5, rtol=2e-5)
+
+
 def test_what_does_not_fit_is_refused():
     q, k, v, runs = make([(1, 1, 0), (0, 1, 0)], 4, 4, 2, 16)
     batch = BlockBatch.from_runs(runs, "cpu")
     turned_q, turned_v = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, v))
     bad = {
-        "q": [(q[:7], k, v, batch), (q[:, :3], k, v, batch), (turned_q, k, v, batch)],
+        "q": [(q[:7], k, v, batch), (q[:, :3], k, v, batch), (turned_q, k, v, batch),
+              (q.double(), k.double(), v.double(), batch)],
         "k_cache": [(q, k[..., :8], v, batch), (q, k.half(), v, batch), (q, k[0], v, batch)],
         "v_cache": [(q, k, v[:2], batch), (q, k, turned_v, batch)],
         "block_row": [(q, k, v, batch._replace(block_row=batch.block_row.long()))],

@@ -9,7 +9,7 @@ from tests.kernels.interpreter import interpreted
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # A norm's sum is added in another order, so its rounding may go the other way; the rotation adds two such numbers.
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 2**-8, torch.bfloat16: 2**-5}
+TOLERANCE = {torch.float32: 8e-6, torch.float16: 2**-8, torch.bfloat16: 2**-5}
 SHAPES = {  # heads, kv_heads, dim, rotated dims, normed
     "half": (4, 2, 16, 8, True),
     "whole": (3, 1, 8, 8, True),
@@ -69,6 +69,7 @@ def test_page_writes(length, dtype):
     for cache, expected in zip(got, wanted, strict=True):
         compare(cache, expected)
         assert (~cache.flatten(0, 1).isnan()).all(-1).all(-1).sum() == 2 * length
+    assert got._base[:, ::2].isnan().all()  # the layers beside this one
 
 
 def test_reference_writes_what_the_parts_do():
@@ -108,7 +109,7 @@ def test_what_does_not_fit_is_refused():
     k_cache, v_cache = caches(4, 2, 2, 16, torch.float32)
     pages = [k_cache, v_cache, torch.arange(6)]
     bad = {
-        "qkv": [(0, args[0][:, :7]), (0, args[0].transpose(1, 2).contiguous().transpose(1, 2))],
+        "qkv": [(0, args[0][:, :7]), (0, args[0].double()), (0, args[0].transpose(1, 2).contiguous().transpose(1, 2))],
         "q_weight": [(1, args[1][:8]), (1, args[1].half())],
         "k_weight": [(2, torch.ones(32)[::2])],
         "cos": [(3, args[3][:5]), (3, args[3].double()), (3, args[3][:, :7].contiguous())],

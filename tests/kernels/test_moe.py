@@ -1,0 +1,345 @@
+"""The router and expert kernels against their references: in Triton's interpreter, and on a GPU at the real sizes."""
+
+import json
+from unittest import mock
+
+import pytest
+import torch
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+from benchmarks import tune_moe
+from llada2_fast.kernels import gemm, moe, router
+from llada2_fast.kernels._triton import force_ops
+from tests.kernels.interpreter import interpreted
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+ROUTES = {
+    "grouped": dict(experts=16, top_k=4, n_group=8, topk_group=4),
+    "groups of three": dict(experts=12, top_k=2, n_group=4, topk_group=1),
+    "three groups": dict(experts=15, top_k=4, n_group=3, topk_group=2),
+    "one group of odd size": dict(experts=11, top_k=3, n_group=1, topk_group=1),
+    "all groups kept": dict(experts=12, top_k=3, n_group=4, topk_group=4),
+    "one expert, not renormalised": dict(experts=8, top_k=1, n_group=2, topk_group=1),
+    "every expert": dict(experts=4, top_k=4, n_group=1, topk_group=1),
+    "block": dict(experts=12, top_k=3, n_group=4, topk_group=1, capacity=4, length=8),
+    "block longer than a program's tokens": dict(experts=12, top_k=2, n_group=1, topk_group=1, capacity=2, length=40),
+}
+SIZES = [1, 7, 32, 33, 70]
+
+
+def route_inputs(rule, tokens, hidden=48, dtype=torch.float32, weight_dtype=None, seed=0, device="cpu"):
+    """h, weight, bias; the rule's arguments; blocks or None."""
+    rule = dict(rule)
+    experts, length = rule.pop("experts"), rule.pop("length", None)
+    generator = torch.Generator().manual_seed(seed)
+    h = torch.randn(tokens, hidden, generator=generator).to(device, dtype)
+    weight = (torch.randn(experts, hidden, generator=generator) / hidden**0.5).to(device, weight_dtype or dtype)
+    bias = (torch.randn(experts, generator=generator) * 0.1).to(device)
+    rule = {"scale": 2.5, "capacity": None} | rule
+    return (h, weight, bias), rule, length and router.token_blocks(1, tokens, length, device)
+
+
+def run(op, *args, **kwargs):
+    with force_ops("triton"), interpreted():
+        return op(*args, **kwargs)
+
+
+def one_product_at_a_time(self, a, b, acc, *options):
+    """tl.dot as a GPU does it: in order of K at every place of a tile, where BLAS treats edges of tiles differently."""
+    a, b = (self.cast_impl(x, tl.float32).data for x in (a, b))
+    total = acc.data.copy()
+    for k in range(a.shape[1]):
+        total += a[:, k, None] * b[k]
+    return TensorHandle(total, tl.float32)
+
+
+def run_in_order(op, *args, **kwargs):
+    with force_ops("triton"), interpreted(), mock.patch.object(InterpreterBuilder, "create_dot", one_product_at_a_time):
+        return op(*args, **kwargs)
+
+
+def listed(ids, experts, tile_m):
+    """order and tiles of these ids [T, K], written out."""
+    pairs = [[p for p, e in enumerate(ids.flatten().tolist()) if e == expert] for expert in range(experts)]
+    tiles, begin = [], 0
+    for expert, own in enumerate(pairs):
+        tiles += [[expert, begin + i, begin + len(own)] for i in range(0, len(own), tile_m)]
+        begin += len(own)
+    return sum(pairs, []), tiles
+
+
+def check_route(got, tensors, rule, blocks):
+    ids, weights = router.route_ref(*tensors, **rule, block=blocks and blocks.ids)
+    assert torch.equal(got.ids, ids) and got.ids.dtype == torch.int64
+    torch.testing.assert_close(got.weights, weights, atol=1e-6, rtol=1e-5)
+    order, tiles = listed(ids, len(tensors[1]), got.tile_m)
+    assert got.order.tolist() == order
+    assert got.tiles[: got.num_tiles.item()].tolist() == tiles
+
+
+@pytest.mark.parametrize("tokens", SIZES)
+@pytest.mark.parametrize("name", ROUTES)
+def test_route(name, tokens):
+    tensors, rule, blocks = route_inputs(ROUTES[name], tokens)
+    check_route(run(router.route, *tensors, **rule, block=blocks), tensors, rule, blocks)
+
+
+@pytest.mark.parametrize("dtype, weight_dtype", [(d, d) for d in DTYPES] + [(torch.bfloat16, torch.float32)])
+@pytest.mark.parametrize("hidden", [1100, 512])
+def test_route_of_every_type_and_of_several_chunks(dtype, weight_dtype, hidden):
+    tensors, rule, _ = route_inputs(ROUTES["grouped"], 33, hidden, dtype, weight_dtype)
+    check_route(run(router.route, *tensors, **rule), tensors, rule, None)
+
+
+@pytest.mark.parametrize("name", [name for name in ROUTES if name != "one expert, not renormalised"])
+@pytest.mark.parametrize("tokens", [6, 33])
+def test_ties_go_to_the_lower_expert_and_group(name, tokens):
+    """All scores are one half, biases have three values: ties everywhere, also between groups and at the capacity."""
+    (h, weight, bias), rule, blocks = route_inputs(ROUTES[name], tokens)
+    bias = torch.tensor([0.0, 1, 1, 0, 1, -1, 1, 1, 0, 1, 0, 1, 0, 0, 1, 1])[: len(bias)]
+    tensors = (h * 0, weight, bias)
+    check_route(run(router.route, *tensors, **rule, block=blocks), tensors, rule, blocks)
+
+
+def test_ragged_blocks_of_several_rows():
+    """Three rows of 13 tokens in blocks of 8: blocks of 8 and 5 tokens, none across rows."""
+    tensors, rule, _ = route_inputs(ROUTES["block"], 39)
+    blocks = router.token_blocks(3, 13, 8)
+    assert blocks.starts.tolist() == [0, 8, 13, 21, 26, 34]
+    assert blocks.ids.tolist() == sum(([2 * r] * 8 + [2 * r + 1] * 5 for r in range(3)), [])
+    check_route(run(router.route, *tensors, **rule, block=blocks), tensors, rule, blocks)
+
+
+def test_all_tokens_to_the_same_experts():
+    (h, weight, bias), rule, _ = route_inputs(ROUTES["grouped"], 70)
+    bias[torch.tensor([0, 1, 8, 9])] = 5.0
+    got = run(router.route, h, weight, bias, **rule)
+    check_route(got, (h, weight, bias), rule, None)
+    assert got.ids.unique().tolist() == [0, 1, 8, 9]
+
+
+def test_a_token_is_routed_alone_as_in_any_batch(monkeypatch):
+    """Bit for bit, whether chunks of H are summed by one program or by several."""
+    (h, weight, bias), rule, _ = route_inputs(ROUTES["grouped"], 66, 1100)
+    together = run_in_order(router.route, h, weight, bias, **rule)
+    for rows in (slice(0, 1), slice(65, 66), slice(20, 53)):
+        alone = run_in_order(router.route, h[rows], weight, bias, **rule)
+        assert torch.equal(alone.ids, together.ids[rows]) and torch.equal(alone.weights, together.weights[rows])
+    monkeypatch.setattr(router, "SPLIT_BELOW", 0)
+    whole = run_in_order(router.route, h, weight, bias, **rule)
+    assert torch.equal(whole.ids, together.ids) and torch.equal(whole.weights, together.weights)
+
+
+def test_a_token_of_nan_stays_in_bounds_and_disturbs_nobody():
+    (h, weight, bias), rule, _ = route_inputs(ROUTES["grouped"], 33)
+    clean = run(router.route, h, weight, bias, **rule)
+    h[5] = float("nan")
+    got = run(router.route, h, weight, bias, **rule)
+    others = torch.arange(33) != 5
+    assert torch.equal(got.ids[others], clean.ids[others]) and torch.equal(got.weights[others], clean.weights[others])
+    assert len(got.ids[5].unique()) == 4 and got.ids[5].min() >= 0 and got.ids[5].max() < 16
+    assert got.weights[5].isnan().all()
+    assert got.order.sort().values.tolist() == list(range(33 * 4))
+
+
+@pytest.mark.parametrize(
+    "change, name",
+    [
+        (dict(weight=torch.randn(16, 47)), "weight"),
+        (dict(bias=torch.randn(15)), "bias"),
+        (dict(h=torch.randn(48, 9).T), "h"),
+        (dict(top_k=9), "top_k"),
+        (dict(top_k=0), "top_k"),
+    ],
+)
+def test_route_refuses(change, name):
+    (h, weight, bias), rule, _ = route_inputs(ROUTES["grouped"], 9)
+    with pytest.raises(ValueError, match=rf"^{name}:"):
+        run(router.route, **(dict(h=h, weight=weight, bias=bias) | rule | change))
+
+
+def expert_inputs(tokens, top_k=3, experts=7, hidden=40, inner=24, dtype=torch.float32, seed=0, device="cpu"):
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return (torch.randn(shape, generator=generator) / shape[-1] ** 0.5).to(device, dtype)
+
+    h = random(tokens, hidden) * hidden**0.5
+    shared = random(2 * inner, hidden), random(hidden, inner)
+    weights = random(experts, 2 * inner, hidden), random(experts, hidden, inner)
+    return h, weights, shared, (random(experts, hidden), torch.zeros(experts, device=device), top_k, 1, 1, 2.5)
+
+
+def wanted(h, routing, weights, shared):
+    y = moe.experts_ref(h, routing.ids, routing.weights, *weights)
+    return y if shared is None else y + moe.mlp(h, *shared)
+
+
+def close(got, expected):
+    assert got.shape == expected.shape and got.dtype == expected.dtype
+    scale = expected.float().abs().max().item() if expected.numel() else 1.0
+    torch.testing.assert_close(got, expected, rtol=TOLERANCE[got.dtype], atol=TOLERANCE[got.dtype] * scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens, top_k", [(1, 3), (7, 1), (33, 3), (70, 2)])
+@pytest.mark.parametrize("with_shared", [False, True])
+def test_experts(dtype, tokens, top_k, with_shared):
+    h, weights, shared, rule = expert_inputs(tokens, top_k, dtype=dtype)
+    shared = shared if with_shared else None
+    routing = run(router.route, h, *rule)
+    close(run(moe.experts, h, routing, *weights, shared), wanted(h, routing, weights, shared))
+
+
+@pytest.mark.parametrize("hidden, inner", [(64, 64), (130, 70), (16, 128)])
+def test_experts_of_other_widths(hidden, inner):
+    h, weights, shared, rule = expert_inputs(9, hidden=hidden, inner=inner)
+    routing = run(router.route, h, *rule)
+    close(run(moe.experts, h, routing, *weights, shared), wanted(h, routing, weights, shared))
+
+
+def test_a_shared_expert_of_another_width():
+    h, weights, _, rule = expert_inputs(9)
+    shared = torch.randn(96, 40) / 6, torch.randn(40, 48) / 7
+    routing = run(router.route, h, *rule)
+    close(run(moe.experts, h, routing, *weights, shared), wanted(h, routing, weights, shared))
+
+
+@pytest.mark.parametrize("tile_m, tile_n", [(16, 64), (32, 128), (64, 64)])
+def test_every_tile_size(monkeypatch, tile_m, tile_n):
+    product = {"tile_n": tile_n, "num_warps": 4, "num_stages": 3}
+    monkeypatch.setattr(moe, "tiles", lambda *args: {"gate_up": product, "down": product})
+    h, weights, shared, rule = expert_inputs(70, dtype=torch.bfloat16)
+    routing = run(router.route, h, *rule, tile_m=tile_m)
+    assert routing.tile_m == tile_m
+    close(run(moe.experts, h, routing, *weights, shared), wanted(h, routing, weights, shared))
+
+
+def test_all_tokens_to_one_expert_and_no_other_is_read():
+    h, weights, shared, rule = expert_inputs(70, top_k=1)
+    rule[1][4] = 100.0
+    for weight in weights:
+        weight[torch.arange(7) != 4] = float("nan")
+    routing = run(router.route, h, *rule)
+    assert routing.ids.unique().tolist() == [4]
+    got = run(moe.experts, h, routing, *weights, shared)
+    assert got.isfinite().all()
+    close(got, wanted(h, routing, weights, shared))
+
+
+def test_a_token_gets_the_same_bits_alone_as_in_any_batch():
+    h, weights, shared, rule = expert_inputs(66, dtype=torch.bfloat16)
+    together = run_in_order(moe.experts, h, run_in_order(router.route, h, *rule), *weights, shared)
+    for rows in (slice(0, 1), slice(65, 66), slice(17, 50)):
+        alone = run_in_order(moe.experts, h[rows], run_in_order(router.route, h[rows], *rule), *weights, shared)
+        assert torch.equal(alone, together[rows])
+
+
+def test_rows_of_a_wider_tensor():
+    h, weights, shared, rule = expert_inputs(9)
+    wide = torch.randn(9, 50)
+    wide[:, 3:43] = h
+    routing = run(router.route, wide[:, 3:43], *rule)
+    assert torch.equal(run(moe.experts, wide[:, 3:43], routing, *weights, shared),
+                       run(moe.experts, h, routing, *weights, shared))  # fmt: skip
+
+
+def test_no_tokens_are_no_work():
+    h, weights, shared, rule = expert_inputs(0)
+    routing = run(router.route, h, *rule)
+    assert routing.ids.shape == routing.weights.shape == (0, 3)
+    assert run(moe.experts, h, routing, *weights, shared).shape == (0, 40)
+
+
+def test_experts_refuse():
+    h, (gate_up, down), _, rule = expert_inputs(5)
+    routing = run(router.route, h, *rule)
+    for name, args in {
+        "h": (h[:, :39], routing, gate_up, down),
+        "down": (h, routing, gate_up, down[:, :, :23]),
+        "gate_up, down": (h, routing, gate_up, down.mT.contiguous().mT),
+        "routing": (h, routing._replace(order=None), gate_up, down),
+    }.items():
+        with pytest.raises(ValueError, match=rf"^{name}:"):
+            run(moe.experts, *args)
+
+
+def test_the_table_of_tiles():
+    sizes = gemm.tiles(torch.device("cpu"), 2048, 1)
+    assert gemm.tiles(torch.device("cpu"), 2048, sizes["tokens"]) == sizes
+    assert gemm.tiles(torch.device("cpu"), 2048, 10**6)["tokens"] == 4096
+    for entry in gemm._table():
+        assert entry.keys() == {"device", "hidden", "tokens", "tile_m", "gate_up", "down"}
+        for product in (entry["gate_up"], entry["down"]):
+            assert product["tile_n"] % 64 == 0 and product["num_warps"] % 4 == 0  # else not one instruction for all
+
+
+def test_the_tuner_without_a_gpu(tmp_path, capsys):
+    """It says so and exits 2; what it would write keeps all other entries and the form of the table."""
+    if not torch.cuda.is_available():
+        assert tune_moe.main([]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    copy = tmp_path / "table.json"
+    copy.write_text(gemm.TUNED.read_text("utf-8"), "utf-8")
+    tune_moe.write_table([], copy)
+    assert copy.read_text("utf-8") == gemm.TUNED.read_text("utf-8")
+    new = gemm._table()[0] | {"device": "other", "tile_m": 128}
+    tune_moe.write_table([new], copy)
+    tune_moe.write_table([new | {"tile_m": 64}], copy)
+    assert json.loads(copy.read_text("utf-8")) == [*gemm._table(), new | {"tile_m": 64}]
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hidden, inner", [(2048, 512), (4096, 1024)])
+@pytest.mark.parametrize("tokens", [1, 32, 33, 256, 4096])
+def test_gpu_parity_at_real_sizes(hidden, inner, tokens):
+    h, weights, shared, rule = expert_inputs(tokens, 8, 256, hidden, inner, torch.bfloat16, device="cuda")
+    rule = (rule[0], rule[1], 8, 8, 4, 2.5)
+    routing = router.route(h, *rule)
+    ids, by_weight = router.route_ref(h, *rule)
+    same = (routing.ids.sort(-1).values == ids.sort(-1).values).all(-1)
+    assert same.float().mean() >= 0.999  # near-ties may go the other way: sums of products have another order
+    torch.testing.assert_close(routing.weights[same], by_weight[same], atol=1e-4, rtol=1e-4)
+    order, tiles = listed(routing.ids, 256, routing.tile_m)
+    assert routing.order.tolist() == order and routing.tiles[: routing.num_tiles.item()].tolist() == tiles
+    got = moe.experts(h, routing, *weights, shared)
+    close(got, wanted(h, routing, weights, shared))
+
+
+@pytest.mark.gpu
+def test_gpu_a_token_gets_the_same_bits_in_any_batch():
+    h, weights, shared, rule = expert_inputs(4096, 8, 256, 2048, 512, torch.bfloat16, device="cuda")
+    rule = (rule[0], rule[1], 8, 8, 4, 2.5)
+
+    def forward(x):
+        routing = router.route(x, *rule)
+        return routing.ids, routing.weights, moe.experts(x, routing, *weights, shared)
+
+    together = forward(h)
+    for rows in (slice(0, 1), slice(40, 72), slice(100, 356), slice(3000, 4000)):
+        for alone, part in zip(forward(h[rows]), together, strict=True):
+            assert torch.equal(alone, part[rows])
+
+
+@pytest.mark.gpu
+def test_gpu_graph():
+    """Captured once, replayed on other tokens: no sizes, tiles or addresses that depend on the data."""
+    h, weights, shared, rule = expert_inputs(64, 8, 256, 2048, 512, torch.bfloat16, device="cuda")
+    held = h.clone()
+
+    def forward():
+        return moe.experts(held, router.route(held, *rule), *weights, shared)
+
+    forward()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = forward()
+    for x in (h.flip(0), h * 0.5):
+        held.copy_(x)
+        graph.replay()
+        assert torch.equal(out, forward())
