@@ -383,7 +383,7 @@ def launch(logits, start, step, params, mask_id, ban_mask, index, filters, runne
 def row_layout(length):
     """Lanes and warps of a kernel that has the parts of a row's positions side by side."""
     lanes = max(16, triton.next_power_of_2(length))
-    return lanes, 4 if lanes == 16 else 8 if lanes == 32 else 16
+    return lanes, 8 if lanes <= 32 else 16
 
 
 def _empty(logits, index, runner_up):

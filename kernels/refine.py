@@ -262,10 +262,10 @@ def _commit_kernel(
     steps = tl.maximum(tl.load(STEPS + row), 1)
     extra = (tl.minimum(old_step, steps - 1) < L % steps).to(tl.int32)
     quota = tl.maximum(L // steps + extra, tl.load(MIN_TRANSFER + row))
-    ranked = tl.where(masked, confidence, float("-inf"))
-    high = masked & (ranked > tl.load(THRESHOLD + row))
+    high = masked & (confidence > tl.load(THRESHOLD + row))
+    ranked = tl.where(masked, tl.maximum(confidence, -1.0), -2.0)  # whatever is masked comes before all else
     ahead = (ranked[None, :] > ranked[:, None]) | ((ranked[None, :] == ranked[:, None]) & (lane[None, :] < lane[:, None]))
-    rank = tl.sum((ahead & masked[None, :]).to(tl.int32), 1)
+    rank = tl.sum(ahead.to(tl.int32), 1)
     commit = tl.where(_count(high) >= quota, high, masked & (rank < quota)) & live
     # T2T
     edit = editable & (token != held) & (confidence > tl.load(EDIT_THRESHOLD + row)) & live

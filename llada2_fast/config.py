@@ -17,6 +17,10 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 MODEL_TYPES = ("llada2_moe", "llada21_moe", "llada2_moe_veomni")
 SAMPLING_METHODS = ("auto", "greedy", "multinomial")
 PROFILES = ("default", "hf-2.0", "hf-2.1")
+PRESETS = {  # the modes of the LLaDA2.1 model card
+    "quality": {"threshold": 0.7, "editing_threshold": 0.5, "max_post_steps": 16},
+    "speed": {"threshold": 0.5, "editing_threshold": 0.0, "max_post_steps": 16},
+}
 
 # Keys of config.json that may be absent but, when present, can only have the value the network implements.
 _FIXED = {
@@ -369,6 +373,11 @@ class DecodeParams:
         _check(self, "profile", _choice, PROFILES)
         self._check_profile()
 
+    @classmethod
+    def preset(cls, name, **changes) -> "DecodeParams":
+        """One of PRESETS, "quality" or "speed", with other fields as given."""
+        return cls(**PRESETS[_choice("preset", name, tuple(PRESETS))] | changes)
+
     def _check_profile(self):
         if self.num_to_transfer != 1 and self.profile != "hf-2.1":
             raise _bad("num_to_transfer", self.num_to_transfer, f"1 outside profile='hf-2.1', not {self.profile!r}")
@@ -378,3 +387,30 @@ class DecodeParams:
             raise _bad("editing_threshold", self.editing_threshold, "None under profile='hf-2.0', which has no editing")
         if self.profile == "hf-2.1" and self.editing_threshold is None:
             _set(self, "editing_threshold", 0.9)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How an Engine shares its model among requests.
+
+    `block_length` None = the model's; `max_running` rows are decoded together, `max_waiting` requests may wait for a
+    place; `cache_tokens` of K/V are kept for prompts, generated blocks and shared prefixes; `prefill_tokens` prompt
+    tokens at most go along with one step; `share_prefixes` lets requests use each other's committed blocks; a unit of
+    priority outweighs `priority_s` seconds of waiting; a request has at most `max_eos_ids` EOS ids."""
+
+    block_length: int | None = None
+    max_running: int = 16
+    max_waiting: int = 1024
+    cache_tokens: int = 65536
+    prefill_tokens: int = 512
+    share_prefixes: bool = True
+    priority_s: float = 60.0
+    max_eos_ids: int = 8
+
+    def __post_init__(self):
+        if self.block_length is not None:
+            _check(self, "block_length", _int, 1)
+        for name in ("max_running", "max_waiting", "cache_tokens", "prefill_tokens", "max_eos_ids"):
+            _check(self, name, _int, 1)
+        _check(self, "share_prefixes", _bool)
+        _check(self, "priority_s", _float, ">= 0 and finite", lambda x: 0 <= x < math.inf)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from .config import DecodeParams
+from .graphs import StepGraph
 from .kernels import refine
 from .kernels.attention import Run
 from .kernels.moe import ROWS
@@ -129,7 +130,17 @@ def row_rules(params, length):
     }
 
 
-class CachedForward:
+class Forward:
+    """What a decoder asks of a model: open(row), close(row), and forward(rows, state, needed) -> the logits of the needed
+    positions, [M, V] in the model's dtype, and index int64 [slots, L] into them or -1."""
+
+    def refine(self, rows, state, params, mask_id, needed, *prefill):
+        """One step of the rows, forward and refinement. Returns RefineOutput [slots, ...]."""
+        logits, index = self(rows, state, needed, *prefill)
+        return refine_step(logits, state, params, mask_id, index)
+
+
+class CachedForward(Forward):
     """Forwards of our own network over a paged cache.
 
     settle: how a finished block's final K/V get to its pages when its last step changed it: "carry" = with the next
@@ -214,6 +225,56 @@ class CachedForward:
             positions.append(torch.arange(at, end * row.length, device=row.canvas.device))
             runs.append(Run(row.pages, begin, end - begin, row.limit))
         return self.model.forward_blocks(torch.cat(tokens), torch.cat(positions), runs, self.cache)
+
+
+class GraphedForward(CachedForward):
+    """The same on a GPU with the whole step, forward and refinement, replayed as one CUDA graph.
+
+    Graphs are captured as they are first needed, one per size: active blocks and carried blocks, each rounded up to a
+    power of two. slots: of the decoder; max_blocks: of a row. Prefill runs outside the graphs.
+    """
+
+    def __init__(self, model, cache, slots, max_blocks):
+        super().__init__(model, cache)
+        self.page_table = torch.zeros(slots, max_blocks, dtype=torch.int32, device=model.device)
+        self.limit = torch.zeros(slots, dtype=torch.int32, device=model.device)
+        self._graphs = {}
+
+    def open(self, row):
+        super().open(row)
+        self.page_table[row.slot, : len(row.pages)] = torch.tensor(row.pages, dtype=torch.int32)
+        self.limit[row.slot] = row.limit
+
+    def refine(self, rows, state, params, mask_id, needed, prefill=()):
+        self._prefill([row for row in rows if row.settled < row.first_block])
+        if prefill:
+            self._forward([(row, row.settled, row.settled + n) for row, n in prefill])
+            for row, n in prefill:
+                row.settled += n
+                row.counters.prefill_forwards += 1
+        self._settle([row for row in rows if row.settled < row.block - 1])  # more than one block behind
+        carried = [row for row in rows if row.settled < row.block]
+        graph = self._graph(len(rows), len(carried), state, params, mask_id)
+        graph.load(
+            [(row.slot, row.block) for row in rows],
+            [(row.slot, row.block - 1, row.canvas[row.span.start - row.length : row.span.start]) for row in carried],
+            any(row.params.top_k or row.params.top_p for row in rows),
+        )
+        for row in rows:
+            row.settled = row.block
+        return graph.replay()
+
+    def _graph(self, active, carried, state, params, mask_id):
+        size = _power_of_two(active), _power_of_two(carried)
+        if size not in self._graphs:
+            self._graphs[size] = StepGraph(
+                self.model, self.cache, state, params, mask_id, self.page_table, self.limit, *size
+            )
+        return self._graphs[size]
+
+
+def _power_of_two(n):
+    return 1 << (n - 1).bit_length() if n else 0
 
 
 class BlockDecoder:
@@ -326,9 +387,10 @@ class BlockDecoder:
             needed = (self.state.kind != refine.ABSENT) & (self.state.frozen == 0)[:, None]
         else:
             needed = needed_positions(self.state, self.params, self.mask_id)
-        logits, index = self.forward(rows, self.state, needed, *([prefill] if prefill else []))
         before = self.state.tokens.clone() if self.trace else None
-        output = refine_step(logits, self.state, self.params, self.mask_id, index)
+        output = self.forward.refine(
+            rows, self.state, self.params, self.mask_id, needed, *([prefill] if prefill else [])
+        )
         self.status = output.status.tolist()  # sync: the one of a step
         for row in rows:
             self._account(row, self.status[row.slot])

@@ -6,6 +6,7 @@ Both call `model(ids, attention_mask=, position_ids=).logits` and are called as 
 
 import torch
 
+from .decoder import Forward
 from .model import block_causal_mask
 
 
@@ -34,7 +35,7 @@ def _index(needed):
     return torch.where(needed, needed.flatten().cumsum(0).view(needed.shape) - 1, -1)
 
 
-class BlockCausalForward:
+class BlockCausalForward(Forward):
     """Another implementation of LLaDA2: each row alone on its own grid, with a 4D block-causal mask.
 
     attention_mask: [1, 1, S, S] in the model's dtype, 0 where a position is seen and -inf elsewhere, as the model
@@ -69,7 +70,7 @@ class BlockCausalForward:
         return output.logits[0, row.span]
 
 
-class WindowForward:
+class WindowForward(Forward):
     """Any other model, as diffusers calls it: all rows together in one padded layout, with a 2D mask.
 
     prompt_mask: [B, P], 0 where a row's prompt is padding; rows are opened with their padded prompts, so that all

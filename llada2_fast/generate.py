@@ -6,7 +6,7 @@ import torch
 
 from .cache import PagedKVCache
 from .config import DecodeParams
-from .decoder import BlockDecoder, CachedForward, Counters, run
+from .decoder import BlockDecoder, CachedForward, Counters, GraphedForward, run
 from .requests import check_fit, resolve_ids, row_seeds, split_prompts
 from .trace import Trace
 
@@ -62,6 +62,7 @@ def generate(
     progress=False,
     use_cache=True,
     settle="carry",
+    graphs=False,
     on_step=None,
 ):
     """Continue one or several prompts with an LLaDA2 model.
@@ -71,7 +72,8 @@ def generate(
     None = the checkpoint's. seed: one int64 for every row as it is, or one per row; without it each row's seed is drawn
     from `generator` (one torch.Generator, or one per row; default: torch's own). trace: record every commit and edit.
     progress: a tqdm bar over generated blocks. use_cache=False recomputes the prefix at every step; settle: "carry" or
-    "separate" (decoder.CachedForward). on_step(decoder, output): called after every step.
+    "separate" (decoder.CachedForward). graphs=True replays each step as a CUDA graph, captured anew at every call: for
+    long runs on a GPU. on_step(decoder, output): called after every step.
 
     Returns int64 [1, n] cut after the first EOS for one prompt, [B, max n] filled with the pad id for several, or a
     GenerateOutput if return_dict. Raises ValueError on bad arguments before any forward, RuntimeError on NaN logits.
@@ -79,6 +81,8 @@ def generate(
     """
     if settle not in ("carry", "separate"):
         raise ValueError(f"settle={settle!r}: expected 'carry' or 'separate'")
+    if graphs and not (model.device.type == "cuda" and use_cache and settle == "carry"):
+        raise ValueError(f"graphs=True: expected a model on a GPU (not {model.device}), use_cache and settle='carry'")
     prompts = split_prompts(inputs, attention_mask)
     params = DecodeParams(
         gen_length, block_length, steps, temperature, top_k, top_p, sampling_method, threshold, editing_threshold,
@@ -90,9 +94,12 @@ def generate(
     check_fit(model.config, prompts, params)
     seeds = row_seeds(seed, generator, len(prompts))
     length = params.block_length or model.block_length
-    pages = sum(-(-(len(p) + gen_length) // length) for p in prompts)
-    cache = PagedKVCache(model.config, pages, length, model.dtype, model.device)
-    forward = CachedForward(model, cache, settle, reuse=use_cache)
+    blocks = [-(-(len(p) + gen_length) // length) for p in prompts]
+    cache = PagedKVCache(model.config, sum(blocks), length, model.dtype, model.device)
+    if graphs:
+        forward = GraphedForward(model, cache, len(prompts), max(blocks))
+    else:
+        forward = CachedForward(model, cache, settle, reuse=use_cache)
     decoder = BlockDecoder(forward, len(prompts), length, mask, model.device, max(1, len(eos)), trace)
     for slot, prompt in enumerate(prompts):
         decoder.open(slot, prompt.to(model.device), params, seeds[slot], eos)

@@ -18,7 +18,7 @@ from .kernels.moe import experts, mlp
 from .kernels.norm import add_rms_norm, rms_norm
 from .kernels.rope import qk_norm_rope, qk_norm_rope_write, rope_angles
 from .kernels.router import route, token_blocks
-from .tokens import special_ids
+from .tokens import save_special_ids, special_ids
 
 
 @dataclass
@@ -197,8 +197,9 @@ class LLaDA2Model(nn.Module):
         return model
 
     def save_pretrained(self, path):
-        """Write config.json and the weights in the checkpoint's own layout; tensors are byte-equal."""
+        """Write the weights in the checkpoint's own layout, byte-equal, config.json and generation_config.json."""
         checkpoint.save(path, self.config, dict(self.named_parameters()))
+        save_special_ids(path, self.special_ids)
 
     def lm_logits(self, hidden):
         """hidden [..., H], after the final norm -> logits [..., V] in the model's dtype."""

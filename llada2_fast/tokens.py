@@ -1,5 +1,6 @@
 """Special token ids and the tokenizer of a checkpoint folder. Nothing here has a default: the checkpoint decides."""
 
+import json
 from pathlib import Path
 
 from .config import parse_json
@@ -23,6 +24,14 @@ def special_ids(folder):
         for name, value in source.items():
             found.setdefault(name, value)
     return found
+
+
+def save_special_ids(folder, ids):
+    """Write what `special_ids` gave to the folder's generation_config.json."""
+    if ids:
+        eos = ids.get("eos_token_id", ())
+        ids = {**ids, "eos_token_id": eos[0] if len(eos) == 1 else list(eos)} if eos else ids
+        (Path(folder) / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
 
 
 def _read(folder, name):

@@ -103,7 +103,7 @@ def job(n=13, gen_length=21, seed=0, eos=(), fill=0, **rules):
 MIXED = [
     job(13, 21, threshold=0.5),
     job(8, 16, threshold=0.3, steps=3, eos=(EOS, 17), eos_early_stop=True),
-    job(0, 9, threshold=0.6, editing_threshold=0.3, max_post_steps=3),
+    job(2, 9, threshold=0.6, editing_threshold=0.3, max_post_steps=3),
     job(30, 5, threshold=0.4, attend_tail=False),
     job(47, 24, threshold=0.2, temperature=0.8, top_k=5, top_p=0.9, seed=77),
     job(1, 40, threshold=0.7, editing_threshold=0.0, max_post_steps=2, temperature=1.0, seed=-3),

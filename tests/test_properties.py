@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 from llada2_fast.config import ModelConfig
@@ -22,6 +22,7 @@ from llada2_fast.model import LLaDA2Model
 GOLDEN = Path(__file__).parent / "golden"
 VOCAB, MASK, PAD = 40, 39, 38
 NEVER = -1  # an id that no token has
+QUICK = (Phase.explicit, Phase.generate)  # shrinking an example of whole decodings takes minutes and helps little
 
 ARCHITECTURES = [
     dict(),
@@ -159,7 +160,8 @@ sampling_of = st.fixed_dictionaries(
         top_p=st.sampled_from([None, 0.9, 0.5, 0.1, 1.0]),
     )
 )
-prompts_of = st.lists(st.lists(st.integers(0, VOCAB - 1), max_size=19), min_size=2, max_size=4)
+# No empty prompts: all positions of a first block of masks are equal, so that roundings alone would rank them.
+prompts_of = st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=19), min_size=2, max_size=4)
 models_of = st.builds(random_model, st.integers(0, len(ARCHITECTURES) - 1), st.integers(0, 2))
 seeds_of = st.integers(-(2**63), 2**63 - 1)
 
@@ -207,7 +209,7 @@ def same(a, b, i, j):
     assert p == pytest.approx(q, abs=1e-4)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, phases=QUICK)
 @given(models_of, prompts_of, rules_of, sampling_of | st.none(), st.data())
 def test_generate_by_the_book_alone_in_a_batch_cached_and_uncached(model, prompts, rules, sampling, data):
     how = dict(return_dict=True, trace=True)
@@ -232,10 +234,10 @@ def test_generate_by_the_book_alone_in_a_batch_cached_and_uncached(model, prompt
     same(alone, batch, 0, i)
 
 
-@settings(max_examples=12)
+@settings(max_examples=12, phases=QUICK)
 @given(
     st.sampled_from(["tiny", "group", "variant", "flat", "moe256", "bf16"]),
-    st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9)), min_size=2, max_size=4),
+    st.lists(st.tuples(st.integers(1, 40), st.integers(0, 9)), min_size=2, max_size=4),
     rules_of, st.booleans(),
 )  # fmt: skip
 def test_recorded_networks_alone_in_a_batch_and_uncached(name, sizes, rules, samples):
@@ -256,7 +258,7 @@ def test_recorded_networks_alone_in_a_batch_and_uncached(name, sizes, rules, sam
         assert vocab - 1 not in batch.sequences[i]
 
 
-@settings(max_examples=15)
+@settings(max_examples=15, phases=QUICK)
 @given(
     models_of, prompts_of, st.sampled_from(["hf-2.0", "hf-2.1"]), st.integers(1, 20), st.sampled_from([4, 5, 8]),
     st.sampled_from([0.0, 0.3, 0.6, 2.0]), st.booleans(), st.integers(0, 3),
