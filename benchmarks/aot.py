@@ -26,8 +26,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
-from llada2_fast.kernels import attention, candidates, moe, norm, refine, rope, router
+from llada2_fast.kernels import attention, candidates, fp8, moe, norm, refine, rope, router
 from llada2_fast.kernels._triton import force_ops
+from llada2_fast.kernels.gemm import Scaled
 
 VOCAB, MASK_ID = 157184, 156895  # LLaDA2.0 and 2.1
 
@@ -40,6 +41,7 @@ TARGETS = {
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 NO_SPILLS = ("sm_80", "sm_90")  # spilling fails there
 MAY_FAIL = ("gfx942",)  # never run; kept compiling as far as Triton goes
+NO_FLOAT8 = ("sm_80",)  # kernels on float8 are not compiled there, and refused at run time
 
 
 class Launch(NamedTuple):
@@ -134,14 +136,33 @@ def _norm(dtype, size, add):
         norm.add_rms_norm(x, x, weight, 1e-6) if add else norm.rms_norm(x, weight, 1e-6)
 
 
-def _moe(dtype, hidden, inner, tokens, capacity=None, gate=None, shared=True, experts=256, top_k=8):
+def _weight(*shape, dtype, float8=False, parts=1):
+    scale = _meta(*fp8.scale_shape(shape, parts)) if float8 else None
+    return Scaled(_meta(*shape, dtype=fp8.E4M3 if float8 else dtype), scale)
+
+
+def _moe(dtype, hidden, inner, tokens, capacity=None, gate=None, shared=True, float8=False, experts=256, top_k=8):
     h, blocks = _meta(tokens, hidden, dtype=dtype), _meta(tokens // 32, dtype=torch.int64)
     router_weight, bias = _meta(experts, hidden, dtype=gate or dtype), _meta(experts)
-    weights = _meta(experts, 2 * inner, hidden, dtype=dtype), _meta(experts, hidden, inner, dtype=dtype)
+    kind = dict(dtype=dtype, float8=float8)
+    weights = _weight(experts, 2 * inner, hidden, parts=2, **kind), _weight(experts, hidden, inner, **kind)
+    beside = _weight(2 * inner, hidden, parts=2, **kind), _weight(hidden, inner, **kind)
     with force_ops("triton"):
         block = capacity and router.TokenBlocks(None, blocks)
         routing = router.route(h, router_weight, bias, top_k, 8, 4, 2.5, capacity, block)
-        moe.experts(h, routing, *weights, tuple(w[0] for w in weights) if shared else None)
+        moe.experts(h, routing, *weights, beside if shared else None)
+
+
+def _fp8_linear(tokens, rows, columns):
+    with force_ops("triton"):
+        fp8.linear(_meta(tokens, columns, dtype=torch.bfloat16), *_weight(rows, columns, dtype=None, float8=True))
+
+
+def _fp8_mlp(tokens, hidden, inner):
+    kind = dict(dtype=None, float8=True)
+    with force_ops("triton"):
+        gate_up, down = _weight(2 * inner, hidden, parts=2, **kind), _weight(hidden, inner, **kind)
+        moe.mlp(_meta(tokens, hidden, dtype=torch.bfloat16), gate_up, down)
 
 
 _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -176,11 +197,18 @@ SCENARIOS = {
     **{f"add_rms_norm bf16 H={size}": lambda n=size: _norm(torch.bfloat16, n, add=True) for size in (2048, 4096)},
     "add_rms_norm fp32 H=2048": lambda: _norm(torch.float32, 2048, add=True),
     "add_rms_norm fp32 H=64": lambda: _norm(torch.float32, 64, add=True),
-    **{f"moe mini bf16 T={tokens}": lambda t=tokens: _moe(torch.bfloat16, 2048, 512, t) for tokens in (32, 512, 4096)},
-    **{f"moe flash bf16 T={tokens}": lambda t=tokens: _moe(torch.bfloat16, 4096, 1024, t) for tokens in (32, 512, 4096)},
+    **{f"moe mini bf16 T={t}": lambda t=t: _moe(torch.bfloat16, 2048, 512, t) for t in (32, 512, 4096)},
+    **{f"moe flash bf16 T={t}": lambda t=t: _moe(torch.bfloat16, 4096, 1024, t) for t in (32, 512, 4096)},
     **{f"moe flash 2.2 T={t}": lambda t=t: _moe(torch.bfloat16, 4096, 1024, t, capacity=48) for t in (32, 256)},
     "moe mini bf16 fp32 gate": lambda: _moe(torch.bfloat16, 2048, 512, 32, gate=torch.float32),
     "moe mini fp32 nothing shared": lambda: _moe(torch.float32, 2048, 512, 32, shared=False),
+    **{f"moe mini fp8 T={t}": lambda t=t: _moe(torch.bfloat16, 2048, 512, t, float8=True) for t in (32, 512, 4096)},
+    **{f"moe flash fp8 T={t}": lambda t=t: _moe(torch.bfloat16, 4096, 1024, t, float8=True) for t in (32, 512, 4096)},
+    "fp8 qkv mini": lambda: _fp8_linear(32, 3072, 2048),
+    "fp8 LM head mini": lambda: _fp8_linear(32, VOCAB, 2048),
+    "fp8 qkv flash T=4096": lambda: _fp8_linear(4096, 5120, 4096),
+    "fp8 LM head flash": lambda: _fp8_linear(256, VOCAB, 4096),
+    **{f"fp8 dense MLP mini T={tokens}": lambda t=tokens: _fp8_mlp(t, 2048, 5120) for tokens in (32, 4096)},
 }
 
 
@@ -264,7 +292,10 @@ def compile_all(targets=tuple(TARGETS), names=None, report=lambda result: None):
             call()
         for launch in launches:
             key = repr((launch.kernel.__name__, *launch[1:]))
+            float8 = any("fp8" in kind for kind in launch.signature.values())
             for target in targets if key not in seen else ():
+                if float8 and target in NO_FLOAT8:
+                    continue
                 results.append(compile_launch(launch, scenario, target))
                 report(results[-1])
             seen.add(key)

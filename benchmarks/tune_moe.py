@@ -2,31 +2,33 @@
 
     python -m benchmarks.tune_moe [--models mini,flash] [--tokens 32,64,...] [--quick] [--json] [--save]
 
-One MoE layer of the true shape with random weights. For every number of tokens and every tile height, gate_up and down
-are timed on their own over all tile widths, warps and stages; the fastest pair is kept. Gate: all outputs for the same
-tokens must have the same bits, whatever the tiles, for that makes a token's bits independent of its batch; what differs
-is named and left out. Exits 2 without a GPU.
+One MoE layer of the true shape with random weights, in bf16 and, where the GPU has it, in fp8. For every number of
+tokens and every tile height, gate_up and down are timed on their own over all tile widths, warps and stages; the
+fastest pair is kept. Gate: all outputs for the same tokens must have the same bits, whatever the tiles, for that makes
+a token's bits independent of its batch; what differs is named and left out. Exits 2 without a GPU.
 """
 
 import argparse
 import itertools
 import json
 import sys
+from functools import partial
 
 import torch
 import triton
 
 from benchmarks.harness import add_options, finish
 from benchmarks.roofline import MODELS
-from llada2_fast.kernels import gemm, router
+from llada2_fast.kernels import fp8, router
+from llada2_fast.kernels.gemm import TUNED, Scaled, gemm
 
 TOKENS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 TILE_M, TILE_N, WARPS, STAGES = (16, 32, 64, 128), (64, 128), (4, 8), (2, 3, 4, 5, 6)
 
 
-def candidates(quick):
+def candidates(quick, widths=TILE_N):
     """Tiles of one product to try."""
-    sizes = itertools.product((64, 128), (4, 8), (3, 4)) if quick else itertools.product(TILE_N, WARPS, STAGES)
+    sizes = itertools.product(widths, WARPS, (3, 4) if quick else STAGES)
     return [dict(zip(("tile_n", "num_warps", "num_stages"), size, strict=True)) for size in sizes]
 
 
@@ -46,59 +48,85 @@ def time_us(call, rounds=20):
     return times[len(times) // 2]
 
 
-def fastest(x, weight, shared, routing, gated, tries, expected):
-    """(µs, tiles) of the fastest of `tries` that runs and gives the bits in `expected`, or the first's if it is empty."""
+def fastest(product, tries, expected):
+    """(µs, tiles) of the fastest of `tries` that runs and gives the bits in `expected`, which the first fills."""
     found = None
     for tiles in tries:
         try:
-            out = gemm.expert_gemm(x, weight, shared, routing, gated, **tiles)
-            us = time_us(lambda tiles=tiles: gemm.expert_gemm(x, weight, shared, routing, gated, **tiles))
+            out = product(**tiles).values
+            us = time_us(lambda tiles=tiles: product(**tiles))
         except triton.runtime.errors.OutOfResources:  # too much shared memory: not a candidate on this GPU
             continue
         if not expected:
             expected.append(out)
         if not torch.equal(out, expected[0]):
-            print(f"  left out, other bits: tile_m {routing.tile_m}, {tiles}")
+            print(f"  left out, other bits: {tiles}")
         elif found is None or us < found[0]:
             found = us, tiles
     return found
 
 
+class Layer:
+    """One MoE layer of a model's shape with random weights, in bfloat16 or float8."""
+
+    def __init__(self, config):
+        self.config, hidden, inner = config, config.hidden_size, config.moe_intermediate_size
+        experts = config.num_experts
+        self.gate = _random(experts, hidden)
+        self.weights = Scaled(_random(experts, 2 * inner, hidden)), Scaled(_random(experts, hidden, inner))
+        self.shared = tuple(Scaled(weight.values[0]) for weight in self.weights)
+
+    def quantize(self):
+        self.weights = tuple(
+            fp8.quantize_weight(weight.values, parts) for weight, parts in zip(self.weights, (2, 1), strict=True)
+        )
+        self.shared = tuple(Scaled(weight.values[0], weight.scale[0]) for weight in self.weights)
+
+    def tune(self, tokens, tile_m, quick, bits):
+        """((µs, tiles) of gate_up, the same of down); None if one of them has none."""
+        c, float8 = self.config, self.weights[0].scale is not None
+        h = _random(tokens, c.hidden_size, seed=1) * c.hidden_size**0.5
+        inner = _random(tokens * (c.num_experts_per_tok + 1), c.moe_intermediate_size, seed=2)
+        rule = c.num_experts_per_tok, c.n_group, c.topk_group, c.routed_scaling_factor
+        routing = router.route(h, self.gate, h.new_zeros(c.num_experts, dtype=torch.float32), *rule, tile_m=tile_m)
+        found = []
+        for i, x in enumerate((h, inner)):
+            x = fp8.quantize(x) if float8 else Scaled(x)
+            product = partial(gemm, x, self.weights[i], self.shared[i], routing, i == 0, h, tile_m)
+            found.append(fastest(product, candidates(quick, (128,) if float8 and i == 0 else TILE_N), bits[i]))
+        return found if all(found) else None
+
+
+def _random(*shape, seed=0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(shape, dtype=torch.bfloat16, device="cuda", generator=generator) / shape[-1] ** 0.5
+
+
 def tune(config, counts, quick):
-    """Table entries for one model on this GPU, and what they took in µs."""
-    hidden, inner, experts, top_k = (
-        config.hidden_size, config.moe_intermediate_size, config.num_experts, config.num_experts_per_tok,
-    )  # fmt: skip
-
-    def random(*shape):
-        return torch.randn(shape, dtype=torch.bfloat16, device="cuda") / shape[-1] ** 0.5
-
-    gate_up, down, gate = random(experts, 2 * inner, hidden), random(experts, hidden, inner), random(experts, hidden)
-    shared, bias = (random(2 * inner, hidden), random(hidden, inner)), torch.zeros(experts, device="cuda")
-    entries, times = [], {}
-    for tokens in counts:
-        h, inside = random(tokens, hidden) * hidden**0.5, random(tokens * (top_k + 1), inner)
-        best, bits = None, ([], [])
-        for tile_m in TILE_M if not quick else TILE_M[:3]:
-            if tile_m > max(TILE_M[0], 2 * tokens * top_k // experts):
-                continue  # taller than twice the pairs of an expert: most rows would be empty
-            routing = router.route(h, gate, bias, top_k, config.n_group, config.topk_group, 2.5, tile_m=tile_m)
-            first = fastest(h, gate_up, shared[0], routing, True, candidates(quick), bits[0])
-            second = fastest(inside, down, shared[1], routing, False, candidates(quick), bits[1])
-            if first and second and (best is None or first[0] + second[0] < best[0] + best[1]):
-                best = first[0], second[0], tile_m, first[1], second[1]
-        us = best[0] + best[1]
-        touched = routing.ids.unique().numel() + 1
-        rate = touched * 3 * hidden * inner * 2 / us / 1e3
-        print(f"{tokens:5} tokens: {best[0]:8.1f} + {best[1]:7.1f} us, {rate:7.0f} GB/s, tile_m {best[2]}", flush=True)
-        name = torch.cuda.get_device_name()
-        entry = {"device": name, "hidden": hidden, "tokens": tokens, "tile_m": best[2]}
-        entries.append(entry | {"gate_up": best[3], "down": best[4]})
-        times[tokens] = round(us, 1)
-    return entries, times
+    """Table entries for one model on this GPU, and what they took in µs: {"<tokens> bf16" or fp8: µs}."""
+    layer, entries, times = Layer(config), {}, {}
+    float8 = torch.cuda.get_device_capability() >= fp8.CAPABILITY
+    for kind in ("bf16", "fp8") if float8 else ("bf16",):
+        if kind == "fp8":
+            layer.quantize()
+        for tokens in counts:
+            limit = max(TILE_M[0], 2 * tokens * config.num_experts_per_tok // config.num_experts)
+            # taller than twice the pairs of an expert, most rows would be empty; float8 keeps the height of bf16
+            heights = [size for size in TILE_M if size <= limit] if kind == "bf16" else [entries[tokens]["tile_m"]]
+            bits, best = ([], []), None
+            for tile_m in heights:
+                found = layer.tune(tokens, tile_m, quick, bits)
+                if found and (best is None or found[0][0] + found[1][0] < best[0]):
+                    best = found[0][0] + found[1][0], tile_m, {"gate_up": found[0][1], "down": found[1][1]}
+            us, tile_m, products = best
+            print(f"{kind} {tokens:5} tokens: {us:8.1f} us, tile_m {tile_m}, {products}", flush=True)
+            head = {"device": torch.cuda.get_device_name(), "hidden": config.hidden_size, "tokens": tokens}
+            entries.setdefault(tokens, head | {"tile_m": tile_m})[kind] = products
+            times[f"{tokens} {kind}"] = round(us, 1)
+    return list(entries.values()), times
 
 
-def write_table(new, path=gemm.TUNED):
+def write_table(new, path=TUNED):
     """Put entries into the table, in place of those for the same device, hidden size and tokens."""
 
     def key(entry):

@@ -12,6 +12,7 @@ On a GPU a block's keys are cut into at most MAX_SPLITS splits by their number a
 and their results are added in the order of the splits. So a block's bits depend on its own row and on nothing else.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -124,10 +125,15 @@ def block_attention_ref(q, k_cache, v_cache, runs):
 
 def _row(cache, run, length):
     """The row's keys or values up to the run's end, [S, nk, D]; a view where its pages stand side by side."""
-    pages = run.pages[: run.first_block + run.num_blocks]
-    if pages[-1] - pages[0] + 1 == len(pages) and all(b == a + 1 for a, b in zip(pages, pages[1:], strict=False)):
-        return cache[pages[0] : pages[-1] + 1].flatten(0, 1)
-    return cache[torch.tensor(pages, device=cache.device)].flatten(0, 1)
+    end = run.first_block + run.num_blocks
+    if _side_by_side(run.pages):
+        return cache[run.pages[0] : run.pages[0] + end].flatten(0, 1)
+    return cache[torch.tensor(run.pages[:end], device=cache.device)].flatten(0, 1)
+
+
+@lru_cache(maxsize=4096)  # asked for every layer and step of a row, a tenth of a millisecond at 2000 tokens
+def _side_by_side(pages):
+    return pages == tuple(range(pages[0], pages[0] + len(pages)))
 
 
 def _attend(q, k, v):

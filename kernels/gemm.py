@@ -21,6 +21,7 @@ product then comes out quantised for the next one.
 import json
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -28,12 +29,21 @@ from ._triton import tl, triton
 
 TUNED = Path(__file__).with_name("moe_tuned.json")  # written by benchmarks/tune_moe.py
 TILE_K = 64
+BLOCK = 128  # rows and columns of a weight, columns of an activation, that share a float8 scale
 TINY = 1e-30  # stands in for the largest magnitude of a group of zeros
+_TINY = tl.constexpr(TINY)
+
+
+class Scaled(NamedTuple):
+    """A tensor; or float8 values (e4m3) and their scales, float32: value times scale is what they stand for."""
+
+    values: torch.Tensor
+    scale: torch.Tensor | None = None  # weights [.., N / 128, K / 128], activations [.., K / 128], rounded up
 
 
 @lru_cache(maxsize=1024)
 def tiles(device, hidden, tokens):
-    """Tile sizes of an MoE layer: {"tile_m", "bf16": {"gate_up": {"tile_n", "num_warps", "num_stages"}, "down"}, "fp8"}.
+    """Tiles of an MoE layer: {"tile_m", "bf16": {"gate_up": {"tile_n", "num_warps", "num_stages"}, "down"}, "fp8"}.
 
     device: a torch.device; hidden: the layer's H. Entries measured on this device for this H win over those for "any";
     among either the first that is meant for as many tokens.
@@ -58,9 +68,9 @@ def rounded(x, like):
 
 
 @triton.jit
-def quantized(y, step, GROUP: tl.constexpr):
-    """y / step as e4m3, for a step = largest magnitude / 448 of each group."""
-    return tl.div_rn(y, tl.broadcast_to(step, y.shape)).to(GROUP)
+def scale_of(largest):
+    """The scale of a group by its largest magnitude: e4m3 reaches 448."""
+    return tl.div_rn(tl.maximum(largest, _TINY), 448.0)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -71,14 +81,15 @@ def _gemm_kernel(
 ):  # fmt: skip
     """Grid (tiles of the shared expert, then a bound on the routed ones) * (N / TILE_N), the latter fastest.
 
-    GATED: a row of X is a token, else a row of OUT. SHARED: one more matrix, or None. TILES None: W alone, as if shared.
-    Scales None: not float8. OUT_SCALE: OUT is float8 too, TILE_N 128. Activations are rounded to the type of LIKE.
+    GATED: a row of X is a token, else a row of OUT. SHARED: one more matrix, or None. TILES None: one matrix, W, and
+    every row. Scales None: not float8. OUT_SCALE: OUT is float8 too, TILE_N 128. LIKE: of the type of activations.
     """
     SPAN: tl.constexpr = (2 * N if GATED else N) * K
     GROUPS: tl.constexpr = (K + 127) // 128  # of a row's K that share a scale
     BLOCKS: tl.constexpr = (N + 127) // 128  # of a matrix's rows that share scales; gate and up have their own
     tile = tl.program_id(0) // tl.cdiv(N, TILE_N)
-    n = tl.program_id(0) % tl.cdiv(N, TILE_N) * TILE_N + tl.arange(0, TILE_N)
+    first = tl.program_id(0) % tl.cdiv(N, TILE_N) * TILE_N
+    n = first + tl.arange(0, TILE_N)
     m = tl.arange(0, TILE_M)
     weight = W
     w_scale = W_SCALE
@@ -109,6 +120,8 @@ def _gemm_kernel(
                 source = token if GATED else row
                 weight = SHARED
                 w_scale = SHARED_SCALE
+    if W_SCALE is not None:
+        w_scale += first // 128 * GROUPS  # one row of blocks holds all of the tile
     k = tl.arange(0, TILE_K)
     x_at = X + source[:, None].to(tl.int64) * x_stride + k[None, :]
     w_at = weight + n[:, None] * K + k[None, :]
@@ -124,15 +137,13 @@ def _gemm_kernel(
         else:
             group = done // TILE_K
             x_scale = tl.load(X_SCALE + source.to(tl.int64) * GROUPS + group, mask=inside, other=0.0)[None, :]
-            scale = tl.load(w_scale + (n // 128) * GROUPS + group, mask=n < N, other=0.0)[:, None]
-            acc += tl.dot(w, x) * (scale * x_scale)
+            acc += tl.dot(w, x) * (tl.load(w_scale + group) * x_scale)
         if GATED:
             w = tl.load(w_at + (N * K + done), mask=real & within, other=0.0)
             if X_SCALE is None:
                 up = tl.dot(w, x, up, input_precision="ieee")
             else:
-                scale = tl.load(w_scale + (BLOCKS + n // 128) * GROUPS + group, mask=n < N, other=0.0)[:, None]
-                up += tl.dot(w, x) * (scale * x_scale)
+                up += tl.dot(w, x) * (tl.load(w_scale + BLOCKS * GROUPS + group) * x_scale)
     if GATED:
         gate = rounded(acc, LIKE)
         acc = rounded(rounded(gate / (1.0 + tl.exp(-gate)), LIKE) * rounded(up, LIKE), LIKE)
@@ -141,6 +152,41 @@ def _gemm_kernel(
     if OUT_SCALE is None:
         tl.store(OUT + place, acc.to(OUT.dtype.element_ty), mask=mask)
     else:
-        step = tl.div_rn(tl.maximum(tl.max(tl.abs(acc), 0), TINY), 448.0)
-        tl.store(OUT + place, quantized(acc, step[None, :], OUT.dtype.element_ty), mask=mask)
-        tl.store(OUT_SCALE + row.to(tl.int64) * BLOCKS + tl.program_id(0) % BLOCKS, step, mask=inside)
+        scale = scale_of(tl.max(tl.abs(acc), 0))
+        tl.store(OUT + place, tl.div_rn(acc, scale[None, :]).to(OUT.dtype.element_ty), mask=mask)
+        tl.store(OUT_SCALE + row.to(tl.int64) * BLOCKS + first // 128, scale, mask=inside)
+
+
+def gemm(x, weight, shared, routing, gated, like, tile_m, tile_n, num_warps, num_stages):
+    """All pairs of a Routing and, behind them, all tokens through `shared`; or routing None: x W^T. One launch.
+
+    x [T, K] if gated or without routing, else [T * top_k (+ T), K]; weight [E, N or 2N, K], without routing no E;
+    shared [N or 2N, K] or None; all Scaled, contiguous but for the rows of an x that is not float8. Returns a Scaled:
+    [T * top_k (+ T), N], or [T, N], in the dtype of the tensor `like`, but float8 if gated with float8 weights. tile_m
+    must be the routing's if there is one.
+    """
+    (tokens, top_k), bound = (routing.ids.shape, len(routing.tiles)) if routing else ((len(x.values), 1), 0)
+    rows, depth = weight.values.shape[-2:]
+    width = rows // 2 if gated else rows
+    alone = shared is not None or routing is None
+    count = tokens * (top_k if routing else 0) + (tokens if alone else 0)
+    float8 = weight.scale is not None
+    narrow = float8 and gated
+    out = like.new_empty(count, width, dtype=weight.values.dtype if narrow else like.dtype)
+    out_scale = like.new_empty(count, triton.cdiv(width, BLOCK), dtype=torch.float32) if narrow else None
+    if float8:
+        tile_n, tile_k = (BLOCK if gated else tile_n), BLOCK
+    else:
+        # Triton multiplies float32 in TF32 on sm_100 if the left side has 64 rows or more, whatever the precision asked
+        tile_n, tile_k = (32, 32) if like.dtype == torch.float32 else (tile_n, TILE_K)
+    tiles = bound + (triton.cdiv(tokens, tile_m) if alone else 0)
+    if count == 0:
+        return Scaled(out, out_scale)
+    _gemm_kernel[(tiles * triton.cdiv(width, tile_n),)](
+        x.values, weight.values, shared and shared.values, out,
+        x.scale, weight.scale, shared and shared.scale, out_scale, like,
+        *(routing[2:5] if routing else (None, None, None)), tokens, x.values.stride(0),
+        N=width, K=depth, TOP_K=top_k, GATED=gated, TILE_M=tile_m, TILE_N=tile_n, TILE_K=tile_k,
+        num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
+    return Scaled(out, out_scale)

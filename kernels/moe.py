@@ -5,22 +5,25 @@ expert(h) = down( silu(gate(h)) * up(h) )                    gate_up [E, 2I, H] 
 
 Products of w_k and their sum are float32, in descending order of choice, with one cast; the shared expert is neither
 scaled nor gated and is added in h's dtype. On a GPU three launches: gate_up with its activation for all pairs and the
-shared expert, down likewise, and the sum. No atomics; only the experts that some token chose are read.
+shared expert, down likewise, and the sum; with float8 weights (fp8.py) one more, for quantising h. No atomics; only the
+experts that some token chose are read.
 """
 
 import torch
 import torch.nn.functional as F
 
 from ._triton import tl, triton, use_triton
-from .gemm import expert_gemm, rounded, tiles
+from .fp8 import dense, linear_ref, quantize
+from .gemm import Scaled, gemm, rounded, tiles
 
 ROWS = 4  # a CPU's sgemm rounds a row alike at any height that is a multiple of this (measured: MKL, AVX-512)
 
 
-def experts_ref(h, ids, weights, gate_up, down):
+def experts_ref(h, ids, weights, gate_up, down, gate_up_scale=None, down_scale=None):
     """h [T, H], ids, weights [T, K] -> [T, H] in h's dtype. Tokens sorted by expert; only touched experts are read.
 
-    Each expert's rows are padded to a multiple of ROWS, so that a token's bits do not depend on how many share its expert.
+    Each expert's rows are padded to a multiple of ROWS, so that a token's bits do not depend on how many others share
+    its expert.
     """
     tokens, top_k = ids.shape
     if tokens == 0:
@@ -37,11 +40,18 @@ def experts_ref(h, ids, weights, gate_up, down):
     sizes = [size for _, size in touched]
     x = h.new_zeros(sum(sizes), h.shape[1])
     x[slot] = h.repeat_interleave(top_k, 0)
-    inner = torch.cat([F.linear(part, gate_up[e]) for part, (e, _) in zip(x.split(sizes), touched, strict=True)])
-    inner = gated(inner)
-    outer = torch.cat([F.linear(part, down[e]) for part, (e, _) in zip(inner.split(sizes), touched, strict=True)])
+    inner = gated(_products(x.split(sizes), touched, gate_up, gate_up_scale, parts=2))
+    outer = _products(inner.split(sizes), touched, down, down_scale, parts=1)
     by_token = outer[slot].view(tokens, top_k, -1)
     return (by_token.float() * weights[..., None]).sum(1).to(h.dtype)
+
+
+def _products(rows, touched, weight, scale, parts):
+    """Each expert's rows times its weights, one below the other."""
+    pairs = zip(rows, touched, strict=True)
+    if scale is None:
+        return torch.cat([F.linear(x, weight[e]) for x, (e, _) in pairs])
+    return torch.cat([linear_ref(x, weight[e], scale[e], parts) for x, (e, _) in pairs])
 
 
 def gated(x):
@@ -66,43 +76,51 @@ def _combine_kernel(OUTER, WEIGHTS, SHARED, OUT, H: tl.constexpr, K: tl.constexp
 
 
 def mlp(h, gate_up, down):
-    """Dense MLP: h [T, H], gate_up [2I, H] gate rows first, down [H, I] -> [T, H]."""
-    return F.linear(gated(F.linear(h, gate_up)), down)
+    """Dense MLP: h [T, H], gate_up [2I, H] gate rows first, down [H, I], both Scaled -> [T, H]."""
+    if gate_up.scale is None:
+        return F.linear(gated(F.linear(h, gate_up.values)), down.values)
+    if use_triton(h):
+        return dense(dense(quantize(h), gate_up, True, h), down, False, h).values
+    return linear_ref(gated(linear_ref(h, *gate_up, parts=2)), *down)
 
 
 def experts(h, routing, gate_up, down, shared=None):
     """Grouped expert MLP of h [T, H] with weighted sum, plus the shared expert's MLP if shared = (gate_up, down).
 
-    routing: what router.route returned for h; weights as in experts_ref. Returns [T, H] in h's dtype. ValueError if
-    shapes do not fit.
+    routing: what router.route returned for h; weights Scaled, shapes as in experts_ref and mlp. Returns [T, H] in h's
+    dtype. ValueError if shapes do not fit.
     """
     if not use_triton(h):
-        y = experts_ref(h, routing.ids, routing.weights, gate_up, down)
+        scales = gate_up.scale, down.scale
+        y = experts_ref(h, routing.ids, routing.weights, gate_up.values, down.values, *scales)
         return y if shared is None else y + mlp(h, *shared)
-    _check(h, routing, gate_up, down)
-    if h.shape[0] == 0:
+    _check(h, routing, gate_up, down, *(shared or ()))
+    tokens, hidden = h.shape
+    if tokens == 0:
         return torch.empty_like(h)
     # a shared expert of another width (several in one) is not one more expert of the same product
-    alike = shared is not None and shared[0].shape == gate_up.shape[1:]
-    size = tiles(h.device, h.shape[1], h.shape[0])
-    inner = expert_gemm(h, gate_up, shared[0] if alike else None, routing, True, **size["gate_up"])
-    outer = expert_gemm(inner, down, shared[1] if alike else None, routing, False, **size["down"])
-    pairs = routing.ids.numel()
-    beside = outer[pairs:] if alike else None if shared is None else mlp(h, *shared)
-    out = torch.empty_like(outer[: h.shape[0]])
-    _combine_kernel[(h.shape[0], triton.cdiv(h.shape[1], 1024))](
-        outer, routing.weights, beside, out, H=h.shape[1], K=routing.ids.shape[1], TILE_H=1024, num_warps=4
+    alike = shared is not None and shared[0].values.shape == gate_up.values.shape[1:]
+    size = tiles(h.device, hidden, tokens)["bf16" if gate_up.scale is None else "fp8"]
+    x = Scaled(h) if gate_up.scale is None else quantize(h)
+    inner = gemm(x, gate_up, shared[0] if alike else None, routing, True, h, routing.tile_m, **size["gate_up"])
+    outer = gemm(inner, down, shared[1] if alike else None, routing, False, h, routing.tile_m, **size["down"]).values
+    beside = outer[routing.ids.numel() :] if alike else None if shared is None else mlp(h, *shared)
+    out = h.new_empty(tokens, hidden)
+    _combine_kernel[(tokens, triton.cdiv(hidden, 1024))](
+        outer, routing.weights, beside, out, H=hidden, K=routing.ids.shape[1], TILE_H=1024, num_warps=4
     )  # fmt: skip
     return out
 
 
-def _check(h, routing, gate_up, down):
-    count, rows, hidden = gate_up.shape
-    if h.shape[1] != hidden or h.stride(1) != 1 or h.dtype != gate_up.dtype:
-        raise ValueError(f"h: {gate_up.dtype} [T, {hidden}] expected, got {h.dtype} {list(h.shape)}")
-    if down.shape != (count, hidden, rows // 2) or down.dtype != gate_up.dtype:
-        raise ValueError(f"down: [{count}, {hidden}, {rows // 2}] expected, as gate_up, got {list(down.shape)}")
-    if not gate_up.is_contiguous() or not down.is_contiguous():
-        raise ValueError("gate_up, down: contiguous weights expected")
+def _check(h, routing, gate_up, down, *shared):
+    count, rows, hidden = gate_up.values.shape
+    dtype = gate_up.values.dtype
+    if h.shape[1] != hidden or h.stride(1) != 1 or (gate_up.scale is None and h.dtype != dtype):
+        raise ValueError(f"h: [T, {hidden}] in the weights' {dtype} expected, got {h.dtype} {list(h.shape)}")
+    if down.values.shape != (count, hidden, rows // 2) or down.values.dtype != dtype:
+        raise ValueError(f"down: {dtype} [{count}, {hidden}, {rows // 2}] expected, got {list(down.values.shape)}")
+    for name, x in zip(("gate_up", "down", "shared gate_up", "shared down"), (gate_up, down, *shared), strict=False):
+        if not all(part is None or part.is_contiguous() for part in x):
+            raise ValueError(f"{name}: contiguous weights and scales expected")
     if routing.order is None or len(routing.ids) != len(h):
         raise ValueError(f"routing: one of {len(h)} tokens with tiles expected, as route makes them on a GPU")

@@ -2,7 +2,7 @@
 
     key     = 64-bit seed of the row
     counter = (absolute position, block step, stream, 0)
-    uniform = (word >> 8) * 2^-24 + 2^-25          exact in float32, never 0 or 1
+    uniform = (word >> 8) * 2^-24 + 2^-25          rounded to float32: never 0, 1 once in 2^24 draws
     pick    = the first index whose cumulative weight exceeds uniform * total; never one of weight zero
 
 A draw depends on its own row's seed, position and step alone: not on batch, slot, cache layout or scheduling.
@@ -34,7 +34,7 @@ def philox4x32_ref(seed, c0, c1, c2, c3):
 
 
 def uniform_ref(seed, position, step, stream):
-    """float32 in (0, 1), shape of the broadcast int64 inputs: the first word of the counter (position, step, stream)."""
+    """float32 in (0, 1], shape of the broadcast int64 inputs: from the first word of counter (position, step, stream)."""
     seed, position, step, stream = torch.broadcast_tensors(seed, position, step, stream)
     word = philox4x32_ref(seed, position & _M32, step & _M32, stream & _M32, torch.zeros_like(position))[0]
     return (word >> 8).to(torch.float32) * 2.0**-24 + 2.0**-25

@@ -1,10 +1,10 @@
 """Paged cache of keys and values: a page holds one block of one row, for all layers.
 
-Pages are counted, so that several rows may share the page of a committed block. A page can be published under a key that
-names its content: the block's tokens and all before them (`content_keys`). A published page that nobody holds keeps its
-content and can be found and held again, until the room is needed; then the least recently used goes first. Blank pages
-are given out lowest first and side by side where possible, because rows whose pages stand side by side are read as one
-view.
+Pages are counted, so that several rows may share the page of a committed block. A page can be published under a key
+that names its content: the block's tokens and all before them (`content_keys`). A published page that nobody holds
+keeps its content and can be found and held again, until the room is needed; then the least recently used goes first.
+Blank pages are given out lowest first and side by side where possible, because rows whose pages stand side by side are
+read as one view.
 """
 
 import hashlib
@@ -74,6 +74,10 @@ class PagedKVCache:
                 self.num_free += 1
                 if page in self._key:
                     self._idle[page] = None
+
+    def count(self, page):
+        """How often a page is held."""
+        return self._count[page]
 
     def publish(self, page, key):
         """Let others find a held page whose K/V are final; the first page of a key stays the one that is found."""

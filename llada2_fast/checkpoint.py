@@ -1,5 +1,7 @@
 """Hugging Face safetensors <-> the parameters of `LLaDA2Model`, by one rename table.
 
+With quantization "fp8" linear weights are e4m3 with scales: stored so, or made from wider ones as they are read.
+
 Reading: `inspect` checks every header of every shard against the table (names, shapes, dtypes, duplicates, extras,
 missing) before a single weight is read; `load` then streams the weights, one tensor at a time. Writing: `save` applies
 the same table backwards. Only safetensors is ever opened: nothing pickled, no code from the checkpoint.
@@ -19,10 +21,12 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from .config import DTYPES, ModelConfig, parse_json
+from .kernels.fp8 import E4M3, quantize_weight, scale_shape
 
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_STORED = _DTYPES | {"F8_E4M3": E4M3}
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _WEIGHT_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -33,6 +37,7 @@ _ALIASES = (
     (re.compile(r"\.mlp\.gate\.e_score_correction_bias$"), ".mlp.gate.expert_bias"),
     (re.compile(r"\.mlp\.(experts\.(?:gate|up|down)_proj|w1|w2)\.weight$"), r".mlp.\1"),
 )
+_FLOAT8 = re.compile(r"(query_key_value|dense|gate_up|down|lm_head)(\.weight)?$")  # parameters held in float8
 _IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")  # recomputed from the config
 
 
@@ -49,6 +54,17 @@ class Slot(NamedTuple):
     covers: tuple[str, ...]
     expert: int | None = None
     half: int | None = None  # of the stacked gate (0) and up (1) rows
+
+    @property
+    def parts(self) -> int:
+        """Matrices one above the other that it holds, each with float8 blocks of its own."""
+        return 2 if "gate_up" in self.param and self.half is None else 1
+
+    @property
+    def scale(self) -> "Slot":
+        """Where the float8 scales of what goes here go."""
+        covers = tuple(f"{name}_scale_inv" for name in self.covers)
+        return self._replace(param=_scale_name(self.param), shape=scale_shape(self.shape, self.parts), covers=covers)
 
     def view(self, tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor if self.expert is None else tensor[self.expert]
@@ -101,17 +117,28 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes[f"{mlp}.experts.down"] = (E, H, width)
         if config.num_shared_experts:
             add_mlp(f"{mlp}.shared_experts", config.num_shared_experts * width)
+    if config.float8:
+        weights = {name: shape for name, shape in shapes.items() if _FLOAT8.search(name)}
+        scales = {_scale_name(name): scale_shape(shape, 1 + ("gate_up" in name)) for name, shape in weights.items()}
+        shapes.update(scales)
     return shapes
 
 
+def _scale_name(param):
+    """The parameter that holds the scales of a float8 one."""
+    return param.removesuffix(".weight") + (".scale" if param.endswith(".weight") else "_scale")
+
+
 def rename_table(config: ModelConfig) -> dict[str, Slot]:
-    """Name in a checkpoint -> where it goes, for the standard layout and for merged experts."""
+    """Name in a checkpoint -> where it goes, for the standard layout and for merged experts; scales follow weights."""
     table = {}
 
     def add(name, param, shape, covers=None, **where):
-        table[name] = Slot(param, shape, covers or (name,), **where)
+        table[name] = slot = Slot(param, shape, covers or (name,), **where)
+        if config.float8 and _FLOAT8.search(param):
+            table[f"{name}_scale_inv"] = slot.scale
 
-    for param, shape in parameter_shapes(config).items():
+    for param, shape in parameter_shapes(replace(config, quantization=None)).items():
         name = param if param == "lm_head.weight" else f"model.{param}"
         name = name.replace(".mlp.router.", ".mlp.gate.")
         stem, _, leaf = name.removesuffix(".weight").rpartition(".")
@@ -181,21 +208,32 @@ def inspect(folder: str | os.PathLike, config: ModelConfig) -> list[tuple[Entry,
             raise CheckpointError(f"{what} is unexpected: config.json has no place for it")
         if entry.shape != slot.shape:
             raise CheckpointError(f"{what} has shape {list(entry.shape)}, config.json gives {list(slot.shape)}")
-        if entry.dtype not in _DTYPES:
-            raise CheckpointError(f"{what} has dtype {entry.dtype}, expected one of {', '.join(_DTYPES)}")
+        allowed = _allowed(config, slot)
+        if entry.dtype not in allowed:
+            raise CheckpointError(f"{what} has dtype {entry.dtype}, expected one of {', '.join(allowed)}")
         for covered in slot.covers:
             if covered in provided:
                 other = provided[covered]
                 raise CheckpointError(f"{what} is provided twice, also by {other.name} in {other.file.name}")
             provided[covered] = entry
         plan.append((entry, slot))
-    missing = [name for name, slot in table.items() if slot.covers == (name,) and name not in provided]
+    wide = {f"{name}_scale_inv" for name, entry in provided.items() if entry.dtype != "F8_E4M3"}
+    for entry in [provided[name] for name in sorted(wide & provided.keys())]:
+        raise CheckpointError(f"{entry.file}: tensor {entry.name} is unexpected: its weight is not float8")
+    missing = [name for name, slot in table.items() if slot.covers == (name,) and name not in provided.keys() | wide]
     if missing:
         files = {entry.file for entry in entries}
         where = folder / INDEX if len(files) > 1 else files.pop()
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(f"{where}: missing tensor {missing[0]}{more}, which config.json calls for")
     return plan
+
+
+def _allowed(config, slot):
+    """The dtypes that the tensor for `slot` may have."""
+    if slot.covers[0].endswith("_scale_inv"):
+        return ("F32",)
+    return tuple(_STORED if config.float8 and _FLOAT8.search(slot.param) else _DTYPES)
 
 
 def router_dtypes(plan: list[tuple[Entry, Slot]], dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -209,9 +247,10 @@ def router_dtypes(plan: list[tuple[Entry, Slot]], dtype: torch.dtype) -> dict[st
 def load(
     folder: str | os.PathLike, config: ModelConfig, params: dict[str, torch.Tensor], progress: bool = True
 ) -> None:
-    """Fill `params` (named and shaped as `parameter_shapes`; bf16, fp16 or fp32, on any device) from the safetensors in
-    `folder`, converting to each parameter's dtype. Beyond `params` it holds one tensor at a time. CheckpointError for
-    whatever `inspect` refuses, for a file that ends early and for weights that are not finite in their target dtype."""
+    """Fill `params` (named and shaped as `parameter_shapes`; bf16, fp16, fp32, or float8 where the config has it; on
+    any device) from the safetensors in `folder`, converting to each parameter's dtype. Beyond `params` it holds one
+    tensor at a time. CheckpointError for whatever `inspect` refuses, for a file that ends early and for weights that
+    are not finite in their target dtype."""
     _check_params(config, params)
     plan = inspect(folder, config)
     sizes = [entry.end - entry.begin for entry, _ in plan]
@@ -220,7 +259,12 @@ def load(
     with bar, torch.no_grad():
         for entry, slot in plan:
             source, target = _read(entry, buffer), slot.view(params[slot.param])
-            _check_finite(source, target.dtype, f"{entry.file}: tensor {entry.name}")
+            quantize = target.dtype == E4M3 != source.dtype
+            limit = source.dtype if quantize else target.dtype
+            _check_finite(source, limit, f"{entry.file}: tensor {entry.name}")
+            if quantize:
+                source, scale = quantize_weight(source.to(target.device), slot.parts)
+                slot.scale.view(params[slot.scale.param]).copy_(scale)
             target.copy_(source)
             bar.update(entry.end - entry.begin)
 
@@ -234,8 +278,9 @@ def save(
 ) -> None:
     """Write `params` in the standard layout, with config.json, and an index where they fill more than one shard.
 
-    Tensors keep their dtype, or are converted to `dtype`, all but expert_bias. So a checkpoint that was loaded without
-    conversion is written back byte for byte. A folder with weight files that would not be overwritten is refused."""
+    Tensors keep their dtype, or are converted to `dtype`, all but expert_bias and float8. So a checkpoint that was
+    loaded without conversion is written back byte for byte. A folder with weight files that would not be overwritten is
+    refused."""
     _check_params(config, params)
     if dtype is not None and dtype not in _DTYPES.values():
         raise ValueError(f"dtype={dtype}: expected one of {', '.join(DTYPES)}")
@@ -245,7 +290,7 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     slots = {name: slot for name, slot in rename_table(config).items() if slot.covers == (name,)}
     dtypes = {
-        name: params[slot.param].dtype if dtype is None or slot.param.endswith(".expert_bias") else dtype
+        name: params[slot.param].dtype if dtype is None or _keeps_dtype(config, slot) else dtype
         for name, slot in slots.items()
     }
     shards, used, total = [[]], 0, 0
@@ -271,6 +316,11 @@ def save(
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     main_dtype = str(dtypes["model.word_embeddings.weight"]).removeprefix("torch.")
     _write_json(folder / "config.json", replace(config, dtype=main_dtype).to_hf())
+
+
+def _keeps_dtype(config, slot):
+    float8 = config.float8 and (_FLOAT8.search(slot.param) or slot.covers[0].endswith("_scale_inv"))
+    return float8 or slot.param.endswith(".expert_bias")
 
 
 def _write_json(path, content):
@@ -370,7 +420,7 @@ def _entry(path, name, fields, data_begin) -> Entry:
         raise CheckpointError(f"{what} has dtype={dtype!r}: expected a name")
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(f"{what} has data_offsets={offsets}: expected a begin and an end")
-    if dtype in _DTYPES and math.prod(shape) * _DTYPES[dtype].itemsize != offsets[1] - offsets[0]:
+    if dtype in _STORED and math.prod(shape) * _STORED[dtype].itemsize != offsets[1] - offsets[0]:
         raise CheckpointError(f"{what}: {dtype} of shape {shape} does not fill data_offsets={offsets}")
     return Entry(path, name, dtype, tuple(shape), data_begin + offsets[0], data_begin + offsets[1])
 
@@ -397,8 +447,9 @@ def _check_params(config, params):
     for name, shape in shapes.items():
         if tuple(params[name].shape) != shape:
             raise ValueError(f"params: {name} has shape {list(params[name].shape)}, expected {list(shape)}")
-        if params[name].dtype not in _DTYPES.values():
-            raise ValueError(f"params: {name} is {params[name].dtype}, expected one of {tuple(_DTYPES.values())}")
+        allowed = (E4M3,) if config.float8 and _FLOAT8.search(name) else tuple(_DTYPES.values())
+        if params[name].dtype not in allowed:
+            raise ValueError(f"params: {name} is {params[name].dtype}, expected one of {allowed}")
 
 
 def _read(entry, buffer) -> torch.Tensor:
@@ -408,11 +459,15 @@ def _read(entry, buffer) -> torch.Tensor:
         file.seek(entry.begin)
         if file.readinto(memoryview(window.numpy())) != len(window):
             raise CheckpointError(f"{entry.file}: truncated: tensor {entry.name} ends at byte {entry.end}")
-    return window.view(_DTYPES[entry.dtype]).view(entry.shape)
+    return window.view(_STORED[entry.dtype]).view(entry.shape)
 
 
 def _check_finite(tensor, dtype, what):
-    """One pass without temporaries: NaN goes through aminmax and fails every comparison."""
+    """One pass without temporaries: NaN goes through aminmax and fails every comparison. float8 has no infinities."""
+    if tensor.dtype == E4M3:
+        if bool((tensor.contiguous().view(torch.uint8) & 0x7F == 0x7F).any()):
+            raise CheckpointError(f"{what} holds NaN")
+        return
     low, high = (value.item() for value in tensor.aminmax())
     limit = torch.finfo(dtype).max
     if not -limit <= low <= high <= limit:

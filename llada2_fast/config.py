@@ -16,6 +16,7 @@ import torch
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 MODEL_TYPES = ("llada2_moe", "llada21_moe", "llada2_moe_veomni")
 SAMPLING_METHODS = ("auto", "greedy", "multinomial")
+QUANTIZATIONS = ("fp8",)
 PROFILES = ("default", "hf-2.0", "hf-2.1")
 PRESETS = {  # the modes of the LLaDA2.1 model card
     "quality": {"threshold": 0.7, "editing_threshold": 0.5, "max_post_steps": 16},
@@ -34,7 +35,14 @@ _FIXED = {
     "norm_softmax": (False,),
     "use_sliding_window": (False,),
     "using_split_qkv_in_self_attention": (False,),
-    "quantization_config": (None,),
+}
+# What quantization_config may say; the last value is the one we write.
+_FP8 = {
+    "quant_method": ("fp8",),
+    "weight_block_size": ([128, 128],),
+    "activation_scheme": (None, "dynamic"),
+    "fmt": (None, "e4m3"),
+    "scale_fmt": ("float", None),
 }
 _INT_MAX = 2**31 - 1  # counts, lengths and ids end up in int32 tensors
 _INT64 = 2**63
@@ -142,6 +150,7 @@ class ModelConfig:
     mask_token_id: int | None = None
     eos_token_id: tuple[int, ...] | None = None  # ids outside the vocabulary are dropped: they mean "none"
     dtype: str | None = None
+    quantization: str | None = None  # "fp8": block-scaled weights, all but embeddings, norms, biases and routers
 
     def __post_init__(self):
         if self.num_shared_experts is None:
@@ -156,6 +165,8 @@ class ModelConfig:
             _check(self, name, _float, "above 0 and finite", lambda x: 0 < x < math.inf)
         if self.dtype is not None:
             _check(self, "dtype", _choice, tuple(DTYPES))
+        if self.quantization is not None:
+            _check(self, "quantization", _choice, QUANTIZATIONS)
         self._check_widths()
         self._check_heads()
         self._check_experts()
@@ -220,6 +231,10 @@ class ModelConfig:
         """Leading dimensions of each head that RoPE rotates."""
         return int(self.head_dim * self.partial_rotary_factor)
 
+    @property
+    def float8(self) -> bool:
+        return self.quantization == "fp8"
+
     @classmethod
     def from_hf(cls, source) -> "ModelConfig":
         """From a config.json: its path, the folder that holds it, or its contents as a dict. Keys the network does not
@@ -252,6 +267,7 @@ class ModelConfig:
         values["dtype"] = _merge("dtype", raw.get("dtype"), "torch_dtype", raw.get("torch_dtype"))
         if isinstance(values["dtype"], str):
             values["dtype"] = values["dtype"].removeprefix("torch.")
+        values["quantization"] = _quantization(raw.get("quantization_config"))
         values.update(_rope(raw))
         config = cls(**values)
         if raw.get("rotary_dim") is not None and raw["rotary_dim"] != config.rotary_dim:
@@ -263,6 +279,8 @@ class ModelConfig:
         """The contents of a config.json from which `from_hf` gives an equal config and Hugging Face's class loads."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
         factor = values.pop("rope_factor")
+        if values.pop("quantization", None):
+            values["quantization_config"] = {key: allowed[-1] for key, allowed in _FP8.items() if allowed[-1]}
         if self.eos_token_id is not None:
             values["eos_token_id"] = self.eos_token_id[0] if len(self.eos_token_id) == 1 else list(self.eos_token_id)
         return {
@@ -278,6 +296,19 @@ class ModelConfig:
             "rotary_dim": self.rotary_dim,
             **values,
         }
+
+
+def _quantization(table):
+    """The ModelConfig.quantization that a config.json's quantization_config means. Which modules were left out of it
+    (modules_to_not_convert) is seen from the tensors."""
+    if table is None:
+        return None
+    if not isinstance(table, Mapping):
+        raise _bad("quantization_config", table, "null or an object")
+    for key, allowed in _FP8.items():
+        if table.get(key) not in allowed:
+            raise _bad(f"quantization_config.{key}", table.get(key), " or ".join(json.dumps(x) for x in allowed))
+    return table["quant_method"]
 
 
 def _ids(name, value):
@@ -396,7 +427,9 @@ class EngineConfig:
     `block_length` None = the model's; `max_running` rows are decoded together, `max_waiting` requests may wait for a
     place; `cache_tokens` of K/V are kept for prompts, generated blocks and shared prefixes; `prefill_tokens` prompt
     tokens at most go along with one step; `share_prefixes` lets requests use each other's committed blocks; a unit of
-    priority outweighs `priority_s` seconds of waiting; a request has at most `max_eos_ids` EOS ids."""
+    priority outweighs `priority_s` seconds of waiting; a request has at most `max_eos_ids` EOS ids; `mask_id` None =
+    the checkpoint's; `trace` records every commit and edit, for a few more reads from the device in a step;
+    `graphs` replays each denoise step as a CUDA graph, on a GPU."""
 
     block_length: int | None = None
     max_running: int = 16
@@ -406,11 +439,16 @@ class EngineConfig:
     share_prefixes: bool = True
     priority_s: float = 60.0
     max_eos_ids: int = 8
+    mask_id: int | None = None
+    trace: bool = True
+    graphs: bool = False
 
     def __post_init__(self):
-        if self.block_length is not None:
-            _check(self, "block_length", _int, 1)
+        for name, low in (("block_length", 1), ("mask_id", 0)):
+            if getattr(self, name) is not None:
+                _check(self, name, _int, low)
         for name in ("max_running", "max_waiting", "cache_tokens", "prefill_tokens", "max_eos_ids"):
             _check(self, name, _int, 1)
-        _check(self, "share_prefixes", _bool)
+        for name in ("share_prefixes", "trace", "graphs"):
+            _check(self, name, _bool)
         _check(self, "priority_s", _float, ">= 0 and finite", lambda x: 0 <= x < math.inf)

@@ -176,9 +176,9 @@ class CachedForward(Forward):
         for row, n in prefill:
             row.settled += n
             row.counters.prefill_forwards += 1
-        ends = torch.tensor([(end - begin) * row.length for row, begin, end in runs], dtype=torch.int64).cumsum(0)
+        ends = torch.tensor([(end - begin) * row.length for row, begin, end in runs]).cumsum(0)
         own = torch.arange(needed.shape[1]) - needed.shape[1] + ends[:, None]  # where each active block lies in hidden
-        slots = torch.tensor([row.slot for row in rows], dtype=torch.int64)
+        slots = torch.tensor([row.slot for row in rows])
         chosen = needed[slots]
         index = torch.full(needed.shape, -1, device=needed.device)
         index[slots] = torch.where(chosen, chosen.flatten().cumsum(0).view(chosen.shape) - 1, -1)
@@ -186,6 +186,13 @@ class CachedForward(Forward):
         # padded to whole ROWS, so that a position's logits do not depend on how many others are needed
         logits = self.model.lm_logits(F.pad(picked, (0, 0, 0, -len(picked) % ROWS)))
         return logits[: len(picked)], index
+
+    def settle_ahead(self, prefill):
+        """(row, n) pairs: settle n further blocks of rows that have not started, by a forward of their own."""
+        self._forward([(row, row.settled, row.settled + n) for row, n in prefill])
+        for row, n in prefill:
+            row.settled += n
+            row.counters.prefill_forwards += 1
 
     def _prefill(self, rows):
         started = time.perf_counter()
@@ -248,10 +255,7 @@ class GraphedForward(CachedForward):
     def refine(self, rows, state, params, mask_id, needed, prefill=()):
         self._prefill([row for row in rows if row.settled < row.first_block])
         if prefill:
-            self._forward([(row, row.settled, row.settled + n) for row, n in prefill])
-            for row, n in prefill:
-                row.settled += n
-                row.counters.prefill_forwards += 1
+            self.settle_ahead(prefill)
         self._settle([row for row in rows if row.settled < row.block - 1])  # more than one block behind
         carried = [row for row in rows if row.settled < row.block]
         graph = self._graph(len(rows), len(carried), state, params, mask_id)
@@ -349,8 +353,8 @@ class BlockDecoder:
             self.state.frozen[row.slot] = refine.FINISHED
 
     def suspend(self, row):
-        """Take an unfinished row out of its slot and give its pages back. Placed and started again it gets the tokens it
-        would have got: it resumes behind its last finished block, whose steps alone stay counted and recorded."""
+        """Take an unfinished row out of its slot and give its pages back. Placed and started again it gets the tokens
+        it would have got: it resumes behind its last finished block; steps of the open one are not counted."""
         if row.block_done:
             row.block, row.block_done = row.block + 1, False
         elif row.started:
@@ -374,11 +378,11 @@ class BlockDecoder:
     def step(self, rows, prefill=()):
         """One refinement step of running rows; one left out must be between two blocks. RefineOutput [slots, ...].
 
-        prefill: (row, n) pairs of placed rows that have not started: n of their blocks go along (CachedForward only).
+        rows: at least one. prefill: (row, n) pairs of placed rows that have not started: n of their blocks go along
+        (CachedForward only).
         """
-        assert all(row in rows or row.block_done for row in self.running()), (
-            "a row in the middle of a block is left out"
-        )
+        left_out = set(self.running()).difference(rows)
+        assert all(row.block_done for row in left_out), "a row in the middle of a block is left out"
         for row in rows:
             if row.block_done:
                 row.block += 1

@@ -5,7 +5,7 @@ cards and diffusers call it; `forward_blocks` takes packed runs of whole blocks 
 decoder calls it. Shapes: B batch, S sequence, T packed tokens, H hidden, V vocab, D head dim, L block_length.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,8 @@ from torch import nn
 from . import checkpoint
 from .config import ModelConfig
 from .kernels.attention import block_attention, masked_attention, place_blocks
+from .kernels.fp8 import E4M3, check_device, linear, scale_shape
+from .kernels.gemm import Scaled
 from .kernels.moe import experts, mlp
 from .kernels.norm import add_rms_norm, rms_norm
 from .kernels.rope import qk_norm_rope, qk_norm_rope_write, rope_angles
@@ -54,6 +56,25 @@ class RMSNorm(nn.Module):
         return add_rms_norm(x, delta, self.weight, self.eps)
 
 
+class Linear(nn.Module):
+    """x W^T (+ b). In float8, W is e4m3 with a `scale` per block; its `parts`, equal shares of its rows, share none."""
+
+    def __init__(self, size_in, size_out, bias=False, float8=False, parts=1, **kw):
+        super().__init__()
+        self.weight, self.scale = _weight((size_out, size_in), float8, parts, **kw)
+        self.bias = nn.Parameter(torch.empty(size_out, **kw)) if bias else None
+
+    def forward(self, x):
+        return linear(x, self.weight, self.scale, self.bias)
+
+
+def _weight(shape, float8, parts, dtype, device):
+    """A weight and its scale, which is None unless float8."""
+    weight = torch.empty(shape, dtype=E4M3 if float8 else dtype, device=device)
+    scale = torch.empty(scale_shape(shape, parts), dtype=torch.float32, device=device) if float8 else None
+    return nn.Parameter(weight, requires_grad=False), nn.Parameter(scale, requires_grad=False) if float8 else None
+
+
 class Attention(nn.Module):
     """QKV projection, QK-norm, RoPE, attention by the caller's `attend(q, k, v)`, output projection.
 
@@ -67,11 +88,11 @@ class Attention(nn.Module):
         )  # fmt: skip
         self.eps = config.rms_norm_eps
         width = (self.heads + 2 * self.kv_heads) * self.head_dim
-        self.query_key_value = nn.Linear(config.hidden_size, width, bias=config.use_qkv_bias, **kw)
+        self.query_key_value = Linear(config.hidden_size, width, config.use_qkv_bias, config.float8, **kw)
         if config.use_qk_norm:
             self.query_layernorm = RMSNorm(self.head_dim, self.eps, **kw)
             self.key_layernorm = RMSNorm(self.head_dim, self.eps, **kw)
-        self.dense = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=config.use_bias, **kw)
+        self.dense = Linear(self.heads * self.head_dim, config.hidden_size, config.use_bias, config.float8, **kw)
         self.norms = config.use_qk_norm
 
     def forward(self, x, cos, sin, attend, pages=None):
@@ -86,13 +107,17 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """down( silu(gate(x)) * up(x) ); gate and up are one projection, gate rows first."""
 
-    def __init__(self, hidden, inner, **kw):
+    def __init__(self, config, inner, **kw):
         super().__init__()
-        self.gate_up = nn.Linear(hidden, 2 * inner, bias=False, **kw)
-        self.down = nn.Linear(inner, hidden, bias=False, **kw)
+        self.gate_up = Linear(config.hidden_size, 2 * inner, float8=config.float8, parts=2, **kw)
+        self.down = Linear(inner, config.hidden_size, float8=config.float8, **kw)
+
+    @property
+    def weights(self):
+        return Scaled(self.gate_up.weight, self.gate_up.scale), Scaled(self.down.weight, self.down.scale)
 
     def forward(self, x, block=None):
-        return mlp(x, self.gate_up.weight, self.down.weight), None
+        return mlp(x, *self.weights), None
 
 
 class Router(nn.Module):
@@ -113,12 +138,12 @@ class Experts(nn.Module):
     def __init__(self, config, **kw):
         super().__init__()
         count, inner, hidden = config.num_experts, config.moe_intermediate_size, config.hidden_size
-        self.gate_up = nn.Parameter(torch.empty(count, 2 * inner, hidden, **kw))
-        self.down = nn.Parameter(torch.empty(count, hidden, inner, **kw))
+        self.gate_up, self.gate_up_scale = _weight((count, 2 * inner, hidden), config.float8, 2, **kw)
+        self.down, self.down_scale = _weight((count, hidden, inner), config.float8, 1, **kw)
 
-    def forward(self, x, routing, shared):
-        shared = None if shared is None else (shared.gate_up.weight, shared.down.weight)
-        return experts(x, routing, self.gate_up, self.down, shared)
+    @property
+    def weights(self):
+        return Scaled(self.gate_up, self.gate_up_scale), Scaled(self.down, self.down_scale)
 
 
 class MoE(nn.Module):
@@ -129,11 +154,12 @@ class MoE(nn.Module):
         self.router = Router(config, **kw)
         self.experts = Experts(config, **kw)
         shared = config.num_shared_experts * config.moe_intermediate_size
-        self.shared_experts = MLP(config.hidden_size, shared, **kw) if shared else None
+        self.shared_experts = MLP(config, shared, **kw) if shared else None
 
     def forward(self, x, block=None):
         routing = self.router(x, block)
-        return self.experts(x, routing, self.shared_experts), routing.ids
+        shared = None if self.shared_experts is None else self.shared_experts.weights
+        return experts(x, routing, *self.experts.weights, shared), routing.ids
 
 
 class Layer(nn.Module):
@@ -143,7 +169,7 @@ class Layer(nn.Module):
         self.attention = Attention(config, **kw)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **kw)
         dense = index < config.first_k_dense_replace
-        self.mlp = MLP(config.hidden_size, config.intermediate_size, **kw) if dense else MoE(config, **kw)
+        self.mlp = MLP(config, config.intermediate_size, **kw) if dense else MoE(config, **kw)
 
     def forward(self, x, cos, sin, attend, block=None, pages=None):
         o = self.attention(self.input_layernorm(x), cos, sin, attend, pages)
@@ -165,7 +191,7 @@ class LLaDA2Model(nn.Module):
         self.layers = nn.ModuleList(Layer(config, i, **kw) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **kw)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, **kw)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, float8=config.float8, **kw)
         self.requires_grad_(False)
 
     @property
@@ -177,14 +203,19 @@ class LLaDA2Model(nn.Module):
         return self.word_embeddings.weight.device
 
     @classmethod
-    def from_pretrained(cls, path, dtype=None, device="cpu", progress=True):
+    def from_pretrained(cls, path, dtype=None, device="cpu", progress=True, quantization=None):
         """Load a LLaDA2.0/2.1/2.2 checkpoint folder or hub id (safetensors only, no remote code).
 
         dtype: torch dtype of the weights, None = the config's; the routers' tensors keep their own where it is wider.
+        quantization: "fp8" turns the linear layers into block-scaled float8 while they are read, None = the config's.
         Raises CheckpointError naming file and tensor.
         """
         folder = checkpoint.resolve(path)
         config = ModelConfig.from_hf(folder)
+        if quantization is not None:
+            config = replace(config, quantization=quantization)
+        if config.float8:
+            check_device(device)
         if dtype is None:
             dtype = getattr(torch, config.dtype or "bfloat16")
         plan = checkpoint.inspect(folder, config)  # what will be refused is refused before memory is asked for
@@ -203,8 +234,9 @@ class LLaDA2Model(nn.Module):
 
     def lm_logits(self, hidden):
         """hidden [..., H], after the final norm -> logits [..., V] in the model's dtype."""
-        head = self.word_embeddings if self.config.tie_word_embeddings else self.lm_head
-        return F.linear(hidden, head.weight)
+        if self.config.tie_word_embeddings:
+            return F.linear(hidden, self.word_embeddings.weight)
+        return self.lm_head(hidden)
 
     def _angles(self, position):
         c = self.config

@@ -10,8 +10,10 @@ one process can also compile them. What Triton 3.6 and 3.7 need for that:
 2. The interpreter swaps the whole language for its own at every launch and every call of a device function, and puts
    back only the launch's share. Here it is swapped once on entry and put back on exit: faster, and nothing is left.
 3. A loaded value as a bound of range() needs an __index__ that numpy 2.4 accepts.
-4. float32 -> bfloat16 rounds to nearest even as on a device, where the interpreter truncates.
-5. Products of bfloat16 matrices are made in float32, where the interpreter multiplies the bits as integers.
+4. float32 -> bfloat16 and float8 round to nearest even as on a device, where the interpreter truncates, or loses the
+   carry into the exponent.
+5. Products of bfloat16 matrices are made in float32, where the interpreter multiplies the bits as integers; those of
+   float8 too, where it takes NaN for a number.
 6. A check for integer overflow after every sum and product, which wrapping products fail, is off.
 7. numpy warns where kernels mean it: unsigned products wrap, exp2 underflows, a tile may hold nothing but NaN.
 """
@@ -24,6 +26,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -31,6 +34,7 @@ from triton.runtime.jit import JITFunction
 
 _numpy_scalar = functools.cache(interpreter._get_np_dtype)
 _cast = InterpreterBuilder.cast_impl
+_fp_to_fp = InterpreterBuilder.create_fp_to_fp
 _dot = InterpreterBuilder.create_dot
 
 
@@ -60,9 +64,36 @@ def _round_to_bfloat16(self, value, to_type):
     return TensorHandle(bits.reshape(value.data.shape), tl.bfloat16)
 
 
+def _rounding_float8(self, value, to_type, rounding):
+    if value.dtype.scalar != tl.float32 or to_type.scalar != tl.float8e4nv:
+        return _fp_to_fp(self, value, to_type, rounding)
+    rounded = torch.from_numpy(np.ascontiguousarray(value.data)).to(torch.float8_e4m3fn)
+    return TensorHandle(rounded.view(torch.uint8).numpy(), tl.float8e4nv)
+
+
+def _float32(self, value):
+    if value.dtype.scalar == tl.float8e4nv:
+        bits = torch.from_numpy(np.ascontiguousarray(value.data))
+        return TensorHandle(bits.view(torch.float8_e4m3fn).float().numpy(), tl.float32)
+    return _cast(self, value, tl.float32) if value.dtype.scalar == tl.bfloat16 else value
+
+
 def _dot_in_float32(self, a, b, *rest):
-    a, b = (_cast(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
-    return _dot(self, a, b, *rest)
+    return _dot(self, _float32(self, a), _float32(self, b), *rest)
+
+
+def _dot_in_order(self, a, b, acc, *rest):
+    a, b = _float32(self, a).data, _float32(self, b).data
+    total = acc.data.astype(np.float32)
+    for k in range(a.shape[1]):
+        total += a[:, k, None] * b[k]
+    return TensorHandle(total, tl.float32)
+
+
+def products_in_order():
+    """Within interpreted(): tl.dot adds up K in order at every place of a tile, as a GPU does. BLAS, which is used
+    otherwise and is faster, treats the edges of a tile differently."""
+    return mock.patch.object(InterpreterBuilder, "create_dot", _dot_in_order)
 
 
 @contextmanager
@@ -79,6 +110,7 @@ def interpreted():
             mock.patch.object(interpreter, "_patch_lang", lambda function: swapped),
             mock.patch.object(interpreter, "_get_np_dtype", _numpy_type),
             mock.patch.object(InterpreterBuilder, "cast_impl", _round_to_bfloat16),
+            mock.patch.object(InterpreterBuilder, "create_fp_to_fp", _rounding_float8),
             mock.patch.object(InterpreterBuilder, "create_dot", _dot_in_float32),
             mock.patch.object(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False)),
             np.errstate(all="ignore"),

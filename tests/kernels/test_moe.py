@@ -1,17 +1,14 @@
 """The router and expert kernels against their references: in Triton's interpreter, and on a GPU at the real sizes."""
 
 import json
-from unittest import mock
 
 import pytest
 import torch
-import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from benchmarks import tune_moe
 from llada2_fast.kernels import gemm, moe, router
 from llada2_fast.kernels._triton import force_ops
-from tests.kernels.interpreter import interpreted
+from tests.kernels.interpreter import interpreted, products_in_order
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -46,17 +43,8 @@ def run(op, *args, **kwargs):
         return op(*args, **kwargs)
 
 
-def one_product_at_a_time(self, a, b, acc, *options):
-    """tl.dot as a GPU does it: in order of K at every place of a tile, where BLAS treats edges of tiles differently."""
-    a, b = (self.cast_impl(x, tl.float32).data for x in (a, b))
-    total = acc.data.copy()
-    for k in range(a.shape[1]):
-        total += a[:, k, None] * b[k]
-    return TensorHandle(total, tl.float32)
-
-
 def run_in_order(op, *args, **kwargs):
-    with force_ops("triton"), interpreted(), mock.patch.object(InterpreterBuilder, "create_dot", one_product_at_a_time):
+    with force_ops("triton"), interpreted(), products_in_order():
         return op(*args, **kwargs)
 
 
@@ -167,13 +155,13 @@ def expert_inputs(tokens, top_k=3, experts=7, hidden=40, inner=24, dtype=torch.f
         return (torch.randn(shape, generator=generator) / shape[-1] ** 0.5).to(device, dtype)
 
     h = random(tokens, hidden) * hidden**0.5
-    shared = random(2 * inner, hidden), random(hidden, inner)
-    weights = random(experts, 2 * inner, hidden), random(experts, hidden, inner)
+    shared = gemm.Scaled(random(2 * inner, hidden)), gemm.Scaled(random(hidden, inner))
+    weights = gemm.Scaled(random(experts, 2 * inner, hidden)), gemm.Scaled(random(experts, hidden, inner))
     return h, weights, shared, (random(experts, hidden), torch.zeros(experts, device=device), top_k, 1, 1, 2.5)
 
 
 def wanted(h, routing, weights, shared):
-    y = moe.experts_ref(h, routing.ids, routing.weights, *weights)
+    y = moe.experts_ref(h, routing.ids, routing.weights, *(weight.values for weight in weights))
     return y if shared is None else y + moe.mlp(h, *shared)
 
 
@@ -202,7 +190,7 @@ def test_experts_of_other_widths(hidden, inner):
 
 def test_a_shared_expert_of_another_width():
     h, weights, _, rule = expert_inputs(9)
-    shared = torch.randn(96, 40) / 6, torch.randn(40, 48) / 7
+    shared = gemm.Scaled(torch.randn(96, 40) / 6), gemm.Scaled(torch.randn(40, 48) / 7)
     routing = run(router.route, h, *rule)
     close(run(moe.experts, h, routing, *weights, shared), wanted(h, routing, weights, shared))
 
@@ -210,7 +198,7 @@ def test_a_shared_expert_of_another_width():
 @pytest.mark.parametrize("tile_m, tile_n", [(16, 64), (32, 128), (64, 64)])
 def test_every_tile_size(monkeypatch, tile_m, tile_n):
     product = {"tile_n": tile_n, "num_warps": 4, "num_stages": 3}
-    monkeypatch.setattr(moe, "tiles", lambda *args: {"gate_up": product, "down": product})
+    monkeypatch.setattr(moe, "tiles", lambda *args: {"bf16": {"gate_up": product, "down": product}})
     h, weights, shared, rule = expert_inputs(70, dtype=torch.bfloat16)
     routing = run(router.route, h, *rule, tile_m=tile_m)
     assert routing.tile_m == tile_m
@@ -221,7 +209,7 @@ def test_all_tokens_to_one_expert_and_no_other_is_read():
     h, weights, shared, rule = expert_inputs(70, top_k=1)
     rule[1][4] = 100.0
     for weight in weights:
-        weight[torch.arange(7) != 4] = float("nan")
+        weight.values[torch.arange(7) != 4] = float("nan")
     routing = run(router.route, h, *rule)
     assert routing.ids.unique().tolist() == [4]
     got = run(moe.experts, h, routing, *weights, shared)
@@ -258,11 +246,11 @@ def test_experts_refuse():
     routing = run(router.route, h, *rule)
     for name, args in {
         "h": (h[:, :39], routing, gate_up, down),
-        "down": (h, routing, gate_up, down[:, :, :23]),
-        "gate_up, down": (h, routing, gate_up, down.mT.contiguous().mT),
+        "down: torch.float32": (h, routing, gate_up, gemm.Scaled(down.values[:, :, :23])),
+        "down: contiguous": (h, routing, gate_up, gemm.Scaled(down.values.mT.contiguous().mT)),
         "routing": (h, routing._replace(order=None), gate_up, down),
     }.items():
-        with pytest.raises(ValueError, match=rf"^{name}:"):
+        with pytest.raises(ValueError, match=f"^{name}"):
             run(moe.experts, *args)
 
 
@@ -271,9 +259,10 @@ def test_the_table_of_tiles():
     assert gemm.tiles(torch.device("cpu"), 2048, sizes["tokens"]) == sizes
     assert gemm.tiles(torch.device("cpu"), 2048, 10**6)["tokens"] == 4096
     for entry in gemm._table():
-        assert entry.keys() == {"device", "hidden", "tokens", "tile_m", "gate_up", "down"}
-        for product in (entry["gate_up"], entry["down"]):
-            assert product["tile_n"] % 64 == 0 and product["num_warps"] % 4 == 0  # else not one instruction for all
+        assert entry.keys() >= {"device", "hidden", "tokens", "tile_m", "bf16"}
+        for name in entry.keys() & {"bf16", "fp8"}:
+            for product in (entry[name]["gate_up"], entry[name]["down"]):
+                assert product["tile_n"] % 64 == 0 and product["num_warps"] % 4 == 0  # else not one instruction for all
 
 
 def test_the_tuner_without_a_gpu(tmp_path, capsys):

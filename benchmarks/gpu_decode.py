@@ -1,0 +1,107 @@
+"""End to end: generate() on random weights at a given number of tokens per forward (TPF).
+
+    decode mini <bf16|fp8> b<batch>
+
+Prompts of 1024 random tokens, greedy, no EOS. With a threshold that nothing passes, the quota alone decides: `steps=s`
+fills every block of 32 in exactly s forwards. The TPF asked for, 6.63, is 32 / 4.83, so texts of two lengths are
+generated at s = 4 and at s = 5; the difference in time over the difference in blocks is a block's time, free of prefill
+and graph capture; and a block's time at 4.83 forwards is taken on the line between the two. Each time is the smaller of
+two runs. call_tok_s is the whole call at s = 5 and the longer text, with prefill and capture.
+
+host_syncs_per_step and launches_per_step are counted by the profiler over such a difference as well.
+"""
+
+from functools import partial
+from importlib.util import find_spec
+
+import torch
+
+from benchmarks.bench_decode import BlockCausal
+from benchmarks.gpu_machine import Point
+from benchmarks.roofline import BLOCK
+
+TPF = 6.63
+PROMPT, SHORT, LONG = 1024, 256, 768
+STEPS = (4, 5)
+
+
+def prompts(machine, model, batch):
+    """`batch` prompts of random ids on the device, int64 [n] each."""
+    size = (batch, machine.size(PROMPT, 64))
+    return torch.randint(model.config.mask_token_id, size, device=machine.device)
+
+
+def text(model, inputs, gen_length, steps):
+    """generate() by quota alone; GenerateOutput."""
+    return model.generate(
+        inputs, gen_length=gen_length, block_length=BLOCK, steps=steps, threshold=2.0, eos_id=-1, return_dict=True
+    )
+
+
+def block_seconds(machine, model, inputs, steps, lengths):
+    """Seconds of one block of all rows, and of the longer call. ArithmeticError if blocks took other than `steps`."""
+    times = []
+    for length in lengths:
+        runs = [machine.seconds(partial(text, model, inputs, length, steps)) for _ in range(machine.size(2, 1))]
+        times.append(min(seconds for seconds, _ in runs))
+        forwards = [counter.forwards_per_block for counter in runs[0][1].counters]
+        if any(count != steps for row in forwards for count in row):
+            raise ArithmeticError(f"steps={steps}: blocks took {forwards[0]} forwards")
+    return (times[1] - times[0]) * BLOCK / (lengths[1] - lengths[0]), times[1]
+
+
+def time_decode(machine, float8, batch):
+    model = machine.network("mini", float8)
+    batch, lengths = machine.size(batch, 2), (machine.size(SHORT, 32), machine.size(LONG, 64))
+    inputs = prompts(machine, model, batch)
+    text(model, inputs, BLOCK, STEPS[1])  # compiles
+    few, _ = block_seconds(machine, model, inputs, STEPS[0], lengths)
+    many, whole = block_seconds(machine, model, inputs, STEPS[1], lengths)
+    share = (BLOCK / TPF - STEPS[0]) / (STEPS[1] - STEPS[0])
+    seconds = few + share * (many - few)
+    result = {
+        "tpf": TPF, "tok_s": batch * BLOCK / seconds, "ms_per_forward": seconds * TPF / BLOCK * 1e3,
+        "tok_s_at_tpf": {f"{BLOCK / steps:g}": batch * BLOCK / s for steps, s in zip(STEPS, (few, many), strict=True)},
+        "call_tok_s": batch * lengths[1] / whole,
+    }  # fmt: skip
+    if batch == 1:
+        counted = [
+            machine.counted(partial(text, model, inputs, blocks * BLOCK, STEPS[1]))
+            for blocks in (2, machine.size(6, 3))
+        ]
+        forwards = (machine.size(6, 3) - 2) * STEPS[1]
+        for name, kind in (("host_syncs_per_step", "syncs"), ("launches_per_step", "launches")):
+            result[name] = (counted[1][kind] - counted[0][kind]) / forwards
+    return result
+
+
+def time_diffusers(machine):
+    """diffusers' own pipeline and scheduler driving the same network, batch 1: the whole window at every step."""
+    model = machine.network("mini")
+    inputs, length = prompts(machine, model, 1), machine.size(128, 32)
+    text(model, inputs, length, STEPS[1])
+    seconds, _ = machine.seconds(partial(text, model, inputs, length, STEPS[1]))
+    result = {"generated": length, "call_tok_s": length / seconds, "diffusers_tok_s": None, "ratio_vs_diffusers": None}
+    if find_spec("diffusers") is None:
+        return result
+    from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
+
+    pipe = LLaDA2Pipeline(model=BlockCausal(model), scheduler=BlockRefinementScheduler(block_length=BLOCK))
+    pipe.set_progress_bar_config(disable=True)
+    call = partial(
+        pipe, input_ids=inputs, use_chat_template=False, gen_length=length, block_length=BLOCK,
+        num_inference_steps=STEPS[1], threshold=2.0, editing_threshold=None, eos_early_stop=False,
+        mask_token_id=model.config.mask_token_id, output_type="seq",
+    )  # fmt: skip
+    call()
+    peer, _ = machine.seconds(call)
+    return result | {"diffusers_tok_s": length / peer, "ratio_vs_diffusers": peer / seconds}
+
+
+def points():
+    found = [
+        Point(f"decode mini {'fp8' if float8 else 'bf16'} b{batch}", "decode", 30, partial(time_decode, float8=float8,
+              batch=batch), float8 and batch > 1)
+        for float8, batch in ((False, 1), (False, 32), (True, 1), (True, 32))
+    ]  # fmt: skip
+    return [*found, Point("decode diffusers", "decode", 20, time_diffusers, later=True)]

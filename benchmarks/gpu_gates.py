@@ -1,0 +1,204 @@
+"""Inputs of every kernel at the shapes of LLaDA2-mini, fresh at each call, and the gate it passes before it is timed.
+
+A gate runs the kernel into poisoned memory and holds it against the PyTorch reference: on the same values in float32
+where the kernel's own type is bf16, by relative norm.
+"""
+
+import copy
+from dataclasses import fields
+from functools import partial
+
+import torch
+
+from benchmarks.gpu_machine import poisoned
+from benchmarks.gpu_weights import fill
+from benchmarks.roofline import BLOCK
+from llada2_fast.kernels import attention, norm, refine, rope
+from llada2_fast.kernels._triton import force_ops
+from llada2_fast.model import MoE
+
+BF16_ERROR = 1e-2
+_NEVER = 2**30
+
+
+def relative(out, reference):
+    """||out - reference|| / ||reference||; NaN if out holds one."""
+    return float((out.double() - reference.double()).norm() / reference.double().norm())
+
+
+def require(what, value, most):
+    """Raise unless value <= most; NaN never is."""
+    if not value <= most:
+        raise ArithmeticError(f"{what}: {value:.3g}, at most {most:g} allowed")
+
+
+def each_row(rows, device, **values):
+    """RefineParams of equal rows with seeds of their own: greedy, no EOS, no quota, and what `values` says."""
+    defaults = {"top_p": 1.0, "steps": _NEVER, "max_post_steps": 16}
+    made = {}
+    for field in fields(refine.RefineParams):
+        real = field.name in ("temperature", "top_p", "threshold", "edit_threshold")
+        dtype = torch.float32 if real else torch.int32
+        made[field.name] = torch.full((rows,), (defaults | values).get(field.name, 0), dtype=dtype, device=device)
+    made["seed"] = torch.arange(rows, device=device)
+    made["eos_ids"] = torch.full((rows, 1), -1, device=device)
+    return refine.RefineParams(**made)
+
+
+def refine_case(machine, modes):
+    """Logits [R, 32, V], a RefineState of masks, RefineParams that commit nothing, mask id; a row per mode."""
+    config, rows = machine.config("mini"), len(modes)
+    vocab, mask_id, device = config.vocab_size, config.mask_token_id, machine.device
+    logits = machine.random(rows, BLOCK, vocab, std=2.0)
+    planted = torch.randint(vocab - 1, (rows, BLOCK, 1), device=device)
+    logits.scatter_add_(2, planted, (8 + 8 * torch.rand(planted.shape, device=device)).to(machine.dtype))
+    tokens = torch.full((rows, BLOCK), mask_id, device=device)
+    kind = torch.full_like(tokens, refine.VALID, dtype=torch.int8)
+    state = refine.RefineState.start_block(tokens, kind, torch.full((rows,), 1024, device=device))
+    params = each_row(rows, device, threshold=2.0, edit_threshold=2.0, max_steps=_NEVER, flags=refine.BAN_MASK)
+    params.temperature.copy_(torch.tensor([float(mode != "greedy") for mode in modes]))
+    params.top_k.copy_(torch.tensor([50 * (mode == "filters") for mode in modes]))
+    params.top_p.copy_(torch.tensor([0.95 if mode == "filters" else 1.0 for mode in modes]))
+    return logits, state, params, mask_id
+
+
+def gate_refine(machine):
+    """All modes in one batch that commits and edits. Greedy rows: everything equal. Draws may differ where rounding
+    moves a boundary between two ids: 3 in 100 at most."""
+    modes = ["greedy", "sampling", "filters", "greedy"] * machine.size(4, 1)
+    logits, state, params, mask_id = refine_case(machine, modes)
+    state.tokens[3::4, :16] = 7  # editable
+    params.flags[3::4] |= refine.EDITING
+    params.threshold.fill_(0.5)
+    params.edit_threshold.fill_(0.5)
+    params.min_transfer.fill_(3)
+    twin = copy.deepcopy(state)
+    with poisoned():
+        out = refine.refine_step(logits, state, params, mask_id)
+    with force_ops("torch"):
+        wanted = refine.refine_step(logits, twin, params, mask_id)
+    greedy = params.temperature == 0
+    for name in ("status", "token", "commit", "edit"):
+        if not torch.equal(getattr(out, name)[greedy], getattr(wanted, name)[greedy]):
+            raise ArithmeticError(f"{name} of greedy rows differs from the reference")
+    for name, tensor in vars(state).items():
+        if name != "commit_confidence" and not torch.equal(tensor[greedy], getattr(twin, name)[greedy]):
+            raise ArithmeticError(f"state.{name} of greedy rows differs from the reference")
+    same = out.token == wanted.token
+    error = ((out.confidence - wanted.confidence).abs() / wanted.confidence)[same].max().item()
+    differing = (~same[~greedy]).float().mean().item()
+    require("confidences, relative error", error, 1e-5)
+    require("share of draws that differ", differing, 0.03)
+    return {"confidence_error": error, "draws_differing": differing, "commits": int(out.commit.sum())}
+
+
+def attention_case(machine, prefixes, unused=0):
+    """q, k_cache, v_cache, BlockBatch: the block behind each row's prefix, and unused blocks; pages in random order."""
+    config, device = machine.config("mini"), machine.device
+    count = [prefix // BLOCK + 1 for prefix in prefixes]
+    shape = (sum(count), BLOCK, config.num_key_value_heads, config.head_dim)
+    table = torch.zeros(len(prefixes), max(count), dtype=torch.int32, device=device)
+    pages = torch.randperm(shape[0], device=device).int()
+    for row, own in enumerate(pages.split(count)):
+        table[row, : len(own)] = own
+    whole = partial(torch.tensor, dtype=torch.int32, device=device)
+    blocks = attention.BlockBatch(
+        whole([*range(len(prefixes)), *[-1] * unused]), whole([n - 1 for n in count] + [0] * unused), table,
+        whole([n * BLOCK for n in count]),
+    )  # fmt: skip
+    q = machine.random((len(prefixes) + unused) * BLOCK, config.num_attention_heads, config.head_dim)
+    return q, machine.random(*shape), machine.random(*shape), blocks
+
+
+def gate_attention(machine):
+    """Rows of mixed lengths, an empty prefix and an unused block among them."""
+    most = 96
+    q, k, v, blocks = attention_case(machine, [machine.size(n, most) for n in (0, 1024, 5024, 33 * 1024)], unused=1)
+    blocks.limit[1] -= 5  # a row that ends within its last page
+    with poisoned():
+        out = attention.block_attention(q, k, v, blocks)
+    with force_ops("torch"):
+        wanted = attention.block_attention(q.float(), k.float(), v.float(), blocks)
+    error = relative(out, wanted)
+    require("attention, relative error", error, BF16_ERROR)
+    return {"error": error}
+
+
+def moe_layer(machine, float8):
+    layer = MoE(machine.config("mini", float8), dtype=machine.dtype, device=machine.device).requires_grad_(False)
+    fill(layer)
+    return layer
+
+
+@torch.no_grad()
+def gate_moe(machine, float8):
+    """Against float32 on the same weights; float8 against its own reference. Near-ties may route 1 in 200 otherwise."""
+    layer = moe_layer(machine, float8)
+    errors, rerouted = [], []
+    for tokens in (32, machine.size(1000, 48)):
+        h = machine.random(tokens, layer.router.weight.shape[1])
+        with poisoned():
+            out, ids = layer(h)
+        with force_ops("torch"):
+            wanted, wanted_ids = layer(h) if float8 else copy.deepcopy(layer).float()(h.float())
+        same = (ids == wanted_ids).all(1)
+        errors.append(relative(out[same], wanted[same]))
+        rerouted.append((~same).float().mean().item())
+    require("experts, relative error", max(errors), 2 * BF16_ERROR if float8 else BF16_ERROR)
+    require("share of tokens routed otherwise", max(rerouted), 0.005)
+    return {"error": max(errors), "rerouted": max(rerouted)}
+
+
+def norm_case(machine, tokens):
+    hidden = machine.config("mini").hidden_size
+    return machine.random(tokens, hidden), machine.random(tokens, hidden), machine.random(hidden), 1e-6
+
+
+def rope_case(machine, tokens):
+    """Arguments of qk_norm_rope_write for whole blocks at pages in random order."""
+    config = machine.config("mini")
+    heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    position = torch.randint(32768, (tokens,), device=machine.device)
+    cos, sin = rope.rope_angles(position, config.rotary_dim, config.rope_theta, 1.0, machine.dtype)
+    caches = [machine.random(tokens // BLOCK, BLOCK, kv_heads, dim) for _ in range(2)]
+    slot = torch.randperm(tokens, device=machine.device)
+    weights = machine.random(dim), machine.random(dim)
+    return machine.random(tokens, heads + 2 * kv_heads, dim), *weights, cos, sin, 1e-6, heads, kv_heads, *caches, slot
+
+
+def wide(args):
+    """The same arguments in float32."""
+    return [x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args]
+
+
+def gate_norm(machine):
+    args = norm_case(machine, machine.size(1000, 64))
+    with poisoned():
+        out = norm.add_rms_norm(*args)
+    with force_ops("torch"):
+        wanted = norm.add_rms_norm(*wide(args))
+    error = max(relative(*pair) for pair in zip(out, wanted, strict=True))
+    require("norm, relative error", error, BF16_ERROR)
+    return {"error": error}
+
+
+def gate_rope(machine):
+    args = rope_case(machine, machine.size(1024, 64))
+    reference = wide(args)
+    with poisoned():
+        q = rope.qk_norm_rope_write(*args)
+    with force_ops("torch"):
+        wanted = rope.qk_norm_rope_write(*reference)
+    error = max(relative(*pair) for pair in ((q, wanted), *zip(args[8:10], reference[8:10], strict=True)))
+    require("rope and pages, relative error", error, BF16_ERROR)
+    return {"error": error}
+
+
+GATES = {
+    "refine": gate_refine,
+    "attention": gate_attention,
+    "moe": partial(gate_moe, float8=False),
+    "moe fp8": partial(gate_moe, float8=True),
+    "norm": gate_norm,
+    "rope": gate_rope,
+}

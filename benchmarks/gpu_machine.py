@@ -1,0 +1,207 @@
+"""The machine under test: its clock, its counters and its ceilings. The one place where a GPU and a dry run differ.
+
+A dry run takes the same paths on a CPU with tiny shapes, one repetition and perf_counter for events; what it measures
+means nothing.
+"""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.gpu_weights import random_model
+from benchmarks.models import SMALL
+from benchmarks.roofline import MODELS
+from llada2_fast.model import LLaDA2Model
+
+CONFIGS = {name: replace(config, mask_token_id=156895) for name, config in MODELS.items()}  # that of LLaDA2.0 and 2.1
+TINY = replace(
+    SMALL, vocab_size=512, hidden_size=64, num_hidden_layers=2, intermediate_size=128, moe_intermediate_size=32,
+    head_dim=32, mask_token_id=511, pad_token_id=510, eos_token_id=(510,),
+)  # fmt: skip
+
+_LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchCooperative", "cudaMemcpyAsync", "cudaMemsetAsync")
+_SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
+
+
+class Point(NamedTuple):
+    """One measurement: measure(machine) returns what goes into its line."""
+
+    name: str
+    section: str  # ceilings, kernels, steps, decode
+    seconds: float  # what it is expected to take, compilation included
+    measure: Callable
+    later: bool = False  # second round: after all other sections' first
+    gate: str | None = None  # the point that must have passed
+
+
+class DoesNotFit(Exception):
+    """A point needs more memory than the device has free; raised ahead of the allocation."""
+
+
+class Machine:
+    """device; dtype of weights and activations; ceilings as measured: copy bandwidth in TB/s, bf16 TFLOP/s."""
+
+    def __init__(self, dry):
+        self.dry = dry
+        self.device = torch.device("cpu" if dry else "cuda")
+        self.dtype = torch.bfloat16
+        self.bandwidth = self.tflops = None
+        self._network = None
+
+    def size(self, real, most):
+        """A size: the real one, in a dry run `most` at most."""
+        return min(real, most) if self.dry else real
+
+    def config(self, name, float8=False):
+        """ModelConfig of "mini" or "flash"; tiny in a dry run."""
+        config = TINY if self.dry else CONFIGS[name]
+        return replace(config, quantization="fp8") if float8 else config
+
+    def random(self, *shape, std=1.0):
+        """Normal random numbers in the machine's dtype, made on the device."""
+        return torch.empty(shape, dtype=self.dtype, device=self.device).normal_(std=std)
+
+    def copies(self, size):
+        """How many buffers of `size` bytes to take in turn, so that none is found in the L2 cache again."""
+        if self.dry:
+            return 2
+        cache = torch.cuda.get_device_properties(self.device).L2_cache_size
+        return min(64, max(1, math.ceil(4 * cache / size)))
+
+    def kernel_us(self, calls, rounds=10):
+        """Median µs of a call, made in turn by replays of one CUDA graph that holds them all: no launch overhead."""
+        if self.dry:
+            return self.call_us(calls[0])
+        for call in calls:
+            call()
+        calls = calls * math.ceil(16 / len(calls))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+        return self.call_us(graph.replay, rounds) / len(calls)
+
+    def call_us(self, call, rounds=10, before=lambda: None):
+        """Median µs of a call as the device sees it; before() goes ahead of each and is not timed."""
+        if self.dry:
+            before()
+            started = time.perf_counter()
+            call()
+            return (time.perf_counter() - started) * 1e6
+        for _ in range(2):
+            before()
+            call()
+        spans = []
+        for _ in range(rounds):
+            before()
+            spans.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
+            spans[-1][0].record()
+            call()
+            spans[-1][1].record()
+        torch.cuda.synchronize()
+        times = sorted(begin.elapsed_time(end) * 1e3 for begin, end in spans)
+        return times[len(times) // 2]
+
+    def seconds(self, call):
+        """Wall time of a call and what it returned, with the device idle before and behind."""
+        self.synchronize()
+        started = time.perf_counter()
+        result = call()
+        self.synchronize()
+        return time.perf_counter() - started, result
+
+    def synchronize(self):
+        if not self.dry:
+            torch.cuda.synchronize()
+
+    def counted(self, call):
+        """What the host asks of the device during a call, by torch.profiler: syncs, launches, graph_launches.
+
+        launches: kernels, copies and fills launched one by one; graph_launches: replays of a whole graph. What the
+        profiler adds of its own is taken off. Zeros in a dry run.
+        """
+        own, seen = self._profiled(lambda: None), self._profiled(call)
+        return {kind: seen[kind] - own[kind] for kind in ("syncs", "launches", "graph_launches")}
+
+    def _profiled(self, call):
+        activity = torch.profiler.ProfilerActivity
+        activities = [activity.CPU] if self.dry else [activity.CPU, activity.CUDA]
+        self.synchronize()
+        with torch.profiler.profile(activities=activities) as profile:
+            call()
+        counts = Counter()
+        for event in profile.events():
+            counts["syncs"] += event.name in _SYNCS
+            counts["launches"] += event.name.startswith(_LAUNCHES)
+            counts["graph_launches"] += event.name.startswith("cudaGraphLaunch")
+        return counts
+
+    def account(self, us, size, operations=0.0):
+        """A line's common part: µs, bytes that must move, what that makes of the ceilings, and the floor's distance."""
+        floor = max(size / self.bandwidth, operations / self.tflops) / 1e6
+        return {
+            "us": us, "bytes": size, "gb_s": size / us / 1e3, "percent_of_copy": size / us / 1e4 / self.bandwidth,
+            "floor_us": floor, "over_floor": us / floor,
+        }  # fmt: skip
+
+    def network(self, name, float8=False):
+        """The random-weight "mini" or "flash"; kept until another one is asked for, which takes its place."""
+        config = self.config(name, float8)
+        if self._network is None or self._network.config != config:
+            self._network = None
+            shapes = LLaDA2Model(config, dtype=self.dtype, device="meta")
+            self.require_memory(sum(p.nbytes for p in shapes.parameters()), "weights")
+            self._network = random_model(config, self.dtype, self.device)
+        return self._network
+
+    def require_memory(self, size, what):
+        """DoesNotFit unless `size` bytes are free."""
+        if self.dry:
+            return
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info()[0]
+        if size > free:
+            raise DoesNotFit(f"{what} need {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+
+
+def ceilings(machine):
+    """What the device reaches in the two things that bound everything: moving bytes and multiplying matrices."""
+    length, size = machine.size(2**31, 2**20), machine.size(8192, 64)
+    source = machine.random(length)
+    target = torch.empty_like(source)
+    a, b = machine.random(size, size), machine.random(size, size)
+    machine.call_us(lambda: a @ b, rounds=100)  # an idle device has to speed up first
+    copy = machine.call_us(lambda: target.copy_(source), rounds=20)
+    result = {
+        "copy_tb_s": 2 * source.nbytes / copy / 1e6,
+        "bf16_tflops": 2 * size**3 / machine.call_us(lambda: a @ b, rounds=20) / 1e6,
+        "fp8_tflops": None,
+    }
+    if not machine.dry and torch.cuda.get_device_capability() >= (8, 9):
+        one = torch.ones((), device=machine.device)
+        a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()
+        product = machine.call_us(
+            lambda: torch._scaled_mm(a8, b8, scale_a=one, scale_b=one, out_dtype=torch.bfloat16), rounds=20
+        )
+        result["fp8_tflops"] = 2 * size**3 / product / 1e6
+    return result
+
+
+@contextmanager
+def poisoned():
+    """Within it new tensors hold NaN or the largest integer, so that what nobody wrote shows."""
+    was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was[0], warn_only=was[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled

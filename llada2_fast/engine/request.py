@@ -1,0 +1,143 @@
+"""A request from its arrival to its output, and the events in between."""
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+
+from ..config import DecodeParams
+from ..decoder import Counters, Row
+from ..trace import Event as TraceEvent
+from ..trace import Trace
+from .text import TextStream
+
+WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
+
+
+class QueueFull(RuntimeError):
+    """As many requests are waiting as may wait; this one was not taken."""
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """What a request gave and what it cost.
+
+    token_ids end with the first EOS or the token that completed a stop; text is None without a tokenizer and ends
+    before a stop string. finish_reason: "eos", "length", "stop", "cancelled" or "error", then error says what happened.
+    confidences, steps: of each token when it was committed, step = the request's denoise forward from 0 on; trace:
+    every commit and edit, None with traces off. shared_tokens: positions whose K/V were found in the cache;
+    preemptions: how often it had to give up its place. queue_s, prefill_s, decode_s: seconds until admission, from there
+    until the step by which the prompt was in the cache, and from there to the end.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    text: str | None
+    finish_reason: str
+    error: str | None
+    confidences: list[float]
+    steps: list[int]
+    trace: Trace | None
+    counters: Counters
+    prompt_length: int
+    shared_tokens: int
+    preemptions: int
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+
+    @property
+    def logprobs(self):
+        """Log-probability of each token when it was committed."""
+        return [math.log(max(p, 1e-45)) for p in self.confidences]
+
+    @property
+    def edits(self):
+        """Every token that was replaced: trace events of kind "edit"."""
+        return [event for event in self.trace.events if event.kind == "edit"] if self.trace else []
+
+    @property
+    def tokens_per_forward(self):
+        """TPF: generated tokens per denoise forward; prefill does not count."""
+        return len(self.token_ids) / max(1, self.counters.denoise_forwards)
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to a request, at `time` on the engine's clock.
+
+    "draft": the open block as it stands; masks have confidence 0 and step -1. "commit": final tokens, never taken back;
+    text: what they add to the text. "finish": the last event, with the output and the text held back until then.
+    start: index of the first token among the generated ones.
+    """
+
+    request_id: str
+    kind: str
+    time: float
+    start: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    confidences: list[float] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    edits: list[TraceEvent] = field(default_factory=list)
+    text: str = ""
+    output: RequestOutput | None = None
+
+
+@dataclass(eq=False)
+class Request:
+    """The handle of a request: `request_id`, `status` and, when it is finished, `output` are for everybody."""
+
+    request_id: str
+    prompt: list[int]
+    params: DecodeParams
+    seed: int
+    eos_ids: tuple[int, ...]
+    length: int  # block_length L
+    priority: int
+    order: tuple[float, int]  # waiting requests are served in this order: aged priority, then arrival
+    arrived: float
+    stop_ids: frozenset[int] = frozenset()
+    stream: TextStream | None = None  # None without a tokenizer
+    status: str = WAITING
+    output: RequestOutput | None = None
+    row: Row | None = None  # from the first admission on
+    ids: list[int] = field(default_factory=list)  # full blocks of the prompt, then the finished blocks
+    keys: list[bytes] = field(default_factory=list)  # content keys of the blocks in `ids`
+    confidences: list[float] = field(default_factory=list)  # of the generated tokens in `ids`
+    steps: list[int] = field(default_factory=list)
+    published: int = 0  # leading blocks whose pages are published, or somebody else's
+    delivered: int = 0  # generated tokens given out
+    closed: bool = False  # an EOS was given out: what comes after it is not
+    admitted: float | None = None
+    prefilled: float | None = None
+    shared_tokens: int = 0
+    preemptions: int = 0
+    drafts: bool = False  # somebody wants to see the open block
+    draft: Event | None = None  # the latest one nobody has read
+    events: deque = field(default_factory=deque)
+
+    @property
+    def num_blocks(self):
+        """Pages it needs, all of them reserved before it runs."""
+        return -(-(len(self.prompt) + self.params.gen_length) // self.length)
+
+    @property
+    def watched(self):
+        """The open block is looked at after every step, not only when it ends."""
+        return self.drafts or self.has_stops
+
+    @property
+    def has_stops(self):
+        return bool(self.stop_ids or (self.stream and self.stream.stop))
+
+    def stops(self, tokens):
+        """How many of the next generated tokens complete a stop; None if all of them do not."""
+        by_id = next((i + 1 for i, token in enumerate(tokens) if token in self.stop_ids), None)
+        by_text = None if self.stream is None else self.stream.tokens_to_stop(tokens)
+        return min((count for count in (by_id, by_text) if count is not None), default=None)
+
+    def next_event(self):
+        """The oldest event nobody has read, None if there is none. A draft not read in time gives way to the next."""
+        if self.events:
+            return self.events.popleft()
+        draft, self.draft = self.draft, None
+        return draft

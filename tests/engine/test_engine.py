@@ -1,0 +1,277 @@
+"""The engine against generate(): the same tokens, traces and forwards; events; stops; what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from llada2_fast.config import PRESETS, DecodeParams, EngineConfig
+from llada2_fast.demo import tasks
+from llada2_fast.engine import Engine
+from llada2_fast.model import LLaDA2Model
+from tests.engine.common import (
+    EOS, LENGTH, MASK, PARAMS, UNDERTRAINED, VOCAB, alone, assert_as_alone, assert_empty, chat, demo_model, prompt_of,
+    random_model, small_engine, tokenizer, tokens_alone,
+)  # fmt: skip
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+JOBS = [(prompt_of(n, seed=n), params) for n, params in zip((0, 5, 8, 11, 17, 3, 6, 9), PARAMS, strict=True)]
+
+
+@pytest.mark.parametrize("running", [1, 3, 8])
+def test_every_kind_of_request_together_gives_what_it_gives_alone(running):
+    engine = small_engine(max_running=running)
+    outputs = engine.generate([prompt for prompt, _ in JOBS], [params for _, params in JOBS])
+    for output, (prompt, params) in zip(outputs, JOBS, strict=True):
+        assert_as_alone(output, random_model(), prompt, params)
+    assert_empty(engine)
+    assert engine.finished.total() == len(JOBS) and not engine.finished["error"]
+
+
+@pytest.mark.parametrize("preset", [None, *PRESETS])
+def test_the_embedded_models_give_what_they_give_alone(preset):
+    settings = {"gen_length": 64, "eos_early_stop": True}
+    params = DecodeParams.preset(preset, **settings) if preset else DecodeParams(threshold=0.7, **settings)
+    prompts = [chat(prompt) for task in tasks.TASKS for prompt in tasks.sample(task, 2, 3)]
+    model = demo_model(UNDERTRAINED)
+    engine = Engine(model, EngineConfig(max_running=6, cache_tokens=1024, prefill_tokens=32), tokenizer())
+    for prompt, output in zip(prompts, engine.generate(prompts, params), strict=True):
+        assert_as_alone(output, model, prompt, params)
+        assert output.text == tokenizer().decode(output.token_ids, skip_special_tokens=True)
+    assert_empty(engine)
+
+
+@pytest.mark.parametrize("name", ["tiny", "moe256"])
+def test_recorded_decodings_of_the_model_cards(name):
+    """All cases of a set with one block length share an engine: the tokens and forwards that were recorded."""
+    model = LLaDA2Model.from_pretrained(GOLDEN / name, dtype=torch.float32, progress=False)
+    cases = json.loads((GOLDEN / name / "generate.json").read_text())["cases"]
+    for length in sorted({case["params"]["block_length"] for case in cases}):
+        own = [case for case in cases if case["params"]["block_length"] == length]
+        engine = Engine(model, EngineConfig(length, mask_id=own[0]["params"]["mask_id"], cache_tokens=2048))
+        params = [
+            DecodeParams(
+                profile=f"hf-{case['version']}", eos_ids=(case["params"]["eos_id"],),
+                **{k: v for k, v in case["params"].items() if k != "eos_id"},
+            ) for case in own
+        ]  # fmt: skip
+        for case, output in zip(own, engine.generate([case["prompt"] for case in own], params), strict=True):
+            assert (output.token_ids, output.counters.denoise_forwards) == (case["output"], case["num_forwards"])
+        assert_empty(engine)
+
+
+def test_a_block_length_that_is_no_multiple_of_4_gives_the_same_tokens_here():
+    """Exactness is promised at multiples of 4 alone (kernels/moe.py, ROWS); elsewhere roundings may differ."""
+    engine = small_engine(block_length=6)
+    params = DecodeParams(gen_length=20, block_length=6, threshold=0.4)
+    for output, seed in zip(engine.generate([prompt_of(9, s) for s in range(5)], params), range(5), strict=True):
+        assert output.token_ids == tokens_alone(random_model(), prompt_of(9, seed), params)
+
+
+def test_events_add_up_to_the_output():
+    model, engine = demo_model(UNDERTRAINED), None
+    engine = Engine(model, EngineConfig(max_running=2, cache_tokens=1024), tokenizer())
+    params = DecodeParams.preset("speed", gen_length=64, eos_early_stop=True)
+    request = engine.add_request(chat("Spell 4071, 22, 608."), params)
+    engine.add_request(chat("Add 47 and 96."), params)
+    events = list(engine.stream(request))
+    commits = [event for event in events if event.kind == "commit"]
+    assert [event.kind for event in events].count("finish") == 1 and events[-1].output is request.output
+    output = request.output
+    for name, whole in (("token_ids", output.token_ids), ("confidences", output.confidences), ("steps", output.steps)):
+        assert [x for event in commits for x in getattr(event, name)] == whole
+    assert [event.start for event in commits] == [0, *(event.start + len(event.token_ids) for event in commits[:-1])]
+    assert "".join(event.text for event in events) == output.text and len(commits) > 1
+    edits = [edit for event in commits for edit in event.edits]
+    assert edits == output.edits == [event for event in output.trace.events if event.kind == "edit"] and edits
+    assert output.logprobs == pytest.approx([output.trace.logprobs()[output.prompt_length + i]
+                                             for i in range(len(output.token_ids))])  # fmt: skip
+    assert output.tokens_per_forward == len(output.token_ids) / output.counters.denoise_forwards
+    assert all(a.time <= b.time for a, b in zip(events, events[1:], strict=False))
+    assert min(output.queue_s, output.prefill_s, output.decode_s) >= 0
+
+
+def test_drafts_show_the_open_block():
+    engine = small_engine()
+    prompt, params = prompt_of(6), DecodeParams(gen_length=9, threshold=2.0, steps=4)
+    events = list(engine.stream(engine.add_request(prompt, params)))
+    drafts = [event for event in events if event.kind == "draft"]
+    commits = alone(random_model(), prompt, params).trace[0].commits()
+    assert len(drafts) == (1 + 3 + 3)  # every step but a block's last; the first block has two prompt tokens
+    at = 0
+    for event in events[:-1]:
+        if event.kind == "commit":
+            assert event.start == at
+            at += len(event.token_ids)
+            continue
+        assert (event.start, len(event.token_ids)) == (at, {0: 2, 2: 4, 6: 3}[at])
+        for i, token in enumerate(event.token_ids):
+            done = event.steps[i] >= 0
+            assert (token == MASK) == (not done) and (event.confidences[i] > 0) == done
+            if done:
+                own = commits[len(prompt) + event.start + i]
+                assert (token, event.steps[i], event.confidences[i]) == (own.token, own.step, own.confidence)
+
+
+def test_a_draft_nobody_read_gives_way_to_the_next():
+    engine = small_engine()
+    request = engine.add_request(prompt_of(5), DecodeParams(gen_length=30, threshold=2.0, steps=4))
+    request.drafts = True
+    seen = 0
+    while engine.has_work:
+        engine.step()
+        seen += request.draft is not None
+    assert seen > 10 and request.draft is None and len(request.events) == 9 + 1  # blocks, finish
+
+
+def test_two_streams_at_once():
+    engine = small_engine()
+    requests = [engine.add_request(prompt, params) for prompt, params in JOBS[:2]]
+    streams = [engine.stream(request) for request in requests]
+    for _ in range(3):
+        for stream in streams:
+            next(stream)
+    for stream, request, (prompt, params) in zip(streams, requests, JOBS, strict=False):
+        assert list(stream)[-1].kind == "finish"
+        assert_as_alone(request.output, random_model(), prompt, params)
+    assert_empty(engine)
+
+
+def test_more_requests_than_may_wait():
+    engine = small_engine(max_running=2, max_waiting=1)
+    outputs = engine.generate([prompt_of(n) for n in range(7)], PARAMS[0])
+    for n, output in enumerate(outputs):
+        assert_as_alone(output, random_model(), prompt_of(n), PARAMS[0])
+
+
+# --- stops
+
+
+@pytest.mark.parametrize("editing", [None, 0.9])
+def test_stop_ids(editing):
+    """The tokens end with the stop; without editing as soon as no mask is left before it, with it when the block ends."""
+    prompt = prompt_of(6, seed=3)
+    params = DecodeParams(gen_length=24, threshold=2.0, steps=4, editing_threshold=editing)
+    tokens, trace = tokens_alone(random_model(), prompt, params), alone(random_model(), prompt, params).trace[0]
+    for stop in sorted(set(tokens)):
+        end = tokens.index(stop) + 1
+        engine = small_engine()
+        output = engine.generate([prompt], params, stop_token_ids=[stop])[0]
+        assert (output.token_ids, output.finish_reason) == (tokens[:end], "stop")
+        resolved = max(event.step for event in trace.commits().values() if event.position < len(prompt) + end)
+        if editing is None:
+            assert output.counters.denoise_forwards == resolved + 1
+        else:
+            assert output.counters.denoise_forwards == sum(output.counters.forwards_per_block) > resolved + 1
+        assert_empty(engine)
+
+
+def test_eos_beats_a_later_stop_and_a_stop_a_later_eos():
+    model, prompt = random_model(), prompt_of(6, seed=3)
+    free = DecodeParams(gen_length=24, threshold=2.0, steps=4)
+    tokens = tokens_alone(model, prompt, free)
+    first, second = tokens[2], next(t for t in tokens[3:] if t not in tokens[:3])
+    for eos, stop, reason in ((first, second, "eos"), (second, first, "stop"), (first, first, "eos")):
+        params = DecodeParams(gen_length=24, threshold=2.0, steps=4, eos_early_stop=True, eos_ids=(eos,))
+        output = small_engine().generate([prompt], params, stop_token_ids=[stop])[0]
+        assert (output.finish_reason, output.token_ids) == (reason, tokens[: tokens.index(first) + 1])
+
+
+def test_without_early_stop_nothing_is_given_out_behind_an_eos():
+    model, prompt = random_model(), prompt_of(6, seed=3)
+    tokens = tokens_alone(model, prompt, DecodeParams(gen_length=24, threshold=2.0, steps=4))
+    params = DecodeParams(gen_length=24, threshold=2.0, steps=4, eos_ids=(tokens[7],))
+    engine = small_engine()
+    request = engine.add_request(prompt, params, stop_token_ids=[next(t for t in tokens[8:] if t not in tokens[:8])])
+    told = [token for event in engine.stream(request) if event.kind == "commit" for token in event.token_ids]
+    assert told == tokens[: tokens.index(tokens[7]) + 1] and request.output.finish_reason == "length"
+    assert_as_alone(request.output, model, prompt, params)
+
+
+@pytest.mark.parametrize("editing", [None, 0.9])
+def test_stop_strings(editing):
+    model, prompt = demo_model(), chat("Spell 4071, 22, 608.")
+    params = DecodeParams(gen_length=64, threshold=0.9, editing_threshold=editing, eos_early_stop=True)
+    tokens = tokens_alone(model, prompt, params)
+    text = tokenizer().decode(tokens, skip_special_tokens=True)
+    for stop in ("seventy", "\n", "ty t", ("zzz", "is six"), text[-6:], "e", ("thousand", "nd s")):
+        engine = Engine(model, EngineConfig(max_running=2, cache_tokens=512), tokenizer())
+        request = engine.add_request(prompt, params, stop=stop)
+        deltas = [event.text for event in engine.stream(request)]
+        first = min(text.find(s) for s in ([stop] if isinstance(stop, str) else stop) if s in text)
+        output = request.output
+        assert (output.text, output.finish_reason) == (text[:first], "stop")
+        assert "".join(deltas) == output.text
+        used = len(output.token_ids)
+        whole = [tokenizer().decode(tokens[:n], skip_special_tokens=True) for n in (used - 1, used)]
+        assert tokens[:used] == output.token_ids and len(whole[0]) <= len(text[:first]) + 5 and first < len(whole[1])
+        assert_empty(engine)
+
+
+def test_a_stop_that_never_comes_changes_nothing():
+    prompt = chat("Add 47 and 96.")
+    params = DecodeParams(gen_length=64, threshold=0.9, eos_early_stop=True)
+    engine = Engine(demo_model(), EngineConfig(cache_tokens=512), tokenizer())
+    output = engine.generate([prompt], params, stop=["14", "answer is 1439"], stop_token_ids=[5])[0]
+    assert "14" not in output.text
+    assert_as_alone(output, demo_model(), prompt, params)
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    "prompt, params, options, message",
+    [
+        ([1, VOCAB], {}, {}, "outside 0..23"),
+        ([[1], [2]], {}, {}, "inputs"),
+        ([1], dict(gen_length=600), {}, "512 positions"),
+        ([1], dict(gen_length=300), {}, "76 pages of 4 tokens are needed, the whole cache has 64"),
+        ([1], dict(block_length=8), {}, "block_length=8: expected 4"),
+        ([1], dict(mask_id=3), {}, "mask_id=3: expected 23"),
+        ([1], dict(eos_ids=tuple(range(9))), {}, "max_eos_ids=8"),
+        ([1], dict(gen_length=4, minimal_topk=5, profile="hf-2.0"), {}, "minimal_topk=5"),
+        ([1], {}, dict(stop="x"), "stop strings need an Engine with a tokenizer"),
+        ([1], {}, dict(stop=["x", ""]), "not empty"),
+        ([1], {}, dict(request_id="taken"), "request_id='taken'"),
+    ],
+)  # fmt: skip
+def test_what_can_never_be_done_is_refused(prompt, params, options, message):
+    engine = small_engine()
+    engine.add_request([1], PARAMS[0], request_id="taken")
+    with pytest.raises(ValueError, match=message):
+        engine.add_request(prompt, DecodeParams(**{"gen_length": 8} | params), **options)
+    assert list(engine.requests) == ["taken"]
+    engine.cancel("taken")
+    assert_empty(engine)
+
+
+def test_graphs_need_a_gpu():
+    with pytest.raises(ValueError, match="graphs=True: expected a model on a GPU"):
+        small_engine(graphs=True)
+
+
+def test_prompts_are_lists_or_tensors():
+    engine = small_engine()
+    prompts = [[4, 5, 6], (4, 5, 6), torch.tensor([4, 5, 6]), torch.tensor([[4, 5, 6]])]
+    first, *others = engine.generate(prompts, PARAMS[0])
+    assert all(output.token_ids == first.token_ids and output.prompt_length == 3 for output in others)
+
+
+def test_an_unseeded_request_draws_its_seed_from_torch():
+    params = DecodeParams(gen_length=8, temperature=1.0)
+    torch.manual_seed(3)
+    first = small_engine().generate([[1, 2]] * 3, params)
+    torch.manual_seed(3)
+    assert [o.token_ids for o in small_engine().generate([[1, 2]] * 3, params)] == [o.token_ids for o in first]
+    assert len({tuple(output.token_ids) for output in first}) > 1
+
+
+def test_presets_are_the_model_card_s():
+    quality, speed = DecodeParams.preset("quality"), DecodeParams.preset("speed", gen_length=9, max_post_steps=2)
+    assert (quality.threshold, quality.editing_threshold, quality.max_post_steps) == (0.7, 0.5, 16)
+    assert (speed.threshold, speed.editing_threshold, speed.max_post_steps, speed.gen_length) == (0.5, 0.0, 2, 9)
+    with pytest.raises(ValueError, match="preset='fast': expected one of quality, speed"):
+        DecodeParams.preset("fast")
+    assert LENGTH % 4 == 0 and EOS != MASK
