@@ -31,10 +31,10 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@touch $@
 
 demo: $(VENV)/.installed
-	@$(BIN)/llada2-fast generate "Add 847 and 96."
-	@$(BIN)/llada2-fast generate "Spell 4071, 22, 608."
-	@$(BIN)/llada2-fast generate "Reverse moon crow bread lamp seal."
-	@$(BIN)/llada2-fast generate "Tell a story about Max the goat near the lake."
+	$(BIN)/llada2-fast generate "Add 847 and 96."
+	$(BIN)/llada2-fast generate "Spell 4071, 22, 608."
+	$(BIN)/llada2-fast generate "Reverse moon crow bread lamp seal."
+	$(BIN)/llada2-fast generate "Tell a story about Max the goat near the lake."
 
 test: $(VENV)/.installed-test
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -1,16 +1,18 @@
 """The GPU suite: ceilings of the device, every kernel, whole steps, decoding; each beside its floor and its goal.
 
-    python -m benchmarks.gpu [--minutes 8] [--only ceilings,kernels,steps,decode] [--resume] [--results FILE] [--dry-run]
+    python -m benchmarks.gpu [--minutes 8] [--only ceilings,kernels,steps,decode] [--resume] [--results FILE]
+                             [--dry-run]
 
 Runs unattended with this checkout, torch, triton, transformers and numpy; without diffusers its ratios are null. Points
 go in order of importance, in two rounds: the telling ones of every section first, the rest of the grids behind them. A
-point is started only if it is expected to end in time, and what has not ended then is broken off. Each is one JSON line,
-printed and appended to benchmarks/results/gpu.jsonl as soon as it is there; one that fails leaves its error and the next
-one runs. --resume leaves out what a run of the same sources on the same device has measured. Ceilings are always needed.
+point is started only if it is expected to end in time, and what has not ended then is broken off. Each is one JSON
+line, printed, and appended to benchmarks/results/gpu.jsonl as soon as it is there; one that fails leaves its error and
+the next one runs. --resume leaves out what a run of the same sources on the same device has measured. Ceilings are
+always needed. At the end stand the goals, met or missed, and one JSON line with them and the count of points.
 
-Exit codes: 0 all points measured or out of time; 1 some failed; 2 no CUDA device, or bad arguments; 3 the device was
-lost (run again with --resume). --dry-run takes the same paths on a CPU, with tiny shapes; it keeps no lines unless
---results names a file.
+Exit codes: 0 all points measured, or out of time; 1 some failed; 2 no CUDA device, or bad arguments; 3 the device was
+lost (run again with --resume). --dry-run takes the same paths on a CPU with tiny shapes, where neither figures nor
+verdicts mean anything; it keeps no lines unless --results names a file.
 """
 
 import argparse
@@ -20,14 +22,16 @@ import signal
 import sys
 import threading
 import time
-import warnings
+import traceback
+from contextlib import contextmanager
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from benchmarks import gpu_decode, gpu_goals, gpu_kernels, gpu_steps, gpu_peers
+from benchmarks import gpu_decode, gpu_goals, gpu_kernels, gpu_peers, gpu_steps
 from benchmarks.gpu_machine import DoesNotFit, Machine, Point, ceilings
 from benchmarks.harness import RESULTS, ROOT, card
 
@@ -41,7 +45,7 @@ def all_points(only=SECTIONS):
     found = [*gpu_kernels.points(), *gpu_steps.points(), *gpu_peers.points(), *gpu_decode.points()]
     found = [point for point in found if point.section in only]
     found.sort(key=lambda point: (point.later, SECTIONS.index(point.section)))
-    return [Point("ceilings", "ceilings", 10, ceilings), *found]
+    return [Point("ceilings", "ceilings", 10, ceilings, gate=None), *found]
 
 
 def sources():
@@ -78,7 +82,7 @@ class Results:
         """Keep a point's line, in the file and on the terminal (there without what all lines share)."""
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         own = {"point": point.name, "section": point.section, "time": now, "seconds": seconds} | values
-        own = {key: float(f"{x:.5g}") if isinstance(x, float) else x for key, x in own.items()}
+        own = {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in own.items()}
         self.lines[point.name] = self.common | own
         print(json.dumps(own), flush=True)
         if self.path is not None:
@@ -88,54 +92,77 @@ class Results:
 
 
 class Outcome(NamedTuple):
-    """What became of the points of this run: how many were measured, failed, or left out for want of time."""
+    """What became of the points of this run."""
 
-    measured: int
-    failed: int
-    left_out: int
-    device_lost: bool
+    measured: int = 0  # or found not to fit the device
+    failed: int = 0
+    left_out: int = 0  # for want of time
+    device_lost: bool = False
+
+
+class _OutOfTime(BaseException):
+    """The minutes are over; not an Exception, for it is no failure of the point it strikes."""
 
 
 def run(points, machine, results, end):
-    """Measure the points that are not done until `end` (of time.monotonic). Returns an Outcome."""
-    measured = failed = left_out = 0
-    pace = 1.0  # how much longer than expected points have taken on this machine
-    breaker = threading.Timer(max(0.0, end - time.monotonic()), _interrupt, [threading.main_thread().ident])
-    breaker.daemon = True
-    breaker.start()
+    """Measure the points that are not done until `end` (of time.monotonic), in order. Returns an Outcome."""
+    counts = {"measured": 0, "failed": 0, "left_out": 0}
+    spent = expected = 5.0  # what points have taken and what they were expected to; 5 s so that the first do not decide
+    current = None
     try:
-        spent = expected = 5.0  # so that the first points do not decide the pace
-        for point in points:
-            if results.done(point.name):
-                continue
-            if time.monotonic() + point.seconds * pace > end:
-                left_out += 1
-                continue
-            started = time.monotonic()
-            values = measure(point, machine, results)
-            if "broken_off" in values and time.monotonic() < end:
-                raise KeyboardInterrupt
-            spent, expected = spent + time.monotonic() - started, expected + point.seconds
-            pace = max(1.0, spent / expected)
-            results.add(point, time.monotonic() - started, values)
-            measured += "error" not in values
-            failed += "error" in values
-            if values.get("device_lost"):
-                return Outcome(measured, failed, left_out, True)
-            if point.section == "ceilings" and "error" not in values:
-                machine.bandwidth, machine.tflops = values["copy_tb_s"], values["bf16_tflops"]
+        with _broken_off_at(end):
+            for point in points:
+                _set_ceilings(machine, results)
+                if results.done(point.name):
+                    continue
+                started = time.monotonic()
+                if started + point.seconds * max(1.0, spent / expected) > end:
+                    counts["left_out"] += 1
+                    continue
+                current = point
+                values = measure(point, machine, results)
+                took = time.monotonic() - started
+                spent, expected = spent + took, expected + point.seconds
+                results.add(point, took, values)
+                current = None
+                counts["failed" if "error" in values else "measured"] += 1
+                if values.get("device_lost"):
+                    return Outcome(**counts, device_lost=True)
+    except _OutOfTime:
+        if current is not None:
+            results.add(current, time.monotonic() - started, {"error": "broken off: out of time"})
+        counts["left_out"] = sum(not results.done(point.name) for point in points) - counts["failed"]
+    return Outcome(**counts)
+
+
+@contextmanager
+def _broken_off_at(end):
+    """Raises _OutOfTime at `end` in whatever the main thread does within; a signal, for it may be asleep."""
+
+    def stop(number, frame):
+        raise _OutOfTime
+
+    before = signal.signal(signal.SIGUSR1, stop)
+    notify = partial(signal.pthread_kill, threading.main_thread().ident, signal.SIGUSR1)
+    timer = threading.Timer(max(0.0, end - time.monotonic()), notify)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
     finally:
-        breaker.cancel()
-    return Outcome(measured, failed, left_out, False)
+        timer.cancel()
+        timer.join()
+        signal.signal(signal.SIGUSR1, before)
 
 
-def _interrupt(thread):
-    """As Ctrl-C would, and waking the thread if it sleeps."""
-    signal.pthread_kill(thread, signal.SIGINT)
+def _set_ceilings(machine, results):
+    if results.passed("ceilings"):
+        line = results.lines["ceilings"]
+        machine.bandwidth, machine.tflops = line["copy_tb_s"], line["bf16_tflops"]
 
 
 def measure(point, machine, results):
-    """A point's values, or {"error": ...}, or {"skipped": ...} where the device is too small."""
+    """A point's values; {"error": ...}; {"skipped": ...} where the device is too small."""
     if point.gate is not None and not results.passed(point.gate):
         return {"error": f"{point.gate} did not pass"}
     try:
@@ -145,4 +172,39 @@ def measure(point, machine, results):
     # The one place where every failure is caught: minutes on a GPU are few, and a kernel that does not compile, or a
     # shape that does not fit, must not cost the figures of all the others. It is recorded and fails the run.
     except Exception as error:
-        return {"error": _one_line(error)} | ({"device_lost": True} if _device_lost(machine) else {})
+        traceback.print_exc(limit=-4)
+        line = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        return line | ({"device_lost": True} if machine.lost() else {})
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--minutes", type=float, default=8.0, help="the suite ends within them (default: %(default)g)")
+    parser.add_argument("--only", default=",".join(SECTIONS), help="comma-separated sections (default: %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="leave out what the results file has already")
+    parser.add_argument("--results", type=Path, help="file of result lines (default: benchmarks/results/gpu.jsonl)")
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on a CPU: tries the suite, not the machine")
+    options = parser.parse_args(arguments)
+    only = options.only.split(",")
+    unknown = sorted(set(only) - set(SECTIONS))
+    if unknown:
+        parser.error(f"--only {','.join(unknown)}: expected some of {', '.join(SECTIONS)}")
+    if not options.dry_run and not torch.cuda.is_available():
+        print("gpu: needs a CUDA device, found none (--dry-run tries the suite on a CPU)", file=sys.stderr)
+        return 2
+    end = time.monotonic() + 60 * options.minutes - (0 if options.dry_run else RESERVE_S)
+    machine = Machine(options.dry_run)
+    path = options.results or (None if options.dry_run else RESULTS / "gpu.jsonl")
+    results = Results(machine, path, options.resume)
+    print(json.dumps(results.common))
+    outcome = run(all_points(only), machine, results, end)
+    verdicts = gpu_goals.judge(results.lines)
+    for text, value, verdict in verdicts:
+        print(f"{verdict:12} {'-' if value is None else f'{value:.4g}':>8}  {text}")
+    summary = {"benchmark": "gpu", "dry_run": machine.dry, "goals": {text: verdict for text, _, verdict in verdicts}}
+    print(json.dumps(summary | outcome._asdict()))
+    return 3 if outcome.device_lost else 1 if outcome.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,6 +4,7 @@ A dry run takes the same paths on a CPU with tiny shapes, one repetition and per
 means nothing.
 """
 
+import gc
 import math
 import time
 from collections import Counter
@@ -37,7 +38,7 @@ class Point(NamedTuple):
     seconds: float  # what it is expected to take, compilation included
     measure: Callable
     later: bool = False  # second round: after all other sections' first
-    gate: str | None = None  # the point that must have passed
+    gate: str | None = "ceilings"  # the point that must have passed
 
 
 class DoesNotFit(Exception):
@@ -160,10 +161,19 @@ class Machine:
             self._network = random_model(config, self.dtype, self.device)
         return self._network
 
+    def lost(self):
+        """Whether the device answers no more: after a wild memory access every call fails until the process ends."""
+        try:
+            self.synchronize()
+        except RuntimeError:
+            return True
+        return False
+
     def require_memory(self, size, what):
         """DoesNotFit unless `size` bytes are free."""
         if self.dry:
             return
+        gc.collect()
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info()[0]
         if size > free:

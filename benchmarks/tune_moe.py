@@ -53,7 +53,7 @@ def fastest(product, tries, expected):
     found = None
     for tiles in tries:
         try:
-            out = product(**tiles).values
+            out = product(**tiles).values.view(torch.uint8)  # float8 cannot be compared
             us = time_us(lambda tiles=tiles: product(**tiles))
         except triton.runtime.errors.OutOfResources:  # too much shared memory: not a candidate on this GPU
             continue

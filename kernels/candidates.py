@@ -9,8 +9,8 @@
     -> token [R, L] int64, confidence [R, L] float32. Logits that are an error (NaN, +inf, all -inf) give token -1 and
     confidence NaN; positions that were not asked for token -1 and confidence -inf
 
-The draw is a two-level inverse CDF over tiles of TILE_V ids in id order: stream 0 picks the tile, stream 1 + tile the id
-inside it. So one pass over the logits can draw without knowing the normaliser, and the split never changes the result.
+The draw is a two-level inverse CDF over tiles of TILE_V ids in id order: stream 0 picks the tile, stream 1 + tile the
+id inside it. So one pass over the logits can draw without knowing the normaliser.
 
 Kernels: _vocab_kernel reads the logits once and leaves each tile's maximum, mass and candidate, its *parts*; where rows
 filter, filters.py draws anew and replaces the parts of those positions; whoever wants the candidates combines a
@@ -50,14 +50,14 @@ def candidates_ref(logits, row, position, step, params, mask_id, ban_mask, tile_
 
     logits [M, V]; row [M] int64 into the parameters; position [M] int64 absolute; step [M] int64;
     params SampleParams [R]; mask_id int; ban_mask [R] bool: the mask id is never a candidate of that row.
-    Returns token [M] int64 and confidence [M] float32; with runner_up also the runner-up's, -1 and 0 where there is none.
+    Returns token [M] int64, confidence [M] float32; with runner_up also the runner-up's, -1 and 0 where there is none.
     """
     if logits.shape[0] == 0:
         nothing = (row.new_empty(0), logits.new_empty(0, dtype=torch.float32))
         return nothing * 2 if runner_up else nothing
-    ban = ban_mask[row]
     if not bool((params.temperature > 0).any()):  # sync: the reference alone
-        return _greedy_ref(logits, ban, mask_id, runner_up)
+        return _greedy_ref(logits, row, mask_id, ban_mask, runner_up)
+    ban = ban_mask[row]
     drawn = torch.where((params.temperature > 0)[row])[0]
     own = SampleParams(*(parameter[row[drawn]] for parameter in params))
     slabs = (
@@ -66,7 +66,7 @@ def candidates_ref(logits, row, position, step, params, mask_id, ban_mask, tile_
     )
     found = tuple(torch.cat(parts) for parts in zip(*slabs, strict=True))
     if drawn.shape[0] < row.shape[0]:
-        whole = _greedy_ref(logits, ban, mask_id, runner_up)
+        whole = _greedy_ref(logits, row, mask_id, ban_mask, runner_up)
         found = tuple(into.index_copy_(0, drawn, part) for into, part in zip(whole, found, strict=True))
     return found
 
@@ -75,8 +75,8 @@ def _slab_rows(logits):
     return max(1, _SLAB // logits.shape[1])
 
 
-def _greedy_ref(logits, ban, mask_id, runner_up):
-    """ban [M] bool. Without it nothing but the candidate's tile is looked at twice."""
+def _greedy_ref(logits, row, mask_id, ban_mask, runner_up):
+    """row [M], ban_mask [R]. Where the mask id is no row's favourite nothing but the favourite's tile is read again."""
     vocab = logits.shape[1]
     width = min(_WIDTH, vocab)
     whole = vocab // width * width
@@ -84,22 +84,23 @@ def _greedy_ref(logits, ban, mask_id, runner_up):
     if whole < vocab:
         tops = torch.cat((tops, logits[:, whole:].amax(-1, keepdim=True)), 1)
     best, token = _first_best(logits, tops, width)
-    hidden = ban & (mask_id < vocab)
-    beaten = hidden & (token == mask_id)
-    if bool(beaten.any()):  # sync: the reference alone
+    beaten = bool((token == mask_id).any())  # sync: the reference alone
+    if beaten:
+        hidden = ban_mask[row]
         home = mask_id // width
         tile = logits[:, home * width : (home + 1) * width].clone()
         tile[:, mask_id % width].masked_fill_(hidden, float("-inf"))
         tops[:, home] = tile.amax(-1)
         best, token = _first_best(logits, tops, width, torch.where(hidden, mask_id, -1))
     confidence = _probability(logits, token)  # NaN where the logits hold NaN or +inf, or nothing but -inf
-    confidence.masked_fill_(best == float("-inf"), float("nan"))
+    if beaten:
+        confidence.masked_fill_(best == float("-inf"), float("nan"))
     bad = confidence.isnan()
     if not runner_up:
         return token.masked_fill_(bad, -1), confidence
     others = logits.scatter(1, token[:, None], float("-inf"))
-    if mask_id < vocab:
-        others[:, mask_id].masked_fill_(hidden, float("-inf"))
+    if 0 <= mask_id < vocab:
+        others[:, mask_id].masked_fill_(ban_mask[row], float("-inf"))
     logit, second = others.max(-1)
     none = bad | (logit == float("-inf"))
     share = _probability(logits, second).masked_fill_(none, 0)
@@ -110,7 +111,9 @@ def _first_best(logits, tops, width, hidden=None):
     """Largest logit [M] and its lowest id [M], NaN being the largest; tops [M, tiles]: maxima of `width` ids each."""
     home = tops.max(-1).indices
     ids = home[:, None] * width + torch.arange(width, device=logits.device)
-    tile = logits.gather(1, ids.clamp_(max=logits.shape[1] - 1))
+    if logits.shape[1] % width:
+        ids.clamp_(max=logits.shape[1] - 1)
+    tile = logits.gather(1, ids)
     if hidden is not None:
         tile = tile.masked_fill(ids == hidden[:, None], float("-inf"))
     best, at = tile.max(-1)
@@ -119,12 +122,15 @@ def _first_best(logits, tops, width, hidden=None):
 
 def _probability(logits, token):
     """softmax(logits)[token]: float32 [M]; slab by slab into one buffer, since fresh memory costs more than exp."""
-    size = min(_slab_rows(logits), logits.shape[0])
+    token = token[:, None]
+    size = _slab_rows(logits)
+    if size >= logits.shape[0]:
+        return torch.softmax(logits, -1, dtype=torch.float32).gather(1, token)[:, 0]
     buffer = logits.new_empty((size, logits.shape[1]), dtype=torch.float32)
     found = buffer.new_empty(token.shape)
-    for x, ids, into in zip(logits.split(size), token[:, None].split(size), found[:, None].split(size), strict=True):
+    for x, ids, into in zip(logits.split(size), token.split(size), found.split(size), strict=True):
         torch.gather(torch.softmax(x, -1, dtype=torch.float32, out=buffer[: x.shape[0]]), 1, ids, out=into)
-    return found
+    return found[:, 0]
 
 
 def _sample_ref(logits, ban, position, step, params, mask_id, tile_v, runner_up):
@@ -132,7 +138,7 @@ def _sample_ref(logits, ban, position, step, params, mask_id, tile_v, runner_up)
     count, vocab = logits.shape
     x = logits.float() if logits.dtype != torch.float32 else logits.clone()
     bad = torch.zeros_like(ban)
-    if mask_id < vocab:
+    if 0 <= mask_id < vocab:
         bad = ban & ~(x[:, mask_id] < float("inf"))
         x[:, mask_id].masked_fill_(ban, float("-inf"))
     top = x.amax(-1, keepdim=True)
@@ -161,7 +167,7 @@ def _sample_ref(logits, ban, position, step, params, mask_id, tile_v, runner_up)
 def block_candidates_ref(
     logits, start, step, params, mask_id, ban_mask, index=None, wanted=None, tile_v=TILE_V, runner_up=False
 ):
-    """candidates_ref of blocks: logits [R, L, V], or [M, V] and index [R, L]; start, step [R]; wanted bool [R, L] or None.
+    """candidates_ref of blocks: logits [R, L, V], or [M, V] and index [R, L]; start, step [R]; wanted bool [R, L].
 
     Returns tensors [R, L]; positions without logits or not wanted get -1, -inf (and -1, 0).
     """
@@ -197,7 +203,7 @@ def block_candidates_ref(
 def _vocab_kernel(
     LOGITS, INDEX, TOKENS, KIND, FROZEN,  # see _locate
     FLAGS, START, STEP, TEMPERATURE, TOP_K, TOP_P, SEED,  # [R]
-    PART, PART_ID,  # float32 [3 or 5, R*L, TILES]: maximum, mass, candidate's logit, (two best); int32 [1 or 3, ...]: ids
+    PART, PART_ID,  # float32 [3 or 5, R*L, TILES]: maximum, mass, candidate's logit, (two best); int32 [1 or 3, ...]
     CHUNK_MAX, CHUNK_MASS,  # float32 [R*L, chunks] of positions that filter; None if no row does
     vocab, mask_id, stride_r, stride_l, stride_v,
     L: tl.constexpr, TILE_V: tl.constexpr, CHUNK: tl.constexpr, TILES: tl.constexpr,
@@ -329,9 +335,7 @@ def _candidates_kernel(
         tl.store(SECOND_CONFIDENCE + n, tl.where(none, 0.0, share), mask=lane < L)
 
 
-def launch_parts(
-    logits, index, roles, flags, start, step, params, mask_id, filters, runner_up=False, tile_v=TILE_V
-):
+def launch_parts(logits, index, roles, flags, start, step, params, mask_id, filters, runner_up=False, tile_v=TILE_V):
     """The launches that read the logits: parts float32 [3 or 5, R*L, TILES], their ids int32 [1 or 3, ...], and tiles.
 
     roles: (tokens, kind, frozen) to read only what a step needs, else None. flags: integer [R], bit BAN_MASK.

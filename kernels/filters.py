@@ -2,12 +2,12 @@
 
     weight of v   exp((x_v - max x) / temperature)
     top-k         keeps x_v >= the k-th largest logit; ties kept; off where k <= 0 or k >= V
-    top-p         of what is left keeps v iff the mass strictly above x_v is <= p * the mass left; ties kept; off at p >= 1
+    top-p         of what is left keeps v iff the mass strictly above x_v is <= p * its mass; ties kept; off at p >= 1
 
 So what is kept is all that reaches one logit, the cut. The kernel finds it exactly, without sorting: a bound from the
 maxima and masses of chunks of CHUNK ids, which the pass over the vocabulary left behind, tells which chunks can matter;
-the cut is then searched in those alone, PIVOTS candidates for it in every pass. Passes over them: at most 5 each for
-top-k and top-p on 16-bit logits, 11 on float32, and one more that weighs what is kept.
+the cut is then searched in those alone, PIVOTS values tried in every pass. Passes over them: at most 8 each for top-k
+and top-p on bfloat16, 16 on float32, usually half as many, and one more that weighs what is kept.
 """
 
 import torch

@@ -124,7 +124,7 @@ def dense(x, weight, gated, like):
     expected = scale_shape(weight.values.shape, 2 if gated else 1)
     if weight.scale.shape != expected or not weight.scale.is_contiguous():
         raise ValueError(f"scale: contiguous {list(expected)} expected, got {list(weight.scale.shape)}")
-    tile_m = 16 if tokens <= 16 else 32 if tokens <= 32 or gated else 64
+    tile_m = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
     tile_n = 128 if gated or rows > 8192 else 64  # too few programs would read a small matrix in large tiles
     warps, stages = 8 if tile_m * tile_n == 8192 else 4, 3 if gated else 4
     return gemm(x, weight, None, None, gated, like, tile_m, tile_n, num_warps=warps, num_stages=stages)

@@ -126,6 +126,10 @@ def _gemm_kernel(
     x_at = X + source[:, None].to(tl.int64) * x_stride + k[None, :]
     w_at = weight + n[:, None] * K + k[None, :]
     real = (n < N)[:, None] if N % TILE_N else tl.full((TILE_N, 1), True, tl.int1)
+    if X_SCALE is not None:  # all of them at once: read one by one, their addresses fill the registers
+        g = tl.arange(0, triton.next_power_of_2(GROUPS))[None, :]
+        at = X_SCALE + source[:, None].to(tl.int64) * GROUPS + g
+        x_scales = tl.load(at, mask=inside[:, None] & (g < GROUPS), other=0.0)
     acc = tl.zeros((TILE_N, TILE_M), tl.float32)
     up = tl.zeros((TILE_N, TILE_M), tl.float32)
     for done in range(0, K, TILE_K):
@@ -136,7 +140,7 @@ def _gemm_kernel(
             acc = tl.dot(w, x, acc, input_precision="ieee")
         else:
             group = done // TILE_K
-            x_scale = tl.load(X_SCALE + source.to(tl.int64) * GROUPS + group, mask=inside, other=0.0)[None, :]
+            x_scale = tl.sum(tl.where(g == group, x_scales, 0.0), 1)[None, :]
             acc += tl.dot(w, x) * (tl.load(w_scale + group) * x_scale)
         if GATED:
             w = tl.load(w_at + (N * K + done), mask=real & within, other=0.0)

@@ -34,7 +34,7 @@ def philox4x32_ref(seed, c0, c1, c2, c3):
 
 
 def uniform_ref(seed, position, step, stream):
-    """float32 in (0, 1], shape of the broadcast int64 inputs: from the first word of counter (position, step, stream)."""
+    """float32 in (0, 1], shape of the broadcast int64 inputs: the first word of counter (position, step, stream)."""
     seed, position, step, stream = torch.broadcast_tensors(seed, position, step, stream)
     word = philox4x32_ref(seed, position & _M32, step & _M32, stream & _M32, torch.zeros_like(position))[0]
     return (word >> 8).to(torch.float32) * 2.0**-24 + 2.0**-25

@@ -17,6 +17,8 @@ On a GPU: the launch or two of candidates.py that read the logits, and one that 
 """
 
 from dataclasses import dataclass, fields
+from functools import reduce
+from operator import or_
 from typing import NamedTuple
 
 import torch
@@ -65,7 +67,7 @@ class RefineParams:
 
 @dataclass
 class RefineState:
-    """Per-row state of the active block; refine_step updates tokens, step, post_steps, frozen and the records in place."""
+    """Per-row state of the active block; refine_step updates all but kind, start and prefix in place."""
 
     tokens: torch.Tensor  # int64 [R, L]
     kind: torch.Tensor  # int8 [R, L]: VALID, PROMPT, TAIL, ABSENT
@@ -121,86 +123,96 @@ def refine_step_ref(logits, state, params, mask_id, index=None, only_needed=Fals
 
 
 def _commit_ref(token, confidence, state, params, mask_id):
-    length = token.shape[1]
-    where = torch.arange(length, device=token.device)
+    length = state.tokens.shape[1]
     flags = params.flags
-    masked, editable = roles_ref(state.tokens, state.kind, state.frozen, flags, mask_id)
-    before = masked.sum(-1)
-    active = state.frozen == 0
-    error = active & (torch.isnan(confidence) & (masked | editable)).any(-1)
-    live = active & ~error
+    asked = reduce(or_, flags.tolist(), 0)  # sync: the reference alone; what no row asks for is skipped
+    masked, editable = roles_ref(state.tokens, state.kind, state.frozen, flags, mask_id, asked)
+    before = masked.sum(-1, dtype=torch.int32)
+    live = state.frozen == 0
+    error = None
+    if bool(confidence.sum().isnan()):  # sync: the reference alone; there is no +inf
+        error = live & (confidence.isnan() & (masked | editable)).any(-1)
+        live = live & ~error
 
     # M2T: the threshold set, or the quota's most confident
     steps = params.steps.clamp(min=1)
     late = torch.minimum(state.step, steps - 1)
-    quota = torch.maximum(length // steps + (late < length % steps), params.min_transfer)
-    ranked = confidence.masked_fill(~masked, float("-inf"))
-    high = masked & (ranked > params.threshold[:, None])
-    beats = (ranked[:, None, :] > ranked[:, :, None]) | (
-        (ranked[:, None, :] == ranked[:, :, None]) & (where[None, :] < where[:, None])
-    )
-    rank = (beats & masked[:, None, :]).sum(-1)  # [R, L]: how many masked positions come first
-    best = masked & (rank < quota[:, None])
-    commit = torch.where((high.sum(-1) >= quota)[:, None], high, best) & live[:, None]
+    quota = torch.maximum(length // steps + (late < length % steps), params.min_transfer)[:, None]
+    commit = masked & (confidence > params.threshold[:, None])
+    enough = commit.sum(-1, keepdim=True) >= quota
+    if not bool(enough.all()):  # sync: the reference alone
+        ranked = torch.where(masked, confidence.clamp(min=-1), -2.0)  # whatever is masked comes before all else
+        order = ranked.argsort(dim=-1, descending=True, stable=True)
+        best = torch.zeros_like(masked).scatter_(1, order, torch.arange(length, device=order.device) < quota)
+        commit = torch.where(enough, commit, best & masked)
     # T2T
-    edit = editable & (token != state.tokens) & (confidence > params.edit_threshold[:, None]) & live[:, None]
-
+    edit = torch.zeros_like(commit)
+    if asked & EDITING:
+        edit = editable & (token != state.tokens) & (confidence > params.edit_threshold[:, None])
+    if error is not None:
+        commit, edit = commit & live[:, None], edit & live[:, None]
     written = commit | edit
-    tokens = torch.where(written, token, state.tokens)
-    state.tokens.copy_(tokens)
-    state.commit_confidence.copy_(torch.where(commit, confidence, state.commit_confidence))
-    state.commit_step.copy_(torch.where(commit, state.step[:, None], state.commit_step))
+    torch.where(written, token, state.tokens, out=state.tokens)
+    torch.where(commit, confidence, state.commit_confidence, out=state.commit_confidence)
+    torch.where(commit, state.step[:, None], state.commit_step, out=state.commit_step)
 
     # counters and the end of the block
     prompt = state.kind == PROMPT
-    fillable = ~prompt | ((flags & FILL_PROMPT) != 0)[:, None]
-    still_masked = (tokens == mask_id) & (state.kind != ABSENT) & fillable
-    left = still_masked.sum(-1)
-    edits = edit.sum(-1)
-    step = state.step + live
-    post_steps = state.post_steps + (live & (before == 0))
-    one_phase = ((flags & EDITING) == 0) | (params.max_post_steps == 0)
-    settled = (before == 0) & ((edits == 0) | (post_steps >= params.max_post_steps))
-    done = live & (torch.where(one_phase, left == 0, settled) | (step >= params.max_steps))
+    present = state.kind != ABSENT
+    holds_mask = (state.tokens == mask_id) & present
+    generated_mask = holds_mask & ~prompt
+    still_masked = generated_mask
+    if asked & FILL_PROMPT:
+        still_masked = generated_mask | (holds_mask & ((flags & FILL_PROMPT) != 0)[:, None])
+    left = still_masked.sum(-1, dtype=torch.int32)
+    edits = edit.sum(-1, dtype=torch.int32)
+    state.step += live
+    state.post_steps += live & (before == 0)
+    ended = left == 0
+    if asked & EDITING:
+        one_phase = ((flags & EDITING) == 0) | (params.max_post_steps == 0)
+        settled = (before == 0) & ((edits == 0) | (state.post_steps >= params.max_post_steps))
+        ended = torch.where(one_phase, ended, settled)
+    done = live & (ended | (state.step >= params.max_steps))
 
-    # EOS: `first` = the first one that counts, `clear` = no mask before it
-    is_eos = (tokens[:, :, None] == params.eos_ids[:, None, :]).any(-1) & (state.kind != ABSENT)
-    generated_mask = (tokens == mask_id) & ~prompt & (state.kind != ABSENT)
+    eos_at = torch.full_like(left, -1)
+    is_eos = (state.tokens[:, :, None] == params.eos_ids[:, None, :]).any(-1) & present
+    if bool(is_eos.any()):  # sync: the reference alone
+        finished, eos_at = _judge_eos_ref(is_eos, commit, done, prompt, generated_mask, state, flags)
+        state.frozen |= (finished & live).int() * FINISHED
+    state.frozen |= done.int() * BLOCK_DONE
+    if error is not None:
+        state.frozen |= error.int() * ERROR
+    commits = commit.sum(-1, dtype=torch.int32)
+    changed = (commits + edits > 0).int() * CHANGED
+    status = (state.frozen | changed, left, commits, edits, eos_at, state.step, state.post_steps, before)
+    return RefineOutput(torch.stack(status, 1), token, confidence, commit, edit)
+
+
+def _judge_eos_ref(is_eos, commit, done, prompt, generated_mask, state, flags):
+    """finished bool [R] and eos_at [R]; `first` = the first EOS that counts, `clear` or `clean` = no mask before it."""
+    length = is_eos.shape[1]
     first_mask = _first(generated_mask)
     first_valid = _first(is_eos & (state.kind == VALID))
     judged = ((flags & EOS_STEP) != 0) | (((flags & EOS_END) != 0) & done)
-    finished = judged & (first_valid < length) & (first_mask > first_valid)
+    resolved = judged & (first_valid < length) & (first_mask > first_valid)
 
+    prefix_clean = (state.prefix & PREFIX_MASK) == 0
     first_any = _first(is_eos)
     in_prompt = (state.prefix & PREFIX_EOS) != 0
     first_is_prompt = prompt.gather(1, first_any.clamp(max=length - 1)[:, None])[:, 0]
-    clean_before = ((state.prefix & PREFIX_MASK) == 0) & (first_mask > first_any)
-    early = ((flags & EOS_COMMIT) != 0) & (is_eos & commit).any(-1) & (in_prompt | first_is_prompt | clean_before)
-    first_generated = _first(is_eos & ~prompt)
-    holds = done & (first_generated < length)
-    clean = ~generated_mask.any(-1) & ((state.prefix & PREFIX_MASK) == 0)
-    ended = (((flags & EOS_HOLDS) != 0) & holds) | (((flags & EOS_CLEAN) != 0) & holds & clean)
-    eos_at = torch.where(finished, first_valid, torch.where(early, first_any, -1))
-    finished = (finished | early | ended) & live
-
-    state.step.copy_(step)
-    state.post_steps.copy_(post_steps)
-    bits = done * BLOCK_DONE + finished * FINISHED + error * ERROR
-    state.frozen.copy_(state.frozen | bits)
-    status = torch.stack(
-        (
-            state.frozen | (written.any(-1) * CHANGED), left, commit.sum(-1), edits,
-            eos_at, step, post_steps, before,
-        ),
-        dim=1,
-    ).to(torch.int32)  # fmt: skip
-    return RefineOutput(status, token, confidence, commit, edit)
+    counts = in_prompt | first_is_prompt | (prefix_clean & (first_mask > first_any))
+    early = ((flags & EOS_COMMIT) != 0) & (is_eos & commit).any(-1) & counts
+    holds = done & (is_eos & ~prompt).any(-1)
+    clean = (first_mask == length) & prefix_clean
+    ended = holds & (((flags & EOS_HOLDS) != 0) | (((flags & EOS_CLEAN) != 0) & clean))
+    eos_at = torch.where(resolved, first_valid, torch.where(early, first_any, -1))
+    return resolved | early | ended, eos_at.int()
 
 
 def _first(mask):
     """[R, L] bool -> [R] int64: index of the first True, L where there is none."""
-    length = mask.shape[1]
-    return torch.where(mask.any(-1), mask.to(torch.uint8).argmax(-1), length)
+    return torch.where(mask.any(-1), mask.to(torch.uint8).argmax(-1), mask.shape[1])
 
 
 _VALID, _PROMPT, _ABSENT = tl.constexpr(VALID), tl.constexpr(PROMPT), tl.constexpr(ABSENT)
@@ -264,7 +276,8 @@ def _commit_kernel(
     quota = tl.maximum(L // steps + extra, tl.load(MIN_TRANSFER + row))
     high = masked & (confidence > tl.load(THRESHOLD + row))
     ranked = tl.where(masked, tl.maximum(confidence, -1.0), -2.0)  # whatever is masked comes before all else
-    ahead = (ranked[None, :] > ranked[:, None]) | ((ranked[None, :] == ranked[:, None]) & (lane[None, :] < lane[:, None]))
+    tied = (ranked[None, :] == ranked[:, None]) & (lane[None, :] < lane[:, None])
+    ahead = (ranked[None, :] > ranked[:, None]) | tied
     rank = tl.sum(ahead.to(tl.int32), 1)
     commit = tl.where(_count(high) >= quota, high, masked & (rank < quota)) & live
     # T2T
@@ -401,4 +414,5 @@ def refine_step(logits, state, params, mask_id, index=None, filters=True, only_n
     if index is not None and (logits.ndim != 2 or index.shape != (rows, length)):
         raise ValueError(f"logits, index: expected [M, V], [{rows}, {length}], got {tuple(logits.shape)}, "
                          f"{tuple(index.shape)}")  # fmt: skip
-    return RefineOutput(*_op(logits, *vars(state).values(), *vars(params).values(), mask_id, index, filters, only_needed))
+    tensors = (logits, *vars(state).values(), *vars(params).values())
+    return RefineOutput(*_op(*tensors, mask_id, index, filters, only_needed))

@@ -7,6 +7,8 @@ A step needs the logits of those positions only. Prompt positions are neither, b
 absent positions and frozen rows have no roles. Shapes: R rows, L block_length, V vocab; n = r * L + l.
 """
 
+import torch
+
 from ._triton import tl, triton
 
 # kind of a position
@@ -21,14 +23,19 @@ _PROMPT, _ABSENT = tl.constexpr(PROMPT), tl.constexpr(ABSENT)
 _FILL_PROMPT, _EDITING = tl.constexpr(FILL_PROMPT), tl.constexpr(EDITING)
 
 
-def roles_ref(tokens, kind, frozen, flags, mask_id):
-    """tokens, kind [R, L]; frozen, flags [R] int32 -> masked, editable: bool [R, L]."""
+def roles_ref(tokens, kind, frozen, flags, mask_id, asked=~0):
+    """tokens, kind [R, L]; frozen, flags [R] int32 -> masked, editable: bool [R, L].
+
+    asked: all rows' flags in one int, where they are known; what no row asks for is not computed.
+    """
     holds_mask = tokens == mask_id
     generated = kind != PROMPT
     live = (kind != ABSENT) & (frozen == 0)[:, None]
-    masked = live & holds_mask & (generated | ((flags & FILL_PROMPT) != 0)[:, None])
-    editable = live & ~holds_mask & generated & ((flags & EDITING) != 0)[:, None]
-    return masked, editable
+    fillable = generated | ((flags & FILL_PROMPT) != 0)[:, None] if asked & FILL_PROMPT else generated
+    masked = live & holds_mask & fillable
+    if not asked & EDITING:
+        return masked, torch.zeros_like(masked)
+    return masked, live & ~holds_mask & generated & ((flags & EDITING) != 0)[:, None]
 
 
 @triton.jit

@@ -57,7 +57,8 @@ def route_ref(h, weight, bias, top_k, n_group, topk_group, scale, capacity=None,
     """
     if h.shape[0] == 0:
         return h.new_empty(0, top_k, dtype=torch.int64), h.new_empty(0, top_k, dtype=torch.float32)
-    score = torch.sigmoid(F.linear(h.float(), weight.float()))
+    # not torch.sigmoid, which rounds the last elements of a tensor unlike the others on a CPU: exp does not
+    score = 1 / (1 + torch.exp(-F.linear(h.float(), weight.float())))
     choice = score + bias
     if capacity is not None:
         best = choice.new_full((int(block[-1]) + 1, choice.shape[1]), float("-inf"))  # sync: CPU reference

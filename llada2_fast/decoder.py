@@ -131,8 +131,8 @@ def row_rules(params, length):
 
 
 class Forward:
-    """What a decoder asks of a model: open(row), close(row), and forward(rows, state, needed) -> the logits of the needed
-    positions, [M, V] in the model's dtype, and index int64 [slots, L] into them or -1."""
+    """What a decoder asks of a model: open(row), close(row), and forward(rows, state, needed) -> the logits of the
+    needed positions, [M, V] in the model's dtype, and index int64 [slots, L] into them or -1."""
 
     def refine(self, rows, state, params, mask_id, needed, *prefill):
         """One step of the rows, forward and refinement. Returns RefineOutput [slots, ...]."""

@@ -456,6 +456,26 @@ def test_a_model_that_always_predicts_the_mask_ends_without_a_mask(monkeypatch):
     assert all(row.output(()).tolist() == [MASK] * 10 for row in made.rows[3:])
 
 
+@pytest.mark.parametrize("profile, per_block, reason", [("hf-2.0", [2, 2], "eos"), ("hf-2.1", [9, 8, 8], "length")])
+def test_the_cards_remember_a_mask_left_in_an_earlier_block(monkeypatch, profile, per_block, reason):
+    """A model that wants masks in the first block and EOS from then on: the window before that EOS is not resolved."""
+    model = load()
+    lm_logits, calls = model.lm_logits, []
+
+    def head(hidden):
+        calls.append(len(hidden))
+        logits = lm_logits(hidden)
+        logits[:, MASK if len(calls) <= per_block[0] else EOS] = 90.0
+        return logits
+
+    monkeypatch.setattr(model, "lm_logits", head)
+    rules = dict(profile=profile, steps=2, threshold=2.0, max_post_steps=0, eos_early_stop=True)
+    row = finished(model, [job(8, 24, eos=(EOS,), **rules)]).rows[0]
+    assert row.canvas[8:16].tolist() == [MASK] * 8 and row.canvas[16:24].tolist() == [EOS] * 8
+    assert (row.counters.forwards_per_block, row.finish_reason) == (per_block, reason)
+    assert row.output((EOS,)).tolist() == [*[MASK] * 8, EOS]
+
+
 def test_a_row_that_may_take_no_step_is_over_at_once_and_leaves_the_state_alone():
     """hf-2.0 with gen_length < minimal_topk: steps' is 0 and the card returns masks."""
     made = start(load(), [*MIXED[:1], job(6, 3, profile="hf-2.0", minimal_topk=4)])

@@ -123,6 +123,15 @@ def test_one_prompt_gives_one_row_cut_after_the_first_eos():
             assert torch.equal(got, full[:, : at + 1])
 
 
+def test_one_padded_prompt_of_one_dimension():
+    prompt = torch.tensor(prompt_of(5))
+    padded = torch.cat((torch.full((3,), PAD), prompt, torch.full((2,), PAD)))
+    mask = torch.tensor([0] * 3 + [1] * 5 + [0] * 2)
+    wanted = generate(load(), prompt, eos_id=-1, **SHORT)
+    assert torch.equal(generate(load(), padded, attention_mask=mask, eos_id=-1, **SHORT), wanted)
+    assert not torch.equal(generate(load(), padded, eos_id=-1, **SHORT), wanted)
+
+
 def test_several_prompts_give_rows_filled_with_the_pad_id():
     prompts = [prompt_of(5), prompt_of(9), prompt_of(16)]
     full = [generate(load(), p, eos_id=-1, **SHORT)[0].tolist() for p in prompts]

@@ -96,7 +96,7 @@ _CONFIGS = (LLaDA2MoeConfig, LLaDA21MoeConfig, LLaDA2MoeVeomniConfig)
 
 
 def register_configs():
-    """The half that needs AutoConfig alone; transformers loads its Auto classes one by one (llada2_fast/__init__.py)."""
+    """The half that needs AutoConfig alone; transformers loads its Auto classes singly (llada2_fast/__init__.py)."""
     from transformers import AutoConfig
 
     for config_class in _CONFIGS:

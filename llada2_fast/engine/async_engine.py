@@ -31,6 +31,10 @@ class Call(NamedTuple):
             except FAULTS as error:
                 self.future.set_exception(error)
 
+    def refuse(self):
+        if self.future.set_running_or_notify_cancel():
+            self.future.set_exception(RuntimeError("the engine is closed"))
+
 
 class AsyncEngine:
     """For `async with`, or closed by `aclose()`, which cancels what is not finished."""
@@ -128,7 +132,7 @@ class AsyncEngine:
             while not self._calls.empty():
                 self._waiting.append(self._calls.get())
             for call in filter(None, self._waiting):
-                call.future.cancel()
+                call.refuse()
             self._tell_readers(everybody=True)
 
     def _take_calls(self):
@@ -137,6 +141,8 @@ class AsyncEngine:
         while self._waiting and scheduler.has_room:
             self._waiting.popleft().run()
         while not self._calls.empty() or not (self.engine.has_work or self._waiting):
+            if self._calls.empty():
+                self._tell_readers()  # of what calls have ended, before the thread sleeps
             call = self._calls.get()
             if call is None:
                 return False

@@ -116,13 +116,13 @@ def test_drafts_show_the_open_block():
 
 def test_a_draft_nobody_read_gives_way_to_the_next():
     engine = small_engine()
-    request = engine.add_request(prompt_of(5), DecodeParams(gen_length=30, threshold=2.0, steps=4))
+    request = engine.add_request(prompt_of(5), DecodeParams(gen_length=30, threshold=2.0, steps=4, eos_ids=()))
     request.drafts = True
     seen = 0
     while engine.has_work:
         engine.step()
         seen += request.draft is not None
-    assert seen > 10 and request.draft is None and len(request.events) == 9 + 1  # blocks, finish
+    assert seen > 10 and request.draft is None and len(request.events) == 8 + 1  # blocks, finish
 
 
 def test_two_streams_at_once():
@@ -152,7 +152,7 @@ def test_more_requests_than_may_wait():
 def test_stop_ids(editing):
     """The tokens end with the stop; without editing as soon as no mask is left before it, with it when the block ends."""
     prompt = prompt_of(6, seed=3)
-    params = DecodeParams(gen_length=24, threshold=2.0, steps=4, editing_threshold=editing)
+    params = DecodeParams(gen_length=24, threshold=2.0, steps=4, editing_threshold=editing, eos_ids=())
     tokens, trace = tokens_alone(random_model(), prompt, params), alone(random_model(), prompt, params).trace[0]
     for stop in sorted(set(tokens)):
         end = tokens.index(stop) + 1
@@ -169,7 +169,7 @@ def test_stop_ids(editing):
 
 def test_eos_beats_a_later_stop_and_a_stop_a_later_eos():
     model, prompt = random_model(), prompt_of(6, seed=3)
-    free = DecodeParams(gen_length=24, threshold=2.0, steps=4)
+    free = DecodeParams(gen_length=24, threshold=2.0, steps=4, eos_ids=())
     tokens = tokens_alone(model, prompt, free)
     first, second = tokens[2], next(t for t in tokens[3:] if t not in tokens[:3])
     for eos, stop, reason in ((first, second, "eos"), (second, first, "stop"), (first, first, "eos")):
@@ -180,7 +180,7 @@ def test_eos_beats_a_later_stop_and_a_stop_a_later_eos():
 
 def test_without_early_stop_nothing_is_given_out_behind_an_eos():
     model, prompt = random_model(), prompt_of(6, seed=3)
-    tokens = tokens_alone(model, prompt, DecodeParams(gen_length=24, threshold=2.0, steps=4))
+    tokens = tokens_alone(model, prompt, DecodeParams(gen_length=24, threshold=2.0, steps=4, eos_ids=()))
     params = DecodeParams(gen_length=24, threshold=2.0, steps=4, eos_ids=(tokens[7],))
     engine = small_engine()
     request = engine.add_request(prompt, params, stop_token_ids=[next(t for t in tokens[8:] if t not in tokens[:8])])
@@ -213,8 +213,8 @@ def test_a_stop_that_never_comes_changes_nothing():
     prompt = chat("Add 47 and 96.")
     params = DecodeParams(gen_length=64, threshold=0.9, eos_early_stop=True)
     engine = Engine(demo_model(), EngineConfig(cache_tokens=512), tokenizer())
-    output = engine.generate([prompt], params, stop=["14", "answer is 1439"], stop_token_ids=[5])[0]
-    assert "14" not in output.text
+    output = engine.generate([prompt], params, stop=["15", "answer is 1439"], stop_token_ids=[5])[0]
+    assert "15" not in output.text
     assert_as_alone(output, demo_model(), prompt, params)
 
 

@@ -11,7 +11,7 @@ one process can also compile them. What Triton 3.6 and 3.7 need for that:
    back only the launch's share. Here it is swapped once on entry and put back on exit: faster, and nothing is left.
 3. A loaded value as a bound of range() needs an __index__ that numpy 2.4 accepts.
 4. float32 -> bfloat16 and float8 round to nearest even as on a device, where the interpreter truncates, or loses the
-   carry into the exponent.
+   carry into the exponent; bfloat16 -> float32 keeps subnormals.
 5. Products of bfloat16 matrices are made in float32, where the interpreter multiplies the bits as integers; those of
    float8 too, where it takes NaN for a number.
 6. A check for integer overflow after every sum and product, which wrapping products fail, is off.
@@ -55,13 +55,15 @@ def _call(self, *args, **kwargs):
     return _interpreted(self.fn)(*args, **kwargs)
 
 
-def _round_to_bfloat16(self, value, to_type):
-    if value.dtype.scalar != tl.float32 or to_type.scalar != tl.bfloat16:
-        return _cast(self, value, to_type)
-    bits = np.ascontiguousarray(value.data).view(np.uint32)
-    rounded = (bits + (bits >> 16 & 1) + 0x7FFF) >> 16
-    bits = np.where(np.isnan(value.data), 0x7FC0, rounded).astype(np.uint16)
-    return TensorHandle(bits.reshape(value.data.shape), tl.bfloat16)
+def _cast_with_bfloat16(self, value, to_type):
+    types = value.dtype.scalar, to_type.scalar
+    if types == (tl.bfloat16, tl.float32):
+        return TensorHandle((value.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+    if types == (tl.float32, tl.bfloat16):
+        bits = np.ascontiguousarray(value.data).view(np.uint32).reshape(value.data.shape)
+        rounded = (bits + (bits >> 16 & 1) + 0x7FFF) >> 16
+        return TensorHandle(np.where(np.isnan(value.data), 0x7FC0, rounded).astype(np.uint16), tl.bfloat16)
+    return _cast(self, value, to_type)
 
 
 def _rounding_float8(self, value, to_type, rounding):
@@ -109,7 +111,7 @@ def interpreted():
             mock.patch.object(JITFunction, "__call__", _call),
             mock.patch.object(interpreter, "_patch_lang", lambda function: swapped),
             mock.patch.object(interpreter, "_get_np_dtype", _numpy_type),
-            mock.patch.object(InterpreterBuilder, "cast_impl", _round_to_bfloat16),
+            mock.patch.object(InterpreterBuilder, "cast_impl", _cast_with_bfloat16),
             mock.patch.object(InterpreterBuilder, "create_fp_to_fp", _rounding_float8),
             mock.patch.object(InterpreterBuilder, "create_dot", _dot_in_float32),
             mock.patch.object(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False)),

@@ -73,11 +73,12 @@ def lay_out(logits, layout):
 
 @st.composite
 def sizes(draw, filters):
-    """rows, length, vocab, tile_v that the interpreter can afford: 120 programs, 6 positions that may filter."""
-    rows = draw(st.integers(1, 3) if filters else st.integers(0, 9))
-    length = draw(st.integers(1, 6 // rows) if filters else st.sampled_from((1, 2, 3, 5, 8, 17, 32, 33, 64)))
+    """rows, length, vocab, tile_v that the interpreter can afford: 100 programs, 6 positions that may filter."""
+    most = 6 if filters else 100
+    length = draw(st.integers(1, most) if filters else st.sampled_from((1, 2, 3, 5, 8, 17, 32, 33, 64)))
+    rows = draw(st.integers(1 if filters else 0, min(9, most // length)))
     tile_v = draw(st.sampled_from((64, 128, 256, 1024)))
-    tiles = draw(st.integers(1, max(1, 120 // max(1, rows * length))))
+    tiles = draw(st.integers(1, max(1, 100 // max(1, rows * length))))
     vocab = min(tile_v * tiles, 8191) - draw(st.sampled_from((0, 1, 13, 63)))
     return rows, length, vocab, tile_v
 

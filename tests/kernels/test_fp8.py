@@ -38,22 +38,30 @@ def close(got, expected):
     assert error <= TOLERANCE[got.dtype] * expected.double().norm() and got.isfinite().all()
 
 
-@pytest.mark.parametrize("shape, parts", [((1, 1), 1), ((128, 256), 1), ((130, 300), 1), ((3, 70, 40), 1), ((140, 129), 2)])
-def test_a_weight_by_the_formula(shape, parts):
-    weight = random(*shape) * 3
+@pytest.mark.parametrize("rows, columns, parts", [(1, 1, 1), (128, 256, 1), (130, 300, 1), (140, 129, 2)])
+def test_a_weight_by_the_formula(rows, columns, parts):
+    weight = random(rows, columns) * 3
     values, scale = fp8.quantize_weight(weight, parts)
     assert values.shape == weight.shape and values.dtype == torch.float8_e4m3fn
-    assert scale.shape == fp8.scale_shape(shape, parts) and scale.dtype == torch.float32
-    rows = shape[-2] // parts
-    for matrix, q, s in zip(weight.view(-1, *shape[-2:]), values.view(-1, *shape[-2:]), scale.view(-1, *scale.shape[-2:]),
-                            strict=True):  # fmt: skip
-        for part in range(parts):
-            for i in range(fp8.blocks(rows)):
-                for j in range(fp8.blocks(shape[-1])):
-                    place = slice(part * rows + i * 128, part * rows + min(rows, i * 128 + 128)), slice(j * 128, j * 128 + 128)
-                    own = s[part * fp8.blocks(rows) + i, j]
-                    assert own == matrix[place].abs().max() / 448
-                    assert torch.equal(q[place].float(), (matrix[place] / own).to(torch.float8_e4m3fn).float())
+    assert scale.shape == fp8.scale_shape(weight.shape, parts) and scale.dtype == torch.float32
+    height = rows // parts
+    tops = [part * height + top for part in range(parts) for top in range(0, height, 128)]
+    for i, top in enumerate(tops):
+        bottom = min(top + 128, (top // height + 1) * height)
+        for j in range(fp8.blocks(columns)):
+            block = weight[top:bottom, j * 128 : j * 128 + 128]
+            assert scale[i, j] == block.abs().max() / 448
+            q = values[top:bottom, j * 128 : j * 128 + 128]
+            assert torch.equal(q.float(), (block / scale[i, j]).to(torch.float8_e4m3fn).float())
+
+
+def test_stacked_weights_are_quantised_one_by_one():
+    weight = random(3, 140, 40)
+    values, scale = fp8.quantize_weight(weight, 2)
+    for i in range(3):
+        own = fp8.quantize_weight(weight[i], 2)
+        assert torch.equal(bits(values[i]), bits(own.values)) and torch.equal(scale[i], own.scale)
+    assert torch.equal(fp8.dequantize_weight(values, scale, 2)[1], fp8.dequantize_weight(values[1], scale[1], 2))
 
 
 def test_a_weight_is_off_by_half_a_step_at_most():

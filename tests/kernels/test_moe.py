@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+import triton
+from triton.compiler import ASTSource
 
-from benchmarks import tune_moe
+from benchmarks import aot, tune_moe
 from llada2_fast.kernels import gemm, moe, router
 from llada2_fast.kernels._triton import force_ops
 from tests.kernels.interpreter import interpreted, products_in_order
@@ -252,6 +254,18 @@ def test_experts_refuse():
     }.items():
         with pytest.raises(ValueError, match=f"^{name}"):
             run(moe.experts, *args)
+
+
+@pytest.mark.parametrize("scenario", ["moe mini bf16 fp32 gate", "moe mini fp32 nothing shared"])
+def test_float32_products_are_not_made_in_tf32(scenario):
+    """On Blackwell, Triton takes TF32 for a float32 tl.dot of 64 rows or more, whatever input_precision says."""
+    with aot.recorded() as launches:
+        aot.SCENARIOS[scenario]()
+    for launch in launches:
+        if launch.kernel in (router._scores_kernel, gemm._gemm_kernel):
+            source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
+            ptx = triton.compile(source, target=aot.TARGETS["sm_100"], options=launch.options).asm["ptx"]
+            assert "tf32" not in ptx
 
 
 def test_the_table_of_tiles():

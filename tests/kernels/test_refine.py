@@ -1,10 +1,11 @@
 """The whole refinement step: the kernels in Triton's interpreter against the reference, under every mode and flag."""
 
 import copy
-import math
+from functools import partial
 
 import pytest
 import torch
+import triton
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +14,7 @@ from llada2_fast.kernels._triton import force_ops
 from llada2_fast.kernels.candidates import TILE_V
 from tests.kernels import truth
 from tests.kernels.interpreter import interpreted
-from tests.kernels.test_candidates import BROKEN, DTYPES, LAYOUTS, SOUND, lay_out, logits_of
+from tests.kernels.test_candidates import BROKEN, DTYPES, LAYOUTS, SOUND, lay_out, logits_of, sizes
 
 NEAR = 2e-5  # two confidences, or one and its threshold, closer than this share may be ordered either way
 ALL_FLAGS = 2**8 - 1
@@ -30,7 +31,9 @@ def make(size, dtype, layout, filters, seed, broken=0.1):
 
     few = torch.randperm(vocab, generator=generator)[:6]
     mask_id, eos = int(few[0]), few[1:3].tolist()
-    tokens = few[one_of([0, 0, 0, 1, 2, 3, 4, 5], rows, length, dtype=torch.int64)]
+    which = one_of([0, 0, 0, 1, 2, 3, 4, 5], rows, length, dtype=torch.int64)
+    full = one_of([False, False, True], rows, 1, dtype=torch.bool)  # rows without a mask, or with one at most
+    tokens = few[which.where(~full | (torch.rand(rows, length, generator=generator) < 0.5 / length), which % 5 + 1)]
     kinds = one_of([refine.PROMPT, refine.VALID, refine.VALID, refine.VALID, refine.TAIL, refine.ABSENT], rows, length)
     state = refine.RefineState(
         tokens, kinds.to(torch.int8), one_of([0, 32, 2**31], rows, dtype=torch.int64),
@@ -64,7 +67,7 @@ def make(size, dtype, layout, filters, seed, broken=0.1):
         if not wrong and int(torch.randint(3, (), generator=generator)):  # one of the few gets a probability
             likely = torch.logit(0.05 + 0.9 * torch.rand((), generator=generator))
             x[few[int(torch.randint(6, (), generator=generator))]] = x.logsumexp(0) + likely
-        if parts and int(torch.randint(8, (), generator=generator)) == 0:
+        if parts and int(torch.randint(3, (), generator=generator)) == 0:
             x = parts[int(torch.randint(len(parts), (), generator=generator))]  # the same confidence twice
         parts.append(x)
     logits = (torch.stack(parts) if parts else torch.zeros(0, vocab)).view(rows, length, vocab).to(dtype)
@@ -120,17 +123,6 @@ def compare(got, wanted, kernel_state, reference_state):
             assert torch.equal(a, b), name
 
 
-@st.composite
-def sizes(draw, filters):
-    """rows, length, vocab, tile_v that the interpreter can afford: 100 programs, 6 positions that may filter."""
-    most = 6 if filters else 100
-    length = draw(st.integers(1, most) if filters else st.sampled_from((1, 2, 3, 5, 8, 17, 32, 33, 64)))
-    rows = draw(st.integers(1 if filters else 0, min(9, most // length)))
-    tile_v = draw(st.sampled_from((64, 256, 1024)))
-    tiles = draw(st.integers(1, max(1, 100 // max(1, rows * length))))
-    return rows, length, min(tile_v * tiles, 8191) - draw(st.sampled_from((0, 1, 13, 57))), tile_v
-
-
 def check(size, dtype, layout, only_needed, seed, filters):
     for again in range(20):  # until nothing hangs on a rounding
         logits, index, state, params, mask_id = make(size, dtype, layout, filters, seed * 20 + again)
@@ -155,3 +147,207 @@ def test_parity(size, dtype, layout, only_needed, seed):
 @given(sizes(True), st.sampled_from(DTYPES), st.sampled_from(LAYOUTS), st.booleans(), st.integers(0, 2**32))
 def test_parity_with_filters(size, dtype, layout, only_needed, seed):
     check(size, dtype, layout, only_needed, seed, filters=True)
+
+
+@pytest.mark.parametrize(
+    "flags", [refine.BAN_MASK | refine.EOS_STEP, refine.BAN_MASK | refine.EDITING | refine.EOS_END]
+)
+def test_blocks_from_first_to_last_step(flags):
+    """Steps on the state that the steps before left, until every row is done; then one more changes nothing."""
+    size = (4, 8, 250, 256)
+    _, _, state, params, mask_id = make(size, torch.float32, "contiguous", False, 3)
+    state = refine.RefineState.start_block(
+        torch.full_like(state.tokens, mask_id), torch.zeros_like(state.kind), state.start
+    )
+    state.kind[1, :3] = refine.PROMPT
+    rules = {"flags": flags, "threshold": 0.9, "steps": 4, "min_transfer": 1, "max_steps": 2**30, "max_post_steps": 2}
+    for name, value in rules.items():
+        getattr(params, name).fill_(value)
+    kernel_state = copy.deepcopy(state)
+    for step in range(12):
+        logits, *_ = make(size, torch.float32, "contiguous", False, 100 + step, broken=0.0)
+        wanted = refine.refine_step_ref(logits, state, params, mask_id, tile_v=256)
+        with interpreted():
+            got = refine.launch(logits, kernel_state, params, mask_id, None, False, step % 2 == 0, 256)
+        compare(got._replace(token=wanted.token, confidence=wanted.confidence), wanted, kernel_state, state)
+        if (state.frozen != 0).all():
+            break
+    assert (state.frozen != 0).all() and step > 1
+    before = copy.deepcopy(kernel_state)
+    with interpreted():
+        last = refine.launch(logits.flip(0), kernel_state, params, mask_id, None, False, True, 256)
+    for name in STATE:
+        assert torch.equal(getattr(before, name), getattr(kernel_state, name)), name
+    assert not last.commit.any() and not last.edit.any() and (last.token == -1).all()
+
+
+@pytest.mark.parametrize("threshold, commits, edits", [(1 / 64, 1, 0), (1 / 65, 3, 1)])
+def test_thresholds_are_strict(threshold, commits, edits):
+    """All logits of 64 ids equal: every confidence is 1/64, exactly."""
+    _, _, state, params, mask_id = make((1, 4, 64, 64), torch.float32, "contiguous", False, 0)
+    tokens = torch.full_like(state.tokens, mask_id)
+    tokens[0, 3] = (mask_id + 2) % 64
+    rules = {"flags": refine.EDITING, "threshold": threshold, "edit_threshold": threshold, "temperature": 0}
+    for name, value in (rules | {"steps": 1000, "min_transfer": 1}).items():
+        getattr(params, name).fill_(value)
+    for step in (refine.refine_step_ref, partial(refine.launch, filters=False, only_needed=False)):
+        fresh = refine.RefineState.start_block(tokens.clone(), torch.zeros_like(state.kind), state.start)
+        with interpreted():
+            output = step(torch.zeros(1, 4, 64), fresh, params, mask_id, index=None)
+        assert (int(output.commit.sum()), int(output.edit.sum())) == (commits, edits)
+
+
+def rows_of(which, logits, state, params):
+    which = torch.tensor(which)
+    return logits[which], state.rows(which), params.rows(which)
+
+
+def test_a_row_gives_the_same_bits_alone_and_in_any_batch():
+    logits, _, state, params, mask_id = make((6, 5, 300, 128), torch.float32, "contiguous", True, 11)
+    whole = copy.deepcopy(state)
+    with interpreted():
+        wanted = refine.launch(logits, whole, params, mask_id, None, True, False, 128)
+        for which in ([5, 2, 0, 1, 4, 3], [0], [3], [5]):
+            x, own, rules = rows_of(which, logits, state, params)
+            got = refine.launch(x, own, rules, mask_id, None, True, False, 128)
+            for a, b in zip(got, wanted, strict=True):
+                assert torch.equal(a.view(torch.uint8), b[which].view(torch.uint8))
+            for name in STATE:
+                assert torch.equal(getattr(own, name), getattr(whole, name)[which]), name
+
+
+# The op
+
+
+def arguments(seed=1, size=(3, 4, 60, TILE_V), layout="contiguous"):
+    logits, index, state, params, mask_id = make(size, torch.float32, layout, True, seed)
+    return logits, state, params, mask_id, index
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "packed"])
+def test_op_is_well_formed(layout):
+    logits, state, params, mask_id, index = arguments(layout=layout)
+    tensors = (logits, *vars(state).values(), *vars(params).values())
+    torch.library.opcheck(torch.ops.llada2_fast.refine_step.default, (*tensors, mask_id, index, True, False))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_op_compiles_without_a_graph_break(backend):
+    logits, state, params, mask_id, index = arguments()
+    other = copy.deepcopy(state)
+
+    def call(logits, state):
+        output = refine.refine_step(logits * 1.5, state, params, mask_id, index)
+        return output.status + 0, state.tokens + 1
+
+    wanted = call(logits, state)
+    for a, b in zip(torch.compile(call, backend=backend, fullgraph=True)(logits, other), wanted, strict=True):
+        assert torch.equal(a, b)
+    for name in STATE:
+        assert torch.equal(getattr(other, name), getattr(state, name)), name
+
+
+def test_launches_per_step(monkeypatch):
+    """Two, whatever the number of rows; three where a row may filter."""
+    launched = []
+    run = triton.runtime.jit.JITFunction.run
+    logits, state, params, mask_id, index = arguments()
+    with force_ops("triton"), interpreted():
+        interpreted_run = triton.runtime.jit.JITFunction.run
+        assert interpreted_run is not run
+        monkeypatch.setattr(
+            triton.runtime.jit.JITFunction, "run",
+            lambda kernel, *a, **k: launched.append(kernel.__name__) or interpreted_run(kernel, *a, **k),
+        )  # fmt: skip
+        refine.refine_step(logits, copy.deepcopy(state), params, mask_id, index, filters=False)
+        refine.refine_step(logits, state, params, mask_id, index)
+        monkeypatch.undo()
+    assert launched == ["_vocab_kernel", "_commit_kernel", "_vocab_kernel", "_filter_kernel", "_commit_kernel"]
+
+
+def test_op_runs_the_kernels_where_forced():
+    logits, state, params, mask_id, index = arguments(seed=2)
+    other = copy.deepcopy(state)
+    wanted = refine.refine_step(logits, state, params, mask_id, index)
+    with force_ops("triton"), interpreted():
+        got = refine.refine_step(logits, other, params, mask_id, index)
+    compare(got, wanted, other, state)
+
+
+@pytest.mark.parametrize("choice", ["torch", "triton"])
+def test_no_rows(choice):
+    logits, state, params, mask_id, index = arguments(size=(0, 4, 60, TILE_V))
+    with force_ops(choice), interpreted():
+        output = refine.refine_step(logits, state, params, mask_id, index)
+    assert [tuple(tensor.shape) for tensor in output] == [(0, 8), (0, 4), (0, 4), (0, 4), (0, 4)]
+
+
+def test_kernels_refuse_strided_state():
+    logits, state, params, mask_id, index = arguments()
+    state.tokens = state.tokens.T.contiguous().T
+    with force_ops("triton"), interpreted(), pytest.raises(ValueError, match="tokens: expected a contiguous tensor"):
+        refine.refine_step(logits, state, params, mask_id, index)
+
+
+# On a GPU
+
+
+def on_gpu(made):
+    return type(made)(**{name: tensor.cuda() for name, tensor in vars(made).items()})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rows, length", [(1, 32), (5, 16), (3, 64), (2, 7)])
+def test_compiled_at_the_real_vocabulary(dtype, layout, rows, length):
+    size = (rows, length, 157184, TILE_V)
+    for seed in range(20):
+        logits, index, state, params, mask_id = make(size, dtype, layout, True, seed)
+        before, kernel_state = copy.deepcopy(state), on_gpu(state)
+        wanted = refine.refine_step_ref(logits, state, params, mask_id, index)
+        if decided(before, params, wanted, logits, index, mask_id, TILE_V, False):
+            break
+    else:
+        raise AssertionError("no decided example in 20")
+    at = None if index is None else index.cuda()
+    strided = torch.empty_strided(logits.shape, logits.stride(), dtype=dtype, device="cuda").copy_(logits)
+    got = refine.refine_step(strided, kernel_state, on_gpu(params), mask_id, at)
+    kernel_state = type(state)(**{name: tensor.cpu() for name, tensor in vars(kernel_state).items()})
+    compare(refine.RefineOutput(*(tensor.cpu() for tensor in got)), wanted, kernel_state, state)
+
+
+@pytest.mark.gpu
+def test_compiled_rows_give_the_same_bits_in_any_batch():
+    logits, _, state, params, mask_id = make((9, 8, 157184, TILE_V), torch.bfloat16, "contiguous", True, 5)
+    params.top_k[::2], params.top_p[::2] = 0, 1.0
+    logits, whole, rules = logits.cuda(), on_gpu(state), on_gpu(params)
+    wanted = refine.refine_step(logits, whole, rules, mask_id)
+    for which, filters in (([0], True), ([1], True), ([0, 2, 4], False), (list(range(9))[::-1], True)):
+        x, own, some = (
+            made.cuda() if torch.is_tensor(made) else on_gpu(made)
+            for made in rows_of(which, logits.cpu(), state, params)
+        )
+        got = refine.refine_step(x.cuda(), own, some, mask_id, filters=filters)
+        for a, b in zip(got, wanted, strict=True):
+            assert torch.equal(a.view(torch.uint8), b[which].view(torch.uint8))
+
+
+@pytest.mark.gpu
+def test_a_step_is_captured_in_a_graph_and_never_waits():
+    logits, _, state, params, mask_id = make((4, 32, 157184, TILE_V), torch.bfloat16, "contiguous", True, 6)
+    logits, rules = logits.cuda(), on_gpu(params)
+    eager, replayed = on_gpu(state), on_gpu(state)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        wanted = refine.refine_step(logits, eager, rules, mask_id)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = refine.refine_step(logits, replayed, rules, mask_id)
+    graph.replay()
+    for a, b in zip(got, wanted, strict=True):
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    for name in STATE:
+        assert torch.equal(getattr(eager, name), getattr(replayed, name)), name

@@ -1,0 +1,152 @@
+"""The engine at scale, in simulated time: forwards cost what a model of them says, everything else is real.
+
+    python -m benchmarks.simulate [--requests N] [--cost cpu|h200] [--quick] [--json] [--save]
+
+Scheduler, cache, prefix sharing, refinement and events are the engine's own; only the network is replaced, by one that
+commits random tokens of random confidences and moves the clock. Its cost per forward is linear in tokens and in query-key
+pairs, measured here on the small network (cpu), or the roofline of LLaDA2-mini in bfloat16 (h200). Two loads of the same
+requests, with common system prompts, prompts of 32 to 4096 tokens, three priorities: a backlog, where throughput is held
+against the ideal packing (every forward full, nothing computed twice), and arrivals at 80 % of that throughput, where
+nobody may wait for ever. The run fails where a page leaks, a request is lost, starves, or memory grows without bound.
+"""
+
+import argparse
+import random
+import resource
+import statistics
+import time
+
+import torch
+
+from benchmarks import harness
+from benchmarks.models import SMALL, random_model
+from benchmarks.roofline import GPUS, MINI, floor_ms, step_costs
+from llada2_fast.cache import PagedKVCache
+from llada2_fast.config import DecodeParams, EngineConfig, ModelConfig
+from llada2_fast.engine import Engine
+from llada2_fast.kernels.attention import Run
+
+LENGTH = 32
+TEXT, OTHER, EOS, MASK = range(4)  # the vocabulary
+STAND_IN = ModelConfig(
+    vocab_size=4, hidden_size=2, num_hidden_layers=1, intermediate_size=2, first_k_dense_replace=1,
+    num_attention_heads=1, num_key_value_heads=1, head_dim=2, num_experts=2, num_experts_per_tok=1, n_group=1,
+    topk_group=1, partial_rotary_factor=1.0, max_position_embeddings=8192, block_size=LENGTH, mask_token_id=MASK,
+    eos_token_id=EOS, pad_token_id=EOS,
+)  # fmt: skip
+
+
+class Clock:
+    """Seconds of simulated time."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+class StandIn:
+    """A network for Engine whose forwards take no time but on its clock. cost: (tokens, query-key pairs) -> seconds."""
+
+    config, dtype, device, block_length = STAND_IN, torch.float32, torch.device("cpu"), LENGTH
+    special_ids = {}
+
+    def __init__(self, cost, clock, seed=0):
+        self.cost, self.clock, self.forwards = cost, clock, 0
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def forward_blocks(self, tokens, positions, runs, cache):
+        self.forwards += 1
+        self.clock.now += self.cost(len(tokens), sum(pairs(run.first_block, run.num_blocks) for run in runs))
+        return tokens[:, None].float()
+
+    def lm_logits(self, hidden):
+        """A third of the candidates have a confidence above 0.9; one in 4000 is EOS, and sure of it."""
+        count = hidden.shape[0]
+        logits = torch.full((count, 4), -20.0)
+        logits[:, OTHER] = 0
+        logits[:, TEXT] = torch.randn(count, generator=self.generator) * 1.7 + 1.5
+        logits[:, EOS].masked_fill_(torch.rand(count, generator=self.generator) < 1 / 4000, 20.0)
+        return logits
+
+
+def pairs(first, count):
+    """Query-key pairs of blocks first .. first + count - 1."""
+    return LENGTH * LENGTH * (count * first + count * (count + 1) // 2)
+
+
+def measured_cost(threads=1):
+    """Fit a + b tokens + c pairs to forwards of the small network on this machine: least squares over a grid."""
+    torch.set_num_threads(threads)
+    model, points = random_model(SMALL), []
+    for rows in (1, 4, 16, 64):
+        for first in (0, 15, 63):
+            cache = PagedKVCache(SMALL, rows * (first + 1), LENGTH, torch.float32, "cpu")
+            runs = [Run(cache.allocate(first + 1), first, 1, LENGTH * (first + 1)) for _ in range(rows)]
+            tokens = torch.zeros(rows * LENGTH, dtype=torch.int64)
+
+            def forward(tokens=tokens, runs=runs, cache=cache):
+                hidden = model.forward_blocks(tokens, tokens, runs, cache)
+                model.lm_logits(hidden[: len(tokens) // 2])
+
+            forward()
+            seconds = min(harness.timed_rounds([forward], 1)[0] for _ in range(3))
+            points.append((1.0, rows * LENGTH, rows * pairs(first, 1), seconds))
+    grid = torch.tensor(points, dtype=torch.float64)
+    relative = grid / grid[:, 3:]  # the relative error counts
+    a, b, c = torch.linalg.lstsq(relative[:, :3], relative[:, 3]).solution.clamp(min=0).tolist()
+    return lambda tokens, pairs: a + b * tokens + c * pairs
+
+
+def roofline_cost(gpu="h200", slack=1.25):
+    """LLaDA2-mini in bfloat16 at `slack` times its floor."""
+
+    def cost(tokens, pairs):
+        prefix = pairs / tokens - LENGTH
+        return slack * floor_ms(step_costs(MINI, tokens / LENGTH, max(0.0, prefix)), *GPUS[gpu]) / 1e3
+
+    return cost
+
+
+def workload(count, seed=0):
+    """[(prompt, DecodeParams, priority)]: a third of the prompts begin with one of five system prompts."""
+    rng = random.Random(seed)
+    systems = [[rng.getrandbits(1) for _ in range(512)] for _ in range(5)]
+    jobs = []
+    for _ in range(count):
+        own = [rng.getrandbits(1) for _ in range(int(32 * 2 ** rng.uniform(0, 7)))]
+        prompt = rng.choice(systems) + own if rng.random() < 1 / 3 else own
+        params = DecodeParams(
+            gen_length=rng.randint(64, 512), threshold=0.9, eos_early_stop=True, seed=0,
+            editing_threshold=rng.choice((None, None, 0.95)), max_post_steps=2,
+        )  # fmt: skip
+        jobs.append((prompt, params, rng.choices((0, 1, 2), (80, 15, 5))[0]))
+    return jobs
+
+
+
+
+def simulate(jobs, cost, config, rate=None):
+    """Serve all jobs; rate: arrivals per second, None = as many as may wait at any time. Returns a dict of figures."""
+    clock = Clock()
+    model = StandIn(cost, clock)
+    engine = Engine(model, config, clock=clock)
+    rng, due, added, outputs, most, memory = random.Random(1), 0.0, 0, [], 0, []
+    while added < len(jobs) or engine.has_work:
+        while added < len(jobs) and engine.scheduler.has_room and (rate is None or due <= clock.now):
+            prompt, params, priority = jobs[added]
+            engine.add_request(prompt, params, priority=priority, request_id=str(added))
+            added += 1
+            due += rng.expovariate(rate) if rate else 0.0
+        if not engine.has_work:
+            clock.now = due
+        outputs += [event.output for event in engine.step() if event.output is not None]
+        most = max(most, len(engine.requests))
+        if engine.num_steps % 500 == 0:
+            engine.check_integrity()
+            memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    engine.check_integrity()
+    assert sorted(int(output.request_id) for output in outputs) == list(range(len(jobs))), "a request was lost"
+    assert engine.finished["error"] == 0, engine.finished
+    return {"engine": engine, "model": model, "outputs": outputs, "seconds": clock.now, "most": most, "memory": memory}

@@ -1,0 +1,204 @@
+"""AsyncEngine: many coroutines over one engine in its own thread."""
+
+import asyncio
+import contextlib
+import threading
+import time
+
+import pytest
+
+from llada2_fast.config import DecodeParams
+from llada2_fast.engine import AsyncEngine, QueueFull
+from tests.engine.common import PARAMS, assert_as_alone, assert_empty, prompt_of, random_model, small_engine
+from tests.engine.test_faults import SLOW, failing_model
+
+LONG = DecodeParams(gen_length=400, threshold=2.0, steps=4, eos_ids=())
+
+
+def with_engine(test, **config):
+    """Run the coroutine function `test` on a fresh AsyncEngine; afterwards nothing may be left."""
+    engine = small_engine(**{"cache_tokens": 2048} | config)
+
+    async def main():
+        async with AsyncEngine(engine) as serving:
+            await test(serving)
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+    assert_empty(engine)
+    assert not any(thread.name == "llada2-engine" for thread in threading.enumerate())
+
+
+async def until(condition):
+    while not condition():
+        await asyncio.sleep(0.002)
+
+
+def test_many_at_once_give_what_they_give_alone():
+    async def test(serving):
+        jobs = [(prompt_of(n, n), PARAMS[n % 8]) for n in range(12)]
+        outputs = await asyncio.gather(*(serving.generate(*job) for job in jobs))
+        for output, (prompt, params) in zip(outputs, jobs, strict=True):
+            assert_as_alone(output, random_model(), prompt, params)
+
+    with_engine(test)
+
+
+def test_a_stream_tells_everything_in_order():
+    async def test(serving):
+        events = [event async for event in serving.stream(prompt_of(9), SLOW, drafts=True, request_id="x")]
+        tokens = [token for event in events if event.kind == "commit" for token in event.token_ids]
+        assert tokens == events[-1].output.token_ids and events[-1].request_id == "x"
+        assert [event.kind for event in events if event.kind != "draft"] == ["commit"] * 5 + ["finish"]
+
+    with_engine(test)
+
+
+@pytest.mark.parametrize("how", ["close", "break", "task"])
+def test_leaving_a_stream_cancels_its_request(how):
+    async def test(serving):
+        engine, other = serving.engine, asyncio.create_task(serving.generate(prompt_of(7), PARAMS[1]))
+
+        async def read():
+            async with contextlib.aclosing(serving.stream(prompt_of(5), LONG, request_id="x")) as events:
+                async for event in events:
+                    if how != "task" and event.start > 8:
+                        return
+
+        if how == "close":
+            events = serving.stream(prompt_of(5), LONG, request_id="x")
+            await anext(events)
+            await events.aclose()
+        elif how == "break":
+            await read()
+        else:
+            task = asyncio.create_task(read())
+            await until(lambda: "x" in engine.requests and engine.requests["x"].delivered)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        await until(lambda: "x" not in engine.requests)
+        assert engine.finished["cancelled"] == 1
+        assert_as_alone(await other, random_model(), prompt_of(7), PARAMS[1])
+
+    with_engine(test)
+
+
+def test_a_caller_that_leaves_before_it_is_added_leaves_nothing():
+    async def test(serving):
+        tasks = [asyncio.create_task(serving.generate(prompt_of(5), LONG)) for _ in range(20)]
+        await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(result, asyncio.CancelledError) for result in results)
+        await until(lambda: not serving.engine.has_work)
+
+    with_engine(test)
+
+
+def test_cancel_by_id_ends_the_stream():
+    async def test(serving):
+        task = asyncio.create_task(serving.generate(prompt_of(5), LONG, request_id="x"))
+        await until(lambda: "x" in serving.engine.requests)
+        assert await serving.cancel("x") and not await serving.cancel("x")
+        assert (await task).finish_reason == "cancelled"
+
+    with_engine(test)
+
+
+def test_errors_reach_the_caller():
+    async def test(serving):
+        with pytest.raises(ValueError, match="outside 0..23"):
+            await serving.generate([99], SLOW)
+        with pytest.raises(TypeError):
+            await serving.generate([1], SLOW, colour="red")
+        holder = asyncio.create_task(serving.generate([1], LONG, request_id="x"))
+        await until(lambda: "x" in serving.engine.requests)
+        with pytest.raises(ValueError, match="request_id='x'"):
+            await serving.generate([1], SLOW, request_id="x")
+        assert "x" in serving.engine.requests  # the refused one must not take the first with it
+        holder.cancel()
+
+    with_engine(test)
+
+
+def test_a_full_queue_refuses_or_lets_wait():
+    async def test(serving):
+        running = asyncio.create_task(serving.generate([1], LONG))
+        await until(lambda: serving.engine.scheduler.running)
+        waiting = [asyncio.create_task(serving.generate([n], SLOW)) for n in (2, 3)]
+        await until(lambda: len(serving.engine.scheduler.waiting) == 2)
+        with pytest.raises(QueueFull, match="max_waiting=2"):
+            await serving.generate([4], SLOW)
+        patient = [asyncio.create_task(serving.generate(prompt_of(n), PARAMS[0], wait=True)) for n in range(6)]
+        await asyncio.sleep(0.05)
+        assert len(serving.engine.scheduler.waiting) == 2
+        patient[3].cancel()
+        running.cancel()
+        for n, task in enumerate(patient):
+            if n != 3:
+                assert_as_alone(await task, random_model(), prompt_of(n), PARAMS[0])
+        await asyncio.gather(*waiting)
+
+    with_engine(test, max_running=1, max_waiting=2)
+
+
+def test_a_reader_that_is_slow_misses_drafts_but_no_commit():
+    async def test(serving):
+        kinds = []
+        async for event in serving.stream(prompt_of(5), LONG, drafts=True):
+            kinds.append(event.kind)
+            if event.kind == "draft":
+                time.sleep(0.02)  # blocks the loop: the engine's thread goes on
+        assert kinds.count("commit") == 101 and kinds.count("draft") < 200 and kinds[-1] == "finish"
+
+    with_engine(test)
+
+
+def test_a_fault_hits_the_requests_of_the_step_and_serving_goes_on():
+    async def test(serving):
+        output = await serving.generate(prompt_of(5), SLOW, request_id="x")
+        assert output.error == "request x: RuntimeError: boom"
+        assert_as_alone(await serving.generate(prompt_of(5), SLOW), random_model(), prompt_of(5), SLOW)
+
+    with_engine(test, model=failing_model(3, RuntimeError("boom")))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_broken_invariant_ends_the_thread_and_every_caller_hears_of_it():
+    engine = small_engine(model=failing_model(3, AssertionError("ours")), cache_tokens=2048)
+
+    async def main():
+        serving = AsyncEngine(engine)
+        tasks = [asyncio.create_task(serving.generate(prompt_of(n), LONG)) for n in (5, 6)]
+        for task in tasks:
+            with pytest.raises(RuntimeError, match="closed|thread has ended"):
+                await task
+        with pytest.raises(RuntimeError, match="closed"):
+            await serving.generate([1], SLOW)
+        await serving.aclose()
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_closing_ends_what_runs():
+    engine = small_engine(cache_tokens=2048)
+
+    async def main():
+        serving = AsyncEngine(engine)
+        tasks = [asyncio.create_task(serving.generate(prompt_of(n), LONG)) for n in range(6)]
+        await until(lambda: len(engine.requests) == 6)
+        await serving.aclose()
+        assert {(await task).finish_reason for task in tasks} == {"cancelled"}
+        await serving.aclose()
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+    assert_empty(engine)
+
+
+def test_calls_run_between_steps_in_the_engine_s_thread():
+    async def test(serving):
+        assert await serving.call(lambda engine: threading.current_thread().name) == "llada2-engine"
+        assert await serving.call(lambda engine: engine.cache.num_free) == 512
+
+    with_engine(test)

@@ -1,0 +1,177 @@
+"""What goes wrong hits the request it belongs to, by name; the others finish with unchanged tokens, the pages come back."""
+
+import pytest
+import torch
+
+from llada2_fast.config import DecodeParams
+from llada2_fast.model import LLaDA2Model
+from tests.engine.common import (
+    MASK, PARAMS, VOCAB, assert_as_alone, assert_empty, prompt_of, random_model, small_engine, tokens_alone,
+)  # fmt: skip
+
+POISON = 20  # a token whose embedding is NaN in the poisoned model
+SLOW = DecodeParams(gen_length=16, threshold=2.0, steps=4, eos_ids=())
+
+
+def copy_of_model():
+    model = LLaDA2Model(random_model().config)
+    model.load_state_dict(random_model().state_dict())
+    return model
+
+
+def poisoned_model():
+    model = copy_of_model()
+    model.word_embeddings.weight[POISON] = float("nan")
+    model.lm_head.weight[POISON] = model.lm_head.weight[POISON - 1]  # of equal logits the lower id is taken
+    return model
+
+
+def clean(prompt):
+    return [token if token != POISON else 0 for token in prompt]
+
+
+class Failing(LLaDA2Model):
+    """Raises `error` in forward number `at`."""
+
+    at, error, forwards = None, None, 0
+
+    def forward_blocks(self, *args):
+        self.forwards += 1
+        if self.forwards == self.at:
+            raise self.error
+        return super().forward_blocks(*args)
+
+
+def failing_model(at, error):
+    model = Failing(random_model().config)
+    model.load_state_dict(random_model().state_dict())
+    model.at, model.error = at, error
+    return model
+
+
+@pytest.mark.parametrize("size", [3, 9, 30])
+def test_nan_in_one_row_fails_that_request_alone(size):
+    """In the open block, in a carried one, in prefill. Nobody finds the poisoned pages afterwards."""
+    model = poisoned_model()
+    engine = small_engine(model=model, prefill_tokens=8)
+    jobs = [(clean(prompt_of(n, n)), params) for n, params in zip((5, 12, 7), (PARAMS[1], *PARAMS[4:6]), strict=True)]
+    good = [engine.add_request(*job) for job in jobs[:2]]
+    bad = engine.add_request([*clean(prompt_of(size)), POISON, 1], PARAMS[0], request_id="bad")
+    good.append(engine.add_request(*jobs[2]))
+    events = list(engine.stream(bad))
+    assert bad.output.finish_reason == "error" and events[-1].output is bad.output and not bad.output.token_ids
+    assert bad.output.error == "request bad: logits hold NaN or infinity at step 0 of block " + str((size + 2) // 4)
+    while engine.has_work:
+        engine.step()
+    for request, (prompt, params) in zip(good, jobs, strict=True):
+        assert_as_alone(request.output, model, prompt, params)
+    assert_empty(engine)
+    assert engine.cache.find(bad.keys) == ()
+    again = engine.generate([bad.prompt, *(prompt for prompt, _ in jobs)], [PARAMS[0], *(p for _, p in jobs)])
+    assert [output.finish_reason == "error" for output in again] == [True, False, False, False]
+    for output, (prompt, params) in zip(again[1:], jobs, strict=True):
+        assert_as_alone(output, model, prompt, params)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("boom"), torch.OutOfMemoryError("no memory"), ValueError("x")])
+@pytest.mark.parametrize("at", [1, 2, 5, 9])
+def test_an_exception_in_a_forward_fails_the_requests_of_that_step(at, error):
+    engine = small_engine(model=failing_model(at, error), max_running=2)
+    requests = [engine.add_request(prompt_of(n, n), SLOW) for n in (5, 9, 4, 6)]
+    outputs = {}
+    while engine.has_work:
+        for event in engine.step():
+            if event.output is not None:
+                outputs[event.request_id] = event.output
+        engine.check_integrity()
+    hit = requests[:2]
+    for request in requests:
+        assert request.output is outputs[request.request_id]
+        if request in hit:
+            assert request.output.finish_reason == "error"
+            assert request.output.error == f"request {request.request_id}: {type(error).__name__}: {error}"
+            expected = tokens_alone(random_model(), request.prompt, SLOW)
+            assert expected[: len(request.output.token_ids)] == request.output.token_ids
+        else:
+            assert_as_alone(request.output, random_model(), request.prompt, SLOW)
+    assert engine.finished == {"error": 2, "length": 2}
+    assert_empty(engine)
+
+
+def test_an_exception_in_prefill_fails_who_was_prefilled():
+    engine = small_engine(model=failing_model(2, RuntimeError("boom")), prefill_tokens=8)
+    long = engine.add_request(prompt_of(40), SLOW)
+    while long.output is None:
+        engine.step()
+    assert long.output.error == "request request-1: RuntimeError: boom"
+    assert_as_alone(engine.generate([prompt_of(40)], SLOW)[0], random_model(), prompt_of(40), SLOW)
+    assert_empty(engine)
+
+
+def test_a_broken_invariant_is_raised_and_the_pages_can_be_given_back():
+    engine = small_engine(model=failing_model(3, AssertionError("ours")))
+    request = engine.add_request(prompt_of(5), SLOW)
+    with pytest.raises(AssertionError, match="ours"):
+        while True:
+            engine.step()
+    assert engine.cancel(request.request_id)
+    assert_empty(engine)
+
+
+def test_no_room_is_refused_at_once_and_leaves_nothing():
+    engine = small_engine(cache_tokens=40)
+    with pytest.raises(ValueError, match="11 pages of 4 tokens are needed, the whole cache has 10"):
+        engine.add_request(prompt_of(30), DecodeParams(gen_length=11))
+    assert_empty(engine)
+    assert engine.generate([prompt_of(30)], DecodeParams(gen_length=10, threshold=0.0))[0].error is None
+
+
+@pytest.mark.parametrize("read", [0, 1, 4])
+def test_closing_a_stream_cancels_its_request(read):
+    engine = small_engine()
+    other = engine.add_request(prompt_of(6), PARAMS[1])
+    request = engine.add_request(prompt_of(5), SLOW)
+    stream = engine.stream(request)
+    next(stream)
+    for _ in range(read):
+        next(stream)
+    stream.close()
+    assert request.output.finish_reason == "cancelled" and request.status == "finished"
+    engine.check_integrity()
+    while engine.has_work:
+        engine.step()
+    assert_as_alone(other.output, random_model(), prompt_of(6), PARAMS[1])
+    assert_empty(engine)
+
+
+@pytest.mark.parametrize("steps", range(12))
+def test_cancelling_at_any_step_frees_pages_at_once(steps):
+    engine = small_engine(prefill_tokens=8)
+    request = engine.add_request(prompt_of(18), SLOW, request_id="x")
+    for _ in range(steps):
+        engine.step()
+    assert engine.cancel("x") and not engine.cancel("x")
+    assert_empty(engine)
+    output = request.output
+    assert output.finish_reason == "cancelled" and output.error is None
+    assert tokens_alone(random_model(), prompt_of(18), SLOW)[: len(output.token_ids)] == output.token_ids
+    assert request.events[-1].output is output
+
+
+def test_generate_that_fails_half_way_cancels_what_it_added():
+    engine = small_engine()
+    with pytest.raises(ValueError, match="outside"):
+        engine.generate([[1, 2], [VOCAB]], SLOW)
+    assert_empty(engine)
+
+
+def test_a_model_that_always_predicts_the_mask_ends():
+    model = copy_of_model()
+    model.lm_head.weight[MASK] = 50 * model.lm_head.weight[:MASK].abs().amax(0)
+    engine = small_engine(model=model)
+    jobs = [(prompt_of(n), params) for n, params in zip((5, 9, 4), PARAMS[:3], strict=True)]
+    outputs = engine.generate([prompt for prompt, _ in jobs], [params for _, params in jobs])
+    for output, (prompt, params) in zip(outputs, jobs, strict=True):
+        assert MASK not in output.token_ids
+        assert_as_alone(output, model, prompt, params)
+    assert_empty(engine)

@@ -1,0 +1,16 @@
+"""Every kernel compiles for an H100, without a spill; `python -m benchmarks.aot` does all specialisations and GPUs."""
+
+import pytest
+
+from benchmarks import aot
+
+ONE_EACH = [
+    "refine bf16 filters", "candidates bf16 runner-up filters", "moe mini bf16 T=512", "moe mini fp8 T=32",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("scenario", ONE_EACH)
+def test_compiles_without_spills(scenario):
+    results = aot.compile_all(["sm_90"], [scenario])
+    assert [(result.kernel, result.fault) for result in results if result.fault] == []
+    assert all(result.registers > 0 and result.shared >= 0 for result in results)

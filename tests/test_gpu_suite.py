@@ -1,0 +1,310 @@
+"""The GPU suite on a CPU: order, deadline, resume, error lines, goals, gates, and every path of a dry run."""
+
+import json
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import gpu, gpu_gates, gpu_goals, gpu_machine, gpu_steps
+from benchmarks.gpu_machine import DoesNotFit, Machine, Point
+from benchmarks.gpu_steps import Step
+from benchmarks.gpu_weights import SHARP, fill, random_model
+from llada2_fast.kernels import attention, norm
+from llada2_fast.kernels.fp8 import dequantize_weight
+from llada2_fast.model import LLaDA2Model
+
+CEILINGS = {"copy_tb_s": 4.0, "bf16_tflops": 700.0}
+
+
+@pytest.fixture
+def machine():
+    torch.manual_seed(0)
+    return Machine(dry=True)
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def suite(machine, path, points, seconds=60.0, resume=False):
+    """Run some points behind given ceilings; (Outcome, lines by point)."""
+    results = gpu.Results(machine, path, resume)
+    first = Point("ceilings", "ceilings", 0.1, lambda machine: CEILINGS, gate=None)
+    outcome = gpu.run([first, *points], machine, results, time.monotonic() + seconds)
+    return outcome, results.lines
+
+
+def fails(machine):
+    raise ZeroDivisionError("one\n  two")
+
+
+# the command
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_it_says_so_in_a_line_and_exits_2(capsys, tmp_path):
+    assert gpu.main(["--results", str(tmp_path / "gpu.jsonl")]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and "needs a CUDA device" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_sections_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["--dry-run", "--only", "kernels,speed"])
+    assert "--only speed: expected some of ceilings, kernels, steps, decode" in capsys.readouterr().err
+
+
+def test_dry_run_of_the_kernels_is_kept_and_resumed(capsys, tmp_path, monkeypatch):
+    path = tmp_path / "results" / "gpu.jsonl"
+    command = ["--dry-run", "--only", "kernels", "--results", str(path), "--resume"]
+    assert gpu.main(command) == 0
+    lines, printed = lines_of(path), capsys.readouterr().out.splitlines()
+    names = [line["point"] for line in lines]
+    assert names == [point.name for point in gpu.all_points(["kernels"])] and names[0] == "ceilings"
+    assert all(line["dry_run"] and line["benchmark"] == "gpu" and "error" not in line for line in lines)
+    assert {"device", "threads", "versions", "commit", "sources", "time", "seconds"} <= set(lines[0])
+    timed = [line for line in lines[1:] if not line["point"].startswith("gate ")]
+    assert all(line["us"] > 0 and line["percent_of_copy"] > 0 and line["over_floor"] > 0 for line in timed)
+    assert [json.loads(line)["point"] for line in printed[1 : len(lines) + 1]] == names
+    assert json.loads(printed[-1])["measured"] == len(lines)
+
+    before = path.read_bytes()
+    assert gpu.main(command) == 0 and path.read_bytes() == before
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["measured"] == 0
+    monkeypatch.setattr(gpu, "sources", lambda: "changed")
+    gpu.main(command)
+    assert len(lines_of(path)) == 2 * len(lines)
+
+
+def test_dry_run_of_steps_peers_and_decoding(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_steps, "GRID", [(1, 1024), (32, 1024)])
+    path = tmp_path / "gpu.jsonl"
+    assert gpu.main(["--dry-run", "--only", "steps,decode", "--results", str(path)]) == 0
+    lines = {line["point"]: line for line in lines_of(path)}
+    step = lines["step mini bf16 b1 p1024"]
+    assert step["floor_default_ms"] > 0 and step["over_floor"] == pytest.approx(step["ms"] / step["floor_ms"], rel=1e-3)
+    assert 0 < step["experts_touched"] <= 16 and step["experts_expected"] <= 16
+    assert {f"peer {name}" for name in ("eager", "compile", "grouped_mm")} < lines.keys()
+    decode = lines["decode mini bf16 b1"]
+    assert decode["tok_s"] > 0 and decode["host_syncs_per_step"] == decode["launches_per_step"] == 0
+    assert (
+        lines["decode diffusers"]["ratio_vs_diffusers"] is None or lines["decode diffusers"]["ratio_vs_diffusers"] > 0
+    )
+    assert "step flash fp8 b1 p65504" in lines
+    *_, summary = printed = capsys.readouterr().out.splitlines()
+    verdicts = json.loads(summary)["goals"]
+    assert list(verdicts) == [goal.text for goal in gpu_goals.GOALS]
+    assert verdicts["host syncs in a step, 0"] == "met"
+    for line, (text, verdict) in zip(printed[-1 - len(verdicts) : -1], verdicts.items(), strict=True):
+        assert line.startswith(verdict) and line.endswith(text)
+
+
+def test_without_diffusers_its_ratio_is_null(machine, monkeypatch):
+    from benchmarks import gpu_decode
+
+    monkeypatch.setattr(gpu_decode, "find_spec", lambda name: None)
+    line = gpu_decode.time_diffusers(machine)
+    assert line["ratio_vs_diffusers"] is None and line["diffusers_tok_s"] is None and line["call_tok_s"] > 0
+
+
+# order, deadline, failures
+
+
+def test_points_go_in_two_rounds_through_the_sections_with_gates_first():
+    points = gpu.all_points()
+    assert len({point.name for point in points}) == len(points) and points[0].name == "ceilings"
+    order = [(point.later, gpu.SECTIONS.index(point.section)) for point in points]
+    assert order == sorted(order)
+    at = {point.name: i for i, point in enumerate(points)}
+    assert all(at[point.gate] < at[point.name] for point in points[1:])
+    telling = {name for goal in gpu_goals.GOALS for name in goal.points} - {"peer grouped_mm"}
+    assert all(not points[at[name]].later for name in telling)
+    assert sum(point.seconds for point in points if not point.later) < 8 * 60 - gpu.RESERVE_S
+
+
+def test_what_would_not_end_in_time_is_left_out_and_the_rest_is_not(machine):
+    ran = []
+    points = [
+        Point(name, "kernels", seconds, lambda machine, name=name: ran.append(name) or {})
+        for name, seconds in (("long", 1000.0), ("short", 1.0), ("too long", 70.0), ("last", 2.0))
+    ]
+    outcome, _ = suite(machine, None, points, seconds=60.0)
+    assert ran == ["short", "last"] and outcome == gpu.Outcome(measured=3, failed=0, left_out=2)
+
+
+def test_slower_machines_are_given_less_to_do(machine):
+    points = [Point("slow", "kernels", 0.01, lambda machine: time.sleep(0.5) or {})]
+    points += [Point("next", "kernels", 4.0, lambda machine: {})]
+    assert suite(machine, None, points, seconds=4.6)[0].left_out == 1  # 4.1 s are left, but all takes a tenth longer
+    assert suite(machine, None, points, seconds=6.0)[0].left_out == 0
+
+
+def test_what_has_not_ended_at_the_deadline_is_broken_off(machine, tmp_path):
+    path = tmp_path / "gpu.jsonl"
+    points = [Point("hangs", "steps", 0.1, lambda machine: time.sleep(60)), Point("never", "steps", 0.1, fails)]
+    started = time.monotonic()
+    outcome, lines = suite(machine, path, points, seconds=1.5)
+    assert time.monotonic() - started < 10
+    assert outcome == gpu.Outcome(measured=1, failed=0, left_out=2)
+    assert lines["hangs"]["error"] == "broken off: out of time" and "never" not in lines
+    assert [line["point"] for line in lines_of(path)] == ["ceilings", "hangs"]
+    assert suite(machine, None, points, seconds=-1.0)[0] == gpu.Outcome(left_out=3)
+
+
+def test_a_persons_interrupt_ends_the_suite(machine):
+    def interrupted(machine):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        suite(machine, None, [Point("a", "steps", 0.1, interrupted)])
+
+
+def test_a_failure_is_recorded_tried_again_and_costs_no_other_point(machine, tmp_path, capsys):
+    def too_large(machine):
+        raise DoesNotFit("cache needs 172.0 GB, 100.0 GB are free")
+
+    path = tmp_path / "gpu.jsonl"
+    points = [Point("bad", "steps", 0.1, fails), Point("large", "steps", 0.1, too_large)]
+    points.append(Point("good", "steps", 0.1, lambda machine: {"ms": 1 / 3}))
+    outcome, lines = suite(machine, path, points)
+    assert outcome == gpu.Outcome(measured=3, failed=1) and "ZeroDivisionError" in capsys.readouterr().err
+    assert lines["bad"]["error"] == "ZeroDivisionError: one two"
+    assert lines["large"]["skipped"].startswith("cache needs") and lines["good"]["ms"] == 0.33333
+    assert suite(machine, path, points, resume=True)[0] == gpu.Outcome(measured=0, failed=1)
+
+
+def test_nothing_is_timed_whose_gate_has_not_passed(machine):
+    timed = []
+    points = [Point("gate a", "kernels", 0.1, fails)]
+    points.append(Point("a", "kernels", 0.1, lambda machine: timed.append(1) or {}, gate="gate a"))
+    outcome, lines = suite(machine, None, points)
+    assert not timed and outcome.failed == 2 and lines["a"]["error"] == "gate a did not pass"
+
+
+def test_a_lost_device_ends_the_run_and_its_point_is_not_tried_again(machine, tmp_path):
+    path = tmp_path / "gpu.jsonl"
+    machine.lost = lambda: True
+    points = [Point("kills", "kernels", 0.1, fails), Point("next", "kernels", 0.1, lambda machine: {})]
+    outcome, lines = suite(machine, path, points)
+    assert outcome.device_lost and "next" not in lines
+    machine.lost = lambda: False
+    assert suite(machine, path, points, resume=True)[0] == gpu.Outcome(measured=1)
+
+
+# goals
+
+
+def test_goals_are_met_missed_or_not_measured():
+    step, one, many = "step mini bf16 b1 p1024", "decode mini bf16 b1", "decode mini bf16 b32"
+    lines = {step: {"over_floor_default": 1.25, "host_syncs": 1, "launches_outside_graph": 2, "peak_gb": None}}
+    lines |= {one: {"tok_s": 1099.0}, many: {"tok_s": 9000.0}, "attention b8 p32768": {"error": "no", "us": 1.0}}
+    found = {text: (value, verdict) for text, value, verdict in gpu_goals.judge(lines)}
+    assert len(found) == len(gpu_goals.GOALS)
+    by_start = {text.partition(",")[0]: verdict for text, (_, verdict) in found.items()}
+    assert by_start["mini bf16 b1 p1024: step over its default floor"] == "met"
+    assert by_start["host syncs in a step"] == "missed"
+    assert by_start["launches outside the graph in a step"] == "met"
+    assert by_start["mini bf16 b1: tokens/s at TPF 6.63"] == "missed"
+    assert by_start["mini bf16: tokens/s of batch 32 over batch 1"] == "met"
+    assert by_start["attention b8 p32768: percent of copy bandwidth"] == "not measured"
+    assert by_start["mini fp8 b1: tokens/s at TPF 6.63"] == "not measured"
+    assert by_start["mini bf16 b1 p1024: peak memory in GB"] == "not measured"
+
+
+def test_every_goal_reads_points_that_exist():
+    names = {point.name for point in gpu.all_points()}
+    assert {name for goal in gpu_goals.GOALS for name in goal.points} <= names
+
+
+# gates and steps
+
+
+def test_gates_find_wrong_kernels(machine, monkeypatch):
+    right_norm, right_attention = norm.add_rms_norm, attention.block_attention
+
+    def wrong_norm(x, *args):
+        total, out = right_norm(x, *args)
+        return total, out * (1.05 if x.dtype == torch.bfloat16 else 1.0)
+
+    def unwritten(q, *args):
+        out = right_attention(q, *args)
+        if q.dtype == torch.bfloat16:
+            out[3] = torch.empty_like(out[3])
+        return out
+
+    monkeypatch.setattr(norm, "add_rms_norm", wrong_norm)
+    monkeypatch.setattr(attention, "block_attention", unwritten)
+    with pytest.raises(ArithmeticError, match=r"norm, relative error: 0\.0[45]"):
+        gpu_gates.gate_norm(machine)
+    with pytest.raises(ArithmeticError, match="attention, relative error: nan"):
+        gpu_gates.gate_attention(machine)
+
+
+def test_poison_ends_with_its_block():
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        with gpu_machine.poisoned():
+            assert torch.empty(3).isnan().all()
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def test_a_step_does_all_its_work_and_can_be_repeated(machine):
+    step = Step(machine, machine.network("mini"), batch=2, prefix=64)
+    tokens = step.state.tokens.clone()
+    step.check()
+    step.reset()
+    out = step.call()
+    assert (out.token >= 0).all() and not out.commit.any() and not out.edit.any()
+    assert torch.equal(step.state.tokens, tokens) and (step.state.frozen != 0).all()
+    assert 0 < step.touched() <= machine.config("mini").num_experts
+
+
+def test_one_network_is_kept_at_a_time(machine):
+    bf16 = machine.network("mini")
+    assert machine.network("mini") is bf16
+    fp8 = machine.network("mini", float8=True)
+    assert fp8.lm_head.weight.dtype == torch.float8_e4m3fn and machine.network("mini") is not bf16
+
+
+def test_masks_of_a_random_network_choose_almost_as_many_experts_as_other_tokens():
+    torch.manual_seed(1)
+    config = replace(
+        gpu_machine.TINY, hidden_size=128, num_hidden_layers=4, num_experts=64, num_experts_per_tok=4, head_dim=64,
+        n_group=8, topk_group=4,
+    )  # fmt: skip
+    sharp = random_model(config, torch.float32, "cpu")
+    plain = LLaDA2Model(config)
+    fill(plain)
+    for name, p in plain.named_parameters():
+        if "_layernorm.weight" in name:
+            p.fill_(1.0)
+    ids = torch.randint(500, (1, 512 + 32))
+    masks = ids.clone()
+    masks[0, -32:] = config.mask_token_id
+
+    def touched(model, ids):
+        chosen = model(ids, output_router_indices=True).router_indices
+        counts = [layer[-32:].unique().numel() for layer in chosen if layer is not None]
+        return sum(counts) / len(counts)
+
+    assert sharp.layers[0].attention.query_layernorm.weight[0] == SHARP
+    assert touched(sharp, masks) > 0.8 * touched(sharp, ids)
+    assert touched(plain, masks) < 0.7 * touched(plain, ids)
+
+
+def test_float8_weights_stand_for_values_of_the_usual_size(machine):
+    layer = gpu_gates.moe_layer(machine, float8=True)
+    for weight, scale, parts in (
+        (layer.experts.gate_up, layer.experts.gate_up_scale, 2),
+        (layer.shared_experts.down.weight, layer.shared_experts.down.scale, 1),
+    ):
+        values = dequantize_weight(weight, scale, parts)
+        assert values.std().item() == pytest.approx(weight.shape[-1] ** -0.5, rel=0.05) and values.mean().abs() < 0.01
