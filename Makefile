@@ -11,11 +11,11 @@ PYTEST_ARGS ?= -q -n 2 --dist loadfile
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-slow test-hosts test-gpu check bench clean
+.PHONY: help demo test test-slow test-hosts test-gpu check aot bench clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo | test | test-slow | test-hosts | test-gpu | check | bench | clean"
+	@echo "make demo | test | test-slow | test-hosts | test-gpu | check | aot | bench | clean"
 
 # torch goes first and alone: with a CPU build already there, nothing later asks for CUDA packages.
 $(VENV)/.installed: setup.py constraints.txt
@@ -52,6 +52,9 @@ check: $(VENV)/.installed-test
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/python -m pytest -q tests/test_layers.py
+
+aot: $(VENV)/.installed-test
+	@$(BIN)/python -m benchmarks.aot
 
 bench: $(VENV)/.installed-test
 	@$(BIN)/python -m benchmarks.bench_decode --quick --json
