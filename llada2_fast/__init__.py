@@ -14,10 +14,13 @@ __version__ = "0.1.0"
 
 # Public name -> the submodule it lives in; `demo` is that submodule itself.
 _HOME = {
+    "AsyncEngine": "engine",
     "BlockRefinementScheduler": "scheduler",
     "BlockRefinementSchedulerOutput": "scheduler",
     "CheckpointError": "checkpoint",
     "DecodeParams": "config",
+    "Engine": "engine",
+    "EngineConfig": "config",
     "GenerateOutput": "generate",
     "LLaDA2Model": "model",
     "LLaDA2Pipeline": "pipeline",

@@ -13,7 +13,7 @@ from tests.kernels import truth
 from tests.kernels.interpreter import interpreted
 
 NONE, NAN = -math.inf, math.nan
-TEMPERATURES, TOP_K, TOP_P = (0.0, 0.3, 1.0, 2.5), (0, 1, 3, 40, 10**6), (1.0, 0.95, 0.5, 1e-6, 2.0)
+TEMPERATURES, TOP_K, TOP_P = (0.0, 0.3, 1.0, 2.5), (0, 1, 3, 40, 10**6), (1.0, 0.95, 0.5, 0.3, 1e-6, 2.0)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = ("contiguous", "transposed", "sliced", "packed")
 
@@ -137,7 +137,7 @@ def test_greedy_and_temperature(size, dtype, layout, runner_up, seed):
     check(size, dtype, layout, runner_up, seed, filters=False)
 
 
-@settings(max_examples=40, phases=[Phase.generate])  # an example is too slow to shrink
+@settings(max_examples=30, phases=[Phase.generate])  # an example is too slow to shrink
 @given(sizes(True), st.sampled_from(DTYPES), st.sampled_from(LAYOUTS), st.booleans(), st.integers(0, 2**32))
 def test_filters(size, dtype, layout, runner_up, seed):
     check(size, dtype, layout, runner_up, seed, filters=True)

@@ -137,16 +137,22 @@ def check(size, dtype, layout, only_needed, seed, filters):
     compare(got, wanted, kernel_state, state)
 
 
-@settings(max_examples=50, phases=[Phase.generate])  # an example is too slow to shrink
+@settings(max_examples=40, phases=[Phase.generate])  # an example is too slow to shrink
 @given(sizes(False), st.sampled_from(DTYPES), st.sampled_from(LAYOUTS), st.booleans(), st.integers(0, 2**32))
 def test_parity(size, dtype, layout, only_needed, seed):
     check(size, dtype, layout, only_needed, seed, filters=False)
 
 
-@settings(max_examples=25, phases=[Phase.generate])  # an example is too slow to shrink
+@settings(max_examples=20, phases=[Phase.generate])  # an example is too slow to shrink
 @given(sizes(True), st.sampled_from(DTYPES), st.sampled_from(LAYOUTS), st.booleans(), st.integers(0, 2**32))
 def test_parity_with_filters(size, dtype, layout, only_needed, seed):
     check(size, dtype, layout, only_needed, seed, filters=True)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_parity_of_many_short_rows(seed):
+    """Ends of blocks and of rows in all their combinations, which longer rows seldom meet."""
+    check((48, 3, 61, 64), torch.float32, "contiguous", False, 1000 + seed, filters=False)
 
 
 @pytest.mark.parametrize(
