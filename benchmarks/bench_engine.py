@@ -5,9 +5,9 @@
 The small random network, float32, on as many threads as torch uses. Requests have prompts of 64 to 256 tokens and
 answers of 64 to 192, quota decoding, 4 tokens a forward. Before anything is timed, all tokens of the engine must be
 those of generate(), later also those of diffusers. Measured are: 16 requests in flight against generate() one by one;
-requests of one prompt length against lock-step batches of diffusers' LLaDA2Pipeline, which drives the same network as it
-drives any model; latencies at 1 to 64 in flight and at several arrival rates; and what the engine itself costs per step
-and row, everything but forward and refinement.
+requests of one prompt length against lock-step batches of diffusers' LLaDA2Pipeline, which drives the same network as
+it drives any model; latencies at 1 to 64 in flight and at several arrival rates; and what the engine itself costs per
+step and row, everything but forward and refinement.
 """
 
 import argparse
@@ -181,9 +181,10 @@ def plot(results, file):
         (axes[1], levels, "in_flight", "requests in flight"),
         (axes[2], results["rates"], "rate", "arrivals per second"),
     ):
-        for what in ("first_block_ms", "inter_block_ms", "request_ms"):
+        for i, what in enumerate(("first_block_ms", "inter_block_ms", "request_ms")):
             for p, style in (("p50", "o-"), ("p99", "o:")):
-                axis.plot([x[name] for x in points], [x[what][p] for x in points], style, label=f"{what[:-3]} {p}")
+                place, ms = [x[name] for x in points], [x[what][p] for x in points]
+                axis.plot(place, ms, style, color=f"C{i}", label=f"{what[:-3]} {p}")
         axis.set(xlabel=label, ylabel="ms", yscale="log")
         axis.legend(fontsize=7)
     figure.tight_layout()
@@ -196,8 +197,8 @@ def main(argv=None):
     parser.add_argument("--plot", metavar="FILE", help="draw throughput and latencies; needs llada2-fast[plot]")
     options = parser.parse_args(argv)
     model = random_model(SMALL)
-    jobs = workload(24 if options.quick else 64)
-    tok_s, serial_tok_s, at_16 = against_serial(model, jobs, 1 if options.quick else 3)
+    jobs = workload(32 if options.quick else 64)
+    tok_s, serial_tok_s, at_16 = against_serial(model, jobs, 3)
     print(f"{IN_FLIGHT} in flight {tok_s:.0f} tok/s, one by one {serial_tok_s:.0f}: {tok_s / serial_tok_s:.2f}x")
     alike = [([*prompt[:64]], params) for prompt, params in jobs[:IN_FLIGHT]]
     if options.quick:

@@ -16,6 +16,8 @@ import random
 import resource
 import statistics
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -126,6 +128,11 @@ def workload(count, seed=0):
     return jobs
 
 
+def figures_only(output):
+    """A RequestOutput without its tokens and trace but for their number: ten thousand are kept."""
+    return replace(output, token_ids=range(len(output.token_ids)), confidences=[], steps=[], trace=None)
+
+
 def simulate(jobs, cost, config, rate=None):
     """Serve all jobs; rate: arrivals per second, None = as many as may wait at any time. Returns a dict of figures."""
     clock = Clock()
@@ -139,11 +146,11 @@ def simulate(jobs, cost, config, rate=None):
             due += rng.expovariate(rate) if rate else 0.0
         if not engine.has_work:
             clock.now = due
-        outputs += [event.output for event in engine.step() if event.output is not None]
+        outputs += [figures_only(event.output) for event in engine.step() if event.output is not None]
         most = max(most, len(engine.requests))
         if engine.num_steps % 500 == 0:
             engine.check_integrity()
-            memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+            memory.append(int(Path("/proc/self/statm").read_text("utf-8").split()[1]) * resource.getpagesize() / 2**20)
     engine.check_integrity()
     assert sorted(int(output.request_id) for output in outputs) == list(range(len(jobs))), "a request was lost"
     assert engine.finished["error"] == 0, engine.finished

@@ -79,10 +79,7 @@ def _greedy_ref(logits, row, mask_id, ban_mask, runner_up):
     """row [M], ban_mask [R]. Where the mask id is no row's favourite nothing but the favourite's tile is read again."""
     vocab = logits.shape[1]
     width = min(_WIDTH, vocab)
-    whole = vocab // width * width
-    tops = logits[:, :whole].unflatten(1, (-1, width)).amax(-1)
-    if whole < vocab:
-        tops = torch.cat((tops, logits[:, whole:].amax(-1, keepdim=True)), 1)
+    tops = _by_parts(torch.amax, logits, width)
     best, token = _first_best(logits, tops, width)
     beaten = bool((token == mask_id).any())  # sync: the reference alone
     if beaten:
@@ -127,40 +124,58 @@ def _probability(logits, token):
     if size >= logits.shape[0]:
         return torch.softmax(logits, -1, dtype=torch.float32).gather(1, token)[:, 0]
     buffer = logits.new_empty((size, logits.shape[1]), dtype=torch.float32)
-    found = buffer.new_empty(token.shape)
-    for x, ids, into in zip(logits.split(size), token.split(size), found.split(size), strict=True):
-        torch.gather(torch.softmax(x, -1, dtype=torch.float32, out=buffer[: x.shape[0]]), 1, ids, out=into)
-    return found[:, 0]
+    slabs = zip(logits.split(size), token.split(size), strict=True)
+    shares = [torch.softmax(x, -1, dtype=torch.float32, out=buffer[: len(x)]).gather(1, ids) for x, ids in slabs]
+    return torch.cat(shares)[:, 0]
+
+
+def _by_parts(reduce, x, width):
+    """reduce over each part of `width` columns of x [M, N], the last may be shorter: [M, parts]."""
+    whole = x.shape[1] // width * width
+    if not whole:
+        return reduce(x, -1, keepdim=True)
+    parts = reduce(x[:, :whole].unflatten(1, (-1, width)), -1)
+    return parts if whole == x.shape[1] else torch.cat((parts, reduce(x[:, whole:], -1, keepdim=True)), 1)
+
+
+def _window(weight, part, width):
+    """Part number part [M] of weight [M, N]: [M, width], 0 past the end; and its first column [M]."""
+    ids = part[:, None] * width + torch.arange(width, device=weight.device)
+    inside = weight.gather(1, ids.clamp(max=weight.shape[1] - 1))
+    return inside.masked_fill_(ids >= weight.shape[1], 0), ids[:, 0]
 
 
 def _sample_ref(logits, ban, position, step, params, mask_id, tile_v, runner_up):
     """Draw from the filtered distributions of logits [M, V]; all else but the last three is [M]."""
-    count, vocab = logits.shape
-    x = logits.float() if logits.dtype != torch.float32 else logits.clone()
+    vocab = logits.shape[1]
+    x = logits.to(torch.float32, copy=True)
     bad = torch.zeros_like(ban)
     if 0 <= mask_id < vocab:
         bad = ban & ~(x[:, mask_id] < float("inf"))
         x[:, mask_id].masked_fill_(ban, float("-inf"))
     top = x.amax(-1, keepdim=True)
-    temperature = params.temperature[:, None]
     if bool((((params.top_k > 0) & (params.top_k < vocab)) | (params.top_p < 1)).any()):  # sync: the reference alone
-        x = x.masked_fill(x < cut_ref(x, params.temperature, params.top_k, params.top_p), float("-inf"))
-    weight = torch.exp((x - top) / temperature)
-    tiles = -(-vocab // tile_v)
-    padded = torch.nn.functional.pad(weight, (0, tiles * tile_v - vocab)).view(count, tiles, tile_v)
-    masses = padded.sum(-1)
-    tile = pick_ref(masses, uniform_ref(params.seed, position, step, torch.zeros_like(position)))
-    inside = padded.gather(1, tile[:, None, None].expand(-1, 1, tile_v))[:, 0]
-    token = tile * tile_v + pick_ref(inside, uniform_ref(params.seed, position, step, tile + 1))
-    token.clamp_(max=vocab - 1)  # weights of NaN pick anything
-    total = masses.sum(-1)
-    confidence = (weight.gather(1, token[:, None])[:, 0] / total).masked_fill_(bad, float("nan"))
+        x.masked_fill_(x < cut_ref(x, params.temperature, params.top_k, params.top_p), float("-inf"))
+    weight = torch.softmax(x.sub_(top).div_(params.temperature[:, None]), -1)  # NaN where the logits are an error
+    masses = _by_parts(torch.sum, weight, CHUNK)
+    per_tile = tile_v // CHUNK
+    tiles = _by_parts(torch.sum, masses, per_tile)
+    tile = pick_ref(tiles, uniform_ref(params.seed, position, step, torch.zeros_like(position)))
+    uniform = uniform_ref(params.seed, position, step, tile + 1)
+    inside, first = _window(masses, tile, per_tile)
+    target = uniform * inside.sum(-1)
+    at = pick_ref(inside, uniform)
+    chunk = first + at
+    target -= (inside.cumsum(-1) - inside).gather(1, at[:, None])[:, 0]
+    inside, first = _window(weight, chunk, CHUNK)
+    token = (first + pick_ref(inside, target / inside.sum(-1))).clamp_(max=vocab - 1)  # NaN picks anything
+    confidence = weight.gather(1, token[:, None])[:, 0].masked_fill_(bad, float("nan"))
     bad = confidence.isnan()
     if not runner_up:
         return token.masked_fill_(bad, -1), confidence
     logit, second = x.scatter(1, token[:, None], float("-inf")).max(-1)
     none = bad | (logit == float("-inf"))
-    share = (weight.gather(1, second[:, None])[:, 0] / total).masked_fill_(none, 0)
+    share = weight.gather(1, second[:, None])[:, 0].masked_fill_(none, 0)
     return token.masked_fill_(bad, -1), confidence, second.masked_fill_(none, -1), share
 
 

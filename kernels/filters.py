@@ -28,17 +28,32 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 
 def cut_ref(x, temperature, top_k, top_p):
     """x [M, V] float32, the others [M] -> cut [M, 1]: the smallest logit kept, -inf where nothing is filtered."""
-    ordered = torch.sort(x, -1, descending=True).values
-    filters_k = (top_k > 0) & (top_k < x.shape[1])
-    k_at = torch.where(filters_k, top_k, x.shape[1]).long() - 1
-    cut = ordered.gather(1, k_at[:, None])
-    mass = torch.exp((ordered - ordered[:, :1]) / temperature[:, None]).double().masked_fill(ordered < cut, 0)
-    above = mass.cumsum(-1) - mass
-    keep = (above <= top_p[:, None].double() * mass.sum(-1, keepdim=True)) & (ordered >= cut)
+    vocab = x.shape[1]
+    limit = torch.where((top_k > 0) & (top_k < vocab), top_k, 0).long()[:, None]  # 0: off
+    temperature, top_p = temperature[:, None], top_p[:, None]
+    top = x.amax(-1, keepdim=True)
+    total = torch.exp((x - top) / temperature).sum(-1, keepdim=True).double()
+    few = min(vocab, max(512, int(limit.max()) + 1))  # sync: the reference alone; enough for most rows
+    cut, sure = _cut_among(x.topk(few, -1).values, few == vocab, total, temperature, limit, top_p)
+    unsure = torch.where(~sure)[0]
+    if unsure.shape[0]:
+        ordered = x[unsure].sort(-1, descending=True).values
+        rest = (tensor[unsure] for tensor in (total, temperature, limit, top_p))
+        cut[unsure] = _cut_among(ordered, True, *rest)[0]
+    return cut
+
+
+def _cut_among(ordered, complete, total, temperature, limit, top_p):
+    """The cut [M, 1] as far as each row's largest logits [M, N] tell, and whether they tell all (complete: yes) [M]."""
+    at_limit = ordered.gather(1, (limit - 1).clamp(min=0)).masked_fill(limit == 0, float("-inf"))
+    mass = torch.exp((ordered - ordered[:, :1]) / temperature).double().masked_fill(ordered < at_limit, 0)
+    total = torch.where(limit > 0, mass.sum(-1, keepdim=True), total)
+    keep = (mass.cumsum(-1) - mass <= top_p.double() * total) & (ordered >= at_limit)
     keep[:, 0] = True
     nucleus = ordered.gather(1, keep.sum(-1, keepdim=True) - 1)
-    cut = torch.where((top_p < 1)[:, None], nucleus, cut)
-    return torch.where((filters_k | (top_p < 1))[:, None], cut, float("-inf"))
+    cut = torch.where(top_p < 1, nucleus, at_limit)
+    all_seen = ordered[:, -1:] < torch.where(limit > 0, at_limit, cut)  # ties at the limit count for the mass
+    return cut, (all_seen | ((limit == 0) & (top_p >= 1)) | complete)[:, 0]
 
 
 @triton.jit

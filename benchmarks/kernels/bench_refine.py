@@ -10,6 +10,7 @@ without data and in Triton's interpreter. `ratio_vs_diffusers_step` is that of 8
 
 import argparse
 from contextlib import contextmanager
+from importlib.util import find_spec
 from unittest import mock
 
 import torch
@@ -44,6 +45,8 @@ class Step:
         if generator is not None:
             self.logits.normal_(std=4.0, generator=generator)
             self.logits[..., self.mask_id] = -20.0  # diffusers would commit it
+            best = torch.rand(rows, LENGTH, 1, device=device, generator=generator)  # one each, from unlikely to sure
+            self.logits.scatter_(2, (best * vocab).long() // 2, (16 + 10 * best).to(dtype))
         temperature, top_k, top_p = MODES[mode]
         self.filters = (top_k, top_p) != (0, 1.0)
 
@@ -208,33 +211,32 @@ def _copy_gb_s():
 # On a GPU
 
 
-def on_gpu(options):
+def on_gpu(options, machine):
     """Points of the kernels in every mode, the reference and diffusers, with what the profiler counted."""
-    machine = Machine(dry=False)
     machine.bandwidth = ceilings(machine)["copy_tb_s"]
-    vocab, dtype, device = 157184, torch.bfloat16, "cuda"
+    vocab, dtype, device = machine.size(157184, 4096), torch.bfloat16, machine.device.type
     has_peer = gate(vocab, dtype, device)
     points, counts = [], {}
     for rows in (1, 8) if options.quick else (1, 8, 32, 128):
         for mode in MODES:
-            times = {}
             step = Step(rows, vocab, dtype, device, mode, steady=True)
-            copies = [step]
-            while len(copies) < machine.copies(step.logits.nbytes):
-                copies.append(Step(rows, vocab, dtype, device, mode, steady=True))
-            times["ours"] = machine.kernel_us([copy.run for copy in copies]) / 1e6
-            times["eager launches"] = machine.call_us(step.run) / 1e6
+            copies = [Step(rows, vocab, dtype, device, mode, True) for _ in range(machine.copies(step.logits.nbytes))]
+            times = {"ours": machine.kernel_us([copy.run for copy in copies]), "eager": machine.call_us(step.run)}
             counts.setdefault(mode, machine.counted(step.run))
             if mode == "greedy":
-                times["reference"] = machine.call_us(step.reference, rounds=3) / 1e6
-                if rows <= 8:
-                    times["compiled"] = machine.call_us(torch.compile(step.reference), rounds=3) / 1e6
+                greedy = times["ours"]
+                times["reference"] = machine.call_us(step.reference, rounds=3)
+                if rows == 8 and not machine.dry:
+                    times["compiled"] = machine.call_us(torch.compile(step.reference), rounds=3)
                 if has_peer:
-                    times["diffusers"] = machine.call_us(step.diffusers(), rounds=3) / 1e6
-            points.append(_point(rows, vocab, mode, times, step.logits.nbytes, machine.bandwidth * 1e12))
+                    times["diffusers"] = machine.call_us(step.diffusers(), rounds=3)
+            seconds = {name: time / 1e6 for name, time in times.items()}
+            points.append(_point(rows, vocab, mode, seconds, step.logits.nbytes, machine.bandwidth * 1e12))
+            points[-1]["over_greedy"] = times["ours"] / greedy
             print(_line(points[-1]), flush=True)
             del step, copies
-            torch.cuda.empty_cache()
+            if not machine.dry:
+                torch.cuda.empty_cache()
     return points, {
         "launches": counts["greedy"]["launches"], "launches_temperature": counts["temperature"]["launches"],
         "launches_sampling": counts["top_k_top_p"]["launches"],
@@ -244,6 +246,9 @@ def on_gpu(options):
 
 
 # Both
+
+
+_RATIOS = ("percent_of_copy", "over_greedy", "ratio_vs_diffusers_step")
 
 
 def _point(rows, vocab, mode, seconds, size, copy=None):
@@ -291,9 +296,11 @@ def main(arguments=None):
     add_options(parser)
     parser.add_argument("--plot", metavar="FILE", help="draw time by rows into an image")
     options = parser.parse_args(arguments)
+    if options.plot and find_spec("matplotlib") is None:
+        parser.error('--plot needs matplotlib: pip install "llada2-fast[plot]"')
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.inference_mode():
-        points, counted = (on_gpu if device == "cuda" else on_cpu)(options)
+        points, counted = on_gpu(options, Machine(dry=False)) if device == "cuda" else on_cpu(options)
     if options.plot:
         plot(points, options.plot)
     ratios = [p.get("ratio_vs_diffusers_step") for p in points if p["rows"] == 8 and p["mode"] == "greedy"]

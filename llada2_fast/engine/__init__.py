@@ -1,6 +1,16 @@
 """Many requests at once over one model, each with exactly the tokens it would get alone.
 
-`Engine` for programs that step it themselves, `AsyncEngine` for servers.
+`Engine` for programs that step it themselves, `AsyncEngine` for servers. A rollout, with what RL and evaluation need:
+
+    engine = Engine(model, EngineConfig(max_running=32), tokenizer)
+    params = DecodeParams.preset("speed", gen_length=256, temperature=1.0, eos_early_stop=True)
+    for output in engine.generate(prompts, params):
+        output.token_ids, output.text, output.finish_reason
+        output.logprobs                 # of each token when it was committed
+        output.steps                    # the denoise forward that committed it
+        output.edits                    # tokens replaced later: position, old, new, step, confidence
+        output.counters.denoise_forwards, output.tokens_per_forward
+    engine.cache.clear()                # after the weights have changed
 """
 
 from .async_engine import AsyncEngine

@@ -76,7 +76,7 @@ def make_output(request, reason, error, now):
     text = request.stream.text if request.stream else None
     if row is not None and row.params.profile != "default" and reason in ("eos", "length"):
         count = len(row.output(request.eos_ids))  # the cards' own rule where to cut
-        text = text and request.stream.tokenizer.decode(request.ids[n : n + count])
+        text = text and request.stream.tokenizer.decode(request.ids[n : n + count], skip_special_tokens=True)
     admitted = now if request.admitted is None else request.admitted
     prefilled = now if request.prefilled is None else request.prefilled
     return RequestOutput(

@@ -166,7 +166,7 @@ class Engine:
         """Events of the requests that took part in a step."""
         now, events = self.clock(), []
         for request in requests:
-            request.prefilled = request.prefilled or now
+            request.prefilled = now if request.prefilled is None else request.prefilled
             if request.row.error:
                 events.append(self._fail(request, request.row.error))
         told = [r for r in requests if r.output is None and (r.row.block_done or r.row.finish_reason or r.watched)]

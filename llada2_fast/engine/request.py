@@ -25,8 +25,8 @@ class RequestOutput:
     before a stop string. finish_reason: "eos", "length", "stop", "cancelled" or "error", then error says what happened.
     confidences, steps: of each token when it was committed, step = the request's denoise forward from 0 on; trace:
     every commit and edit, None with traces off. shared_tokens: positions whose K/V were found in the cache;
-    preemptions: how often it had to give up its place. queue_s, prefill_s, decode_s: seconds until admission, from there
-    until the step by which the prompt was in the cache, and from there to the end.
+    preemptions: how often it had to give up its place. queue_s, prefill_s, decode_s: seconds until admission, from
+    there until the step by which the prompt was in the cache, and from there to the end.
     """
 
     request_id: str
@@ -137,7 +137,8 @@ class Request:
 
     def next_event(self):
         """The oldest event nobody has read, None if there is none. A draft not read in time gives way to the next."""
+        draft = self.draft  # read first, since another thread may write: what was committed before it comes before it
         if self.events:
             return self.events.popleft()
-        draft, self.draft = self.draft, None
+        self.draft = None
         return draft

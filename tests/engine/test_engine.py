@@ -11,9 +11,23 @@ from llada2_fast.demo import tasks
 from llada2_fast.engine import Engine
 from llada2_fast.model import LLaDA2Model
 from tests.engine.common import (
-    EOS, LENGTH, MASK, PARAMS, UNDERTRAINED, VOCAB, alone, assert_as_alone, assert_empty, chat, demo_model, prompt_of,
-    random_model, small_engine, tokenizer, tokens_alone,
-)  # fmt: skip
+    EOS,
+    LENGTH,
+    MASK,
+    PARAMS,
+    UNDERTRAINED,
+    VOCAB,
+    alone,
+    assert_as_alone,
+    assert_empty,
+    chat,
+    demo_model,
+    prompt_of,
+    random_model,
+    small_engine,
+    tokenizer,
+    tokens_alone,
+)
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 JOBS = [(prompt_of(n, seed=n), params) for n, params in zip((0, 5, 8, 11, 17, 3, 6, 9), PARAMS, strict=True)]
@@ -150,7 +164,7 @@ def test_more_requests_than_may_wait():
 
 @pytest.mark.parametrize("editing", [None, 0.9])
 def test_stop_ids(editing):
-    """The tokens end with the stop; without editing as soon as no mask is left before it, with it when the block ends."""
+    """Tokens end with the stop; without editing as soon as no mask is left before it, with it when the block ends."""
     prompt = prompt_of(6, seed=3)
     params = DecodeParams(gen_length=24, threshold=2.0, steps=4, editing_threshold=editing, eos_ids=())
     tokens, trace = tokens_alone(random_model(), prompt, params), alone(random_model(), prompt, params).trace[0]

@@ -1,4 +1,4 @@
-"""What goes wrong hits the request it belongs to, by name; the others finish with unchanged tokens, the pages come back."""
+"""What goes wrong hits the request it belongs to, by name; others finish with unchanged tokens, the pages come back."""
 
 import pytest
 import torch
@@ -6,8 +6,16 @@ import torch
 from llada2_fast.config import DecodeParams
 from llada2_fast.model import LLaDA2Model
 from tests.engine.common import (
-    MASK, PARAMS, VOCAB, assert_as_alone, assert_empty, prompt_of, random_model, small_engine, tokens_alone,
-)  # fmt: skip
+    MASK,
+    PARAMS,
+    VOCAB,
+    assert_as_alone,
+    assert_empty,
+    prompt_of,
+    random_model,
+    small_engine,
+    tokens_alone,
+)
 
 POISON = 20  # a token whose embedding is NaN in the poisoned model
 SLOW = DecodeParams(gen_length=16, threshold=2.0, steps=4, eos_ids=())

@@ -5,8 +5,15 @@ import pytest
 from llada2_fast.cache import PagedKVCache, content_keys
 from llada2_fast.config import DecodeParams
 from tests.engine.common import (
-    LENGTH, PARAMS, assert_as_alone, assert_empty, prompt_of, random_model, small_engine, tokens_alone,
-)  # fmt: skip
+    LENGTH,
+    PARAMS,
+    assert_as_alone,
+    assert_empty,
+    prompt_of,
+    random_model,
+    small_engine,
+    tokens_alone,
+)
 
 PARAM = DecodeParams(gen_length=12, threshold=0.4, eos_ids=())
 

@@ -8,9 +8,19 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from llada2_fast.config import DecodeParams
 from llada2_fast.engine import QueueFull
 from tests.engine.common import (
-    PARAMS, UNDERTRAINED, VOCAB, alone, assert_as_alone, assert_empty, chat, demo_model, prompt_of, random_model,
-    small_engine, tokens_alone,
-)  # fmt: skip
+    PARAMS,
+    UNDERTRAINED,
+    VOCAB,
+    alone,
+    assert_as_alone,
+    assert_empty,
+    chat,
+    demo_model,
+    prompt_of,
+    random_model,
+    small_engine,
+    tokens_alone,
+)
 
 QUICK = (Phase.explicit, Phase.generate)
 
@@ -84,7 +94,12 @@ def test_any_mix_gives_every_request_its_own_tokens(seed, layers, config, jobs):
 
 CHATS = [
     chat(text)
-    for text in ("Add 47 and 96.", "Spell 4071, 22.", "Reverse moon crow bread lamp.", "Tell a story about Max the goat.")
+    for text in (
+        "Add 47 and 96.",
+        "Spell 4071, 22.",
+        "Reverse moon crow bread lamp.",
+        "Tell a story about Max the goat.",
+    )
 ]
 
 

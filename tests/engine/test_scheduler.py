@@ -5,8 +5,15 @@ import pytest
 from llada2_fast.config import DecodeParams
 from llada2_fast.engine import QueueFull
 from tests.engine.common import (
-    LENGTH, PARAMS, alone, assert_as_alone, assert_empty, prompt_of, random_model, small_engine,
-)  # fmt: skip
+    LENGTH,
+    PARAMS,
+    alone,
+    assert_as_alone,
+    assert_empty,
+    prompt_of,
+    random_model,
+    small_engine,
+)
 
 SLOW = DecodeParams(gen_length=16, threshold=2.0, steps=4, eos_ids=())  # four steps a block, four blocks
 
@@ -128,7 +135,7 @@ def preempting_engine(**config):
 @pytest.mark.parametrize("steps", [1, 2, 4, 5, 8, 11, 14])
 @pytest.mark.parametrize("params", PARAMS)
 def test_a_preempted_request_gets_the_tokens_it_would_have_got(params, steps, share):
-    """Wherever it is interrupted: in prefill, inside a block, between two. Its forwards are counted as if it had not."""
+    """Wherever it is interrupted: in prefill, inside a block, between two. Its forwards count as if it had not been."""
     engine = preempting_engine(share_prefixes=share, prefill_tokens=8)
     prompt = prompt_of(18, seed=2)
     request = engine.add_request(prompt, params)
