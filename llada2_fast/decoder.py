@@ -137,7 +137,7 @@ class Forward:
     def refine(self, rows, state, params, mask_id, needed, *prefill):
         """One step of the rows, forward and refinement. Returns RefineOutput [slots, ...]."""
         logits, index = self(rows, state, needed, *prefill)
-        return refine_step(logits, state, params, mask_id, index)
+        return refine_step(logits, state, params, mask_id, index, _filters(rows))
 
 
 class CachedForward(Forward):
@@ -262,7 +262,7 @@ class GraphedForward(CachedForward):
         graph.load(
             [(row.slot, row.block) for row in rows],
             [(row.slot, row.block - 1, row.canvas[row.span.start - row.length : row.span.start]) for row in carried],
-            any(row.params.top_k or row.params.top_p for row in rows),
+            _filters(rows),
         )
         for row in rows:
             row.settled = row.block
@@ -275,6 +275,11 @@ class GraphedForward(CachedForward):
                 self.model, self.cache, state, params, mask_id, self.page_table, self.limit, *size
             )
         return self._graphs[size]
+
+
+def _filters(rows):
+    """Some row draws with top-k or top-p: a launch more on a GPU."""
+    return any(row.params.top_k or row.params.top_p for row in rows)
 
 
 def _power_of_two(n):

@@ -1,4 +1,4 @@
-"""Whole decodings on the Triton kernels, under the interpreter: the tokens of the PyTorch reference and of the goldens."""
+"""Whole decodings on the Triton kernels, under the interpreter: tokens as of the PyTorch reference and the goldens."""
 
 import json
 

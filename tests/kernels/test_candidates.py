@@ -158,6 +158,19 @@ def test_the_cut_of_nearly_flat_rows(top_k, top_p):
         assert [tensor[0, at].item() for tensor in got] == pytest.approx(list(known[:2]), rel=1e-5)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("spread", [0.01, 3.0])
+def test_reference_confidences_at_the_real_vocabulary(temperature, spread):
+    """Sums of 157184 terms keep their digits."""
+    logits = torch.randn(1, 4, 157184, generator=torch.Generator().manual_seed(10)) * spread
+    logits[..., 77] = logits.logsumexp(-1) + 1
+    rule = (torch.tensor([0]), torch.tensor([0], dtype=torch.int32), params(1, temperature), 9, torch.tensor([True]))
+    token, confidence = ops.block_candidates_ref(logits, *rule)
+    logits[..., 9] = NONE if temperature else logits[..., 9]
+    shares = torch.softmax(logits.double(), -1).gather(2, token[..., None])[..., 0]
+    torch.testing.assert_close(confidence.double(), shares, rtol=3e-6, atol=0)
+
+
 @pytest.mark.parametrize("top_k, top_p", [(600, 1.0), (600, 0.99), (0, 0.99), (0, 0.2), (1500, 0.6), (3000, 1.0)])
 def test_reference_cuts_far_down(top_k, top_p):
     """More than the few hundred largest logits that the reference looks at first, with many ties."""
