@@ -173,9 +173,7 @@ class CachedForward(Forward):
         hidden = self._forward([*runs, *((row, row.settled, row.settled + n) for row, n in prefill)], state)
         for row in rows:
             row.settled = row.block if self.reuse else 0
-        for row, n in prefill:
-            row.settled += n
-            row.counters.prefill_forwards += 1
+        _went_ahead(prefill)
         ends = torch.tensor([(end - begin) * row.length for row, begin, end in runs]).cumsum(0)
         own = torch.arange(needed.shape[1]) - needed.shape[1] + ends[:, None]  # where each active block lies in hidden
         slots = torch.tensor([row.slot for row in rows])
@@ -190,9 +188,7 @@ class CachedForward(Forward):
     def settle_ahead(self, prefill):
         """(row, n) pairs: settle n further blocks of rows that have not started, by a forward of their own."""
         self._forward([(row, row.settled, row.settled + n) for row, n in prefill])
-        for row, n in prefill:
-            row.settled += n
-            row.counters.prefill_forwards += 1
+        _went_ahead(prefill)
 
     def _prefill(self, rows):
         started = time.perf_counter()
@@ -275,6 +271,13 @@ class GraphedForward(CachedForward):
                 self.model, self.cache, state, params, mask_id, self.page_table, self.limit, *size
             )
         return self._graphs[size]
+
+
+def _went_ahead(prefill):
+    """Note what a forward settled of rows that have not started."""
+    for row, n in prefill:
+        row.settled += n
+        row.counters.prefill_forwards += 1
 
 
 def _filters(rows):
