@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
-from llada2_fast.kernels import attention, candidates, fp8, moe, norm, refine, rope, router
+from llada2_fast.kernels import advance, attention, candidates, fp8, moe, norm, refine, rope, router
 from llada2_fast.kernels._triton import force_ops
 from llada2_fast.kernels.gemm import Scaled
 
@@ -87,18 +87,27 @@ def _meta(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def _state(rows, length):
+    whole = _meta(rows, dtype=torch.int32)
+    return refine.RefineState(
+        _meta(rows, length, dtype=torch.int64), _meta(rows, length, dtype=torch.int8), _meta(rows, dtype=torch.int64),
+        *[whole] * 4, _meta(rows, length, dtype=torch.int32), _meta(rows, length),
+    )  # fmt: skip
+
+
+def _advance(entries, carried, length=32):
+    whole, plan = _meta(256, dtype=torch.int32), _meta(entries, dtype=torch.int32)
+    advance.launch(_state(256, length), advance.RowBounds(whole, whole, whole), plan, plan, carried, MASK_ID)
+
+
 def _refine(dtype, length=32, vocab=VOCAB, rows=8, packed=False, only_needed=False, filters=False, layout=None):
     whole, real, long = _meta(rows, dtype=torch.int32), _meta(rows), _meta(rows, dtype=torch.int64)
     params = refine.RefineParams(real, whole, real, long, real, real, *[whole] * 5, eos_ids=long[:, None])
-    state = refine.RefineState(
-        _meta(rows, length, dtype=torch.int64), _meta(rows, length, dtype=torch.int8), long, *[whole] * 4,
-        _meta(rows, length, dtype=torch.int32), _meta(rows, length),
-    )  # fmt: skip
     logits = _meta(rows * length, vocab, dtype=dtype) if packed else _meta(rows, length, vocab, dtype=dtype)
     if layout == "transposed":
         logits = _meta(rows, vocab, length, dtype=dtype).transpose(1, 2)
     index = _meta(rows, length, dtype=torch.int64) if packed else None
-    refine.launch(logits, state, params, MASK_ID, index, filters, only_needed)
+    refine.launch(logits, _state(rows, length), params, MASK_ID, index, filters, only_needed)
 
 
 def _candidates(dtype, runner_up, filters):
@@ -181,6 +190,8 @@ SCENARIOS = {
     "refine bf16 transposed": lambda: _refine(torch.bfloat16, layout="transposed", filters=True),
     "candidates bf16": lambda: _candidates(torch.bfloat16, runner_up=False, filters=False),
     "candidates bf16 runner-up filters": lambda: _candidates(torch.bfloat16, runner_up=True, filters=True),
+    **{f"advance A={a} C={c}": lambda a=a, c=c: _advance(a, c) for a, c in ((1, 0), (1, 1), (32, 8), (256, 64))},
+    "advance L=128": lambda: _advance(64, 16, length=128),
     **{f"attention mini {name}": lambda t=dtype: _attention(t, 16) for name, dtype in _TYPES.items()},
     "attention flash bf16": lambda: _attention(torch.bfloat16, 32),
     "attention mini bf16 one split": lambda: _attention(torch.bfloat16, 16, pages=4),

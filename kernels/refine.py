@@ -95,6 +95,14 @@ class RefineState:
             torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device),
         )  # fmt: skip
 
+    def begin(self, rows, tokens, kind, start, prefix):
+        """Lay a new block out in some rows: an int with tokens, kind [L], or int64 [n] with [n, L]; start, prefix like
+        rows."""
+        self.tokens[rows], self.kind[rows], self.start[rows], self.prefix[rows] = tokens, kind, start, prefix
+        for counter in (self.step, self.post_steps, self.frozen, self.commit_confidence):
+            counter[rows] = 0
+        self.commit_step[rows] = -1
+
 
 class RefineOutput(NamedTuple):
     """What one step did. status is the only thing a host ever needs to read."""

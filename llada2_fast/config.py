@@ -17,7 +17,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 MODEL_TYPES = ("llada2_moe", "llada21_moe", "llada2_moe_veomni")
 SAMPLING_METHODS = ("auto", "greedy", "multinomial")
 QUANTIZATIONS = ("fp8",)
-PROFILES = ("default", "hf-2.0", "hf-2.1")
+PROFILES = ("default", "hf-2.0", "hf-2.1", "sglang-lowconf", "sglang-joint")
 PRESETS = {  # the modes of the LLaDA2.1 model card
     "quality": {"threshold": 0.7, "editing_threshold": 0.5, "max_post_steps": 16},
     "speed": {"threshold": 0.5, "editing_threshold": 0.0, "max_post_steps": 16},
@@ -354,10 +354,12 @@ class DecodeParams:
     """How one request is decoded. Defaults are those of the LLaDA2.1 card's generate(), but editing is off.
 
     `block_length` None = the model's; `threshold` and `editing_threshold` are strict and may exceed 1 (never reached);
-    `editing_threshold` None = off, 0.0 = edit whenever the candidate differs (under `hf-2.1` None = the card's 0.9);
-    `top_k` None or 0 and `top_p` None or >= 1 = off (kept as None); `eos_ids` None = the checkpoint's, () = none, an id
-    outside the vocabulary never occurs; `seed` is an int64, None = drawn from torch's generator; `attend_tail` denoises
-    the last block whole; `num_to_transfer` belongs to `hf-2.1` alone."""
+    `editing_threshold` None = off, 0.0 = edit whenever the candidate differs (under `hf-2.1` None = the card's 0.9,
+    under `sglang-joint` SGLang's 0.0); `top_k` None or 0 and `top_p` None or >= 1 = off (kept as None);
+    `eos_ids` None = the checkpoint's, () = none, an id outside the vocabulary never occurs; `seed` is an int64,
+    None = drawn from torch's generator; `attend_tail` denoises the last block whole; `num_to_transfer` belongs to
+    `hf-2.1` alone. The `sglang` profiles, SGLang's LowConfidence and JointThreshold, read neither `steps` nor
+    `minimal_topk`."""
 
     gen_length: int = 2048
     block_length: int | None = None
@@ -414,10 +416,11 @@ class DecodeParams:
             raise _bad("num_to_transfer", self.num_to_transfer, f"1 outside profile='hf-2.1', not {self.profile!r}")
         if self.profile != "default" and not self.attend_tail:
             raise _bad("attend_tail", self.attend_tail, f"True under profile={self.profile!r}")
-        if self.profile == "hf-2.0" and self.editing_threshold is not None:
-            raise _bad("editing_threshold", self.editing_threshold, "None under profile='hf-2.0', which has no editing")
-        if self.profile == "hf-2.1" and self.editing_threshold is None:
-            _set(self, "editing_threshold", 0.9)
+        if self.profile in ("hf-2.0", "sglang-lowconf") and self.editing_threshold is not None:
+            allowed = f"None under profile={self.profile!r}, which has no editing"
+            raise _bad("editing_threshold", self.editing_threshold, allowed)
+        if self.editing_threshold is None:
+            _set(self, "editing_threshold", {"hf-2.1": 0.9, "sglang-joint": 0.0}.get(self.profile))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 A decoder has a fixed number of slots. A slot holds one `Row`: a prompt, its parameters, its canvas and the block it is
 working on. A step forwards the active blocks of some rows, refines them all at once, and reads one small status tensor;
-a row whose block has ended starts its next block at its next step, so rows never wait for one another.
+a row whose block has ended starts its next block at its next step, so rows never wait for one another. With graphs the
+device starts it, and the host may read what a step did when it has launched the next one.
 """
 
 import time
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from .config import DecodeParams
-from .graphs import StepGraph
+from .graphs import Report, Slots, StepGraph
 from .kernels import refine
 from .kernels.attention import Run
 from .kernels.moe import ROWS
@@ -21,7 +22,6 @@ from .kernels.refine import RefineParams, RefineState, needed_positions, refine_
 
 PREFILL_TOKENS = 4096  # prompt tokens of one prefill forward; longer prompts go in chunks of whole blocks
 _NEVER = 2**30
-_STATE = ("frozen", "step", "post_steps")  # what a new block clears
 
 
 @dataclass
@@ -113,9 +113,12 @@ def row_rules(params, length):
         flags |= refine.FILL_PROMPT | refine.EDITING | (refine.EOS_CLEAN if params.eos_early_stop else 0)
     else:
         editing = params.editing_threshold is not None
+        sglang = params.profile in ("sglang-lowconf", "sglang-joint")
+        if sglang:
+            steps, least = length, 1  # below the threshold the one most confident position
         flags |= refine.BAN_MASK | (refine.EDITING if editing else 0)
         if params.eos_early_stop:
-            flags |= refine.EOS_END if editing else refine.EOS_STEP
+            flags |= refine.EOS_END if editing or sglang else refine.EOS_STEP
     return {
         "temperature": 0.0 if params.sampling_method == "greedy" else params.temperature,
         "top_k": params.top_k or 0,
@@ -130,14 +133,44 @@ def row_rules(params, length):
     }
 
 
+class EagerReport:
+    """What a step did, read from where it did it; see graphs.Report."""
+
+    def __init__(self, rows, output, state):
+        self.rows, self._state = rows, state
+        self.status = output.status.tolist()  # sync: the one of a step
+
+    def tokens(self, row):
+        return self._state.tokens[row.slot]
+
+    def details(self, rows):
+        slots = torch.tensor([row.slot for row in rows], dtype=torch.int64, device=self._state.tokens.device)
+        columns = (self._state.tokens, self._state.commit_step, self._state.commit_confidence)
+        lists = [column[slots].tolist() for column in columns]  # sync: only where blocks are delivered
+        return list(zip(*lists, strict=True))
+
+
 class Forward:
     """What a decoder asks of a model: open(row), close(row), and forward(rows, state, needed) -> the logits of the
-    needed positions, [M, V] in the model's dtype, and index int64 [slots, L] into them or -1."""
+    needed positions, [M, V] in the model's dtype, and index int64 [slots, L] into them or -1.
 
-    def refine(self, rows, state, params, mask_id, needed, *prefill):
-        """One step of the rows, forward and refinement. Returns RefineOutput [slots, ...]."""
+    lag: how many steps late the host learns what a step did. starts_blocks: the device begins a row's next block.
+    all_logits: candidates for every position of a running row's block, not only where the rule needs them.
+    """
+
+    lag = 0
+    starts_blocks = False
+    all_logits = False
+
+    def refine(self, rows, state, params, mask_id, *prefill):
+        """One step of the rows, forward and refinement. Returns RefineOutput [slots, ...] and the step's report."""
+        if self.all_logits:
+            needed = (state.kind != refine.ABSENT) & (state.frozen == 0)[:, None]
+        else:
+            needed = needed_positions(state, params, mask_id)
         logits, index = self(rows, state, needed, *prefill)
-        return refine_step(logits, state, params, mask_id, index, _filters(rows))
+        output = refine_step(logits, state, params, mask_id, index, _filters(rows))
+        return output, EagerReport(rows, output, state)
 
 
 class CachedForward(Forward):
@@ -231,45 +264,46 @@ class CachedForward(Forward):
 
 
 class GraphedForward(CachedForward):
-    """The same on a GPU with the whole step, forward and refinement, replayed as one CUDA graph.
+    """The same on a GPU with the whole step replayed as one CUDA graph: the rows' next blocks, forward and refinement.
 
-    Graphs are captured as they are first needed, one per size: active blocks and carried blocks, each rounded up to a
-    power of two. slots: of the decoder; max_blocks: of a row. Prefill runs outside the graphs.
+    Graphs are captured as they are first needed, one per size: active blocks, rounded up to a power of two, and places
+    for carried ones. slots: of the decoder; max_blocks: of a row; lag: 1 lets the host launch a step before it knows
+    what the last one did. Prefill runs outside the graphs.
     """
 
-    def __init__(self, model, cache, slots, max_blocks):
+    starts_blocks = True
+
+    def __init__(self, model, cache, slots, max_blocks, lag=0):
         super().__init__(model, cache)
-        self.page_table = torch.zeros(slots, max_blocks, dtype=torch.int32, device=model.device)
-        self.limit = torch.zeros(slots, dtype=torch.int32, device=model.device)
+        self.slots, self.lag = Slots(slots, max_blocks, model.device), lag
         self._graphs = {}
 
     def open(self, row):
         super().open(row)
-        self.page_table[row.slot, : len(row.pages)] = torch.tensor(row.pages, dtype=torch.int32)
-        self.limit[row.slot] = row.limit
+        self.slots.open(row.slot, row.pages, row.total, row.limit)
 
-    def refine(self, rows, state, params, mask_id, needed, prefill=()):
+    def refine(self, rows, state, params, mask_id, prefill=()):
         self._prefill([row for row in rows if row.settled < row.first_block])
         if prefill:
             self.settle_ahead(prefill)
-        self._settle([row for row in rows if row.settled < row.block - 1])  # more than one block behind
-        carried = [row for row in rows if row.settled < row.block]
-        graph = self._graph(len(rows), len(carried), state, params, mask_id)
-        graph.load(
-            [(row.slot, row.block) for row in rows],
-            [(row.slot, row.block - 1, row.canvas[row.span.start - row.length : row.span.start]) for row in carried],
-            _filters(rows),
-        )
-        for row in rows:
-            row.settled = row.block
-        return graph.replay()
+        self._settle([row for row in rows if row.settled < row.block])  # it goes on after a suspension
+        graph = self._graph(*self._size(rows), state, params, mask_id)
+        graph.load([row.slot for row in rows], _filters(rows))
+        output, report = graph.replay()
+        return output, Report(rows, report)
+
+    def _size(self, rows):
+        """Active blocks and places to carry ended ones: as many as end, or, where that is not known yet, for a quarter
+        of the rows: at the usual 4 to 8 steps a block so many end in a step. Without a place a row waits for a step."""
+        active = _power_of_two(len(rows))
+        if self.lag:
+            return active, -(-active // 4)
+        return active, _power_of_two(sum(row.block_done and row.settled <= row.block for row in rows))
 
     def _graph(self, active, carried, state, params, mask_id):
-        size = _power_of_two(active), _power_of_two(carried)
+        size = active, carried
         if size not in self._graphs:
-            self._graphs[size] = StepGraph(
-                self.model, self.cache, state, params, mask_id, self.page_table, self.limit, *size
-            )
+            self._graphs[size] = StepGraph(self.model, self.cache, state, params, mask_id, self.slots, *size)
         return self._graphs[size]
 
 
@@ -292,15 +326,14 @@ def _power_of_two(n):
 class BlockDecoder:
     """Rows in slots, refined block by block.
 
-    forward: called as forward(rows, state, needed) -> (logits, index), with open(row) and close(row), like
-    CachedForward. slots: how many rows at most. mask_id: int. max_eos: EOS ids a row may have.
-    all_logits: candidates for every position of a running row's block, not only where the rule needs them.
-    status: the last step's status tensor as lists of ints, [slots][8].
+    forward: a Forward. slots: how many rows at most. mask_id: int. max_eos: EOS ids a row may have.
+    report: of the last step the host knows of: its rows and its status, lists of ints [slots][8]; None before.
     """
 
-    def __init__(self, forward, slots, block_length, mask_id, device="cpu", max_eos=1, trace=False, all_logits=False):
+    def __init__(self, forward, slots, block_length, mask_id, device="cpu", max_eos=1, trace=False):
+        assert not (trace and forward.lag), "a trace needs each step's output before the next step"
         self.forward, self.length, self.mask_id, self.trace = forward, block_length, mask_id, trace
-        self.all_logits, self.status = all_logits, None
+        self.report = self._launched = None  # what the host has read, and what it has still to read
         self.rows = [None] * slots
         blocks = torch.full((slots, block_length), mask_id, device=device)
         self.state = RefineState.start_block(
@@ -356,6 +389,7 @@ class BlockDecoder:
         """Lay out a placed row's active block."""
         row.started = True
         self._start_block(row)
+        self.state.begin(row.slot, row.canvas[row.span], row.kind[row.span], row.span.start, row.prefix)
         if row_rules(row.params, self.length)["max_steps"] == 0:  # hf-2.0, gen_length < minimal_topk: no step is taken
             row.finish_reason = "length"
             self.state.frozen[row.slot] = refine.FINISHED
@@ -373,9 +407,12 @@ class BlockDecoder:
         row.slot, row.settled, row.started = None, 0, False
 
     def close(self, slot):
-        """Give a slot and its pages back."""
-        self.forward.close(self.rows[slot])
-        self.rows[slot] = None
+        """Give a slot and its pages back. A step launched already does not matter to it any more: it writes to those
+        pages before anybody else does."""
+        row, self.rows[slot] = self.rows[slot], None
+        self.forward.close(row)
+        if self._launched is not None and row in self._launched.rows:
+            self._launched.rows.remove(row)
         self.state.frozen[slot] = refine.FINISHED
 
     def running(self):
@@ -387,47 +424,59 @@ class BlockDecoder:
         """One refinement step of running rows; one left out must be between two blocks. RefineOutput [slots, ...].
 
         rows: at least one. prefill: (row, n) pairs of placed rows that have not started: n of their blocks go along
-        (CachedForward only).
+        (CachedForward only). Rows learn what the step did, with a forward that lags what the step before did.
         """
         left_out = set(self.running()).difference(rows)
+        assert not (left_out and self.forward.lag), "what is left out may be in the middle of a block by now"
         assert all(row.block_done for row in left_out), "a row in the middle of a block is left out"
-        for row in rows:
-            if row.block_done:
-                row.block += 1
-                self._start_block(row)
-        if self.all_logits:
-            needed = (self.state.kind != refine.ABSENT) & (self.state.frozen == 0)[:, None]
-        else:
-            needed = needed_positions(self.state, self.params, self.mask_id)
+        if not self.forward.starts_blocks:
+            for row in rows:
+                if row.block_done:
+                    self._next_block(row)
+                    self.state.begin(row.slot, row.canvas[row.span], row.kind[row.span], row.span.start, row.prefix)
         before = self.state.tokens.clone() if self.trace else None
-        output = self.forward.refine(
-            rows, self.state, self.params, self.mask_id, needed, *([prefill] if prefill else [])
+        output, report = self.forward.refine(
+            rows, self.state, self.params, self.mask_id, *([prefill] if prefill else [])
         )
-        self.status = output.status.tolist()  # sync: the one of a step
-        for row in rows:
-            self._account(row, self.status[row.slot])
+        if self.forward.lag:
+            report, self._launched = self._launched, report
+        self.report = report
+        if report is not None:
+            self._take_in(report)
         if self.trace:
             self._record(output, before)
         return output
 
+    def _take_in(self, report):
+        """Let the rows of a step know what it did."""
+        if self.forward.starts_blocks:
+            report.wait()
+        for row in report.rows:
+            if row.finish_reason or row.error:  # known only since the step was launched: it has changed nothing
+                continue
+            if self.forward.starts_blocks and report.blocks[row.slot] > row.block:
+                self._next_block(row)
+                row.settled = row.block
+            self._account(row, report)
+
+    def _next_block(self, row):
+        row.block += 1
+        self._start_block(row)
+
     def _start_block(self, row):
-        slot, state = row.slot, self.state
         row.block_done = False
         kept = replace(row.counters, forwards_per_block=row.counters.forwards_per_block.copy())
         row.mark = kept, len(row.events or ())
-        state.tokens[slot] = row.canvas[row.span]
-        state.kind[slot] = row.kind[row.span]
-        state.start[slot] = row.span.start
-        state.prefix[slot] = row.prefix
-        for name in _STATE:
-            getattr(state, name)[slot] = 0
-        state.commit_step[slot] = -1
-        state.commit_confidence[slot] = 0
         row.counters.forwards_per_block.append(0)
 
-    def _account(self, row, status):
+    def _account(self, row, report):
+        status = report.status[row.slot]
         flags = status[refine.FLAGS]
         counters = row.counters
+        if row.block_done:  # it waited for a place to be carried: the step settled its block
+            row.settled = row.block + 1
+            counters.settle_forwards += 1
+            return
         counters.denoise_forwards += 1
         counters.forwards_per_block[-1] += 1
         counters.commits += status[refine.COMMITS]
@@ -437,14 +486,14 @@ class BlockDecoder:
             return
         if not flags & (refine.BLOCK_DONE | refine.FINISHED):
             return
-        tokens = self.state.tokens[row.slot]
-        row.canvas[row.span] = tokens
+        tokens = report.tokens(row)
+        row.canvas[row.span] = tokens.to(row.canvas.device, non_blocking=True)
         if flags & refine.BLOCK_DONE:
             row.block_done = True
             if not flags & refine.CHANGED and isinstance(self.forward, CachedForward) and self.forward.reuse:
                 row.settled = row.block + 1  # the step that changed nothing has written the final K/V
-            generated = row.kind[row.span] != refine.PROMPT
-            if row.params.profile != "default" and bool((generated & (tokens == self.mask_id)).any()):
+            generated = tokens[max(0, row.prompt_length - row.span.start) :]
+            if row.params.profile != "default" and bool((generated == self.mask_id).any()):
                 row.prefix |= refine.PREFIX_MASK
         if flags & refine.FINISHED:
             row.finish_reason = "eos"
@@ -454,9 +503,10 @@ class BlockDecoder:
             row.finish_reason = "length"
 
     def _record(self, output, before):
-        for kind, mask in (("commit", output.commit), ("edit", output.edit)):
+        masks = torch.full_like(before, self.mask_id)  # the device may have begun a new block since `before`
+        for kind, mask, old in (("commit", output.commit, masks), ("edit", output.edit, before)):
             slots, where = torch.where(mask)
-            columns = (slots, where, *(x[slots, where] for x in (output.token, output.confidence, before)))
+            columns = (slots, where, *(x[slots, where] for x in (output.token, output.confidence, old)))
             columns = [column.tolist() for column in columns]  # sync: only with trace=True
             for slot, at, token, confidence, old in zip(*columns, strict=True):
                 row = self.rows[slot]

@@ -97,7 +97,8 @@ def generate(
     blocks = [-(-(len(p) + gen_length) // length) for p in prompts]
     cache = PagedKVCache(model.config, sum(blocks), length, model.dtype, model.device)
     if graphs:
-        forward = GraphedForward(model, cache, len(prompts), max(blocks))
+        lag = 0 if trace or on_step else 1
+        forward = GraphedForward(model, cache, len(prompts), max(blocks), lag)
     else:
         forward = CachedForward(model, cache, settle, reuse=use_cache)
     decoder = BlockDecoder(forward, len(prompts), length, mask, model.device, max(1, len(eos)), trace)

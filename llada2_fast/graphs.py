@@ -1,93 +1,143 @@
-"""One denoise step as fixed-shape device work: forward of the active blocks, LM head and refinement, replayed as a
-CUDA graph. The host writes one small plan before a step and reads one small status tensor behind it.
+"""One denoise step as fixed-shape device work: ended blocks give way to the next ones, forward of the active blocks, LM
+head and refinement, replayed as a CUDA graph. The device knows by itself where each row stands, so the host names the
+slots that take part, and no more; it may launch a step before it has read what the last one did.
 
-Shapes: A active blocks and C carried (finished) blocks at most, L block_length, P pages of a row. Blocks of the plan
-that no row needs repeat the first active block: they write the same keys and values to the same page and touch no
-further expert, so a graph of a larger size costs a smaller batch next to nothing and changes none of its bits.
+Shapes: A active blocks, C places for carried (ended) blocks, L block_length, S slots, P pages of a row. Entries of the
+plan that no row needs repeat the first one: they write the same keys and values to the same page and touch no further
+expert, so a graph of a larger size costs a smaller batch next to nothing and changes none of its bits.
 """
 
 import torch
 
+from .kernels.advance import RowBounds, advance
 from .kernels.attention import BlockBatch
-from .kernels.refine import refine_step
+from .kernels.refine import CHANGED, FLAGS, refine_step
+
+
+class Slots:
+    """What the device knows of the rows in the slots beside RefineState, at fixed addresses.
+
+    page_table int32 [S, P]: a row's pages; bounds: see RowBounds.
+    """
+
+    def __init__(self, slots, pages, device):
+        self.page_table = torch.zeros(slots, pages, dtype=torch.int32, device=device)
+        self.bounds = RowBounds(*(torch.zeros(slots, dtype=torch.int32, device=device) for _ in range(3)))
+
+    def open(self, slot, pages, total, limit):
+        """Describe the row of a slot: its pages, a tuple of ints, and its bounds."""
+        device = self.page_table.device
+        self.page_table[slot, : len(pages)].copy_(_pinned(pages, device), non_blocking=True)
+        self.bounds.total[slot], self.bounds.limit[slot] = total, limit
 
 
 class StepGraph:
     """The step of one size. run() does its work; replay() does it by a CUDA graph, captured at the first call.
 
-    state, params: the decoder's RefineState and RefineParams over S slots; page_table int32 [S, P] and limit int32 [S]
-    of the slots' rows: all are read at replay, at the addresses they had at capture.
+    state, params: the decoder's RefineState and RefineParams over S slots, read at replay, as `slots` is, at the
+    addresses they had at capture.
     """
 
-    def __init__(self, model, cache, state, params, mask_id, page_table, limit, active, carried):
+    def __init__(self, model, cache, state, params, mask_id, slots, active, carried):
         self.model, self.cache, self.state, self.params, self.mask_id = model, cache, state, params, mask_id
-        self.page_table, self.limit, self.active, self.carried = page_table, limit, active, carried
-        device, length = state.tokens.device, cache.block_length
-        blocks, slots = active + carried, state.tokens.shape[0]
-        self.carried_tokens = torch.zeros(carried, length, dtype=torch.int64, device=device)
-        self.graph = self.output = None
-        # the plan: each block's slot, its number in its row, whether it repeats block 0; each slot's block or -1
-        self._sizes = [blocks, blocks, blocks, slots]
-        pinned = device.type == "cuda"
-        self._plan_host = torch.zeros(sum(self._sizes), dtype=torch.int32, pin_memory=pinned)
-        self._plan = torch.zeros(sum(self._sizes), dtype=torch.int32, device=device)
+        self.slots, self.active, self.carried = slots, active, carried
+        self.graph = self.results = self.planned = None
+        self.filters = False
+        # the plan: each entry's slot, whether it repeats entry 0; each slot's entry or -1
+        self._sizes = [active, active, state.tokens.shape[0]]
+        self._plan = torch.zeros(sum(self._sizes), dtype=torch.int32, device=state.tokens.device)
 
-    def load(self, active, carried, filters):
-        """Plan a step. active: [(slot, block)], carried: [(slot, block, tokens int64 [L])], at least one active block.
-
-        filters: some row has top_k or top_p.
-        """
-        at_slot = [-1] * self._sizes[-1]
-        for i, (slot, _) in enumerate(active):
-            at_slot[slot] = i
-        first = active[0]
-        slots = [first] * (self.active + self.carried)
-        repeats = [1] * len(slots)
-        for i, (slot, block, *_) in [*enumerate(active), *enumerate(carried, self.active)]:
-            slots[i], repeats[i] = (slot, block), 0
-        numbers = [s for s, _ in slots] + [b for _, b in slots] + repeats + at_slot
-        self._plan_host.copy_(torch.tensor(numbers, dtype=torch.int32))
-        self._plan.copy_(self._plan_host, non_blocking=True)
-        for i, (_, _, tokens) in enumerate(carried):
-            self.carried_tokens[i] = tokens
-        if self.graph is not None and filters and not self.filters:
-            self.graph = None  # captured without the launch that top-k and top-p need
-        self.filters = filters or (self.graph is not None and self.filters)
+    def load(self, slots, filters):
+        """Plan a step. slots: the ints of those that take part, at least one; filters: some row has top_k or top_p."""
+        if slots != self.planned:
+            entry = [-1] * self._sizes[-1]
+            for i, slot in enumerate(slots):
+                entry[slot] = i
+            spare = self.active - len(slots)
+            numbers = [*slots, *slots[:1] * spare, *[0] * len(slots), *[1] * spare, *entry]
+            self._plan.copy_(_pinned(numbers, self._plan.device), non_blocking=True)
+            self.planned = list(slots)
+        if filters and not self.filters:
+            self.graph, self.filters = None, True  # captured without the launch that top-k and top-p need
 
     def run(self):
-        """The step on whatever device; returns RefineOutput. No host sync, no allocation that depends on data."""
-        length = self.cache.block_length
-        row, index, repeat, at_slot = self._plan.split(self._sizes)
+        """The step on whatever device; returns (RefineOutput, report int32 [S, 9 + 3 L]), see Report. No host sync, no
+        allocation that depends on data."""
+        length, state = self.cache.block_length, self.state
+        slot, repeat, entry = self._plan.split(self._sizes)
+        row, index, tokens = advance(state, self.slots.bounds, slot, repeat, self.carried, self.mask_id)
         where = torch.arange(length, device=row.device)
-        tokens = torch.cat((self.state.tokens[row[: self.active].long()], self.carried_tokens))
-        tokens = torch.where(repeat[:, None] != 0, tokens[:1], tokens)
         positions = index.long()[:, None] * length + where
-        blocks = BlockBatch(row, index, self.page_table, self.limit)
+        blocks = BlockBatch(row, index, self.slots.page_table, self.slots.bounds.limit)
         hidden = self.model.forward_blocks(tokens.flatten(), positions.flatten(), blocks, self.cache)
         logits = self.model.lm_logits(hidden[: self.active * length])
-        at = at_slot.long()[:, None]
-        return refine_step(
-            logits, self.state, self.params, self.mask_id, index=torch.where(at < 0, -1, at * length + where),
+        entry = entry.long()[:, None]
+        output = refine_step(
+            logits, state, self.params, self.mask_id, index=torch.where(entry < 0, -1, entry * length + where),
             filters=self.filters, only_needed=True,
         )  # fmt: skip
+        changed = self.slots.bounds.changed
+        torch.where(entry[:, 0] < 0, changed, output.status[:, FLAGS] & CHANGED, out=changed)
+        confidence = state.commit_confidence.view(torch.int32)
+        block = (state.start // length).int()[:, None]
+        return output, torch.cat((output.status, block, state.tokens.int(), state.commit_step, confidence), 1)
 
     def replay(self):
-        """run(), captured once and replayed; its outputs stay at their addresses and are overwritten by the next."""
+        """run(), captured once and replayed; what it returns stays at its address and is overwritten by the next."""
         if self.graph is None:
             self._capture()
         self.graph.replay()
-        return self.output
+        return self.results
 
     def _capture(self):
         """Compile and warm up on a side stream, with the state put back afterwards, then capture."""
-        kept = {name: tensor.clone() for name, tensor in vars(self.state).items()}
+        kept = [(x, x.clone()) for x in (*vars(self.state).values(), self.slots.bounds.changed)]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self.run()
         torch.cuda.current_stream().wait_stream(stream)
-        for name, tensor in kept.items():
-            getattr(self.state, name).copy_(tensor)
+        for tensor, before in kept:
+            tensor.copy_(before)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.output = self.run()
+            self.results = self.run()
+
+
+class Report:
+    """A step's results on their way to the host; reading one waits for it alone, not for steps launched since.
+
+    rows: whose step it was. Columns of a report: status [8], number of the active block, its tokens, steps of commit
+    and bits of the confidences at commit [L each].
+    """
+
+    def __init__(self, rows, report):
+        self.rows = list(rows)
+        self._host = report.to("cpu", non_blocking=True)
+        self._arrived = None
+        if report.is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def wait(self):
+        """Until it is here; then status, blocks: lists of ints over the slots, and what follows, are to be had."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        self.status, self.blocks = self._host[:, :8].tolist(), self._host[:, 8].tolist()
+        self._tokens, self._steps, bits = self._host[:, 9:].chunk(3, 1)
+        self._confidence = bits.view(torch.float32)
+
+    def tokens(self, row):
+        """int32 [L] on the CPU."""
+        return self._tokens[row.slot]
+
+    def details(self, rows):
+        """[(tokens, steps, confidences)] of the active blocks of some rows, lists of L numbers each."""
+        slots = [row.slot for row in rows]
+        columns = (self._tokens, self._steps, self._confidence)
+        return list(zip(*(column[slots].tolist() for column in columns), strict=True))
+
+
+def _pinned(numbers, device):
+    """int32 on the CPU, to be copied to `device` without waiting for what runs there."""
+    return torch.tensor(numbers, dtype=torch.int32, pin_memory=device.type == "cuda")

@@ -341,9 +341,8 @@ class LLaDA2Pipeline:
             forward = WindowForward(model, prompt_mask) if padded else BlockCausalForward(model)
         seeds = row_seeds(None, generator, len(prompts))
         slots, eos = len(prompts), params.eos_ids
-        decoder = BlockDecoder(
-            forward, slots, length, params.mask_id, ids.device, max(1, len(eos)), all_logits=all_logits
-        )
+        forward.all_logits = all_logits
+        decoder = BlockDecoder(forward, slots, length, params.mask_id, ids.device, max(1, len(eos)))
         for slot, prompt in enumerate(prompts):
             decoder.open(slot, prompt, params, seeds[slot], eos)
         return decoder
@@ -372,7 +371,7 @@ class LLaDA2Pipeline:
                         if seen is not None:
                             rewrite(decoder, rows, seen, vocab_size)
                     step += 1
-                    if any(decoder.status[row.slot][refine.MASKS_BEFORE] for row in rows):
+                    if any(decoder.report.status[row.slot][refine.MASKS_BEFORE] for row in rows):
                         timestep += 1
                         bar.update(1)
                     rows = [row for row in decoder.running() if not row.block_done]

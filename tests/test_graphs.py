@@ -6,7 +6,7 @@ import torch
 from llada2_fast.cache import PagedKVCache
 from llada2_fast.config import DecodeParams
 from llada2_fast.decoder import BlockDecoder, CachedForward, GraphedForward, run
-from llada2_fast.graphs import StepGraph
+from llada2_fast.graphs import Report, StepGraph
 from llada2_fast.model import LLaDA2Model
 
 
@@ -20,43 +20,80 @@ def eager(monkeypatch):
     monkeypatch.setattr(StepGraph, "replay", StepGraph.run)  # the same work, not captured
 
 
-def decode(model, graphed, lengths, **params):
-    """Ids and forwards of some prompts, in rows of one decoder."""
+PARAMS = {
+    "greedy": {"threshold": 0.6, "steps": 8},
+    "editing": {"threshold": 0.5, "editing_threshold": 0.3, "max_post_steps": 3},
+    "sampling": {"temperature": 0.8, "top_k": 7, "threshold": 0.4},
+    "no tail": {"threshold": 0.9, "attend_tail": False},
+    "one step a block": {"threshold": 0.0, "eos_early_stop": True},
+    "hf-2.0": {"threshold": 0.3, "steps": 2, "profile": "hf-2.0"},
+    "hf-2.1": {"threshold": 0.5, "editing_threshold": 0.2, "max_post_steps": 2, "profile": "hf-2.1"},
+}
+LENGTHS = [[0], [21], [3, 40, 8, 17, 9]]
+
+
+def decode(model, lengths, params, lag=None, trace=False):
+    """Finished rows of some prompts; lag: None = the cached forward, else graphs with this lag."""
     params = DecodeParams(gen_length=19, block_length=8, **params)
     blocks = [-(-(n + params.gen_length) // 8) for n in lengths]
-    cache = PagedKVCache(model.config, sum(blocks), 8, model.dtype, "cpu")
-    forward = GraphedForward(model, cache, len(lengths), max(blocks)) if graphed else CachedForward(model, cache)
-    decoder = BlockDecoder(forward, len(lengths), 8, mask_id=255, max_eos=1)
+    cache = PagedKVCache(model.config, sum(blocks), 8, model.dtype, model.device)
+    if lag is None:
+        forward = CachedForward(model, cache)
+    else:
+        forward = GraphedForward(model, cache, len(lengths), max(blocks), lag)
+    decoder = BlockDecoder(forward, len(lengths), 8, mask_id=255, device=model.device, max_eos=1, trace=trace)
     for slot, n in enumerate(lengths):
         prompt = torch.randint(0, 250, (n,), generator=torch.Generator().manual_seed(n))
-        decoder.open(slot, prompt, params, seed=n, eos_ids=(252,))
+        decoder.open(slot, prompt.to(model.device), params, seed=n, eos_ids=(252,))
     run(decoder)
-    return [(row.output((252,)).tolist(), row.counters.forwards_per_block) for row in decoder.rows]
+    return decoder.rows
 
 
-@pytest.mark.parametrize("params", [
-    {"threshold": 0.6, "steps": 8},
-    {"threshold": 0.5, "editing_threshold": 0.3, "max_post_steps": 3},
-    {"temperature": 0.8, "top_k": 7, "threshold": 0.4},
-    {"threshold": 0.9, "attend_tail": False},
-], ids=["greedy", "editing", "sampling", "no tail"])  # fmt: skip
-@pytest.mark.parametrize("lengths", [[0], [21], [3, 40, 8, 17, 9]], ids=str)
-def test_the_graphs_work_gives_the_cached_forwards_tokens(model, eager, lengths, params):
-    assert decode(model, True, lengths, **params) == decode(model, False, lengths, **params)
+def facts(rows):
+    return [
+        (row.output((252,)).tolist(), row.finish_reason, row.counters.forwards_per_block, row.counters.commits,
+         row.counters.edits, row.events)
+        for row in rows
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_the_graphs_work_gives_the_cached_forwards_tokens(model, eager, lengths, params, lag):
+    assert facts(decode(model, lengths, params, lag)) == facts(decode(model, lengths, params))
+
+
+@pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS)
+def test_traces_are_the_same(model, eager, params):
+    with_graphs = facts(decode(model, LENGTHS[2], params, lag=0, trace=True))
+    assert with_graphs == facts(decode(model, LENGTHS[2], params, trace=True))
+    assert any(events for *_, events in with_graphs)
+
+
+def test_a_row_without_a_place_waits_for_one_step(model, eager):
+    """A step fills a block: five rows end theirs at once, two find places. Three wait; then they go on freely while the
+    two end their second block and find places again; and of the three one waits once more."""
+    params = {"threshold": 0.0}
+    rows = decode(model, [8] * 5, params, lag=1)
+    assert all(row.counters.forwards_per_block == [1, 1, 1] for row in rows)
+    assert sum(row.counters.settle_forwards for row in rows) == 4
+    assert sum(row.counters.settle_forwards for row in decode(model, [8] * 5, params, lag=0)) == 0
+
+
+def test_steps_are_launched_before_the_last_one_is_read(model, eager, monkeypatch):
+    order = []
+    replay, wait = StepGraph.replay, Report.wait
+    monkeypatch.setattr(StepGraph, "replay", lambda self: order.append("launch") or replay(self))
+    monkeypatch.setattr(Report, "wait", lambda self: order.append("read") or wait(self))
+    decode(model, [21], PARAMS["greedy"], lag=1)
+    assert order[:6] == ["launch", "launch", "read", "launch", "read", "launch"]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("lengths", [[21], [3, 40, 8, 17, 9]], ids=str)
-def test_captured_graphs_give_the_cpu_references_tokens(golden, model, lengths):
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS)
+@pytest.mark.parametrize("lengths", LENGTHS[1:], ids=str)
+def test_captured_graphs_give_the_cpu_references_tokens(golden, model, lengths, params, lag):
     on_gpu = LLaDA2Model.from_pretrained(golden / "tiny", dtype=torch.float32, device="cuda", progress=False)
-    params = {"threshold": 0.6, "steps": 8}
-    tokens = [ids for ids, _ in decode(model, False, lengths, **params)]
-    blocks = [-(-(n + 19) // 8) for n in lengths]
-    cache = PagedKVCache(on_gpu.config, sum(blocks), 8, on_gpu.dtype, "cuda")
-    forward = GraphedForward(on_gpu, cache, len(lengths), max(blocks))
-    decoder = BlockDecoder(forward, len(lengths), 8, mask_id=255, device="cuda", max_eos=1)
-    for slot, n in enumerate(lengths):
-        prompt = torch.randint(0, 250, (n,), generator=torch.Generator().manual_seed(n))
-        decoder.open(slot, prompt.cuda(), DecodeParams(gen_length=19, block_length=8, **params), n, (252,))
-    run(decoder)
-    assert [row.output((252,)).tolist() for row in decoder.rows] == tokens
+    assert facts(decode(on_gpu, lengths, params, lag)) == facts(decode(model, lengths, params))

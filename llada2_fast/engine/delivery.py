@@ -1,20 +1,11 @@
-"""What a step did to a request -> events and its output. Host side only: lists of ints, no tensors but one read."""
+"""What a step did to a request -> events and its output. Host side only: lists of ints, no tensors."""
 
 from itertools import takewhile
-
-import torch
 
 from ..decoder import Counters
 from ..trace import Event as TraceEvent
 from ..trace import Trace
 from .request import Event, RequestOutput
-
-
-def read_blocks(state, rows):
-    """[(tokens, steps, confidences)] of the active blocks of some rows, lists of L numbers each."""
-    slots = torch.tensor([row.slot for row in rows], dtype=torch.int64, device=state.tokens.device)
-    columns = (state.tokens, state.commit_step, state.commit_confidence)
-    return list(zip(*(column[slots].tolist() for column in columns), strict=True))
 
 
 def fresh_tokens(request, tokens):

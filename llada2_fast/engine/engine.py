@@ -7,7 +7,7 @@ from ..cache import PagedKVCache, content_keys
 from ..config import DecodeParams, EngineConfig
 from ..decoder import BlockDecoder, CachedForward, GraphedForward, row_rules
 from ..requests import check_fit, resolve_ids, row_seeds, split_prompts
-from .delivery import commit_block, draft_block, make_output, read_blocks, stops_inside
+from .delivery import commit_block, draft_block, make_output, stops_inside
 from .request import FINISHED, Event, Request
 from .scheduler import Scheduler
 from .text import TextStream
@@ -35,7 +35,7 @@ class Engine:
         self.cache = PagedKVCache(model.config, pages, length, model.dtype, model.device)
         if config.graphs:
             most = min(pages, -(-model.config.max_position_embeddings // length))
-            self.forward = GraphedForward(model, self.cache, config.max_running, most)
+            self.forward = GraphedForward(model, self.cache, config.max_running, most, lag=0 if config.trace else 1)
         else:
             self.forward = CachedForward(model, self.cache, ahead=False)
         self.decoder = BlockDecoder(
@@ -110,7 +110,7 @@ class Engine:
         except FAULTS as error:
             return [self._fail(request, f"{type(error).__name__}: {error}") for request in plan.requests()]
         self.num_steps += bool(rows or prefill)
-        return self._deliver(plan.denoise)
+        return self._deliver() if rows else []
 
     def stream(self, request, drafts=True):
         """Events of a request as they come; the engine steps while there are none. Closing the iterator cancels it."""
@@ -162,15 +162,20 @@ class Engine:
         for request in waiting:
             assert request.row is None or (request.row.slot is None and not request.row.pages)
 
-    def _deliver(self, requests):
-        """Events of the requests that took part in a step."""
+    def _deliver(self):
+        """Events of the requests that took part in the last step the decoder has a report of."""
+        report = self.decoder.report
+        if report is None:
+            return []
         now, events = self.clock(), []
+        took_part = set(report.rows)
+        requests = [request for request in self.scheduler.running if request.row in took_part]
         for request in requests:
             request.prefilled = now if request.prefilled is None else request.prefilled
             if request.row.error:
                 events.append(self._fail(request, request.row.error))
         told = [r for r in requests if r.output is None and (r.row.block_done or r.row.finish_reason or r.watched)]
-        for request, block in zip(told, read_blocks(self.decoder.state, [r.row for r in told]), strict=True):
+        for request, block in zip(told, report.details([r.row for r in told]), strict=True):
             row = request.row
             if row.block_done or row.finish_reason or stops_inside(request, block[0], self.mask_id):
                 event, stopped = commit_block(request, *block, now)

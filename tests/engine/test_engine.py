@@ -89,11 +89,12 @@ def test_it_is_exact_at_every_block_length_that_is_a_multiple_of_4(length):
         assert_as_alone(output, random_model(), prompt, params)
 
 
-def test_step_graphs_give_the_same_tokens(monkeypatch):
+@pytest.mark.parametrize("lag", [0, 1])
+def test_step_graphs_give_the_same_tokens(monkeypatch, lag):
     """What a GPU replays, run step by step: prompts in chunks, shared pages, preemption."""
     monkeypatch.setattr(StepGraph, "replay", StepGraph.run)
     engine = small_engine(max_running=4, cache_tokens=160, prefill_tokens=8)
-    engine.forward = engine.decoder.forward = GraphedForward(random_model(), engine.cache, 4, 40)
+    engine.forward = engine.decoder.forward = GraphedForward(random_model(), engine.cache, 4, 40, lag)
     jobs = [(prompt_of(22)[: 10 + 2 * n], params) for n, params in enumerate(PARAMS[:6])]
     requests = [engine.add_request(*job, priority=n // 3) for n, job in enumerate(jobs)]
     for _ in range(7):
@@ -104,6 +105,7 @@ def test_step_graphs_give_the_same_tokens(monkeypatch):
         engine.check_integrity()
     for request, (prompt, params) in zip(requests, jobs, strict=True):
         assert request.output.token_ids == tokens_alone(random_model(), prompt, params)
+        assert len(request.output.confidences) == len(request.output.token_ids) and min(request.output.confidences) > 0
     assert engine.scheduler.preemptions > 0 and sum(request.shared_tokens for request in requests) > 0
     assert urgent.output.token_ids == tokens_alone(random_model(), prompt_of(60, 1), urgent.params)
     assert_empty(engine)

@@ -1,0 +1,159 @@
+"""Between two steps without the host: rows whose block has ended begin their next one.
+
+    ready      its block has ended, the row has not, and a block follows
+    settled    the step that ended the block changed nothing: the keys and values in its page are final
+    advance    ready, and settled or given one of the C places to be carried: the ended block then rides along with the
+               next block's first forward. Places go to the rows in the order of the plan.
+
+A ready row that must wait stays as it is for one step; that step's forward over the final tokens settles it.
+
+Shapes: S slots, A entries of the plan, C places, L block_length. The plan names a slot per entry; an entry may repeat
+entry 0 (it fills a graph of a larger size), and a place nobody needs repeats entry 0 too, as it is after advancing.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from ._triton import tl, triton, use_triton
+from .refine import BLOCK_DONE, PREFIX_MASK
+from .roles import ABSENT, PROMPT, TAIL, VALID
+
+_DONE, _MASKED = tl.constexpr(BLOCK_DONE), tl.constexpr(PREFIX_MASK)
+_VALID, _PROMPT = tl.constexpr(VALID), tl.constexpr(PROMPT)
+_TAIL, _ABSENT = tl.constexpr(TAIL), tl.constexpr(ABSENT)
+
+
+@dataclass
+class RowBounds:
+    """What a row's blocks depend on beside RefineState; int32 [S] tensors at fixed addresses."""
+
+    total: torch.Tensor  # prompt and generated positions
+    limit: torch.Tensor  # positions that exist, with the tail where it is denoised
+    changed: torch.Tensor  # non-zero: the row's last step changed its block
+
+
+def advance_ref(state, bounds, slot, repeat, carried, mask_id):
+    """See advance."""
+    slot, length = slot.long(), state.tokens.shape[1]
+    block, tokens = state.start[slot] // length, state.tokens[slot]
+    end = (block + 1) * length
+    ready = (repeat == 0) & (state.frozen[slot] == BLOCK_DONE) & (end < bounds.total[slot])
+    unsettled = ready & (bounds.changed[slot] != 0)
+    given = unsettled & (unsettled.cumsum(0) <= carried)
+    going = ready & (given | ~unsettled)
+
+    holds_mask = ((tokens == mask_id) & (state.kind[slot] != PROMPT)).any(-1)
+    prefix = state.prefix[slot] | holds_mask.int() * PREFIX_MASK
+    position = end[:, None] + torch.arange(length, device=slot.device)
+    kind = torch.where(position < bounds.limit[slot][:, None], TAIL, ABSENT)
+    kind = torch.where(position < bounds.total[slot][:, None], VALID, kind).to(state.kind.dtype)
+    state.begin(slot[going], torch.full_like(tokens[going], mask_id), kind[going], end[going], prefix[going])
+
+    now = torch.where(repeat == 0, slot, slot[:1])
+    rows = torch.cat((now, now[:1].expand(carried)))
+    index = state.start[rows] // length
+    laid = state.tokens[rows]
+    places = len(slot) + torch.arange(int(given.sum()), device=slot.device)
+    rows[places], index[places], laid[places] = slot[given], block[given], tokens[given]
+    return rows.int(), index.int(), laid
+
+
+@triton.jit
+def _advance_kernel(
+    SLOT, REPEAT, TOTAL, LIMIT, CHANGED,
+    TOKENS, KIND, START, STEP, POST_STEPS, FROZEN, PREFIX, COMMIT_STEP, COMMIT_CONFIDENCE,  # RefineState
+    ROW, BLOCK, LAID, mask_id,
+    A: tl.constexpr, C: tl.constexpr, L: tl.constexpr, ENTRIES: tl.constexpr, PLACES: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Grid (1,): all entries at once, [ENTRIES, LANES]."""
+    entry, lane = tl.arange(0, ENTRIES), tl.arange(0, LANES)
+    there = entry < A
+    slot = tl.load(SLOT + entry, mask=there, other=0).to(tl.int64)
+    own = there & (tl.load(REPEAT + entry, mask=there, other=1) == 0)
+    n = slot[:, None] * L + lane[None, :]
+    inside = own[:, None] & (lane < L)[None, :]
+    start = tl.load(START + slot, mask=there, other=0)
+    total = tl.load(TOTAL + slot, mask=own, other=0)
+    limit = tl.load(LIMIT + slot, mask=own, other=0)
+    prefix = tl.load(PREFIX + slot, mask=own, other=0)
+    tokens = tl.load(TOKENS + n, mask=inside, other=0)
+    kind = tl.load(KIND + n, mask=inside, other=0)
+    ready = own & (tl.load(FROZEN + slot, mask=own, other=0) == _DONE) & (start + L < total)
+    unsettled = ready & (tl.load(CHANGED + slot, mask=own, other=0) != 0)
+    place = tl.cumsum(unsettled.to(tl.int32), 0) - 1
+    given = unsettled & (place < C)
+    going = ready & (given | (unsettled == 0))
+
+    # the ended blocks that ride along
+    at = A + tl.where(given, place, 0)
+    tl.store(ROW + at, slot.to(tl.int32), mask=given)
+    tl.store(BLOCK + at, (start // L).to(tl.int32), mask=given)
+    tl.store(LAID + at[:, None].to(tl.int64) * L + lane[None, :], tokens, mask=inside & given[:, None])
+
+    # the next blocks
+    holds_mask = tl.sum((inside & (tokens == mask_id) & (kind != _PROMPT)).to(tl.int32), 1) > 0
+    start = tl.where(going, start + L, start)
+    position = start[:, None] + lane[None, :]
+    fresh = tl.where(position < total[:, None], _VALID, tl.where(position < limit[:, None], _TAIL, _ABSENT))
+    tokens = tl.where(going[:, None], mask_id, tokens)
+    new = inside & going[:, None]
+    tl.debug_barrier()  # every thread has read the state
+    tl.store(TOKENS + n, tokens, mask=new)
+    tl.store(KIND + n, fresh.to(tl.int8), mask=new)
+    tl.store(COMMIT_STEP + n, tl.full([ENTRIES, LANES], -1, tl.int32), mask=new)
+    tl.store(COMMIT_CONFIDENCE + n, tl.zeros([ENTRIES, LANES], tl.float32), mask=new)
+    none = tl.zeros([ENTRIES], tl.int32)
+    tl.store(START + slot, start, mask=going)
+    tl.store(STEP + slot, none, mask=going)
+    tl.store(POST_STEPS + slot, none, mask=going)
+    tl.store(FROZEN + slot, none, mask=going)
+    tl.store(PREFIX + slot, prefix | tl.where(holds_mask, _MASKED, 0), mask=going)
+
+    # what is forwarded: the entries, and entry 0 wherever it is repeated
+    first = entry == 0
+    first_slot = tl.sum(tl.where(first, slot, 0), 0)
+    first_block = tl.sum(tl.where(first, start // L, 0), 0)
+    first_tokens = tl.sum(tl.where(first[:, None], tokens, 0), 0)
+    tl.store(ROW + entry, tl.where(own, slot, first_slot).to(tl.int32), mask=there)
+    tl.store(BLOCK + entry, tl.where(own, start // L, first_block).to(tl.int32), mask=there)
+    tokens = tl.where(own[:, None], tokens, first_tokens[None, :])
+    lanes = (lane < L)[None, :]
+    tl.store(LAID + entry[:, None].to(tl.int64) * L + lane[None, :], tokens, mask=there[:, None] & lanes)
+    if C > 0:
+        spare = tl.arange(0, PLACES)
+        free = (spare >= tl.sum(given.to(tl.int32), 0)) & (spare < C)
+        blank = tl.zeros([PLACES], tl.int32)
+        tl.store(ROW + A + spare, blank + first_slot.to(tl.int32), mask=free)
+        tl.store(BLOCK + A + spare, blank + first_block.to(tl.int32), mask=free)
+        copies = tl.broadcast_to(first_tokens[None, :], (PLACES, LANES))
+        tl.store(LAID + (A + spare)[:, None].to(tl.int64) * L + lane[None, :], copies, mask=free[:, None] & lanes)
+
+
+def launch(state, bounds, slot, repeat, carried, mask_id):
+    entries, length = slot.shape[0], state.tokens.shape[1]
+    rows, index, laid = _empty(state.tokens, entries + carried)
+    size = triton.next_power_of_2(entries) * triton.next_power_of_2(length)
+    _advance_kernel[(1,)](
+        slot, repeat, bounds.total, bounds.limit, bounds.changed, *vars(state).values(), rows, index, laid, mask_id,
+        A=entries, C=carried, L=length, ENTRIES=triton.next_power_of_2(entries),
+        PLACES=triton.next_power_of_2(max(carried, 1)), LANES=triton.next_power_of_2(length),
+        num_warps=min(16, max(1, size // 256)),
+    )  # fmt: skip
+    return rows, index, laid
+
+
+def _empty(tokens, blocks):
+    new = tokens.new_empty
+    return new(blocks, dtype=torch.int32), new(blocks, dtype=torch.int32), new((blocks, tokens.shape[1]))
+
+
+def advance(state, bounds, slot, repeat, carried, mask_id):
+    """Begin the next blocks of a plan's rows; updates `state` (RefineState over S slots) in place.
+
+    bounds: RowBounds; slot, repeat: int32 [A], A at least 1, entry 0 no repeat; carried: C; mask_id: int.
+    Returns (row int32 [A + C], block int32 [A + C], tokens int64 [A + C, L]): slot, number in its row and tokens of
+    each block to forward, first the entries' active blocks, then the carried ones.
+    """
+    run = launch if use_triton(state.tokens) else advance_ref
+    return run(state, bounds, slot, repeat, carried, mask_id)

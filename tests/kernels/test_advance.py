@@ -1,0 +1,122 @@
+"""Rows going on to their next blocks: the rule, and the kernel against its reference in the interpreter."""
+
+from dataclasses import fields
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llada2_fast.kernels import advance
+from llada2_fast.kernels._triton import force_ops
+from llada2_fast.kernels.refine import BLOCK_DONE, ERROR, FINISHED, PREFIX_MASK, RefineState
+from llada2_fast.kernels.roles import ABSENT, PROMPT, TAIL, VALID
+from tests.kernels.interpreter import interpreted
+
+MASK = 99
+
+
+def slots_of(count, length, seed, device="cpu"):
+    """State and bounds of rows in every condition: running, ended, finished, failed, at their last block."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(high, *shape, low=0):
+        return torch.randint(low, high, shape, generator=generator)
+
+    tokens = torch.where(pick(4, count, length) == 0, MASK, pick(50, count, length))
+    state = RefineState.start_block(tokens, pick(2, count, length).to(torch.int8), pick(5, count) * length)
+    state.frozen.copy_(torch.tensor([0, BLOCK_DONE, BLOCK_DONE, BLOCK_DONE | FINISHED, ERROR])[pick(5, count)])
+    for field in ("step", "post_steps", "prefix", "commit_step", "commit_confidence"):
+        tensor = getattr(state, field)
+        tensor.copy_(pick(4, *tensor.shape))
+    total = state.start + length + pick(2 * length, count, low=1 - length)
+    limit = torch.where(pick(2, count) == 0, total, -(-total // length) * length)
+    bounds = advance.RowBounds(total.int(), limit.int(), pick(2, count).int() * 8)
+    for holder in (state, bounds):
+        for field in fields(holder):
+            setattr(holder, field.name, getattr(holder, field.name).to(device))
+    return state, bounds
+
+
+def plan_of(count, entries, seed, device="cpu"):
+    """`entries` entries that name some of the slots, the last ones repeats of the first."""
+    generator = torch.Generator().manual_seed(seed)
+    own = min(count, int(torch.randint(1, entries + 1, (), generator=generator)))
+    slots = torch.randperm(count, generator=generator)[:own].int()
+    repeat = (torch.arange(entries) >= own).int()
+    return torch.cat((slots, slots[:1].expand(entries - own))).to(device), repeat.to(device)
+
+
+def copy(state):
+    return RefineState(*(x.clone() for x in vars(state).values()))
+
+
+def untouched(state, before, slots):
+    for name, tensor in vars(state).items():
+        assert torch.equal(tensor[slots], getattr(before, name)[slots]), name
+
+
+def same(seed, count, length, entries, carried, device="cpu"):
+    state, bounds = slots_of(count, length, seed, device)
+    plan = plan_of(count, entries, seed, device)
+    wanted = copy(state)
+    blocks = advance.advance_ref(wanted, bounds, *plan, carried, MASK)
+    got = advance.advance(state, bounds, *plan, carried, MASK)
+    for name, a, b in zip(("row", "block", "tokens"), got, blocks, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b), name
+    for name, a in vars(state).items():
+        assert torch.equal(a, getattr(wanted, name)), name
+
+
+@pytest.mark.parametrize("length", [1, 5, 32])
+@pytest.mark.parametrize(
+    "count, entries, carried", [(1, 1, 0), (1, 1, 1), (1, 4, 2), (7, 4, 1), (7, 8, 3), (13, 16, 9)]
+)
+def test_parity(count, length, entries, carried):
+    with force_ops("triton"), interpreted():
+        for seed in range(4):
+            same(seed, count, length, entries, carried)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("count, entries, carried", [(1, 1, 1), (40, 32, 8), (256, 128, 32), (256, 256, 64)])
+def test_parity_on_a_gpu(count, entries, carried):
+    for seed in range(4):
+        same(seed, count, 32, entries, carried, "cuda")
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 10**6), st.integers(1, 9), st.integers(0, 4), st.sampled_from([1, 3, 8]))
+def test_the_rule(seed, count, carried, length):
+    state, bounds = slots_of(count, length, seed)
+    slots, repeat = plan_of(count, 8, seed)
+    before = copy(state)
+    rows, blocks, tokens = advance.advance_ref(state, bounds, slots, repeat, carried, MASK)
+    used = 0
+    for entry, slot in enumerate(slots[repeat == 0].tolist()):
+        block = int(before.start[slot]) // length
+        follows = int(before.start[slot]) + length < int(bounds.total[slot])
+        moves = before.frozen[slot] == BLOCK_DONE and follows
+        if moves and bounds.changed[slot]:
+            moves = used < carried
+            if moves:
+                at = 8 + used
+                assert (rows[at], blocks[at]) == (slot, block) and torch.equal(tokens[at], before.tokens[slot])
+                used += 1
+        assert rows[entry] == slot and blocks[entry] == block + moves
+        assert torch.equal(tokens[entry], state.tokens[slot])
+        if not moves:
+            untouched(state, before, slot)
+            continue
+        assert (state.tokens[slot] == MASK).all() and state.start[slot] == before.start[slot] + length
+        assert not state.frozen[slot] and not state.step[slot] and not state.post_steps[slot]
+        assert (state.commit_step[slot] == -1).all() and not state.commit_confidence[slot].any()
+        held = bool(((before.tokens[slot] == MASK) & (before.kind[slot] != PROMPT)).any())
+        assert state.prefix[slot] == before.prefix[slot] | (PREFIX_MASK if held else 0)
+        for position, kind in enumerate(state.kind[slot].tolist(), int(state.start[slot])):
+            there = VALID if position < bounds.total[slot] else TAIL if position < bounds.limit[slot] else ABSENT
+            assert kind == there
+    spare = [*range(int((repeat == 0).sum()), 8), *range(8 + used, 8 + carried)]
+    for at in spare:
+        assert rows[at] == rows[0] and blocks[at] == blocks[0] and torch.equal(tokens[at], tokens[0])
+    untouched(state, before, sorted(set(range(count)) - set(slots.tolist())))
