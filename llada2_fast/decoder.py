@@ -295,10 +295,10 @@ class GraphedForward(CachedForward):
     def _size(self, rows):
         """Active blocks and places to carry ended ones: as many as end, or, where that is not known yet, for a quarter
         of the rows: at the usual 4 to 8 steps a block so many end in a step. Without a place a row waits for a step."""
-        active = _power_of_two(len(rows))
+        active = power_of_two(len(rows))
         if self.lag:
             return active, -(-active // 4)
-        return active, _power_of_two(sum(row.block_done and row.settled <= row.block for row in rows))
+        return active, power_of_two(sum(row.block_done and row.settled <= row.block for row in rows))
 
     def _graph(self, active, carried, state, params, mask_id):
         size = active, carried
@@ -319,7 +319,8 @@ def _filters(rows):
     return any(row.params.top_k or row.params.top_p for row in rows)
 
 
-def _power_of_two(n):
+def power_of_two(n):
+    """The least one that is at least n; 0 for 0."""
     return 1 << (n - 1).bit_length() if n else 0
 
 

@@ -6,7 +6,7 @@ import torch
 
 from .cache import PagedKVCache
 from .config import DecodeParams
-from .decoder import BlockDecoder, CachedForward, Counters, GraphedForward, run
+from .decoder import BlockDecoder, CachedForward, Counters, GraphedForward, power_of_two, run
 from .requests import check_fit, resolve_ids, row_seeds, split_prompts
 from .trace import Trace
 
@@ -72,8 +72,8 @@ def generate(
     None = the checkpoint's. seed: one int64 for every row as it is, or one per row; without it each row's seed is drawn
     from `generator` (one torch.Generator, or one per row; default: torch's own). trace: record every commit and edit.
     progress: a tqdm bar over generated blocks. use_cache=False recomputes the prefix at every step; settle: "carry" or
-    "separate" (decoder.CachedForward). graphs=True replays each step as a CUDA graph, captured anew at every call: for
-    long runs on a GPU. on_step(decoder, output): called after every step.
+    "separate" (decoder.CachedForward). graphs=True (on a GPU) replays each step as a CUDA graph; graphs and cache stay
+    with the model for its next call. on_step(decoder, output): called after every step.
 
     Returns int64 [1, n] cut after the first EOS for one prompt, [B, max n] filled with the pad id for several, or a
     GenerateOutput if return_dict. Raises ValueError on bad arguments before any forward, RuntimeError on NaN logits.
@@ -95,30 +95,53 @@ def generate(
     seeds = row_seeds(seed, generator, len(prompts))
     length = params.block_length or model.block_length
     blocks = [-(-(len(p) + gen_length) // length) for p in prompts]
-    cache = PagedKVCache(model.config, sum(blocks), length, model.dtype, model.device)
     if graphs:
-        lag = 0 if trace or on_step else 1
-        forward = GraphedForward(model, cache, len(prompts), max(blocks), lag)
+        decoder = _graphed_decoder(model, blocks, length, mask, len(eos))
+        decoder.forward.lag = 0 if trace or on_step else 1
+        decoder.trace = trace
     else:
+        cache = PagedKVCache(model.config, sum(blocks), length, model.dtype, model.device)
         forward = CachedForward(model, cache, settle, reuse=use_cache)
-    decoder = BlockDecoder(forward, len(prompts), length, mask, model.device, max(1, len(eos)), trace)
-    for slot, prompt in enumerate(prompts):
-        decoder.open(slot, prompt.to(model.device), params, seeds[slot], eos)
+        decoder = BlockDecoder(forward, len(prompts), length, mask, model.device, max(1, len(eos)), trace)
+    rows = [
+        decoder.open(slot, prompt.to(model.device), params, seeds[slot], eos) for slot, prompt in enumerate(prompts)
+    ]
     run(decoder, progress, on_step)
-    return _collect(decoder, params, eos, pad, return_dict)
+    if graphs:
+        for row in rows:
+            decoder.close(row.slot)
+        model._graphed_decoder = decoder
+    return _collect(rows, params, eos, pad, return_dict, trace)
 
 
-def _collect(decoder, params, eos, pad, return_dict):
-    texts = [row.output(eos) for row in decoder.rows]
+def _graphed_decoder(model, blocks, length, mask, num_eos):
+    """A decoder that replays graphs, for rows of so many blocks: that of the model's last such call where it is large
+    enough, because its graphs are captured. A call has it to itself, and does not put it back if it fails."""
+    rows, widest, pages = len(blocks), max(blocks), sum(blocks)
+    decoder = vars(model).pop("_graphed_decoder", None)
+    if decoder is not None and (decoder.length, decoder.mask_id) == (length, mask):
+        slots, width = decoder.forward.slots.page_table.shape
+        room = slots, width, decoder.forward.cache.num_pages, decoder.params.eos_ids.shape[1]
+        if all(there >= asked for there, asked in zip(room, (rows, widest, pages, num_eos), strict=True)):
+            return decoder
+    del decoder  # before its successor's cache is made
+    slots, width, pages = (power_of_two(n) for n in (rows, widest, pages))
+    cache = PagedKVCache(model.config, pages, length, model.dtype, model.device)
+    forward = GraphedForward(model, cache, slots, width)
+    return BlockDecoder(forward, slots, length, mask, model.device, max(1, num_eos))
+
+
+def _collect(rows, params, eos, pad, return_dict, trace):
+    texts = [row.output(eos) for row in rows]
     if not return_dict:
         return texts[0][None] if len(texts) == 1 else _fill(texts, max(len(t) for t in texts), pad)
     width = params.gen_length if params.profile == "default" else max(len(t) for t in texts)
     return GenerateOutput(
         _fill(texts, width, pad),
         [len(t) for t in texts],
-        [row.finish_reason for row in decoder.rows],
-        [row.counters for row in decoder.rows],
-        [Trace.of(row) for row in decoder.rows] if decoder.trace else None,
+        [row.finish_reason for row in rows],
+        [row.counters for row in rows],
+        [Trace.of(row) for row in rows] if trace else None,
     )
 
 

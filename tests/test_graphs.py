@@ -6,6 +6,7 @@ import torch
 from llada2_fast.cache import PagedKVCache
 from llada2_fast.config import DecodeParams
 from llada2_fast.decoder import BlockDecoder, CachedForward, GraphedForward, run
+from llada2_fast.generate import _graphed_decoder
 from llada2_fast.graphs import Report, StepGraph
 from llada2_fast.model import LLaDA2Model
 
@@ -97,3 +98,37 @@ def test_steps_are_launched_before_the_last_one_is_read(model, eager, monkeypatc
 def test_captured_graphs_give_the_cpu_references_tokens(golden, model, lengths, params, lag):
     on_gpu = LLaDA2Model.from_pretrained(golden / "tiny", dtype=torch.float32, device="cuda", progress=False)
     assert facts(decode(on_gpu, lengths, params, lag)) == facts(decode(model, lengths, params))
+
+
+def test_a_model_keeps_the_decoder_of_its_last_call(model):
+    def decoder(blocks, length=8, num_eos=1):
+        return _graphed_decoder(model, blocks, length, 255, num_eos)
+
+    try:
+        model._graphed_decoder = first = decoder([3, 5, 1])
+        assert first.forward.slots.page_table.shape == (4, 8) and first.forward.cache.num_pages == 16
+        for blocks in ([3, 5, 1], [8], [4, 4, 4, 4]):
+            assert decoder(blocks) is first
+            assert decoder(blocks) is not first  # somebody else has it
+            model._graphed_decoder = first
+        for larger in ([9], [1] * 5, [8, 8, 8], {"length": 4}, {"num_eos": 2}):
+            model._graphed_decoder = first
+            assert (decoder([1], **larger) if isinstance(larger, dict) else decoder(larger)) is not first
+    finally:
+        vars(model).pop("_graphed_decoder", None)
+
+
+@pytest.mark.gpu
+def test_the_second_call_captures_nothing(golden, model, monkeypatch):
+    on_gpu = LLaDA2Model.from_pretrained(golden / "tiny", dtype=torch.float32, device="cuda", progress=False)
+    captures = []
+    capture = StepGraph._capture
+    monkeypatch.setattr(StepGraph, "_capture", lambda self: captures.append(self) or capture(self))
+    prompts = [list(range(1, 1 + n)) for n in (21, 9, 30)]
+    params = {"gen_length": 40, "block_length": 8, "threshold": 0.6}
+    wanted = model.generate(prompts, **params)
+    assert torch.equal(on_gpu.generate(prompts, graphs=True, **params).cpu(), wanted)
+    captured = len(captures)
+    for _ in range(2):
+        assert torch.equal(on_gpu.generate(prompts, graphs=True, **params).cpu(), wanted)
+    assert len(captures) == captured > 0
