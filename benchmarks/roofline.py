@@ -5,7 +5,7 @@
 One step forwards one block of every row over its cached prefix and refines it. Every weight that is touched is read
 once, keys and values of the prefix once, activations and logits stay on chip. Experts: T tokens that choose K of E
 independently touch E (1 - (1 - K/E)^T) of them; real routing inside a block is correlated and touches fewer. fp8 stores
-all weights but router and LM head in one byte (scales not counted); operations are priced at the bf16 rate.
+all weights but the router in one byte (scales not counted); operations are priced at the bf16 rate.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def step_costs(config, batch, prefix, weight_bytes=2, block=BLOCK):
         ),
         "shared expert": matmul(expert * c.num_shared_experts, tokens, moe_layers),
         "dense MLP": matmul(3 * hidden * c.intermediate_size, tokens, c.first_k_dense_replace),
-        "LM head": matmul(hidden * c.vocab_size, tokens, width=2),
+        "LM head": matmul(hidden * c.vocab_size, tokens),
     }
     return {op: cost for op, cost in costs.items() if cost.bytes}
 

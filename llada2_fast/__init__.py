@@ -17,6 +17,7 @@ _HOME = {
     "AsyncEngine": "engine",
     "BlockRefinementScheduler": "scheduler",
     "BlockRefinementSchedulerOutput": "scheduler",
+    "BlockState": "refinement",
     "CheckpointError": "checkpoint",
     "DecodeParams": "config",
     "Engine": "engine",
@@ -26,8 +27,11 @@ _HOME = {
     "LLaDA2Pipeline": "pipeline",
     "LLaDA2PipelineOutput": "pipeline",
     "ModelConfig": "config",
+    "RefineParams": "refinement",
     "demo": "demo",
     "generate": "generate",
+    "refine_params": "refinement",
+    "refine_step": "refinement",
 }
 __all__ = [*_HOME, "register"]
 

@@ -431,8 +431,9 @@ class EngineConfig:
     place; `cache_tokens` of K/V are kept for prompts, generated blocks and shared prefixes; `prefill_tokens` prompt
     tokens at most go along with one step; `share_prefixes` lets requests use each other's committed blocks; a unit of
     priority outweighs `priority_s` seconds of waiting; a request has at most `max_eos_ids` EOS ids; `mask_id` None =
-    the checkpoint's; `trace` records every commit and edit, for a few more reads from the device in a step;
-    `graphs` replays each denoise step as a CUDA graph, on a GPU."""
+    the checkpoint's; `trace` records every commit and edit; `graphs` replays each denoise step as a CUDA graph, on a GPU. With
+    graphs and without a trace a step is launched before the last one's results are read, which then come a step late;
+    `trace` None = unless there are graphs."""
 
     block_length: int | None = None
     max_running: int = 16
@@ -443,7 +444,7 @@ class EngineConfig:
     priority_s: float = 60.0
     max_eos_ids: int = 8
     mask_id: int | None = None
-    trace: bool = True
+    trace: bool | None = None
     graphs: bool = False
 
     def __post_init__(self):
@@ -452,6 +453,8 @@ class EngineConfig:
                 _check(self, name, _int, low)
         for name in ("max_running", "max_waiting", "cache_tokens", "prefill_tokens", "max_eos_ids"):
             _check(self, name, _int, 1)
+        if self.trace is None:
+            _set(self, "trace", not self.graphs)
         for name in ("share_prefixes", "trace", "graphs"):
             _check(self, name, _bool)
         _check(self, "priority_s", _float, ">= 0 and finite", lambda x: 0 <= x < math.inf)

@@ -449,16 +449,23 @@ class BlockDecoder:
         return output
 
     def _take_in(self, report):
-        """Let the rows of a step know what it did."""
+        """Let the rows of a step know what it did; those it did nothing for leave the report."""
         if self.forward.starts_blocks:
             report.wait()
+        refined = []
         for row in report.rows:
-            if row.finish_reason or row.error:  # known only since the step was launched: it has changed nothing
+            if row.finish_reason or row.error:  # known only since the step was launched
                 continue
             if self.forward.starts_blocks and report.blocks[row.slot] > row.block:
                 self._next_block(row)
                 row.settled = row.block
-            self._account(row, report)
+            if row.block_done:  # it waited for a place to be carried: the step settled its block
+                row.settled = row.block + 1
+                row.counters.settle_forwards += 1
+            else:
+                self._account(row, report)
+                refined.append(row)
+        report.rows = refined
 
     def _next_block(self, row):
         row.block += 1
@@ -474,10 +481,6 @@ class BlockDecoder:
         status = report.status[row.slot]
         flags = status[refine.FLAGS]
         counters = row.counters
-        if row.block_done:  # it waited for a place to be carried: the step settled its block
-            row.settled = row.block + 1
-            counters.settle_forwards += 1
-            return
         counters.denoise_forwards += 1
         counters.forwards_per_block[-1] += 1
         counters.commits += status[refine.COMMITS]

@@ -17,12 +17,14 @@ from .kernels.refine import CHANGED, FLAGS, refine_step
 class Slots:
     """What the device knows of the rows in the slots beside RefineState, at fixed addresses.
 
-    page_table int32 [S, P]: a row's pages; bounds: see RowBounds.
+    page_table int32 [S, P]: a row's pages; bounds: see RowBounds; pool: memory that all their graphs share, as no two
+    run at a time and what one returns is read before the next runs.
     """
 
     def __init__(self, slots, pages, device):
         self.page_table = torch.zeros(slots, pages, dtype=torch.int32, device=device)
         self.bounds = RowBounds(*(torch.zeros(slots, dtype=torch.int32, device=device) for _ in range(3)))
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def open(self, slot, pages, total, limit):
         """Describe the row of a slot: its pages, a tuple of ints, and its bounds."""
@@ -100,7 +102,7 @@ class StepGraph:
         for tensor, before in kept:
             tensor.copy_(before)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, pool=self.slots.pool):
             self.results = self.run()
 
 
@@ -123,7 +125,7 @@ class Report:
         """Until it is here; then status, blocks: lists of ints over the slots, and what follows, are to be had."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        self.status, self.blocks = self._host[:, :8].tolist(), self._host[:, 8].tolist()
+        self.status, self.blocks = self._host[:, :8].tolist(), self._host[:, 8].tolist()  # sync: on the host already
         self._tokens, self._steps, bits = self._host[:, 9:].chunk(3, 1)
         self._confidence = bits.view(torch.float32)
 
@@ -135,7 +137,8 @@ class Report:
         """[(tokens, steps, confidences)] of the active blocks of some rows, lists of L numbers each."""
         slots = [row.slot for row in rows]
         columns = (self._tokens, self._steps, self._confidence)
-        return list(zip(*(column[slots].tolist() for column in columns), strict=True))
+        lists = [column[slots].tolist() for column in columns]  # sync: on the host already
+        return list(zip(*lists, strict=True))
 
 
 def _pinned(numbers, device):

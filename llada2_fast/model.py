@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import checkpoint
-from .config import ModelConfig
+from .config import DTYPES, ModelConfig
 from .kernels.attention import block_attention, masked_attention, place_blocks
 from .kernels.fp8 import E4M3, check_device, linear, scale_shape
 from .kernels.gemm import Scaled
@@ -20,6 +20,7 @@ from .kernels.moe import experts, mlp
 from .kernels.norm import add_rms_norm, rms_norm
 from .kernels.rope import qk_norm_rope, qk_norm_rope_write, rope_angles
 from .kernels.router import route, token_blocks
+from .tokens import NAMES as SPECIAL_IDS
 from .tokens import save_special_ids, special_ids
 
 
@@ -171,11 +172,12 @@ class Layer(nn.Module):
         dense = index < config.first_k_dense_replace
         self.mlp = MLP(config, config.intermediate_size, **kw) if dense else MoE(config, **kw)
 
-    def forward(self, x, cos, sin, attend, block=None, pages=None):
-        o = self.attention(self.input_layernorm(x), cos, sin, attend, pages)
-        x, h = self.post_attention_layernorm.add(x, o)
-        y, ids = self.mlp(h, block)
-        return x + y, ids
+    def forward(self, x, delta, cos, sin, attend, block=None, pages=None):
+        """delta: what the layer before adds to x, None for the first layer. Returns x, its own delta and expert ids:
+        each sum is made by the norm that follows it."""
+        x, h = (x, self.input_layernorm(x)) if delta is None else self.input_layernorm.add(x, delta)
+        x, h = self.post_attention_layernorm.add(x, self.attention(h, cos, sin, attend, pages))
+        return x, *self.mlp(h, block)
 
 
 class LLaDA2Model(nn.Module):
@@ -227,6 +229,47 @@ class LLaDA2Model(nn.Module):
         model.special_ids = special_ids(folder)
         return model
 
+    @classmethod
+    @torch.no_grad()
+    def from_transformers(cls, model):
+        """The network on the tensors of a LLaDA2 model that is loaded already, e.g. with the checkpoint's remote code.
+
+        model: a torch module whose state_dict has a checkpoint's tensor names, with a `config` that has to_dict(). Used
+        where they are: embeddings, norms, query_key_value, dense, down projections outside the experts, router and LM
+        head. Experts and gate/up pairs, which we stack, are copied, one parameter at a time, and the module's tensors
+        become views of the copy: it goes on working, nothing is held twice, and at most one layer's experts are while
+        they are copied. Only what is not of the embeddings' dtype stays with the module and is converted for us (of the
+        router: what is narrower). Special ids: its generation_config's, else its config's.
+        CheckpointError naming the tensor as in from_pretrained, ValueError if it is in float8.
+        """
+        config = ModelConfig.from_hf(model.config.to_dict())
+        if config.float8:
+            raise ValueError(f"quantization={config.quantization!r}: expected a model without; load its folder instead")
+        tensors = _match(model.state_dict(keep_vars=True), config, type(model).__name__)
+        embeddings = tensors["word_embeddings.weight"][0][1]
+        network = cls(config, embeddings.dtype, device="meta").eval()
+        owned = {}
+        for name, param in network.named_parameters():
+            held = tensors[name][0][1].dtype if ".router." in name else param.dtype
+            dtype = torch.promote_types(held, embeddings.dtype)
+            whole = next((tensor for slot, tensor in tensors[name] if slot.shape == param.shape), None)
+            if whole is None:
+                whole = torch.empty_like(param, dtype=dtype, device=embeddings.device)
+                for slot, tensor in tensors[name]:
+                    view = slot.view(whole).copy_(tensor)
+                    if tensor.dtype == dtype:
+                        tensor.data = view
+            owned[name] = whole.detach().to(dtype)
+        network.load_state_dict(owned, assign=True)
+        said = model.config.to_dict()
+        if getattr(model, "generation_config", None) is not None:
+            said |= {name: value for name, value in model.generation_config.to_dict().items() if value is not None}
+        network.special_ids = {name: said[name] for name in SPECIAL_IDS if said.get(name) is not None}
+        eos = network.special_ids.get("eos_token_id")
+        if isinstance(eos, (int, list)):
+            network.special_ids["eos_token_id"] = (eos,) if isinstance(eos, int) else tuple(eos)
+        return network
+
     def save_pretrained(self, path):
         """Write the weights in the checkpoint's own layout, byte-equal, config.json and generation_config.json."""
         checkpoint.save(path, self.config, dict(self.named_parameters()))
@@ -274,13 +317,14 @@ class LLaDA2Model(nn.Module):
         def attend(q, k, v):
             return masked_attention(*(t.unflatten(0, (batch, size)) for t in (q, k, v)), mask).flatten(0, 1)
 
-        x = self.word_embeddings(input_ids.flatten())
+        x, delta = self.word_embeddings(input_ids.flatten()), None
         hidden, chosen = [x], []
         for layer in self.layers:
-            x, ids = layer(x, cos, sin, attend, block)
-            hidden.append(x)
+            x, delta, ids = layer(x, delta, cos, sin, attend, block)
+            if output_hidden_states:
+                hidden.append(x + delta)
             chosen.append(ids)
-        x = self.norm(x)
+        _, x = self.norm.add(x, delta)
         hidden.append(x)
         return ModelOutput(
             self.lm_logits(x).float().unflatten(0, (batch, size)),
@@ -316,7 +360,7 @@ class LLaDA2Model(nn.Module):
         graph can hold; cache: PagedKVCache. Returns [T, H] after the final norm; lm_logits turns the needed ones into
         logits.
         """
-        x = self.word_embeddings(tokens)
+        x, delta = self.word_embeddings(tokens), None
         blocks, slot = place_blocks(runs, cache.block_length, x)
         block = self._token_blocks(1, tokens.shape[0], cache.block_length)
         cos, sin = self._angles(positions)
@@ -325,11 +369,42 @@ class LLaDA2Model(nn.Module):
             def attend(q, k_cache=k_cache, v_cache=v_cache):
                 return block_attention(q, k_cache, v_cache, blocks)
 
-            x, _ = layer(x, cos, sin, attend, block, (k_cache, v_cache, slot))
-        return self.norm(x)
+            x, delta, _ = layer(x, delta, cos, sin, attend, block, (k_cache, v_cache, slot))
+        return self.norm.add(x, delta)[1]
 
     def generate(self, inputs, *args, **kwargs):
         """Text from this model; see llada2_fast.generate.generate for all arguments."""
         from .generate import generate  # the one upward import: the model card's own spelling is model.generate(...)
 
         return generate(self, inputs, *args, **kwargs)
+
+
+def _match(tensors, config, what):
+    """{parameter: [(slot, tensor)]} for the tensors of a module `what`, under a checkpoint's names. CheckpointError as
+    checkpoint.inspect's for files: a tensor that is unknown, of a wrong shape or dtype, there twice or missing."""
+    table, found, provided = checkpoint.rename_table(config), {}, set()
+    device = next(iter(tensors.values())).device if tensors else None
+    for name, tensor in tensors.items():
+        tied = config.tie_word_embeddings and name == "lm_head.weight"
+        if tied and tensor.data_ptr() == tensors["model.word_embeddings.weight"].data_ptr():
+            continue
+        at, slot = f"{what}: tensor {name}", table.get(name)
+        if slot is None:
+            raise checkpoint.CheckpointError(f"{at} is unexpected: its config has no place for it")
+        if tensor.shape != slot.shape:
+            shape = list(tensor.shape)
+            raise checkpoint.CheckpointError(f"{at} has shape {shape}, its config gives {list(slot.shape)}")
+        if tensor.dtype not in DTYPES.values():
+            raise checkpoint.CheckpointError(f"{at} has dtype {tensor.dtype}, expected one of {', '.join(DTYPES)}")
+        if tensor.is_meta or tensor.device != device:
+            raise checkpoint.CheckpointError(f"{at} is on {tensor.device}; no model is split or offloaded")
+        checkpoint._check_finite(tensor, tensor.dtype, at)
+        if not provided.isdisjoint(slot.covers):
+            raise checkpoint.CheckpointError(f"{at} is provided twice, also in another layout")
+        provided.update(slot.covers)
+        found.setdefault(slot.param, []).append((slot, tensor))
+    missing = [name for name, slot in table.items() if slot.covers == (name,) and name not in provided]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise checkpoint.CheckpointError(f"{what}: missing tensor {missing[0]}{more}, which its config calls for")
+    return found

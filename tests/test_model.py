@@ -103,7 +103,8 @@ def test_bfloat16_layer_by_layer(name):
     assert torch.equal(model.word_embeddings(ids.flatten()), hidden["embed"])
     before = hidden["embed"]
     for i, layer in enumerate(model.layers):
-        got, chosen = layer(before, cos, sin, attend)
+        got, delta, chosen = layer(before, None, cos, sin, attend)
+        got = got + delta
         after = hidden[f"layer{i}"]
         same = torch.ones(batch * size, dtype=torch.bool)
         if chosen is not None:

@@ -8,6 +8,7 @@ import torch
 
 from llada2_fast import demo
 from llada2_fast.config import DecodeParams, EngineConfig, ModelConfig
+from llada2_fast.decoder import GraphedForward
 from llada2_fast.engine import Engine
 from llada2_fast.generate import generate
 from llada2_fast.model import LLaDA2Model
@@ -60,6 +61,14 @@ def small_engine(model=None, tokenizer=None, clock=None, **config):
     return Engine(random_model() if model is None else model, config, tokenizer, **kwargs)
 
 
+def with_step_graphs(engine, lag):
+    """The engine on what a GPU replays, run step by step (StepGraph.replay must be StepGraph.run)."""
+    width = -(-engine.model.config.max_position_embeddings // engine.block_length)
+    forward = GraphedForward(engine.model, engine.cache, len(engine.decoder.rows), width, lag)
+    engine.forward = engine.decoder.forward = forward
+    return engine
+
+
 def prompt_of(size, seed=0):
     return torch.randint(VOCAB - 2, (size,), generator=torch.Generator().manual_seed(seed)).tolist()
 
@@ -81,13 +90,13 @@ def tokens_alone(model, prompt, params):
     return out.sequences[0, : out.num_tokens[0]].tolist()
 
 
-def assert_as_alone(output, model, prompt, params):
+def assert_as_alone(output, model, prompt, params, traced=True):
     """Tokens, reason, trace with its confidences, and forwards of an engine's output are those of generate()."""
     wanted, counters = alone(model, prompt, params), output.counters
     assert output.error is None
     assert output.token_ids == tokens_alone(model, prompt, params)
     assert output.finish_reason == wanted.finish_reasons[0]
-    assert output.trace == wanted.trace[0]
+    assert output.trace == (wanted.trace[0] if traced else None)
     for name in ("denoise_forwards", "commits", "edits", "forwards_per_block"):
         assert getattr(counters, name) == getattr(wanted.counters[0], name), name
     commits = wanted.trace[0].commits()

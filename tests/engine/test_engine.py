@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from llada2_fast.config import PRESETS, DecodeParams, EngineConfig
-from llada2_fast.decoder import GraphedForward
 from llada2_fast.demo import tasks
 from llada2_fast.engine import Engine
 from llada2_fast.graphs import StepGraph
@@ -28,6 +27,7 @@ from tests.engine.common import (
     small_engine,
     tokenizer,
     tokens_alone,
+    with_step_graphs,
 )
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -93,8 +93,7 @@ def test_it_is_exact_at_every_block_length_that_is_a_multiple_of_4(length):
 def test_step_graphs_give_the_same_tokens(monkeypatch, lag):
     """What a GPU replays, run step by step: prompts in chunks, shared pages, preemption."""
     monkeypatch.setattr(StepGraph, "replay", StepGraph.run)
-    engine = small_engine(max_running=4, cache_tokens=160, prefill_tokens=8)
-    engine.forward = engine.decoder.forward = GraphedForward(random_model(), engine.cache, 4, 40, lag)
+    engine = with_step_graphs(small_engine(max_running=4, cache_tokens=160, prefill_tokens=8, trace=not lag), lag)
     jobs = [(prompt_of(22)[: 10 + 2 * n], params) for n, params in enumerate(PARAMS[:6])]
     requests = [engine.add_request(*job, priority=n // 3) for n, job in enumerate(jobs)]
     for _ in range(7):

@@ -1,5 +1,7 @@
 """The property that sells it: whatever else runs, whenever it arrives, a request gets the tokens it would get alone."""
 
+from unittest import mock
+
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -7,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from llada2_fast.config import DecodeParams
 from llada2_fast.engine import QueueFull
+from llada2_fast.graphs import StepGraph
 from tests.engine.common import (
     PARAMS,
     UNDERTRAINED,
@@ -19,6 +22,7 @@ from tests.engine.common import (
     random_model,
     small_engine,
     tokens_alone,
+    with_step_graphs,
 )
 
 QUICK = (Phase.explicit, Phase.generate)
@@ -88,6 +92,23 @@ def test_any_mix_gives_every_request_its_own_tokens(seed, layers, config, jobs):
     model = random_model(seed, layers)
     engine = small_engine(model=model, **config)
     assert_all_as_alone(model, play(engine, jobs), jobs)
+    assert_empty(engine)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@settings(max_examples=25, phases=QUICK)
+@given(st.integers(0, 2), engines_of, st.lists(jobs_of, min_size=2, max_size=7))
+def test_any_mix_on_step_graphs(lag, seed, config, jobs):
+    """Also where the host learns a step late what a step did, while requests come, go, share pages and are preempted."""
+    model = random_model(seed)
+    with mock.patch.object(StepGraph, "replay", StepGraph.run):
+        engine = with_step_graphs(small_engine(model=model, trace=not lag, **config), lag)
+        requests = play(engine, jobs)
+    for request, (prompt, params, *_) in zip(requests, jobs, strict=True):
+        if request.output.finish_reason == "cancelled":
+            assert tokens_alone(model, prompt, params)[: request.delivered] == request.output.token_ids
+        else:
+            assert_as_alone(request.output, model, prompt, params, traced=not lag)
     assert_empty(engine)
 
 
