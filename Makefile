@@ -3,10 +3,12 @@
 #   VENV         where the environment lives
 #   TORCH_INDEX  a package index to take torch from, e.g. https://download.pytorch.org/whl/cpu (default: pip's own)
 #   PYTEST_ARGS  replaces the default arguments of `make test`
+#   BENCH_ARGS   given to every benchmark of `make bench`, e.g. --quick
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 PYTEST_ARGS ?= -q -n 2 --dist loadfile
+BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
@@ -30,6 +32,11 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@$(PIP) -e ".[test]"
 	@touch $@
 
+$(VENV)/.installed-hosts: $(VENV)/.installed-test
+	@echo "Installing the hosts into $(VENV) (once; lm-eval has 600 MB)"
+	@$(PIP) -e ".[eval]"
+	@touch $@
+
 demo: $(VENV)/.installed
 	$(BIN)/llada2-fast generate "Add 847 and 96."
 	$(BIN)/llada2-fast generate "Spell 4071, 22, 608."
@@ -42,7 +49,7 @@ test: $(VENV)/.installed-test
 test-slow: $(VENV)/.installed-test
 	@$(BIN)/python -m pytest -q -m slow --timeout 3600
 
-test-hosts: $(VENV)/.installed-test
+test-hosts: $(VENV)/.installed-hosts
 	@$(BIN)/python -m pytest -q -m hosts --timeout 3600
 
 test-gpu: $(VENV)/.installed-test
@@ -55,9 +62,18 @@ check: $(VENV)/.installed-test
 
 aot: $(VENV)/.installed-test
 	@$(BIN)/python -m benchmarks.aot
+	@$(BIN)/python -m benchmarks.counts --parts aot --check
 
+# This machine's numbers: lines are added to benchmarks/results/, README's tables and plots are made from them.
 bench: $(VENV)/.installed-test
-	@$(BIN)/python -m benchmarks.bench_decode --quick --json
+	@for name in decode throughput latency kernels quality; do \
+		echo "llada2-fast bench $$name"; \
+		$(BIN)/llada2-fast bench $$name --save $(BENCH_ARGS) || exit 1; \
+	done
+	@for name in bench_engine kernels.bench_refine; do \
+		$(BIN)/python -m benchmarks.$$name --save $(BENCH_ARGS) || exit 1; \
+	done
+	@$(BIN)/python -m benchmarks.report
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

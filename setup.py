@@ -9,8 +9,10 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "([^"]+)"$', (ROOT / "llada2_fast/__init__.py").read_text("utf-8"), re.M).group(1)
 
 DIFFUSERS = ["diffusers>=0.38"]
+EVAL = ["lm-eval>=0.4.13"]
 PLOT = ["matplotlib>=3.8"]
 TEST = [
+    *PLOT,
     "diffusers==0.42.1",  # the oracle of the drop-in tests: its exact behaviour is what they compare with
     "hypothesis>=6.100",
     "pytest>=8",
@@ -20,6 +22,13 @@ TEST = [
     "ruff>=0.15",
     "setuptools>=70.1",  # test_packaging builds a wheel offline; 70.1 is the first that needs no `wheel` package
 ]
+# Root folders that ship inside the package: a top-level `kernels` would collide with Hugging Face's, `benchmarks` with
+# many others'. Result lines stay in the repository.
+FOLDERS = {
+    "llada2_fast.kernels": "kernels",
+    "llada2_fast.benchmarks": "benchmarks",
+    "llada2_fast.benchmarks.kernels": "benchmarks/kernels",
+}
 
 setup(
     name="llada2-fast",
@@ -29,13 +38,20 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=[*find_packages(include=["llada2_fast", "llada2_fast.*"]), "llada2_fast.kernels"],
-    # The root folder kernels/ ships inside the package: a top-level `kernels` would collide with Hugging Face's.
-    package_dir={"llada2_fast.kernels": "kernels"},
-    package_data={"llada2_fast.demo": ["model/*"], "llada2_fast.kernels": ["*.json"]},
+    packages=[*find_packages(include=["llada2_fast", "llada2_fast.*"]), *FOLDERS],
+    package_dir=FOLDERS,
+    package_data={
+        "llada2_fast.adapters": ["lm_eval_tasks/*.*"],
+        "llada2_fast.demo": ["model/*"],
+        "llada2_fast.kernels": ["*.json"],
+    },
     # safetensors, tokenizers, huggingface_hub and tqdm arrive with transformers. The CPU build of torch does not
     # depend on triton, so it is listed; triton has wheels for Linux only, elsewhere the PyTorch path runs alone.
     install_requires=["torch>=2.11", "triton>=3.6; sys_platform == 'linux'", "transformers>=5.17", "numpy"],
-    extras_require={"diffusers": DIFFUSERS, "plot": PLOT, "test": TEST},
-    entry_points={"console_scripts": ["llada2-fast = llada2_fast.cli:main"]},
+    extras_require={"diffusers": DIFFUSERS, "eval": EVAL, "plot": PLOT, "test": TEST},
+    entry_points={
+        "console_scripts": ["llada2-fast = llada2_fast.cli:main"],
+        "sglang.srt.plugins": ["llada2_fast = llada2_fast.adapters.sglang:register"],
+        "vllm.general_plugins": ["llada2_fast = llada2_fast.adapters.vllm:register"],
+    },
 )

@@ -1,127 +1,303 @@
-"""Decoding on a CPU, side by side with the diffusers package on the same weights, in one run.
+"""Decoding on a CPU, side by side with others on the same weights, prompts and parameters, in one run.
 
-    python -m benchmarks.bench_decode [--quick] [--json] [--save]
+    python -m benchmarks.bench_decode [--quick | --full] [--json] [--save [FOLDER]] [--plot FILE]
 
-Both sides run our LLaDA2Model with the same operations, dtype and one thread. diffusers' LLaDA2Pipeline and
-BlockRefinementScheduler drive it as they drive any model: the whole window at every step, without a cache, through an
-adapter that makes attention block-causal. Ours is generate(). The tokens of both must be equal before anything is
-timed; then rounds of both alternate and the medians are compared.
+All of them (peers.py) run our LLaDA2Model on one thread in float32: ours, which is generate(); diffusers' pipeline and
+the model card's loop, both without a cache; and ours with one part removed at a time. Each first decodes once, metered:
+its tokens must be ours, and its peak of tensor bytes is taken (memory.py). Only then rounds are timed, in which ours
+runs before and after every other one. One factor at a time is varied around the base. A peer that would take too long
+at a point is left out there (null in the result); --full leaves nobody out and adds the largest points.
+
+    tok_s, std_tok_s    generated tokens of all rows over the median time; standard deviation over the runs
+    forwards            that a row went through, prefill and settling included; tpf: tokens per denoise forward
+    ratio_vs_<peer>     its median time over ours
+    cost                ms of a block (8 forwards) against the tokens before it, with the straight line that fits best;
+                        the slope is per 1024 tokens
 """
 
 import argparse
 import statistics
 import time
+from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
-from benchmarks.harness import finish, timed_rounds
-from benchmarks.models import SMALL, random_model
+from .harness import add_options, add_plot_option, drawing, finish
+from .memory import peak_bytes
+from .models import SMALL, random_model
+from .peers import ABLATIONS, BLOCK, PEERS, Task, ours
+from .report_plots import draw_cost
 
-STEPS, BLOCK = 8, 32
-
-
-class BlockCausal(torch.nn.Module):
-    """Our network as diffusers calls a model: its 2D mask becomes the block-causal one the weights are trained for."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.inner = model
-        self.dtype, self.device, self.config = model.dtype, model.device, None
-
-    def forward(self, input_ids, attention_mask=None, position_ids=None):
-        return self.inner(input_ids, position_ids=position_ids, block_length=BLOCK)
+STEPS = 8
 
 
-def diffusers_run(model, prompt, gen_length):
-    """A call of diffusers' own pipeline that commits by quota alone (threshold 2), greedy, without editing."""
-    from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
+class Point(NamedTuple):
+    factor: str  # what differs from the base
+    prompt: int = 512
+    generated: int = 512
+    batch: int = 1
+    threshold: float = 2.0  # above 1: by quota alone
 
-    pipe = LLaDA2Pipeline(model=BlockCausal(model), scheduler=BlockRefinementScheduler(block_length=BLOCK))
-    pipe.set_progress_bar_config(disable=True)
-
-    def call():
-        return pipe(
-            input_ids=prompt, use_chat_template=False, gen_length=gen_length, block_length=BLOCK,
-            num_inference_steps=STEPS, threshold=2.0, editing_threshold=None, eos_early_stop=False,
-            mask_token_id=model.config.mask_token_id, output_type="seq",
-        ).sequences  # fmt: skip
-
-    return call
+    @property
+    def work(self):
+        """Tokens that a loop without a cache forwards, by quota."""
+        return self.batch * self.generated * STEPS // BLOCK * (self.prompt + self.generated // 2)
 
 
-def our_run(model, prompt, gen_length):
-    """The same with generate(); returns its GenerateOutput."""
+class Plan(NamedTuple):
+    base: Point
+    values: dict[str, tuple]  # factor -> its values beside the base's
+    work: dict[str, float]  # peer -> the most work it is given at a point
+    rounds: int  # timed rounds at the base; one elsewhere
+    prefixes: tuple[int, ...]  # of the blocks whose cost is fitted
+    cost_rounds: int
 
-    def call():
-        return model.generate(
-            prompt, gen_length=gen_length, block_length=BLOCK, steps=STEPS, threshold=2.0, return_dict=True
-        )
+    def points(self):
+        others = [
+            self.base._replace(factor=name, **{name: value}) for name in self.values for value in self.values[name]
+        ]
+        return [self.base, *others]
 
-    return call
+    def rounds_at(self, point):
+        return self.rounds if point == self.base else 1
+
+    def calls(self):
+        """How many runs there will be."""
+        count = 2 * len(self.prefixes) * self.cost_rounds
+        for point in self.points():
+            names = list(runners(self, point))
+            count += len(names) + ("card" in names) + len(order(names, self.rounds_at(point)))
+        return count
 
 
-def compare(model, prompt_length, gen_length, rounds):
-    """One point: {tokens/s of both, their ratio, forwards per block, ms per forward}."""
-    generator = torch.Generator().manual_seed(prompt_length)
-    prompt = torch.randint(0, SMALL.vocab_size - 2, (1, prompt_length), generator=generator)
-    ours, theirs = our_run(model, prompt, gen_length), diffusers_run(model, prompt, gen_length)
-    output = ours()
-    if not torch.equal(output.sequences, theirs()):
-        raise SystemExit(f"tokens differ at prompt {prompt_length}: nothing is timed")
-    mine, peer = timed_rounds([ours, theirs], rounds)
-    counters = output.counters[0]
-    return {
-        "prompt": prompt_length,
-        "generated": gen_length,
-        "tok_s": gen_length / mine,
-        "diffusers_tok_s": gen_length / peer,
-        "ratio_vs_diffusers": peer / mine,
-        "forwards_per_block": statistics.mean(counters.forwards_per_block),
-        "ms_per_forward": mine * 1e3 / counters.denoise_forwards,
+# With random weights the best of 4096 tokens has a confidence of 0.03 to 0.12: these thresholds give 4.7 to 15 tokens
+# a forward, where the quota gives 4.
+THRESHOLDS = (0.08, 0.06, 0.04)
+PLANS = {
+    "quick": Plan(
+        Point("base", generated=256), {"prompt": (64,), "batch": (2,), "threshold": (0.06,)},
+        {"diffusers": 50_000, "card": 30_000}, 1, (64, 1024, 2048), 1,
+    ),
+    "default": Plan(
+        Point("base"),
+        {"prompt": (64, 256, 1024, 2048), "generated": (128, 256), "batch": (2, 4, 16), "threshold": THRESHOLDS},
+        {"diffusers": 300_000, "card": 100_000}, 3, (64, 512, 1024, 1536, 2048), 3,
+    ),
+    "full": Plan(
+        Point("base"),
+        {"prompt": (64, 256, 1024, 2048, 4096), "generated": (128, 256, 1024), "batch": (2, 4, 8, 16),
+         "threshold": THRESHOLDS},
+        {"diffusers": float("inf"), "card": float("inf")}, 3, (64, 512, 1024, 1536, 2048, 3072, 4096), 5,
+    ),
+}  # fmt: skip
+
+
+def task_of(point):
+    """The point's Task: random prompts, the same at every run."""
+    generator = torch.Generator().manual_seed(point.prompt)
+    prompt = torch.randint(0, SMALL.vocab_size - 2, (point.batch, point.prompt), generator=generator)
+    return Task(prompt, point.generated, STEPS, point.threshold)
+
+
+def runners(plan, point):
+    """{name: function of (model, task)} of those who run at a point, ours first."""
+    if point == plan.base:
+        return PEERS | ABLATIONS
+    most = plan.work | ({} if point.batch == 1 else {"card": 0})  # the card's loop knows no batches
+    return {name: make for name, make in PEERS.items() if point.work <= most.get(name, point.work)}
+
+
+def order(names, rounds):
+    """Who runs when: the first before and after every other one."""
+    first, *others = names
+    return [first] + [name for other in others or [first] for name in (other, first)] * rounds
+
+
+def gated_peaks(calls, progress):
+    """{name: (Outcome, peak bytes)} of each call; SystemExit unless all give the first one's tokens."""
+    seen = {}
+    for name, call in calls.items():
+        progress.set_description(f"{name}, tokens and memory")
+        seen[name] = peak_bytes(call)
+        wanted, got = seen[next(iter(calls))][0].sequences, seen[name][0].sequences
+        if not torch.equal(wanted, got):
+            raise SystemExit(f"tokens of {name!r} differ from ours: nothing is timed")
+        progress.update()
+    return seen
+
+
+def timings(calls, names, progress):
+    """{name: seconds of its runs} for the calls named, in this order."""
+    seconds = {name: [] for name in calls}
+    for name in names:
+        progress.set_description(f"{name}, timed")
+        started = time.perf_counter()
+        calls[name]()
+        seconds[name].append(time.perf_counter() - started)
+        progress.update()
+    return seconds
+
+
+def measure(model, plan, point, progress):
+    """(the point's record, [records of the ablations]); None where somebody did not run."""
+    task, chosen = task_of(point), runners(plan, point)
+    calls = {name: make(model, task) for name, make in chosen.items()}
+    extra = {"hf-2.0": ours(model, task, profile="hf-2.0")} if "card" in calls else {}
+    seen = gated_peaks(calls | extra, progress)
+    seconds = timings(calls, order(list(calls), plan.rounds_at(point)), progress)
+    tokens = point.batch * point.generated
+    forwards = {name: outcome.forwards for name, (outcome, _) in seen.items()}
+    peaks = {name: peak for name, (_, peak) in seen.items()}
+    rates = {name: tokens / statistics.median(taken) for name, taken in seconds.items()}
+    stds = {name: statistics.pstdev(tokens / s for s in taken) for name, taken in seconds.items()}
+    ratios = {name: rates["ours"] / rate for name, rate in rates.items()}
+
+    def figures(name):
+        counted = {f"{kind}_forwards": count for kind, count in forwards[name].items()}
+        return {"tok_s": rates[name], "std_tok_s": stds[name], "forwards": sum(forwards[name].values()),
+                **counted, "peak_bytes": peaks[name]}  # fmt: skip
+
+    record = point._asdict() | figures("ours") | {"tpf": point.generated / forwards["ours"]["denoise"]}
+    for peer in ("diffusers", "card"):
+        record |= {
+            f"{peer}_tok_s": rates.get(peer),
+            f"{peer}_std_tok_s": stds.get(peer),
+            f"{peer}_forwards": sum(forwards[peer].values()) if peer in calls else None,
+            f"{peer}_peak_bytes": peaks.get(peer),
+            f"ratio_vs_{peer}": ratios.get(peer),
+        }
+    without = [{"without": name} | figures(name) | {"ratio": ratios[name]} for name in calls if name in ABLATIONS]
+    return record, without
+
+
+# what a block costs
+
+
+def step_marks(who, model, prefix):
+    """When each step ended of the last prompt block's successor and of the block after it, which begins at `prefix`."""
+    marks = []
+    task = task_of(Point("cost", prompt=prefix - BLOCK, generated=2 * BLOCK))
+    PEERS[who](model, task, on_step=lambda *_: marks.append(time.perf_counter()))()
+    return marks
+
+
+def block_costs(model, plan, progress):
+    """(records with the fitted line of ours and of diffusers, ratio of our denoise forwards at 2048 and at 64)."""
+    whole = {(who, prefix): [] for who in ("ours", "diffusers") for prefix in plan.prefixes}
+    rest = {prefix: [] for prefix in plan.prefixes}  # ours without the forward that carries the block before it along
+    for who, prefix in list(whole) * plan.cost_rounds:
+        progress.set_description(f"{who}, a block at {prefix}")
+        marks = step_marks(who, model, prefix)
+        whole[who, prefix].append((marks[-1] - marks[STEPS - 1]) * 1e3)
+        if who == "ours":
+            rest[prefix].append(marks[-1] - marks[STEPS])
+        progress.update()
+    costs = []
+    for who in ("ours", "diffusers"):
+        costs.append({"who": who} | fitted(plan.prefixes, [statistics.median(whole[who, at]) for at in plan.prefixes]))
+    return costs, statistics.median(rest[2048]) / statistics.median(rest[64])
+
+
+def fitted(prefix, ms):
+    """The line of least squares through ms per block against the prefix, as a part of the record."""
+    slope, intercept = statistics.linear_regression(prefix, ms)
+    return {"prefix": list(prefix), "ms_per_block": ms, "intercept_ms": intercept, "slope_ms_per_1k": slope * 1024,
+            "r2": statistics.correlation(prefix, ms) ** 2}  # fmt: skip
+
+
+# the result
+
+
+def judged(points):
+    """{goal: its value, the limit, whether it is met}; value and met None where the plan has no such point."""
+
+    def at(prompt, value):
+        wanted = Point("", prompt=prompt)[1:]
+        found = [p for p in points if tuple(p[name] for name in Point._fields[1:]) == wanted]
+        return value(found[0]) if found else None
+
+    def speed(point):
+        return point["ratio_vs_diffusers"]
+
+    values = {
+        "ratio_vs_diffusers_512_512": (at(512, speed), "at_least", 10),
+        "ratio_vs_diffusers_2048_512": (at(2048, speed), "at_least", 30),
+        "peak_bytes_over_diffusers_512_512": (
+            at(512, lambda point: point["peak_bytes"] / point["diffusers_peak_bytes"]),
+            "at_most",
+            1 / 3,
+        ),
     }
+    return {
+        name: {"value": value, side: limit,
+               "met": None if value is None else value >= limit if side == "at_least" else value <= limit}
+        for name, (value, side, limit) in values.items()
+    }  # fmt: skip
 
 
-def block_cost(model, positions, rounds):
-    """Seconds of one block (STEPS forwards) at each position, median over rounds; prefill is not counted."""
-    calls = []
-    for at in positions:
-        prompt = torch.randint(0, SMALL.vocab_size - 2, (1, at), generator=torch.Generator().manual_seed(at))
+def show(points, ablations, costs, goals):
+    for p in points:
+        peak = p["peak_bytes"] / 1e6
+        text = (
+            f"{p['factor']:>9}  prompt {p['prompt']:4d}, generated {p['generated']:4d}, batch {p['batch']:2d}, "
+            f"threshold {p['threshold']:<4g} {p['tok_s']:7.1f} +- {p['std_tok_s']:4.1f} tok/s, TPF {p['tpf']:5.2f}, "
+            f"{peak:5.1f} MB"
+        )
+        for peer in ("diffusers", "card"):
+            if p[f"{peer}_tok_s"]:
+                share = p["peak_bytes"] / p[f"{peer}_peak_bytes"]
+                text += f"; {peer} {p[f'{peer}_tok_s']:.1f}: {p[f'ratio_vs_{peer}']:.1f}x, {share:.2f} of its memory"
+        print(text)
+    for a in ablations:
+        print(f"  without {a['without']:<24} {a['tok_s']:7.1f} +- {a['std_tok_s']:4.1f} tok/s, {a['forwards']:3d} "
+              f"forwards, {a['peak_bytes'] / 1e6:5.1f} MB; whole is {a['ratio']:.2f}x")  # fmt: skip
+    for c in costs:
+        print(f"  a block costs {c['who']:>9} {c['intercept_ms']:6.1f} ms + {c['slope_ms_per_1k']:6.1f} ms per 1024 "
+              f"tokens before it (R2 {c['r2']:.3f})")  # fmt: skip
+    for name, goal in goals.items():
+        side = "at_least" if "at_least" in goal else "at_most"
+        value = "not measured" if goal["met"] is None else f"{goal['value']:.3g}, {'met' if goal['met'] else 'MISSED'}"
+        print(f"  goal {name} {side.replace('_', ' ')} {goal[side]:.3g}: {value}")
 
-        def call(prompt=prompt):
-            marks = []
-            model.generate(
-                prompt, gen_length=BLOCK, block_length=BLOCK, steps=STEPS, threshold=2.0,
-                on_step=lambda *_: marks.append(time.perf_counter()),
-            )  # fmt: skip
-            return marks[-1] - marks[0]  # all forwards but the first, which would count the prefill
 
-        calls.append(call)
-    times = [[] for _ in positions]
-    for _ in range(rounds):
-        for at, call in enumerate(calls):
-            times[at].append(call())
-    return [statistics.median(t) for t in times]
+def draw(file, points, costs, base):
+    """Two panels: tokens/s against the length of the prompt, ms per block against the prefix."""
+    with drawing(file, ncols=2, figsize=(11, 4)) as (speed, cost):
+        along = [p for p in points if (p["generated"], p["batch"], p["threshold"]) == base[2:]]
+        for key, who in (("tok_s", "ours"), ("diffusers_tok_s", "diffusers"), ("card_tok_s", "model card")):
+            line = sorted((p["prompt"], p[key]) for p in along if p[key])
+            speed.plot(*zip(*line, strict=True), "o-", label=who)
+        speed.set(xlabel="prompt tokens", ylabel="tokens/s", yscale="log", title=f"{base.generated} tokens generated")
+        speed.legend()
+        draw_cost({"title": "one thread", "cost": costs}, cost)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one timed round, no 2048-token prompt")
-    parser.add_argument("--json", action="store_true", help="end with one JSON line")
-    parser.add_argument("--save", action="store_true", help="append the JSON line to benchmarks/results/")
+    add_options(parser)
+    parser.add_argument(
+        "--full", action="store_true", help="every peer at every point, and larger points: over an hour"
+    )
+    add_plot_option(parser, "tokens/s against the prompt's length and the cost of a block")
     args = parser.parse_args(argv)
+    if args.quick and args.full:
+        parser.error("--quick and --full: expected one of them")
+    plan = PLANS["quick" if args.quick else "full" if args.full else "default"]
     torch.set_num_threads(1)
     model = random_model(SMALL)
-    points = [compare(model, 512, 512, 1 if args.quick else 3)]
-    if not args.quick:
-        points.append(compare(model, 2048, 512, 1))
-    near, far = block_cost(model, (64, 2048), 5 if args.quick else 15)
-    for point in points:
-        print(
-            f"prompt {point['prompt']:5d}: {point['tok_s']:8.1f} tok/s, diffusers {point['diffusers_tok_s']:6.1f}, "
-            f"ratio {point['ratio_vs_diffusers']:.1f}, {point['ms_per_forward']:.2f} ms per forward"
-        )
-    print(f"block at position 2048 costs {far / near:.2f}x the block at 64")
-    finish("decode", args, {**points[0], "points": points, "block_2048_over_64": far / near})
+    with tqdm(total=plan.calls()) as progress:
+        measured = [measure(model, plan, point, progress) for point in plan.points()]
+        costs, grown = block_costs(model, plan, progress)
+    points, ablations = [record for record, _ in measured], measured[0][1]
+    goals = judged(points)
+    show(points, ablations, costs, goals)
+    print(f"  a forward at position 2048 costs {grown:.2f}x one at 64")
+    if args.plot:
+        draw(args.plot, points, costs, plan.base)
+    base = {key: points[0][key] for key in ("prompt", "generated", "tok_s", "ratio_vs_diffusers")}
+    rest = {"points": points, "ablations": ablations, "cost": costs, "block_2048_over_64": grown}
+    finish("decode", args, {"steps": STEPS, **base, "goals": goals, **rest})
 
 
 if __name__ == "__main__":

@@ -16,14 +16,17 @@ import statistics
 import time
 from pathlib import Path
 
+import numpy
 import torch
 
-from benchmarks import harness
-from benchmarks.bench_decode import BlockCausal
-from benchmarks.models import SMALL, random_model
-from benchmarks.simulate import Clock, StandIn
 from llada2_fast.config import DecodeParams, EngineConfig
 from llada2_fast.engine import Engine
+
+from . import harness
+from .bench_throughput import latencies, serve
+from .models import SMALL, random_model
+from .peers import BlockCausal
+from .simulate import Clock, StandIn
 
 BLOCK, STEPS, IN_FLIGHT = 32, 8, 16
 
@@ -53,46 +56,17 @@ def one_by_one(model, jobs):
     return outputs
 
 
-def serve(engine, jobs, in_flight=None, rate=None):
-    """Run all jobs, `in_flight` at a time or arriving at `rate` per second; returns {request id: its events}."""
-    events, rng, started, added = {}, random.Random(1), time.perf_counter(), 0
-    due = started
-    while added < len(jobs) or engine.has_work:
-        while added < len(jobs) and (len(engine.requests) < in_flight if rate is None else due <= time.perf_counter()):
-            prompt, params = jobs[added]
-            events[engine.add_request(prompt, params, request_id=str(added)).request_id] = []
-            added += 1
-            due += rng.expovariate(rate) if rate else 0.0
-        if engine.has_work:
-            for event in engine.step():
-                events[event.request_id].append(event)
-        else:
-            time.sleep(max(0.0, due - time.perf_counter()))
-    return events
-
-
-def latencies(events):
+def figures(served):
     """{name: {p50, p95, p99}} in ms: first block after arrival, between blocks, whole request."""
-    first, between, whole = [], [], []
-    for own in events.values():
-        output, commits = own[-1].output, [event.time for event in own if event.kind == "commit"]
-        arrived = own[-1].time - output.queue_s - output.prefill_s - output.decode_s
-        first.append(commits[0] - arrived)
-        between += [b - a for a, b in zip(commits, commits[1:], strict=False)]
-        whole.append(own[-1].time - arrived)
+    seconds = latencies(served)
     return {
-        name: {f"p{p}": percentile(values, p) * 1e3 for p in (50, 95, 99)}
-        for name, values in (("first_block_ms", first), ("inter_block_ms", between), ("request_ms", whole))
+        name: {f"p{p}": float(numpy.percentile(seconds[key], p)) * 1e3 for p in (50, 95, 99)}
+        for name, key in (("first_block_ms", "ttft"), ("inter_block_ms", "itl"), ("request_ms", "e2el"))
     }
 
 
-def percentile(values, p):
-    ranked = sorted(values)
-    return ranked[min(len(ranked) - 1, len(ranked) * p // 100)]
-
-
-def tokens_of(events):
-    return {name: own[-1].output.token_ids for name, own in events.items()}
+def tokens_of(served):
+    return [one.output.token_ids for one in served]
 
 
 def against_serial(model, jobs, rounds):
@@ -100,15 +74,15 @@ def against_serial(model, jobs, rounds):
     kept = {}
 
     def together():
-        kept["events"] = serve(new_engine(model), jobs, IN_FLIGHT)
+        kept["served"] = serve(new_engine(model), jobs, IN_FLIGHT)
 
-    wanted = {str(i): tokens for i, tokens in enumerate(one_by_one(model, jobs))}
+    wanted = one_by_one(model, jobs)
     together()
-    if tokens_of(kept["events"]) != wanted:
+    if tokens_of(kept["served"]) != wanted:
         raise SystemExit("tokens of the engine differ from generate()'s: nothing is timed")
     engine_s, serial_s = harness.timed_rounds([together, lambda: one_by_one(model, jobs)], rounds)
-    count = sum(map(len, wanted.values()))
-    return count / engine_s, count / serial_s, latencies(kept["events"])
+    count = sum(map(len, wanted))
+    return count / engine_s, count / serial_s, figures(kept["served"])
 
 
 def against_diffusers(model, jobs):
@@ -131,7 +105,7 @@ def against_diffusers(model, jobs):
 
     engine_s, diffusers_s = harness.timed_rounds([together, lock_step], 1)
     for i, row in enumerate(kept["theirs"].tolist()):
-        if row[: jobs[i][1].gen_length] != kept["ours"][str(i)]:
+        if row[: jobs[i][1].gen_length] != kept["ours"][i]:
             raise SystemExit(f"tokens of diffusers and of the engine differ in request {i}")
     count = sum(params.gen_length for _, params in jobs)
     return count / engine_s, count / diffusers_s
@@ -208,12 +182,12 @@ def main(argv=None):
     levels, rates, engine = [], [], None
     for in_flight in (1, 16) if options.quick else (1, 2, 4, 8, 16, 32, 64):
         engine, started = new_engine(model, in_flight), time.perf_counter()
-        events = serve(engine, jobs[: max(8, len(jobs) * min(in_flight, 16) // 16)], in_flight)
-        count = sum(map(len, tokens_of(events).values()))
-        levels.append({"in_flight": in_flight, "tok_s": count / (time.perf_counter() - started)} | latencies(events))
+        served = serve(engine, jobs[: max(8, len(jobs) * min(in_flight, 16) // 16)], in_flight)
+        count = sum(map(len, tokens_of(served)))
+        levels.append({"in_flight": in_flight, "tok_s": count / (time.perf_counter() - started)} | figures(served))
     per_second = tok_s * len(jobs) / sum(params.gen_length for _, params in jobs)
     for load in (0.8,) if options.quick else (0.2, 0.4, 0.6, 0.8, 0.95):
-        rates.append({"rate": load * per_second} | latencies(serve(new_engine(model), jobs, rate=load * per_second)))
+        rates.append({"rate": load * per_second} | figures(serve(new_engine(model), jobs, rate=load * per_second)))
     for point in (*levels, *rates):
         where = f"{point['in_flight']} in flight" if "in_flight" in point else f"{point['rate']:.2f} per second"
         spread = ", ".join(f"{name[:-3]} {point[name]['p50']:.0f}/{point[name]['p99']:.0f} ms" for name in at_16)

@@ -31,9 +31,9 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks import gpu_decode, gpu_goals, gpu_kernels, gpu_peers, gpu_steps
-from benchmarks.gpu_machine import DoesNotFit, Machine, Point, ceilings
-from benchmarks.harness import RESULTS, ROOT, card
+from . import gpu_decode, gpu_goals, gpu_kernels, gpu_peers, gpu_steps
+from .gpu_machine import DoesNotFit, Machine, Point, ceilings
+from .harness import RESULTS, ROOT, card
 
 SECTIONS = ("ceilings", "kernels", "steps", "decode")
 RESERVE_S = 10.0  # of the minutes, for what surrounds the points

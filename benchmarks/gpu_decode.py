@@ -17,9 +17,9 @@ from importlib.util import find_spec
 
 import torch
 
-from benchmarks.bench_decode import BlockCausal
-from benchmarks.gpu_machine import Point
-from benchmarks.roofline import BLOCK
+from .gpu_machine import Point
+from .peers import BlockCausal
+from .roofline import BLOCK
 
 TPF = 6.63
 PROMPT, SHORT, LONG = 1024, 256, 768

@@ -10,12 +10,13 @@ from functools import partial
 
 import torch
 
-from benchmarks.gpu_machine import poisoned
-from benchmarks.gpu_weights import fill
-from benchmarks.roofline import BLOCK
 from llada2_fast.kernels import attention, norm, refine, rope
 from llada2_fast.kernels._triton import force_ops
 from llada2_fast.model import MoE
+
+from .gpu_machine import poisoned
+from .gpu_weights import fill
+from .roofline import BLOCK
 
 BF16_ERROR = 1e-2
 _NEVER = 2**30

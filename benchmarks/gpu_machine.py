@@ -15,10 +15,11 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.gpu_weights import random_model
-from benchmarks.models import SMALL
-from benchmarks.roofline import MODELS
 from llada2_fast.model import LLaDA2Model
+
+from .gpu_weights import random_model
+from .models import SMALL
+from .roofline import MODELS
 
 CONFIGS = {name: replace(config, mask_token_id=156895) for name, config in MODELS.items()}  # that of LLaDA2.0 and 2.1
 TINY = replace(

@@ -16,15 +16,16 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from benchmarks.gpu_machine import Point
-from benchmarks.gpu_steps import Step
-from benchmarks.roofline import BLOCK
 from llada2_fast.kernels import moe, refine
 from llada2_fast.kernels._triton import force_ops
 from llada2_fast.kernels.attention import Run
 from llada2_fast.kernels.norm import rms_norm_ref
 from llada2_fast.kernels.rope import qk_norm_rope_ref, rope_angles
 from llada2_fast.kernels.router import route_ref
+
+from .gpu_machine import Point
+from .gpu_steps import Step
+from .roofline import BLOCK
 
 AGREE = 0.5
 
@@ -106,7 +107,7 @@ def _experts(layer, h):
 def time_peer(machine, name):
     step = Step(machine, machine.network("mini"), 1, machine.size(1024, 64), in_order=True)
     step.reset()
-    ours = step.call().token[0].clone()
+    ours = step.call()[0].token[0].clone()
     call = (grouped_step if name == "grouped_mm" else reference_step)(step)
     outside = torch.compiler.disable(moe.experts_ref) if name == "compile" else moe.experts_ref
     with force_ops("torch"), mock.patch.object(moe, "experts_ref", outside):

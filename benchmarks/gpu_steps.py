@@ -15,12 +15,13 @@ from functools import partial
 
 import torch
 
-from benchmarks.gpu_gates import each_row
-from benchmarks.gpu_machine import Point
-from benchmarks.roofline import BLOCK, GPUS, floor_ms, step_costs, touched_experts
 from llada2_fast.cache import PagedKVCache
-from llada2_fast.graphs import StepGraph
+from llada2_fast.graphs import Slots, StepGraph
 from llada2_fast.kernels import refine
+
+from .gpu_gates import each_row
+from .gpu_machine import Point
+from .roofline import BLOCK, GPUS, floor_ms, step_costs, touched_experts
 
 GRID = [(batch, prefix) for prefix in (1024, 8192, 32768) for batch in (1, 8, 32, 128)]
 FIRST = [(1, 1024), (32, 1024)]
@@ -50,18 +51,17 @@ class Step:
             batch, device, edit_threshold=2.0, max_steps=2**30, flags=refine.BAN_MASK | refine.EDITING
         )
         pages = (torch.arange if in_order else torch.randperm)(batch * width, device=device)
-        self.page_table = pages.view(batch, width).int()
-        limit = torch.full((batch,), width * BLOCK, dtype=torch.int32, device=device)
-        self.graph = StepGraph(
-            model, self.cache, self.state, self.params, self.mask_id, self.page_table, limit, active=batch, carried=0
-        )
+        slots = Slots(batch, width, device)
+        self.page_table = slots.page_table.copy_(pages.view(batch, width))
+        slots.bounds.total.fill_(width * BLOCK)
+        slots.bounds.limit.fill_(width * BLOCK)
+        self.graph = StepGraph(model, self.cache, self.state, self.params, self.mask_id, slots, active=batch, carried=0)
         self.load()
         self.call = self.graph.run if machine.dry else self.graph.replay
 
     def load(self):
         """What the host does ahead of a step."""
-        last = self.page_table.shape[1] - 1
-        self.graph.load([(slot, last) for slot in range(len(self.page_table))], [], False)
+        self.graph.load(list(range(len(self.page_table))), False)
 
     def reset(self):
         for counter in (self.state.frozen, self.state.step, self.state.post_steps):
@@ -70,9 +70,9 @@ class Step:
     def check(self):
         """The gate. ArithmeticError where replay and single launches differ, or a confidence is not finite."""
         self.reset()
-        replayed = [x.clone() for x in self.call()]
+        replayed = [x.clone() for x in self.call()[0]]
         self.reset()
-        launched = self.graph.run()
+        launched, _ = self.graph.run()
         for name, a, b in zip(launched._fields, replayed, launched, strict=True):
             if not torch.equal(a, b):
                 raise ArithmeticError(f"{name}: the replayed step differs from the launched one")

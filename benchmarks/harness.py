@@ -1,34 +1,87 @@
 """What every benchmark shares: its options, its clock, the card of the machine it ran on, and its one JSON line."""
 
+import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
 import time
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
+import numpy
 import torch
 
 import llada2_fast
 
-ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parent.parent  # of the repository; in a wheel the folder of the package
+RESULTS = Path(__file__).resolve().parent / "results"  # in a checkout alone
+IN_CHECKOUT = (ROOT / "setup.py").is_file()
 
 
 def add_options(parser):
-    """The options that all benchmarks have."""
+    """The options that all benchmarks have. `save` is then the folder to append to, or None."""
     parser.add_argument("--quick", action="store_true", help="a smaller run of the same kind")
     parser.add_argument("--json", action="store_true", help="end with one JSON line")
-    parser.add_argument("--save", action="store_true", help="append the JSON line to benchmarks/results/")
+    parser.add_argument(
+        "--save", nargs="?", const="", type=_results_folder, metavar="FOLDER",
+        help="append the JSON line to a file of this folder, in a checkout benchmarks/results/ unless given",
+    )  # fmt: skip
+
+
+def add_plot_option(parser, what):
+    """--plot FILE; what: a few words on what is drawn."""
+    parser.add_argument("--plot", metavar="FILE", type=_image_file, help=f"draw {what}; needs llada2-fast[plot]")
+
+
+def _results_folder(text):
+    if not text and not IN_CHECKOUT:
+        raise argparse.ArgumentTypeError(
+            "expected --save FOLDER outside a checkout, which alone has benchmarks/results/"
+        )
+    return Path(text or RESULTS)
+
+
+def _image_file(text):
+    if find_spec("matplotlib") is None:
+        raise argparse.ArgumentTypeError('needs matplotlib: pip install "llada2-fast[plot]"')
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    path, formats = Path(text), FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:] not in formats:
+        raise argparse.ArgumentTypeError(
+            f"{text}: expected a name that ends with one of .{', .'.join(sorted(formats))}"
+        )
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: there is no folder {path.parent}")
+    return path
+
+
+@contextmanager
+def drawing(file, **layout):
+    """Yields what pyplot.subplots(**layout) gives as axes, then writes the figure to an image file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(**layout)
+    yield axes
+    figure.tight_layout()
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)
 
 
 def card(device="cpu"):
-    """Where and on what a number was measured: a dict of device, threads, versions and commit."""
+    """Where and on what a number was measured: a dict of device, cores, threads, versions and commit."""
     device = torch.device(device)
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "llada2-fast": llada2_fast.__version__} | _versions(),
         "commit": commit(),
@@ -37,6 +90,8 @@ def card(device="cpu"):
 
 def commit():
     """The checkout's commit, with -dirty where tracked files differ from it; None without git or outside a checkout."""
+    if not IN_CHECKOUT:  # some other repository may be around an installed package
+        return None
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT, capture_output=True, text=True
@@ -57,13 +112,36 @@ def timed_rounds(calls, rounds):
     return [statistics.median(seen) for seen in times]
 
 
-def finish(name, options, results, device="cpu", folder=RESULTS):
-    """End a benchmark: append its JSON line to `folder`/`name`.jsonl if options.save, print it if options.json."""
+def spread(name, values):
+    """{mean_<name>, median_<name>, std_<name>, p10_<name>, p90_<name>, p99_<name>}: the key names of `vllm bench`.
+
+    values: numbers in the unit that `name` says; without any, all are None.
+    """
+    what = {"mean": numpy.mean, "median": numpy.median, "std": numpy.std}
+    what |= {f"p{p}": lambda values, p=p: numpy.percentile(values, p) for p in (10, 90, 99)}
+    return {f"{key}_{name}": float(of(values)) if len(values) else None for key, of in what.items()}
+
+
+def peak_memory(device="cpu"):
+    """Most bytes so far: allocated by torch on a GPU, else resident of this process; None where nobody counts them."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    lines = status.read_text("utf-8").splitlines() if status.is_file() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
+
+
+def finish(name, options, results, device="cpu"):
+    """End a benchmark: append its JSON line to options.save/`name`.jsonl, a folder or None, print it if options.json.
+
+    results: what was measured, beside the card, the time and the peak memory in bytes.
+    """
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    line = json.dumps({"benchmark": name, "time": now, "quick": options.quick} | card(device) | results)
+    head = {"benchmark": name, "time": now, "quick": options.quick} | card(device)
+    line = json.dumps(head | {"peak_memory_bytes": peak_memory(device)} | results)
     if options.save:
-        folder.mkdir(exist_ok=True)
-        with open(folder / f"{name}.jsonl", "a", encoding="utf-8") as file:
+        options.save.mkdir(parents=True, exist_ok=True)
+        with open(options.save / f"{name}.jsonl", "a", encoding="utf-8") as file:
             file.write(line + "\n")
     if options.json:
         print(line)

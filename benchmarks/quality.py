@@ -1,75 +1,133 @@
-"""How right and how fast the embedded model is: exact match and tokens per forward (TPF) on prompts held out of its
-training, by task, threshold and editing. `python -m benchmarks.quality --json` ends with one JSON line.
+"""Quality against speed of the embedded model: exact match, tokens per forward (TPF) and tokens/s on prompts held out
+of its training. `python -m benchmarks.quality --json` ends with one JSON line; `--plot FILE` draws it.
+
+    thresholds   committed is what is more confident; with and without editing, at the block length of the training
+    blocks       the same without editing at half and at twice that length, which the model has never seen
+    schedule     no threshold: a block in a fixed number of steps, the most confident positions first
 
 Greedy, float32, end token honoured. TPF = tokens up to and with the end token / denoise forwards; prefill and settling
-forwards do not count. The prompts are drawn with a seed that neither training nor its own evaluation uses.
+forwards do not count. The prompts are drawn with a seed that neither training nor its own evaluation uses. Accuracy and
+TPF are exact. Tokens/s are not: a few prompts, decoded one by one, each setting in turn, the median of several rounds.
 """
 
 import argparse
-from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from tqdm.auto import tqdm
 
-from benchmarks import harness
-from llada2_fast import LLaDA2Model, demo
+from llada2_fast import DecodeParams, LLaDA2Model, demo
 from llada2_fast.demo import tasks
 from llada2_fast.tokens import load_tokenizer
 
-THRESHOLDS = (0.95, 0.9, 0.7, 0.5)
+from . import harness
+
+THRESHOLDS, QUICK_THRESHOLDS = (0.95, 0.9, 0.7, 0.5), (0.9, 0.5)
+SCHEDULES, QUICK_SCHEDULES = (8, 4, 2, 1), (8, 4)  # positions that a step commits where there is no threshold
 EDITING = {  # name -> what generate() is given beside the threshold
     "off": {},
     "0.9, 16 post steps": {"editing_threshold": 0.9, "max_post_steps": 16},
     "0.5, 0 post steps": {"editing_threshold": 0.5, "max_post_steps": 0},
 }
-HEADLINE = (0.9, "off")
 GEN_LENGTH = 128  # the longest right answer, a story, has 56 tokens
-SEED = 20
+SEED, PROMPTS = tasks.SEED, tasks.PROMPTS
+NEVER = 2.0  # a threshold that no confidence exceeds
+
+
+class Setting(NamedTuple):
+    """How prompts are decoded. threshold None: none, so that `steps` alone says how many positions a step commits."""
+
+    threshold: float | None
+    editing: str  # a key of EDITING
+    block_length: int
+    steps: int = DecodeParams.steps
+
+    def arguments(self):
+        """Arguments of generate()."""
+        threshold = NEVER if self.threshold is None else self.threshold
+        own = {"threshold": threshold, "block_length": self.block_length, "steps": self.steps}
+        return own | EDITING[self.editing] | {"gen_length": GEN_LENGTH, "eos_early_stop": True, "return_dict": True}
+
+
+def settings_of(block_length, quick=False):
+    """All settings that are measured for a model trained with this block length."""
+    thresholds, schedules = (QUICK_THRESHOLDS, QUICK_SCHEDULES) if quick else (THRESHOLDS, SCHEDULES)
+    blocks = [length for length in (block_length // 2, 2 * block_length) if length]
+    steps = sorted({max(1, block_length // tokens) for tokens in schedules})
+    return [
+        *(Setting(threshold, edit, block_length) for threshold in thresholds for edit in EDITING),
+        *(Setting(threshold, "off", length) for length in blocks for threshold in thresholds),
+        *(Setting(None, "off", block_length, count) for count in steps),
+    ]
+
+
+def headline_of(block_length):
+    """The setting whose figures stand for the model."""
+    return Setting(0.9, "off", block_length)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     harness.add_options(parser)
-    parser.add_argument("--n", type=int, help="prompts per task, 120 or with --quick 24 unless given")
+    parser.add_argument("--n", type=int, help=f"prompts per task (default: {tasks.PROMPTS}, with --quick 24)")
     parser.add_argument(
         "--model", default=demo.path(), metavar="PATH", help="another checkpoint with the same tokenizer"
     )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--plot", metavar="FILE", help="draw accuracy against TPF; needs llada2-fast[plot]")
+    harness.add_plot_option(parser, "accuracy against speed")
     options = parser.parse_args(argv)
     if options.n is not None and options.n < 1:
         parser.error(f"--n {options.n}: expected at least 1")
-    if options.plot and find_spec("matplotlib") is None:
-        parser.error("--plot needs matplotlib: pip install llada2-fast[plot]")
     model = LLaDA2Model.from_pretrained(options.model, dtype=torch.float32, device=options.device, progress=False)
     tokenizer = load_tokenizer(options.model)
-    n = options.n or (24 if options.quick else 120)
-    scores = measure(model, tokenizer, n)
-    print(table(scores))
+    n = options.n or (24 if options.quick else PROMPTS)
+    settings = settings_of(model.block_length, options.quick)
+    scores = measure(model, tokenizer, n, settings)
+    speed = {"prompts_per_task": min(n, 1 if options.quick else 4), "rounds": 1 if options.quick else 5}
+    rates = tokens_per_second(model, tokenizer, settings, **speed)
+    result = summary(scores, rates, model.block_length) | {"prompts_per_task": n, "speed": speed}
+    print(table(result))
     if options.plot:
-        plot(scores, options.plot)
-    harness.finish("quality", options, summary(scores, n), options.device)
+        with harness.drawing(options.plot, ncols=2, figsize=(13, 5), sharey=True) as panels:
+            draw(result, panels[0], "tok_s")
+            draw(result, panels[1], "tpf")
+            panels[1].get_legend().remove()
+    harness.finish("quality", options, result, options.device)
 
 
-def measure(model, tokenizer, n, thresholds=THRESHOLDS, editing=tuple(EDITING), progress=True):
-    """{(threshold, editing): {task: (accuracy, TPF)}} over `n` held-out prompts per task, one batch each."""
-    prompts = {task: tasks.sample(task, n, SEED) for task in tasks.TASKS}
+def measure(model, tokenizer, n, settings, progress=True):
+    """{setting: {task: (accuracy, TPF)}} over `n` held-out prompts per task, one batch each."""
+    prompts = {task: tasks.sample(task, n, tasks.SEED) for task in tasks.TASKS}
     rows = {task: encode(tokenizer, prompts[task]) for task in tasks.TASKS}
-    settings = [(threshold, edit) for threshold in thresholds for edit in editing]
     scores = {setting: {} for setting in settings}
-    with tqdm(total=len(settings) * len(tasks.TASKS), desc="Quality", unit="batch", disable=not progress) as bar:
-        for threshold, edit in settings:
+    with tqdm(total=len(scores) * len(tasks.TASKS), desc="Quality", unit="batch", disable=not progress) as bar:
+        for setting, by_task in scores.items():
             for task in tasks.TASKS:
-                output = model.generate(
-                    rows[task], gen_length=GEN_LENGTH, threshold=threshold, eos_early_stop=True, return_dict=True,
-                    **EDITING[edit],
-                )  # fmt: skip
+                output = model.generate(rows[task], **setting.arguments())
                 right = [
                     tasks.check(task, *pair) for pair in zip(prompts[task], decode(tokenizer, output), strict=True)
                 ]
-                scores[threshold, edit][task] = (sum(right) / n, output.tokens_per_forward)
+                by_task[task] = (sum(right) / n, output.tokens_per_forward)
                 bar.update()
     return scores
+
+
+def tokens_per_second(model, tokenizer, settings, prompts_per_task, rounds, progress=True):
+    """{setting: tokens/s} of prompts decoded one by one; in every round each setting has its turn."""
+    rows = [row for task in tasks.TASKS for row in encode(tokenizer, tasks.sample(task, prompts_per_task, tasks.SEED))]
+
+    def decode_all(setting):
+        return sum(model.generate([row], **setting.arguments()).num_tokens[0] for row in rows)
+
+    tokens = [decode_all(setting) for setting in tqdm(settings, desc="Warm-up", unit="setting", disable=not progress)]
+    with tqdm(total=rounds * len(settings), desc="Tokens/s", unit="run", disable=not progress) as bar:
+
+        def timed(setting):
+            decode_all(setting)
+            bar.update()
+
+        seconds = harness.timed_rounds([lambda s=setting: timed(s) for setting in settings], rounds)
+    return {setting: count / s for setting, count, s in zip(settings, tokens, seconds, strict=True)}
 
 
 def encode(tokenizer, prompts):
@@ -89,49 +147,77 @@ def mean(by_task):
     return tuple(sum(score[i] for score in by_task.values()) / len(by_task) for i in (0, 1))
 
 
-def table(scores):
-    """Accuracy / TPF as text, a line per setting."""
-    lines = [f"{'threshold':<10}{'editing':<20}" + "".join(f"{name:>14}" for name in (*tasks.TASKS, "mean"))]
-    for (threshold, edit), by_task in scores.items():
-        cells = [f"{accuracy:.3f} /{tpf:5.2f}" for accuracy, tpf in (*by_task.values(), mean(by_task))]
-        lines.append(f"{threshold:<10}{edit:<20}" + "".join(f"{cell:>14}" for cell in cells))
-    return "\n".join(lines)
-
-
-def summary(scores, n):
-    """What the JSON line says: the headline's figures, then all settings by task."""
+def summary(scores, rates, block_length):
+    """What the JSON line says: the headline's figures, then those of all settings. block_length: the model's own."""
 
     def figures(score):
         return {"accuracy": round(score[0], 4), "tpf": round(score[1], 3)}
 
-    settings = []
-    for (threshold, edit), by_task in scores.items():
+    entries = {}
+    for setting, by_task in scores.items():
         by_name = {name: figures(score) for name, score in by_task.items()}
-        settings.append({"threshold": threshold, "editing": edit} | figures(mean(by_task)) | {"tasks": by_name})
-    headline = {"threshold": HEADLINE[0], "editing": HEADLINE[1]} | figures(mean(scores[HEADLINE]))
-    by_name = {name: figures(score) for name, score in scores[HEADLINE].items()}
-    return headline | {"tasks": by_name, "prompts_per_task": n, "settings": settings}
+        own = figures(mean(by_task)) | {"tok_s": round(rates[setting], 1), "tasks": by_name}
+        entries[setting] = setting._asdict() | own
+    return entries[headline_of(block_length)] | {"settings": list(entries.values())}
 
 
-def plot(scores, file):
-    """Accuracy against TPF, a line per kind of editing, a point per threshold, to an image file."""
-    import matplotlib
+def mode_of(entry, block_length):
+    """The line of the plot that an entry of "settings" is a point of."""
+    if entry["threshold"] is None:
+        return "fixed schedule (steps per block)"
+    if entry["block_length"] != block_length:
+        return f"blocks of {entry['block_length']}, editing off"
+    return "editing off" if entry["editing"] == "off" else f"editing {entry['editing']}"
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for edit, style in zip(EDITING, ("o-", "s--", "x:"), strict=True):
-        points = {threshold: mean(by_task) for (threshold, kind), by_task in scores.items() if kind == edit}
-        axes.plot([tpf for _, tpf in points.values()], [right for right, _ in points.values()], style, label=edit)
-        for threshold, (accuracy, tpf) in points.items():
-            axes.annotate(f"{threshold:g}", (tpf, accuracy), xytext=(4, 4), textcoords="offset points", fontsize=8)
-    axes.set_xlabel("tokens per forward")
-    axes.set_ylabel("exact match, mean of five tasks")
-    axes.legend(title="editing threshold")
+def modes(result):
+    """{mode: its entries} of a JSON line or of summary()."""
+    found = {}
+    for entry in result["settings"]:
+        found.setdefault(mode_of(entry, result["block_length"]), []).append(entry)
+    return found
+
+
+def label_of(entry):
+    """What tells the points of a mode apart: the threshold, or how many steps a block takes."""
+    return f"{entry['steps']} steps" if entry["threshold"] is None else f"{entry['threshold']:g}"
+
+
+def table(result):
+    """Accuracy / TPF by task as text, a line per setting, and tokens/s."""
+    names = (*tasks.TASKS, "mean")
+    lines = [f"{'mode':<34}{'threshold':<10}" + "".join(f"{name:>14}" for name in names) + f"{'tok/s (noisy)':>15}"]
+    for mode, entries in modes(result).items():
+        for entry in entries:
+            cells = [f"{score['accuracy']:.3f} /{score['tpf']:5.2f}" for score in (*entry["tasks"].values(), entry)]
+            row = "".join(f"{cell:>14}" for cell in cells)
+            lines.append(f"{mode:<34}{label_of(entry):<10}{row}{entry['tok_s']:>15.0f}")
+    return "\n".join(lines)
+
+
+SPEEDS = {"tok_s": "tokens/s, one prompt at a time (noisy)", "tpf": "tokens per forward (exact)"}
+TICKS = (1, 0.99, 0.98, 0.95, 0.9, 0.8, 0.6, 0.4, 0)  # of accuracy: most of what there is to see is near 1
+
+
+def draw(result, axes, speed="tok_s"):
+    """Draw a JSON line, or the settings and block_length of one: accuracy by speed, a line per mode, its thresholds."""
+    marks = ("o-", "s--", "x:", "v-", "^-", "D-.")
+    near = max(entry[speed] for entry in result["settings"]) / 20
+    for i, (mode, entries) in enumerate(modes(result).items()):
+        points = [(entry[speed], 1 - entry["accuracy"]) for entry in entries]
+        axes.plot(*zip(*points, strict=True), marks[i % len(marks)], color=f"C{i}", label=mode, markersize=5)
+        labels = {}  # points that lie together share one
+        for (x, y), entry in zip(points, entries, strict=True):
+            labels.setdefault((x // near, round(y, 2)), (x, y, []))[2].append(label_of(entry))
+        for x, y, names in labels.values():
+            style = {"color": f"C{i}", "fontsize": 7, "textcoords": "offset points"}
+            axes.annotate(", ".join(names), (x, y), xytext=((4, 4), (4, 4), (4, -10), (-20, -12))[i % 4], **style)
+    axes.set_yscale("symlog", linthresh=0.02)
+    axes.set_yticks([1 - tick for tick in TICKS], [f"{tick:g}" for tick in TICKS])
+    axes.set_ylim(max([1 - e["accuracy"] for e in result["settings"]]) * 1.2 + 0.01, -0.003)
+    axes.set(xlabel=SPEEDS[speed], ylabel="exact match, mean of five tasks")
     axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(file, dpi=150)
+    axes.legend(title=f"thresholds by mode; trained with blocks of {result['block_length']}", fontsize=8)
 
 
 if __name__ == "__main__":

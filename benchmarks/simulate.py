@@ -21,13 +21,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import harness
-from benchmarks.models import SMALL, random_model
-from benchmarks.roofline import GPUS, MINI, floor_ms, step_costs
 from llada2_fast.cache import PagedKVCache
 from llada2_fast.config import DecodeParams, EngineConfig, ModelConfig
 from llada2_fast.engine import Engine
 from llada2_fast.kernels.attention import Run
+
+from . import harness
+from .models import SMALL, random_model
+from .roofline import GPUS, MINI, floor_ms, step_costs
 
 LENGTH = 32
 TEXT, OTHER, EOS, MASK = range(4)  # the vocabulary

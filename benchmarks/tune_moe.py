@@ -17,10 +17,11 @@ from functools import partial
 import torch
 import triton
 
-from benchmarks.harness import add_options, finish
-from benchmarks.roofline import MODELS
 from llada2_fast.kernels import fp8, router
 from llada2_fast.kernels.gemm import TUNED, Scaled, gemm
+
+from .harness import add_options, finish
+from .roofline import MODELS
 
 TOKENS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 TILE_M, TILE_N, WARPS, STAGES = (16, 32, 64, 128), (64, 128), (4, 8), (2, 3, 4, 5, 6)
@@ -151,7 +152,7 @@ def main(arguments=None):
         print(f"{name} on {torch.cuda.get_device_name()}")
         entries, results[f"{name}_us"] = tune(MODELS[name], [int(n) for n in options.tokens.split(",")], options.quick)
         write_table(entries)
-    finish("tune_moe", results, options, "cuda")
+    finish("tune_moe", options, results, "cuda")
     return 0
 
 

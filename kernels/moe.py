@@ -35,29 +35,31 @@ def experts_ref(h, ids, weights, gate_up, down, gate_up_scale=None, down_scale=N
     shift = (padded.cumsum(0) - padded) - (count.cumsum(0) - count)  # how far padding moves each expert's rows
     slot = torch.empty_like(flat)
     slot[order] = torch.arange(len(flat), device=flat.device) + shift[flat[order]]
-    sizes = padded.tolist()  # sync: CPU reference
-    touched = [(expert, size) for expert, size in enumerate(sizes) if size]
-    sizes = [size for _, size in touched]
-    x = h.new_zeros(sum(sizes), h.shape[1])
-    x[slot] = h.repeat_interleave(top_k, 0)
-    inner = gated(_products(x.split(sizes), touched, gate_up, gate_up_scale, parts=2))
-    outer = _products(inner.split(sizes), touched, down, down_scale, parts=1)
-    by_token = outer[slot].view(tokens, top_k, -1)
-    return (by_token.float() * weights[..., None]).sum(1).to(h.dtype)
+    touched = [(expert, size) for expert, size in enumerate(padded.tolist()) if size]  # sync: CPU reference
+    token = order.new_zeros(sum(size for _, size in touched))  # of each row; padding repeats token 0
+    token[slot[order]] = order // top_k
+    outer = _products(  # nothing here has a name for longer than it is needed: in prefill these are the largest tensors
+        gated(_products(h[token], touched, gate_up, gate_up_scale, parts=2)), touched, down, down_scale, parts=1
+    )[slot]
+    return outer.view(tokens, top_k, -1).float().mul_(weights[..., None]).sum(1).to(h.dtype)
 
 
 def _products(rows, touched, weight, scale, parts):
-    """Each expert's rows times its weights, one below the other."""
-    pairs = zip(rows, touched, strict=True)
-    if scale is None:
-        return torch.cat([F.linear(x, weight[e]) for x, (e, _) in pairs])
-    return torch.cat([linear_ref(x, weight[e], scale[e], parts) for x, (e, _) in pairs])
+    """Each expert's rows times its weights, one below the other: [N, .] in the rows' dtype."""
+    out = rows.new_empty(len(rows), weight.shape[1])
+    sizes = [size for _, size in touched]
+    for x, y, (e, _) in zip(rows.split(sizes), out.split(sizes), touched, strict=True):
+        if scale is None:
+            torch.mm(x, weight[e].T, out=y)
+        else:
+            y.copy_(linear_ref(x, weight[e], scale[e], parts))
+    return out
 
 
 def gated(x):
     """[..., 2I] -> [..., I]: silu of the first half times the second."""
     gate, up = x.chunk(2, -1)
-    return F.silu(gate) * up
+    return F.silu(gate).mul_(up)
 
 
 @triton.jit

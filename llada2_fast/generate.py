@@ -15,9 +15,9 @@ from .trace import Trace
 class GenerateOutput:
     """What `generate(..., return_dict=True)` gives.
 
-    sequences [B, G] int64: each row cut after its first EOS and filled with the pad id (under the hf profiles as
-    wide as the longest row); num_tokens: generated tokens up to and with the EOS; finish_reasons: "eos" or "length";
-    counters: per row; tokens_per_forward: over all rows; trace: per row, None unless asked for.
+    sequences [B, G] int64: each row cut after its first EOS and filled with the pad id (as wide as the longest row under
+    other profiles than "default"); num_tokens: generated tokens up to and with the EOS; finish_reasons: "eos" or
+    "length"; counters: per row; tokens_per_forward: over all rows; trace: per row, None unless asked for.
     """
 
     sequences: torch.Tensor
@@ -77,7 +77,8 @@ def generate(
 
     Returns int64 [1, n] cut after the first EOS for one prompt, [B, max n] filled with the pad id for several, or a
     GenerateOutput if return_dict. Raises ValueError on bad arguments before any forward, RuntimeError on NaN logits.
-    Source: generate() of the LLaDA2.0 and 2.1 model cards (profiles hf-2.0 and hf-2.1 give exactly their tokens).
+    Source: generate() of the LLaDA2.0 and 2.1 model cards (profiles hf-2.0 and hf-2.1 give exactly their tokens,
+    sglang-lowconf and sglang-joint those of SGLang's LowConfidence and JointThreshold).
     """
     if settle not in ("carry", "separate"):
         raise ValueError(f"settle={settle!r}: expected 'carry' or 'separate'")

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from llada2_fast import __version__, cli, demo
+from llada2_fast import __version__, cli, demo, doctor, options
 from llada2_fast.config import DecodeParams
 
 ROOT = Path(__file__).parent.parent
-QUESTION, ANSWER = cli.QUESTION, cli.ANSWER
+QUESTION, ANSWER = doctor.QUESTION, doctor.ANSWER
 QUIET = "--no-progress"
 
 
@@ -101,6 +101,7 @@ def test_raw_prompts_get_no_chat_template(call):
     (["--profile", "hf-2.0", "--steps", "8"], 36, "eos"),
     (["--editing-threshold", "0.9", "--max-post-steps", "2"], 36, "eos"),
     (["--dtype", "bfloat16", "--device", "cpu"], 36, "eos"),
+    (["--quantization", "fp8"], 36, "eos"),
 ])  # fmt: skip
 def test_options_reach_generate(call, options, tokens, reason):
     code, out, _ = call("generate", QUESTION, "--json", QUIET, *options)
@@ -118,7 +119,7 @@ def test_sampling_is_repeatable_by_seed(call):
 def test_every_decoding_option_is_offered_and_explained(call):
     code, out, _ = call("generate", "--help")
     named = {"eos_id" if name == "eos_ids" else name for name in DecodeParams.__dataclass_fields__}
-    assert code == 0 and named == set(cli.DECODING)
+    assert code == 0 and named == set(options.DECODING)
     for name in named:
         assert "--" + name.replace("_", "-") in out
     assert f"(default: {DecodeParams.threshold})" in out.replace("\n", " ").replace("  ", "")
@@ -148,6 +149,7 @@ def test_version(call):
     (["generate", "x", "--mask-id", "99999"], ["mask_id=99999"]),
     (["generate", "x", "--seed", str(2**64)], ["seed="]),
     (["generate", "x", "--dtype", "int8"], ["dtype='int8'", "bfloat16"]),
+    (["generate", "x", "--quantization", "int4"], ["quantization='int4'", "fp8"]),
     (["generate", "x", "--device", "toaster"], ["device='toaster'"]),
     (["generate", "x", "--device", "cuda:99"], ["device='cuda:99'"]),
     (["generate", "-", "-"], ["stdin"]),
@@ -203,7 +205,7 @@ def test_failure_while_running_exits_1(call, monkeypatch):
     def fail(args):
         raise RuntimeError("row 0: logits hold NaN\nat step 3")
 
-    monkeypatch.setattr(cli, "_doctor", fail)
+    monkeypatch.setattr(cli, "doctor", fail)
     assert call("doctor") == (1, "", "llada2-fast: error: row 0: logits hold NaN at step 3\n")
 
 
@@ -211,7 +213,7 @@ def test_ctrl_c_exits_130(call, monkeypatch):
     def interrupt(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_doctor", interrupt)
+    monkeypatch.setattr(cli, "doctor", interrupt)
     assert call("doctor") == (130, "", "")
 
 
@@ -264,6 +266,6 @@ def test_doctor_json(call):
 
 
 def test_doctor_finds_a_model_that_answers_wrong(call, monkeypatch):
-    monkeypatch.setattr(cli, "ANSWER", "The answer is 944.")
+    monkeypatch.setattr(doctor, "ANSWER", "The answer is 944.")
     code, out, _ = call("doctor")
     assert code == 1 and "wrong: " in out and "The answer is 943." in out

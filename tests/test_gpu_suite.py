@@ -261,7 +261,7 @@ def test_a_step_does_all_its_work_and_can_be_repeated(machine):
     tokens = step.state.tokens.clone()
     step.check()
     step.reset()
-    out = step.call()
+    out = step.call()[0]
     assert (out.token >= 0).all() and not out.commit.any() and not out.edit.any()
     assert torch.equal(step.state.tokens, tokens) and (step.state.frozen != 0).all()
     assert 0 < step.touched() <= machine.config("mini").num_experts

@@ -1,5 +1,7 @@
-"""The root folder kernels/ imports as llada2_fast.kernels from a checkout, an editable install and a wheel."""
+"""The root folders kernels/ and benchmarks/ import as parts of llada2_fast from a checkout, an editable install and a
+wheel."""
 
+import json
 import os
 import re
 import shutil
@@ -14,9 +16,20 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PIP = ["-m", "pip", "--quiet", "--disable-pip-version-check"]
 OFFLINE = ["--no-deps", "--no-index", "--no-build-isolation"]
-KERNEL_FILE = (
-    "from llada2_fast import kernels as k; from llada2_fast.kernels import refine as r; print(r.__file__, k.__file__)"
-)
+FOLDERS = ("kernels", "benchmarks")
+WHERE = """
+import importlib.util
+from importlib import import_module
+for folder, file in (("kernels", "refine"), ("benchmarks", "harness"), ("benchmarks", "kernels.bench_refine")):
+    shim = import_module(f"llada2_fast.{folder}").__file__
+    print(importlib.util.find_spec(f"llada2_fast.{folder}.{file}").origin, shim)
+"""
+
+
+def whereabouts(folders, package):
+    """What WHERE prints if the two folders are in `folders` and the package itself is the folder `package`."""
+    files = ("kernels/refine.py", "benchmarks/harness.py", "benchmarks/kernels/bench_refine.py")
+    return "".join(f"{folders}/{file} {package}/{file.partition('/')[0]}.py\n" for file in files)
 
 
 def run(*arguments, cwd, path=(), python=sys.executable):
@@ -33,7 +46,7 @@ def checkout(tmp_path_factory):
     copy = tmp_path_factory.mktemp("checkout")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
-    for name in ("llada2_fast", "kernels"):
+    for name in ("llada2_fast", *FOLDERS):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     return copy
 
@@ -53,10 +66,12 @@ def test_wheel_contents(wheel):
         scripts = archive.read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"llada2_fast"}
     sources = {f"llada2_fast/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").glob("*.*")}
+    sources |= {f"llada2_fast/{path.relative_to(ROOT)}" for path in (ROOT / "benchmarks").rglob("*.py")}
     for path in (ROOT / "llada2_fast").rglob("*"):
-        if path.suffix == ".py" or path.parent.name == "model":
+        if path.suffix in (".py", ".yaml") or path.parent.name == "model":
             sources.add(str(path.relative_to(ROOT)))
     assert sources - names == set()
+    assert [name for name in names if "benchmarks" in name and not name.endswith(".py")] == []  # results stay here
     assert any(name.endswith("/LICENSE") for name in names)
     assert wheel.stat().st_size <= 8 * 2**20
     version = re.search(r'__version__ = "(.+)"', (ROOT / "llada2_fast/__init__.py").read_text("utf-8")).group(1)
@@ -64,23 +79,36 @@ def test_wheel_contents(wheel):
     assert "llada2-fast = llada2_fast.cli:main" in scripts
 
 
-def test_wheel_imports_its_own_kernels(wheel, tmp_path):
-    site = tmp_path / "site"
-    run(*PIP, "install", *OFFLINE, "--target", site, wheel, cwd=tmp_path)
-    assert not (site / "kernels").exists()
-    expected = f"{site}/llada2_fast/kernels/refine.py {site}/llada2_fast/kernels.py\n"
-    assert run("-c", KERNEL_FILE, cwd="/", path=[site]) == expected
+@pytest.fixture(scope="module")
+def site(wheel, tmp_path_factory):
+    """The folder that the wheel is installed into."""
+    site = tmp_path_factory.mktemp("installed") / "site"
+    run(*PIP, "install", *OFFLINE, "--target", site, wheel, cwd=site.parent)
+    return site
 
 
-def test_wheel_without_kernels_says_where_it_looked(wheel, tmp_path):
-    run(*PIP, "install", *OFFLINE, "--target", tmp_path, wheel, cwd=tmp_path)
-    shutil.rmtree(tmp_path / "llada2_fast/kernels")
-    (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels/__init__.py").touch()
-    probe = "import importlib.util as u; s = u.spec_from_file_location('k', 'llada2_fast/kernels.py')\n"
-    probe += "try: s.loader.exec_module(u.module_from_spec(s))\nexcept ImportError as e: print(e)"
-    message = run("-c", probe, cwd=tmp_path)
-    assert f"{tmp_path}/llada2_fast/kernels or {tmp_path}/kernels" in message
+def test_wheel_imports_its_own_folders(site):
+    assert not any((site / name).exists() for name in FOLDERS)
+    assert run("-c", WHERE, cwd="/", path=[site]) == whereabouts(site / "llada2_fast", site / "llada2_fast")
+
+
+def test_bench_from_a_wheel(site, tmp_path):
+    """There it has no results folder of its own, and says no commit, whatever repository may be around it."""
+    bench = ["bench", "latency", "--num-iters", "1", "--gen-length", "32", "--no-progress", "--save"]
+    probe = f"from llada2_fast.cli import main; print(main({bench}), main([*{bench}, 'lines']))"
+    assert run("-c", probe, cwd=tmp_path, path=[site]).splitlines()[-1] == "2 0"
+    line = json.loads((tmp_path / "lines/latency.jsonl").read_text("utf-8"))
+    assert line["total_output_tokens"] > 0 and line["commit"] is None
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_wheel_without_a_folder_says_where_it_looked(site, tmp_path, name):
+    shutil.copytree(site / "llada2_fast", tmp_path / "llada2_fast", ignore=shutil.ignore_patterns(name, "model"))
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").touch()
+    probe = f"try: import llada2_fast.{name}\nexcept ImportError as e: print(e)"
+    message = run("-c", probe, cwd="/", path=[tmp_path])
+    assert f"{tmp_path}/llada2_fast/{name} or {tmp_path}/{name}" in message
 
 
 def test_editable_install(checkout, tmp_path):
@@ -90,19 +118,18 @@ def test_editable_install(checkout, tmp_path):
     site = run("-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd="/", python=python).strip()
     Path(site, "packages.pth").write_text(sysconfig.get_path("purelib") + "\n")
     run(*PIP, "install", *OFFLINE, "--editable", checkout, cwd=tmp_path, python=python)
-    expected = f"{checkout}/kernels/refine.py {checkout}/llada2_fast/kernels.py\n"
     for cwd in ("/", checkout):
-        assert run("-c", KERNEL_FILE, cwd=cwd, python=python) == expected
+        assert run("-c", WHERE, cwd=cwd, python=python) == whereabouts(checkout, checkout / "llada2_fast")
 
 
-def test_checkout_beside_a_package_named_kernels(tmp_path):
+@pytest.mark.parametrize("name", FOLDERS)
+def test_checkout_beside_a_package_of_the_same_name(tmp_path, name):
     """Neither hides the other, from the repository's root, where ours would come first if it had an __init__.py."""
-    (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels/__init__.py").write_text("MARKER = 'the other package'\n")
-    printed = run("-c", f"import kernels; print(kernels.MARKER); {KERNEL_FILE}", cwd=ROOT, path=[tmp_path])
-    assert printed.splitlines()[0] == "the other package"
-    assert printed.splitlines()[1] == f"{ROOT}/kernels/refine.py {ROOT}/llada2_fast/kernels.py"
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").write_text("MARKER = 'the other package'\n")
+    printed = run("-c", f"import {name}; print({name}.MARKER)\n{WHERE}", cwd=ROOT, path=[tmp_path])
+    assert printed == "the other package\n" + whereabouts(ROOT, ROOT / "llada2_fast")
 
 
 def test_checkout_alone():
-    assert run("-c", KERNEL_FILE, cwd=ROOT) == f"{ROOT}/kernels/refine.py {ROOT}/llada2_fast/kernels.py\n"
+    assert run("-c", WHERE, cwd=ROOT) == whereabouts(ROOT, ROOT / "llada2_fast")

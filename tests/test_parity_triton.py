@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from llada2_fast import demo
+from llada2_fast import DecodeParams, Engine, EngineConfig, demo
 from llada2_fast.kernels._triton import force_ops
 from llada2_fast.model import LLaDA2Model
 from llada2_fast.tokens import load_tokenizer
@@ -20,8 +20,8 @@ def on_triton(call):
         return call()
 
 
-def load(folder):
-    return LLaDA2Model.from_pretrained(folder, dtype=torch.float32, progress=False)
+def load(folder, device="cpu"):
+    return LLaDA2Model.from_pretrained(folder, dtype=torch.float32, device=device, progress=False)
 
 
 def cases(golden, name, label):
@@ -29,9 +29,19 @@ def cases(golden, name, label):
     return [case for case in known if case["label"] == label]
 
 
-def decode(model, case):
+def first_of_each_label(golden, name):
+    known = json.loads((golden / name / "generate.json").read_bytes())["cases"]
+    return list({case["label"]: case for case in reversed(known)}.values())
+
+
+def decode(model, case, **options):
     prompt = torch.tensor([case["prompt"]], dtype=torch.int64)
-    return model.generate(prompt, profile=f"hf-{case['version']}", **case["params"])[0].tolist()
+    return model.generate(prompt, profile=f"hf-{case['version']}", **case["params"], **options)[0].tolist()
+
+
+def chat(tokenizer, text):
+    turn = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
 
 
 @pytest.mark.timeout(900)
@@ -47,9 +57,8 @@ def test_recorded_decodings_come_out_of_the_kernels(golden, name, label):
 @pytest.mark.parametrize("text", PROMPTS)
 def test_the_embedded_model_writes_the_same_on_the_kernels(text):
     model, tokenizer = load(demo.path()), load_tokenizer(demo.path())
-    chat = [{"role": "user", "content": text}]
-    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    call = lambda: model.generate(prompt["input_ids"], gen_length=16, threshold=0.9, trace=True, return_dict=True)  # noqa: E731
+    prompt = [chat(tokenizer, text)]
+    call = lambda: model.generate(prompt, gen_length=16, threshold=0.9, trace=True, return_dict=True)  # noqa: E731
     ours, reference = on_triton(call), call()
     assert torch.equal(ours.sequences, reference.sequences)
     assert [e[:5] for e in ours.trace[0].events] == [e[:5] for e in reference.trace[0].events]
@@ -60,7 +69,33 @@ def test_the_embedded_model_writes_the_same_on_the_kernels(text):
 @pytest.mark.parametrize("name", SETS)
 def test_one_recorded_decoding_of_every_label_comes_out_of_the_kernels(golden, name):
     model = load(golden / name)
-    known = json.loads((golden / name / "generate.json").read_bytes())["cases"]
-    for label in sorted({case["label"] for case in known}):
-        for case in cases(golden, name, label)[:1]:
-            assert on_triton(lambda case=case: decode(model, case)) == case["output"], label
+    for case in first_of_each_label(golden, name):
+        assert on_triton(lambda case=case: decode(model, case)) == case["output"], case["label"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SETS)
+def test_recorded_decodings_come_out_of_the_graphs(golden, name):
+    model = load(golden / name, "cuda")
+    for case in first_of_each_label(golden, name):
+        assert decode(model, case, graphs=True) == case["output"], case["label"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["quality", "speed"])
+def test_the_embedded_model_writes_the_same_on_a_gpu(kind):
+    """One batch of ragged rows by graphs, and the engine on them, against the CPU."""
+    tokenizer, params = load_tokenizer(demo.path()), DecodeParams.preset(kind, gen_length=64, eos_early_stop=True)
+    prompts = [chat(tokenizer, text) for text in PROMPTS]
+    options = {"threshold": params.threshold, "editing_threshold": params.editing_threshold,
+               "max_post_steps": params.max_post_steps, "gen_length": 64, "eos_early_stop": True}  # fmt: skip
+    wanted = load(demo.path()).generate(prompts, return_dict=True, **options)
+    model = load(demo.path(), "cuda")
+    ours = model.generate(prompts, return_dict=True, graphs=True, **options)
+    assert torch.equal(ours.sequences.cpu(), wanted.sequences)
+    assert [row.forwards_per_block for row in ours.counters] == [row.forwards_per_block for row in wanted.counters]
+    engine = Engine(model, EngineConfig(graphs=True, max_running=2, cache_tokens=1024), tokenizer)
+    for output, tokens, count in zip(
+        engine.generate(prompts, params), wanted.sequences, wanted.num_tokens, strict=True
+    ):
+        assert output.token_ids == tokens[:count].tolist()

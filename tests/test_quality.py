@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import harness, quality
-from llada2_fast import LLaDA2Model, demo
+from llada2_fast import DecodeParams, LLaDA2Model, demo
 from llada2_fast.demo import tasks
 from llada2_fast.tokens import load_tokenizer
 
@@ -21,11 +21,15 @@ def embedded():
 
 @pytest.fixture(scope="module")
 def scores(embedded):
-    return quality.measure(*embedded, n=10, thresholds=(0.95, 0.9, 0.5), editing=("off",), progress=False)
+    own = embedded[0].block_length
+    settings = [quality.Setting(threshold, "off", own) for threshold in (0.95, 0.9, 0.5, None)]
+    settings[-1] = settings[-1]._replace(steps=own // 4)
+    found = quality.measure(*embedded, n=10, settings=settings, progress=False)
+    return {setting.threshold: by_task for setting, by_task in found.items()}
 
 
 def test_held_out_prompts_are_answered_right_and_in_parallel(scores):
-    by_task = scores[0.9, "off"]
+    by_task = scores[0.9]
     accuracy, tpf = quality.mean(by_task)
     assert set(by_task) == set(tasks.TASKS)
     assert accuracy >= 0.93 and min(score[0] for score in by_task.values()) >= 0.7
@@ -33,8 +37,21 @@ def test_held_out_prompts_are_answered_right_and_in_parallel(scores):
 
 
 def test_lower_thresholds_take_fewer_forwards(scores):
-    tpf = {threshold: quality.mean(by_task)[1] for (threshold, _), by_task in scores.items()}
+    tpf = {threshold: quality.mean(by_task)[1] for threshold, by_task in scores.items()}
     assert tpf[0.95] < tpf[0.9] < tpf[0.5]
+
+
+def test_without_a_threshold_the_schedule_alone_decides(scores):
+    """Four positions a step, so at most four tokens; what it spends behind the end token counts against it."""
+    assert all(1 < tpf <= 4 for _, tpf in scores[None].values())
+
+
+def test_settings_are_distinct_and_what_generate_takes():
+    settings = quality.settings_of(16)
+    assert len(set(settings)) == len(settings)
+    assert quality.headline_of(16) in settings and set(quality.settings_of(16, quick=True)) < set(settings)
+    for setting in settings:
+        DecodeParams(**{name: value for name, value in setting.arguments().items() if name != "return_dict"})
 
 
 def test_off_task_prompts_are_told_what_it_can_do(embedded):
@@ -45,27 +62,40 @@ def test_off_task_prompts_are_told_what_it_can_do(embedded):
     assert list(quality.decode(tokenizer, output)) == [tasks.FALLBACK] * 3
 
 
-def test_benchmark_ends_with_its_json_line(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(harness.finish, "__defaults__", ("cpu", tmp_path / "results"))
-    quality.main(["--quick", "--n", "2", "--json", "--save"])
+def test_benchmark_ends_with_its_json_line(capsys, tmp_path):
+    quality.main(["--quick", "--n", "2", "--json", "--save", str(tmp_path / "results")])
     table, line = capsys.readouterr().out.rstrip("\n").rsplit("\n", 1)
     result = json.loads(line)
     assert 0 <= result["accuracy"] <= 1 and result["tpf"] > 1 and result["prompts_per_task"] == 2
     assert {"device", "versions", "commit", "time", "threads"} <= set(result)
-    settings = {(entry["threshold"], entry["editing"]): entry for entry in result["settings"]}
-    assert set(settings) == {(threshold, edit) for threshold in quality.THRESHOLDS for edit in quality.EDITING}
-    assert settings[0.9, "off"]["accuracy"] == result["accuracy"]
-    assert settings[0.9, "off"]["tasks"] == result["tasks"] and set(result["tasks"]) == set(tasks.TASKS)
-    assert len(table.splitlines()) == 1 + len(settings)
+    entries = {tuple(entry[name] for name in quality.Setting._fields): entry for entry in result["settings"]}
+    assert list(entries) == quality.settings_of(result["block_length"], quick=True)
+    headline = entries[quality.headline_of(result["block_length"])]
+    assert headline.items() <= result.items() and set(result["tasks"]) == set(tasks.TASKS)
+    assert all(entry["tok_s"] > 0 for entry in entries.values())
+    assert len(table.splitlines()) == 1 + len(entries)
     assert (tmp_path / "results" / "quality.jsonl").read_text("utf-8") == line + "\n"
+
+
+def test_the_picture_has_a_line_per_mode_and_all_labels(scores):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    by_setting = {quality.Setting(threshold, "off", 16, 4): by_task for threshold, by_task in scores.items()}
+    by_setting[quality.headline_of(16)] = scores[0.9]
+    result = quality.summary(by_setting, dict.fromkeys(by_setting, 1000.0), 16)
+    figure, axes = pyplot.subplots()
+    quality.draw(result, axes, "tpf")
+    assert [line.get_label() for line in axes.lines] == list(quality.modes(result)) and len(axes.lines) == 2
+    drawn = [label for text in axes.texts for label in text.get_text().split(", ")]
+    assert sorted(drawn) == sorted(map(quality.label_of, result["settings"]))
+    pyplot.close(figure)
 
 
 def test_results_are_appended_and_printed_only_when_asked(capsys, tmp_path):
     for number in (1, 2):
-        harness.finish("trial", Namespace(quick=False, json=False, save=True), {"number": number}, folder=tmp_path)
+        harness.finish("trial", Namespace(quick=False, json=False, save=tmp_path), {"number": number})
     lines = (tmp_path / "trial.jsonl").read_text("utf-8").splitlines()
     assert [json.loads(line)["number"] for line in lines] == [1, 2] and capsys.readouterr().out == ""
-    harness.finish("trial", Namespace(quick=False, json=True, save=False), {}, folder=tmp_path)
+    harness.finish("trial", Namespace(quick=False, json=True, save=None), {})
     assert json.loads(capsys.readouterr().out)["versions"]["python"] == sys.version.split()[0]
 
 

@@ -10,17 +10,20 @@ without data and in Triton's interpreter. `ratio_vs_diffusers_step` is that of 8
 
 import argparse
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.aot import recorded
-from benchmarks.gpu_machine import Machine, ceilings
-from benchmarks.harness import add_options, finish, timed_rounds
 from llada2_fast.kernels import refine
 from llada2_fast.kernels._triton import force_ops
+
+from ..aot import recorded
+from ..gpu_machine import Machine, ceilings
+from ..harness import add_options, finish, timed_rounds
+from .cases import Case, Shapes, agree
 
 LENGTH, STEPS, THRESHOLD = 32, 8, 0.9
 MODES = {  # temperature, top_k, top_p
@@ -289,6 +292,43 @@ def plot(points, file):
     axes.legend()
     figure.tight_layout()
     figure.savefig(file)
+
+
+# For benchmarks.kernels, beside the other ops
+
+
+def plain(step):
+    """The next blocks [R, L] by the rule in plain PyTorch: the threshold's, or the quota's most confident."""
+    confidence, token = torch.softmax(step.logits.float(), -1).max(-1)
+    masked = step.state.tokens == step.mask_id
+    confidence = confidence.masked_fill(~masked, -1.0)
+    commit = confidence > THRESHOLD
+    best = confidence.topk(LENGTH // STEPS, -1).indices
+    quota = torch.zeros_like(commit).scatter_(1, best, True)
+    few = commit.sum(-1, keepdim=True) < LENGTH // STEPS
+    return torch.where(torch.where(few, quota, commit) & masked, token, step.state.tokens)
+
+
+def case_of(rows, vocab):
+    shapes = Shapes()
+    step = partial(Step, rows, vocab, shapes.dtype, shapes.device.type)
+
+    def check():
+        new = step()
+        wanted = plain(new)
+        new.run()
+        agree("refine", (new.state.tokens,), (wanted,))
+
+    size = step(steady=True).logits.nbytes
+    buffers = shapes.rotated(lambda: (step(steady=True),), size)
+    return Case(Step.run, plain, "softmax, max, topk", buffers, size, check=check)
+
+
+CASES = {f"b{rows} v{vocab}": partial(case_of, rows, vocab) for rows, vocab in ((1, 4096), (8, 32768), (1, 157184))}
+
+
+def test_refine(timed):
+    timed()
 
 
 def main(arguments=None):

@@ -1,0 +1,262 @@
+"""What a decoding asks of a machine, counted: the same figures at every run, on any CPU, without a GPU.
+
+    python -m benchmarks.counts [--parts steps,aot | --quick] [--check] [--json] [--save]
+
+steps   forwards of fixed decodings, and the calls of PyTorch's operators they make on a CPU; launches of a refinement
+        step and of a whole denoise step of LLaDA2-mini on the kernels, by a run of the real shapes without data, which
+        a host sync would end; bytes they read: of the refinement the logits, counted in Triton's interpreter, of the
+        step what benchmarks.roofline says; calls of PyTorch's operators around the graph in the loop that replays it
+        (--quick: this part alone)
+aot     registers, spills, shared memory and instructions (PTX and SASS) of some kernels compiled for sm_90
+
+--check holds them against the newest line of benchmarks/results/counts.jsonl by the rule of `benchmarks.compare
+--counted` and exits 1 where one has grown or is gone. A change that lowers a count, or raises one for a good reason,
+commits the new line that --save appends. Compiled code depends on Triton's version, calls of operators on PyTorch's:
+they are compared within one version only.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections import Counter
+from dataclasses import replace
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from llada2_fast import LLaDA2Model, demo
+from llada2_fast.cache import PagedKVCache
+from llada2_fast.config import DecodeParams
+from llada2_fast.decoder import BlockDecoder, GraphedForward, run
+from llada2_fast.graphs import StepGraph
+from llada2_fast.kernels._triton import force_ops
+from llada2_fast.tokens import load_tokenizer
+
+from . import compare, harness
+from .aot import SCENARIOS, TARGETS, compile_launch, recorded
+from .gpu_machine import CONFIGS, Machine
+from .gpu_steps import Step
+from .kernels.bench_refine import LENGTH, launches, passes
+from .roofline import BLOCK, step_costs
+
+PARTS = ("steps", "aot")
+PROMPTS = ("Add 847 and 96.", "Spell 4071, 22, 608.", "Tell a story about Max the goat near the lake.")
+SETTINGS = {  # of decodings of the embedded model; by name what generate() is given
+    "threshold 0.9": {"threshold": 0.9},
+    "threshold 0.9, editing 0.9": {"threshold": 0.9, "editing_threshold": 0.9, "max_post_steps": 16},
+    "threshold 0.5, editing 0.5, no post steps": {"threshold": 0.5, "editing_threshold": 0.5, "max_post_steps": 0},
+    "quota of 8 steps": {"threshold": 2.0, "steps": 8},
+}
+RECORDED = ("aligned", "low_threshold", "quality", "speed")  # cases of tests/golden/tiny
+COMPILED = ("refine bf16 filters", "attention mini bf16", "moe mini bf16 T=32", "moe mini fp8 T=32",
+            "qk_norm_rope mini bf16", "add_rms_norm bf16 H=2048")  # scenarios of benchmarks.aot  # fmt: skip
+TARGET = "sm_90"
+_ALLOCATES = re.compile(r"^aten::(new_)?empty")
+
+
+class Calls(TorchDispatchMode):
+    """Counts calls of PyTorch's operators, and of these what a GPU would have to launch: no views, no allocations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.launched = Counter(), Counter()
+
+    def __torch_dispatch__(self, op, types, arguments=(), keywords=None):
+        result = op(*arguments, **(keywords or {}))
+        name = op._schema.name
+        self.names[name] += 1
+        made = _storages(result) - _storages((arguments, keywords))
+        if op._schema.is_mutable or (made and not _ALLOCATES.match(name)):
+            self.launched[name] += 1
+        return result
+
+
+def _storages(values):
+    return {x.untyped_storage()._cdata for x in tree_leaves(values) if isinstance(x, torch.Tensor)}
+
+
+# Decodings on a CPU.
+
+
+def cases():
+    """Yields (name, call for a GenerateOutput) of the fixed decodings."""
+    model = LLaDA2Model.from_pretrained(demo.path(), dtype=torch.float32, progress=False)
+    chats = [[{"role": "user", "content": text}] for text in PROMPTS]
+    ids = load_tokenizer(demo.path()).apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
+    for name, params in SETTINGS.items():
+        yield (
+            f"embedded model, three prompts, {name}",
+            lambda params=params: model.generate(ids, gen_length=96, eos_early_stop=True, return_dict=True, **params),
+        )
+    tiny = LLaDA2Model.from_pretrained(golden(), dtype=torch.float32, progress=False)
+    known = json.loads((golden() / "generate.json").read_bytes())["cases"]
+    for label in RECORDED:
+        case = next(case for case in known if case["label"] == label)
+        prompt, rules = torch.tensor([case["prompt"]]), {"profile": f"hf-{case['version']}"} | case["params"]
+        yield (
+            f"golden tiny, {label}",
+            lambda prompt=prompt, rules=rules: tiny.generate(prompt, return_dict=True, **rules),
+        )
+
+
+def golden():
+    return harness.ROOT / "tests" / "golden" / "tiny"
+
+
+def decodings():
+    """(forwards of each decoding, calls of operators of each)."""
+    forwards, calls = [], []
+    for name, call in cases():
+        with Calls() as counted:
+            counters = call().counters
+        kinds = ("denoise_forwards", "prefill_forwards", "settle_forwards")
+        forwards.append({"decoding": name} | {kind: sum(getattr(c, kind) for c in counters) for kind in kinds})
+        calls.append({"decoding": name, "torch": version(torch), "calls": counted.names.total()})
+    return forwards, calls
+
+
+def version(package):
+    return package.__version__.partition("+")[0]
+
+
+def around_the_graph():
+    """Calls of operators by the loop that replays graphs, all but those inside a step; here a step runs as it is."""
+    model = LLaDA2Model.from_pretrained(golden(), dtype=torch.float32, progress=False)
+    params = DecodeParams(gen_length=64)
+    length = model.block_length
+    blocks = -(-(40 + params.gen_length) // length)
+    inside, steps, step = Counter(), [], StepGraph.run
+
+    def apart(graph):
+        with Calls() as counted:
+            result = step(graph)
+        inside.update(counted.names)
+        steps.append(counted)
+        return result
+
+    with torch.inference_mode(), mock.patch.object(StepGraph, "replay", apart), Calls() as all_calls:
+        cache = PagedKVCache(model.config, blocks, length, model.dtype, "cpu")
+        decoder = BlockDecoder(GraphedForward(model, cache, 1, blocks), 1, length, mask_id=255)
+        decoder.open(0, torch.arange(40), params, 0, (252,))
+        run(decoder)
+    outside = (all_calls.names - inside).total()
+    return {"decoding": f"around {len(steps)} replayed steps", "torch": version(torch), "calls": outside}
+
+
+# The kernels at their real shapes, without data.
+
+
+class _NoData(Machine):
+    """A machine on which everything has a shape and no contents: a host sync is an error there."""
+
+    def __init__(self):
+        super().__init__(dry=True)
+        self.device = torch.device("meta")
+
+
+def refinement():
+    """A refinement step of 8 blocks by mode: launches, passes over the logits and the bytes these are."""
+    config = CONFIGS["mini"]
+    logits = 8 * LENGTH * config.vocab_size * 2
+    for mode in ("greedy", "temperature", "top_k_top_p"):
+        read = passes(mode)
+        yield {
+            "what": f"refinement, 8 blocks, {mode}", "launches": len(launches(mode)), "syncs": 0,
+            "passes": round(read, 4), "bytes": round(read * logits),
+        }  # fmt: skip
+
+
+def whole_step(float8):
+    """A denoise step of mini, batch 1, prefix 1024: launches within its graph and, from the host, ahead of it."""
+    machine = _NoData()
+    config = replace(CONFIGS["mini"], quantization="fp8") if float8 else CONFIGS["mini"]
+    step = Step(machine, LLaDA2Model(config, dtype=machine.dtype, device=machine.device), 1, 1024)
+    with force_ops("triton"), recorded() as kernels, Calls() as counted:
+        step.graph.run()
+    with Calls() as ahead:
+        step.load()
+    own = counted.launched
+    assert own.pop("llada2_fast::refine_step") == 1  # without data it does nothing: what it launches is added
+    costs = step_costs(config, 1, 1024, 1 if float8 else 2)
+    return {
+        "what": f"denoise step of mini, {'fp8' if float8 else 'bf16'}, batch 1, prefix 1024",
+        "launches": len(kernels) + own.total() + len(launches("greedy")), "launches_of_torch": own.total(),
+        "launches_outside_graph": ahead.launched.total(), "syncs": 0,
+        "bytes": round(sum(cost.bytes for cost in costs.values())),
+    }  # fmt: skip
+
+
+def steps():
+    """The cheap part of the counts."""
+    assert BLOCK == LENGTH
+    forwards, calls = decodings()
+    with torch.inference_mode():
+        kernels = [*refinement(), whole_step(float8=False), whole_step(float8=True)]
+    return {"part": "steps", "decodings": forwards, "calls": [*calls, around_the_graph()], "kernels": kernels}
+
+
+# Compiled code.
+
+
+def aot():
+    """Figures of the kernels of COMPILED, each specialisation once."""
+    import triton
+    from triton.compiler import ASTSource
+
+    found = {}
+    for scenario in COMPILED:
+        with recorded() as noted:
+            SCENARIOS[scenario]()
+        for number, launch in enumerate(noted):
+            result = compile_launch(launch, scenario, TARGET)
+            if result.error:
+                raise SystemExit(f"{scenario}, {result.kernel}: {result.error}")
+            source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
+            asm = triton.compile(source, target=TARGETS[TARGET], options=launch.options).asm  # from Triton's cache
+            found.setdefault(repr((result.kernel, *launch[1:])), {
+                "triton": version(triton), "target": TARGET, "scenario": scenario, "number": number,
+                "kernel": result.kernel, "registers": result.registers, "spilled": result.spilled,
+                "shared": result.shared, "instructions_ptx": len(re.findall(r"^\t[^.\s/].*;$", asm["ptx"], re.M)),
+                "instructions_sass": len(re.findall(r"^\S+:\S+:\S+:\S+:\S+\t", asm["sass"], re.M)),
+            })  # fmt: skip
+    return {"part": "aot", "compiled": list(found.values())}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated (default: %(default)s)")
+    parser.add_argument("--check", action="store_true", help="exit 1 where a count has grown since the saved line")
+    harness.add_options(parser)
+    options = parser.parse_args(argv)
+    chosen = ["steps"] if options.quick else options.parts.split(",")
+    if unknown := sorted(set(chosen) - set(PARTS)):
+        parser.error(f"--parts {','.join(unknown)}: expected some of {', '.join(PARTS)}")
+    torch.set_num_threads(1)
+    worse = 0
+    for part in chosen:
+        results = {"steps": steps, "aot": aot}[part]()
+        if options.check:
+            findings, gone = compare.compare(baseline(), [{"benchmark": "counts"} | results], counted=True)
+            worse += compare.report(findings, gone)
+        elif not options.json:
+            print("\n".join(show(results)))
+        harness.finish("counts", options, results)
+    return int(worse > 0)
+
+
+def baseline():
+    """The saved lines."""
+    return compare.select(str(harness.RESULTS / "counts.jsonl"))
+
+
+def show(results):
+    for points in results.values():
+        for point in points if isinstance(points, list) else ():
+            yield ", ".join(f"{value}" if isinstance(value, str) else f"{key} {value}" for key, value in point.items())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

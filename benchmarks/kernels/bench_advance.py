@@ -1,0 +1,73 @@
+"""Rows whose block has ended beginning their next one: S rows, half of which go on, half of those carried along.
+
+What is timed is the step in which no block has ended, most of them: the others change the state they are timed on. The
+peer is the same rule on the host, row by row.
+"""
+
+from functools import partial
+
+import torch
+
+from llada2_fast.kernels import advance
+from llada2_fast.kernels.refine import BLOCK_DONE, PREFIX_MASK, RefineState
+from llada2_fast.kernels.roles import ABSENT, PROMPT, TAIL, VALID
+
+from ..roofline import BLOCK
+from .cases import Case, Shapes, agree
+
+MASK = 1000
+
+
+def plain(state, bounds, slot, repeat, carried, mask_id):
+    device, length = slot.device, state.tokens.shape[1]
+    active, riding = [], []
+    for row in slot.tolist():
+        start, total = int(state.start[row]), int(bounds.total[row])
+        ready = int(state.frozen[row]) == BLOCK_DONE and start + length < total
+        changed = bool(bounds.changed[row])
+        if ready and (not changed or len(riding) < carried):
+            if changed:
+                riding.append((row, start // length, state.tokens[row].clone()))
+            masked = ((state.tokens[row] == mask_id) & (state.kind[row] != PROMPT)).any()
+            start += length
+            position = torch.arange(start, start + length, device=device)
+            kind = torch.where(position < bounds.limit[row], TAIL, ABSENT).masked_fill_(position < total, VALID)
+            prefix = state.prefix[row] | masked.int() * PREFIX_MASK
+            state.begin(row, torch.full_like(position, mask_id), kind.to(state.kind.dtype), start, prefix)
+        active.append((row, start // length, state.tokens[row]))
+    rows, index, laid = zip(*active, *riding, *active[:1] * (carried - len(riding)), strict=True)
+    return *(torch.tensor(x, dtype=torch.int32, device=device) for x in (rows, index)), torch.stack(laid)
+
+
+def case_of(rows):
+    shapes = Shapes()
+    each = partial(torch.arange, device=shapes.device, dtype=torch.int32)
+    carried = rows // 4
+
+    def make(ended=False):
+        tokens = torch.randint(MASK + 1, (rows, BLOCK), device=shapes.device)
+        start = each(rows).long() * BLOCK
+        state = RefineState.start_block(tokens, torch.full_like(tokens, VALID, dtype=torch.int8), start)
+        if ended:
+            state.frozen[::2] = BLOCK_DONE
+        total = start.int() + 2 * BLOCK - 5
+        bounds = advance.RowBounds(total, total + 3, (each(rows) // 2 % 2).contiguous())
+        return state, bounds, each(rows), torch.zeros_like(total), carried, MASK
+
+    def check():
+        first = make(ended=True)
+        twin = RefineState(*(x.clone() for x in vars(first[0]).values()))
+        got, wanted = advance.advance(*first), plain(twin, *first[1:])
+        agree("advance", (*got, *vars(first[0]).values()), (*wanted, *vars(twin).values()))
+
+    state = make()[0]
+    size = 2 * state.tokens.nbytes + state.kind.nbytes
+    buffers = shapes.rotated(make, size)
+    return Case(advance.advance, plain, "row by row, on the host", buffers, size, check=check, graph=False)
+
+
+CASES = {f"rows {rows}": partial(case_of, rows) for rows in (8, 128)}
+
+
+def test_advance(timed):
+    timed()

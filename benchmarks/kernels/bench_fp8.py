@@ -1,0 +1,53 @@
+"""A linear layer in block-scaled float8, its activations quantised on the fly, for T tokens.
+
+The peer multiplies the weight that was quantised, in the activations' dtype: what float8 is to be faster than. Parity
+is against the product of what weight and activations stand for, in float32.
+"""
+
+from functools import partial
+
+import torch.nn.functional as F
+
+from llada2_fast.kernels import fp8
+
+from .cases import Case, Shapes, agree
+
+
+def case_of(config, rows, columns, tokens):
+    shapes = Shapes(config)
+    sizes = {"hidden": shapes.config().hidden_size, "inner": shapes.config().intermediate_size}
+    rows, columns = sizes[rows], sizes[columns]
+
+    def make():
+        weight = shapes.random(rows, columns, std=columns**-0.5)
+        return shapes.random(tokens, columns), *fp8.quantize_weight(weight), weight
+
+    def ours(x, values, scale, _weight):
+        return fp8.linear(x, values, scale)
+
+    def plain(x, _values, _scale, weight):
+        return F.linear(x, weight)
+
+    first = make()
+
+    def check():
+        x, values, scale, _ = first
+        wide = fp8.dequantize_weight(*fp8.quantize_ref(x[:, None]))[:, 0]  # every token a weight of one row
+        agree("fp8", (fp8.linear(x, values, scale),), (F.linear(wide, fp8.dequantize_weight(values, scale)),))
+
+    x, values, scale, _ = first
+    size = values.nbytes + scale.nbytes + x.nbytes + tokens * rows * x.element_size()
+    operations = 2.0 * tokens * rows * columns
+    return Case(ours, plain, "F.linear, unquantised", shapes.rotated(make, size), size, operations, check)
+
+
+CASES = {
+    "small t32": partial(case_of, "small", "inner", "hidden", 32),
+    "mini up t32": partial(case_of, "mini", "inner", "hidden", 32),
+    "mini down t32": partial(case_of, "mini", "hidden", "inner", 32),
+    "mini up t512": partial(case_of, "mini", "inner", "hidden", 512),
+}
+
+
+def test_fp8(timed):
+    timed()

@@ -1,0 +1,124 @@
+"""What the timings of single ops share: shapes for the machine at hand, a case, and the parity it needs to be timed.
+
+Each bench_<op>.py names its CASES, the smallest first, and one test that times them; conftest.py does the rest.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from ..gpu_gates import BF16_ERROR, relative, require
+from ..gpu_machine import CONFIGS, Machine
+from ..models import SMALL
+
+F32_ERROR = 1e-5
+IN_A_GRAPH = 16  # calls at least, so that the wait at its end weighs little
+
+
+class Shapes(Machine):
+    """The machine at hand with one configuration: "small", "mini" or "flash".
+
+    bfloat16 on a GPU, where buffers take turns so that no cache holds them. Float32 and one buffer on a CPU, where the
+    references are the product; small cases are then timed within its caches.
+    """
+
+    def __init__(self, name="mini"):
+        super().__init__(dry=not torch.cuda.is_available())
+        self.dtype = torch.float32 if self.dry else torch.bfloat16
+        self._config = (CONFIGS | {"small": SMALL})[name]
+
+    def config(self, name=None, float8=False):
+        return replace(self._config, quantization="fp8") if float8 else self._config
+
+    def size(self, real, most):
+        return real
+
+    def rotated(self, make, size):
+        """What make() gives, as often as there must be buffers of `size` bytes."""
+        return [make() for _ in range(1 if self.dry else self.copies(size))]
+
+    def experts(self, rows, columns):
+        """Weights [E, rows, columns], different in every expert, at the price of copying them."""
+        first = self.random(rows, columns, std=columns**-0.5)
+        weight = first.new_empty(self._config.num_experts, rows, columns)
+        for expert, own in enumerate(weight):
+            own.copy_(first.roll(expert, 0))
+        return weight
+
+
+def agree(what, got, wanted):
+    """ArithmeticError unless all tensors are alike: floats by relative norm, to F32_ERROR or where one of the two has
+    16 bits to BF16_ERROR, all others exactly."""
+    for at, (one, other) in enumerate(zip(got, wanted, strict=True)):
+        name = f"{what}, output {at}"
+        if one.shape != other.shape:
+            raise ArithmeticError(f"{name}: {list(other.shape)} expected, got {list(one.shape)}")
+        if torch.equal(one, other):
+            continue
+        if one.is_floating_point():
+            narrow = min(one.element_size(), other.element_size()) < 4
+            require(f"{name}, relative error", relative(one, other), BF16_ERROR if narrow else F32_ERROR)
+        else:
+            raise ArithmeticError(f"{name}: {(one != other).float().mean():.2%} of the elements differ")
+
+
+@dataclass
+class Case:
+    """An op at one shape, as this machine runs it, beside a plain PyTorch peer.
+
+    ours, peer: called with the arguments of a buffer. bytes: every input and output once; operations: 2 per
+    multiply-add. check: () -> None, raises where the two disagree; None = their outputs on the first buffer must
+    agree. graph: whether the peer can be captured in a CUDA graph, which one that asks the device cannot.
+    """
+
+    ours: Callable
+    peer: Callable
+    peer_name: str
+    buffers: list[tuple]
+    bytes: float
+    operations: float = 0.0
+    check: Callable | None = None
+    graph: bool = True
+
+    def gate(self, name):
+        """ArithmeticError unless ours and the peer agree."""
+        if self.check is not None:
+            self.check()
+            return
+        outputs = [call(*self.buffers[0]) for call in (self.ours, self.peer)]
+        agree(name, *((out,) if isinstance(out, torch.Tensor) else tuple(out) for out in outputs))
+
+    def target(self, who):
+        """(what to time, how many calls of the op it makes) of "ours" or "peer"."""
+        op = {"ours": self.ours, "peer": self.peer}[who]
+        calls = [partial(op, *buffer) for buffer in self.buffers]
+        if not torch.cuda.is_available():
+            return calls[0], 1
+        calls *= math.ceil(IN_A_GRAPH / len(calls))
+        return _on_a_gpu(calls, who == "ours" or self.graph), len(calls)
+
+
+def _on_a_gpu(calls, graph):
+    """One call that makes all calls, in a CUDA graph or one by one, and waits for the device."""
+
+    def one_by_one():
+        for call in calls:
+            call()
+        torch.cuda.synchronize()
+
+    one_by_one()  # compiles
+    if not graph:
+        return one_by_one
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        for call in calls:
+            call()
+
+    def replay():
+        captured.replay()
+        torch.cuda.synchronize()
+
+    return replay

@@ -1,0 +1,121 @@
+"""The options that say which model to run, where, and how to decode: the same for every command and benchmark."""
+
+import argparse
+
+GEN_LENGTH = 256  # when neither an option nor the model's positions say less
+
+# Parameters of generate() that the command line offers. Left out, they keep the defaults of DecodeParams, but for
+# gen_length (see GEN_LENGTH) and eos_early_stop, which is on.
+_NUMBER, _COUNT = {"type": float, "metavar": "X"}, {"type": int, "metavar": "N"}
+_SWITCH = {"action": argparse.BooleanOptionalAction}
+DECODING = {
+    "gen_length": _COUNT | {"help": f"most tokens to generate; {GEN_LENGTH} unless the model has fewer positions left"},
+    "block_length": _COUNT | {"help": "tokens per diffusion block; the checkpoint's unless given"},
+    "steps": _COUNT | {"help": "steps over which a block's quota is spread"},
+    "threshold": _NUMBER | {"help": "commit tokens with a confidence above this"},
+    "editing_threshold": _NUMBER | {"help": "replace tokens by others with a confidence above this; off unless given"},
+    "max_post_steps": _COUNT | {"help": "most editing steps of a block without masks"},
+    "minimal_topk": _COUNT | {"help": "least tokens to commit per step"},
+    "num_to_transfer": _COUNT | {"help": "least tokens to commit per step under --profile hf-2.1"},
+    "temperature": _NUMBER | {"help": "0 = greedy"},
+    "top_k": _COUNT | {"help": "sample among the k likeliest tokens"},
+    "top_p": _NUMBER | {"help": "sample among the likeliest tokens of this mass"},
+    "sampling_method": {"metavar": "NAME", "help": "auto, greedy or multinomial"},
+    "seed": _COUNT | {"help": "of the draws; drawn itself unless given"},
+    "profile": {"metavar": "NAME", "help": "whose decoding rules to follow: default, hf-2.0, hf-2.1, sglang-lowconf, sglang-joint"},
+    "eos_early_stop": _SWITCH | {"help": "stop at the first end token (on)"},
+    "attend_tail": _SWITCH | {"help": "denoise the last block whole"},
+    "eos_id": _COUNT | {"action": "append", "help": "an end token, may be repeated; the checkpoint's unless given"},
+    "mask_id": _COUNT | {"help": "the mask token; the checkpoint's unless given"},
+    "pad_id": _COUNT | {"help": "the padding token; the checkpoint's unless given"},
+}
+
+
+class Help(argparse.HelpFormatter):
+    """Adds the defaults of DecodeParams. Getting them imports torch, which only the help of a subcommand waits for."""
+
+    def _get_help_string(self, action):
+        from .config import DecodeParams
+
+        default = None if action.dest in ("gen_length", "eos_early_stop") else getattr(DecodeParams, action.dest, None)
+        return action.help if default is None or action.dest not in DECODING else f"{action.help} (default: {default})"
+
+
+def add_model_options(parser):
+    """Add the groups "model" and "decoding" to an argparse parser."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", metavar="PATH_OR_ID", help="checkpoint folder or hub id; else the embedded model")
+    group.add_argument("--dtype", help="bfloat16, float16 or float32; else the checkpoint's (embedded model: float32)")
+    group.add_argument("--quantization", metavar="NAME", help="fp8: block-scaled float8 weights; else the checkpoint's")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, ...; else the GPU if there is one")
+    group.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bars")
+    group = parser.add_argument_group("decoding")
+    for name, keywords in DECODING.items():
+        aliases = ["--max-tokens"] if name == "gen_length" else []
+        flag = "--" + name.replace("_", "-")
+        group.add_argument(flag, *aliases, dest=name, default=argparse.SUPPRESS, **keywords)
+
+
+def decoding(args):
+    """generate()'s keyword arguments as asked for. ValueError for what no model allows."""
+    given = {name: getattr(args, name) for name in DECODING if hasattr(args, name)}
+    params(given)
+    return {"eos_early_stop": True} | given
+
+
+def params(decoding):
+    """DecodeParams of generate()'s keyword arguments."""
+    from .config import DecodeParams
+
+    given = decoding | {"eos_ids": decoding.get("eos_id")}
+    given.pop("eos_id", None)
+    return DecodeParams(**given)
+
+
+def fit(decoding, model, rows):
+    """generate()'s keyword arguments with a gen_length that fits the model, where none was asked for.
+
+    rows: the prompts' ids. ValueError if one of them leaves no position free.
+    """
+    longest, positions = max(map(len, rows)), model.config.max_position_embeddings
+    if longest >= positions:
+        raise ValueError(f"prompt: {longest} tokens, expected fewer than the model's {positions} positions")
+    return {"gen_length": min(GEN_LENGTH, positions - longest)} | decoding
+
+
+def load_model(args):
+    """(LLaDA2Model, its folder) as the options say. ValueError if there is no such checkpoint, dtype or device."""
+    from . import demo
+    from .checkpoint import resolve
+    from .config import DTYPES, QUANTIZATIONS
+    from .model import LLaDA2Model
+
+    dtype = "float32" if args.dtype is None and args.model is None else args.dtype
+    for name, value, allowed in (("dtype", dtype, DTYPES), ("quantization", args.quantization, QUANTIZATIONS)):
+        if value is not None and value not in allowed:
+            raise ValueError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
+    device = find_device(args.device)
+    folder = resolve(demo.path() if args.model is None else args.model)
+    model = LLaDA2Model.from_pretrained(folder, DTYPES.get(dtype), device, args.progress, args.quantization)
+    return model, folder
+
+
+def find_device(name=None):
+    """The torch.device of this name, else the GPU if there is one. ValueError if this machine has none such."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    try:
+        device = torch.device(name or ("cuda" if cuda else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"device={name!r}: expected a device such as cpu, cuda or cuda:1") from None
+    if device.type == "cuda" and (not cuda or (device.index or 0) >= torch.cuda.device_count()):
+        raise ValueError(f"device={name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def encode(tokenizer, messages):
+    """A conversation -> token ids of the prompt for its next turn. ValueError if the tokenizer has no chat template."""
+    if tokenizer.chat_template is None:
+        raise ValueError("the tokenizer has no chat template: expected --raw and prompts as the model saw them")
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)

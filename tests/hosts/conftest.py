@@ -1,0 +1,38 @@
+"""Serving stacks that no CPU machine can install whole: their real wheels from PyPI, unpacked."""
+
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def unpacked(pytestconfig):
+    """unpacked("sglang==0.5.23") -> the folder that holds that wheel's Python files and its metadata.
+
+    The wheel alone is fetched, nothing it depends on, once per checkout. Skips where the index has no such wheel.
+    """
+
+    def unpack(requirement):
+        folder = pytestconfig.cache.mkdir("wheels") / requirement
+        if not folder.is_dir():
+            wheel = download(requirement, folder.with_suffix(".download"))
+            partial = folder.with_suffix(".partial")
+            with zipfile.ZipFile(wheel) as archive:
+                wanted = [name for name in archive.namelist() if name.endswith(".py") or ".dist-info/" in name]
+                archive.extractall(partial, wanted)
+            wheel.unlink()
+            partial.rename(folder)
+        return folder
+
+    return unpack
+
+
+def download(requirement, folder):
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+    done = subprocess.run([*command, "--dest", str(folder), requirement], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"{requirement}: no wheel to be had: {done.stderr.strip().splitlines()[-1]}")
+    (wheel,) = folder.glob("*.whl")
+    return wheel

@@ -1,0 +1,217 @@
+"""`llada2-fast bench`: every benchmark runs from the command line; none prints a time before its tokens are right."""
+
+import argparse
+import json
+import shutil
+
+import pytest
+import torch
+
+from benchmarks import bench_latency, bench_throughput, harness, workload
+from llada2_fast import cli, demo, options
+from llada2_fast.decoder import CachedForward
+from llada2_fast.model import LLaDA2Model
+
+METRICS = {
+    f"{which}_{name}_ms" for which in ("mean", "median", "std", "p99") for name in ("ttft", "tpot", "itl", "e2el")
+}
+CARD = {"benchmark", "time", "quick", "device", "cores", "threads", "versions", "commit", "peak_memory_bytes"}
+SMALL = ["--no-progress", "--gen-length", "32"]
+
+
+@pytest.fixture
+def bench(capsys):
+    """`llada2-fast bench` in this process: (exit code, stdout, stderr)."""
+
+    def bench(*arguments):
+        code = cli.main(["bench", *arguments])
+        return code, *capsys.readouterr()
+
+    return bench
+
+
+def work_of(*arguments, count, size):
+    """The workload of these options."""
+    parser = argparse.ArgumentParser()
+    workload.add_options(parser)
+    return workload.Workload.of(parser.parse_args([*SMALL, *arguments]), count, size)
+
+
+def line_of(result):
+    """The JSON line that a benchmark has ended with."""
+    code, out, err = result
+    assert code == 0, err
+    line = json.loads(out.splitlines()[-1])
+    assert CARD <= set(line)
+    return line
+
+
+def test_latency(bench, tmp_path):
+    plot = tmp_path / "latency.png"
+    result = bench(
+        "latency", "--quick", "--batch-size", "2", "--json", "--save", str(tmp_path), "--plot", str(plot), *SMALL
+    )
+    line = line_of(result)
+    assert "100.0% of the tokens are equal" in result[1].splitlines()[0]
+    assert line["equal_tokens"] == 1.0 and line["batch_size"] == 2 and line["iterations"] == 3
+    assert line["p10_e2el_ms"] <= line["median_e2el_ms"] <= line["p90_e2el_ms"]
+    assert 0 < line["median_ttft_ms"] < line["median_e2el_ms"]
+    assert line["median_forward_ms"] > 0 and line["median_output_throughput"] > 0
+    assert line["tokens_per_forward"] > 1 <= line["steps_per_block"]
+    assert line["block_ms_by_position"][0]["blocks"] == 6
+    assert json.loads((tmp_path / "latency.jsonl").read_text("utf-8")) == line
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_throughput(bench, tmp_path):
+    plot = tmp_path / "throughput.svg"
+    few = ["--num-prompts", "5", "--num-rounds", "3", "--max-concurrency", "2"]
+    line = line_of(bench("throughput", *few, "--json", "--plot", str(plot), *SMALL))
+    assert {"duration", "completed", "failed", "request_throughput", "output_throughput", *METRICS} <= set(line)
+    assert (line["completed"], line["failed"], line["equal_tokens"], line["shared_tokens"]) == (5, 0, 1.0, 0)
+    assert line["output_throughput"] == pytest.approx(line["total_output_tokens"] / line["duration"])
+    assert line["output_throughput"] == sorted(line["output_throughput_rounds"])[1]
+    assert 0 < line["median_ttft_ms"] <= line["median_e2el_ms"] <= 1e3 * line["duration"]
+    assert line["tokens_per_forward"] > 1 <= line["steps_per_block"]
+    assert "<svg" in plot.read_text("utf-8")
+
+
+def test_arrivals_at_a_rate_wait_for_their_turn(bench):
+    few = ["--num-prompts", "4", "--num-rounds", "1", "--max-concurrency", "1", "--request-rate", "1e6"]
+    line = line_of(bench("throughput", *few, "--json", *SMALL))
+    assert line["request_rate"] == 1e6 and line["completed"] == 4
+    assert line["p99_ttft_ms"] > line["p10_e2el_ms"]  # the last has waited until the first was done
+
+
+def test_random_prompts_are_answered_to_their_full_length(bench):
+    arguments = ["--input-len", "7", "--num-iters", "1", "--json", "--dtype", "bfloat16"]
+    line = line_of(bench("latency", *arguments, *SMALL))
+    assert line["total_output_tokens"] == 32 and line["input_len"] == 7
+    assert (line["prompts"], line["dtype"]) == ("random tokens", "bfloat16")
+
+
+def test_prompts_are_never_seen_twice():
+    for arguments in ([], ["--input-len", "9"]):
+        work = work_of(*arguments, count=4, size=8)
+        prompts = {tuple(prompt) for batch in work.batches for prompt in batch}
+        assert [len(batch) for batch in work.batches] == [8] * 4 and len(prompts) == 32
+        mask = work.model.special_ids["mask_token_id"]
+        assert all(mask not in prompt for prompt in prompts)
+
+
+# The gate
+
+
+def forgetful(self, spans, state=None, forward=CachedForward._forward):
+    """A forward whose cache loses what it held, if several rows of 96 tokens share it."""
+    if self.cache.num_pages > 96 // self.cache.block_length:
+        self.cache.v.fill_(100.0)
+    return forward(self, spans, state)
+
+
+@pytest.mark.parametrize("arguments", [("latency", "--batch-size", "2"), ("throughput",)])
+def test_wrong_tokens_end_a_benchmark_before_it_has_timed_anything(bench, monkeypatch, arguments):
+    monkeypatch.setattr(CachedForward, "_forward", forgetful)
+    code, out, err = bench(*arguments, "--quick", "--json", "--input-len", "64", *SMALL)
+    assert (code, out) == (1, "")
+    assert "of the tokens are equal, expected all of them; nothing is timed" in err
+
+
+def test_the_gate_counts_missing_tokens(capsys):
+    assert workload.require_equal([[1, 2, 3], [4]], [[1, 2, 3], [4]], "x", torch.float32) == 1.0
+    assert workload.require_equal([[1, 2, 9], [4]], [[1, 2, 3], [4]], "x", torch.bfloat16) == 0.75
+    for tokens in ([[1, 2]], [[1, 2, 3, 4]], [[1, 2, 4]]):
+        with pytest.raises(SystemExit, match="x: .* expected all"):
+            workload.require_equal(tokens, [[1, 2, 3]], "x", torch.float32)
+
+
+# The others
+
+
+def test_quality(bench):
+    line = line_of(bench("quality", "--quick", "--n", "1", "--json"))
+    assert line["benchmark"] == "quality" and 0 <= line["accuracy"] <= 1
+
+
+def test_kernels(bench):
+    line = line_of(bench("kernels", "--quick", "--only", "norm", "--json"))
+    assert [entry["op"] for entry in line["ops"]] == ["norm"] and line["ops"][0]["us"] > 0
+
+
+@pytest.mark.parametrize("name", sorted(cli.BENCHMARKS))
+def test_help_is_that_of_the_benchmark(bench, name):
+    code, out, _ = bench(name, "--help")
+    assert code == 0 and out.startswith(f"usage: llada2-fast bench {name} [-h]")
+    for option in ("--quick", "--json", "--save"):
+        assert option in out
+
+
+@pytest.mark.parametrize("arguments, word", [
+    ([], "BENCHMARK"),
+    (["speed"], "throughput"),
+    (["latency", "--step", "3"], "--step"),
+    (["latency", "--steps", "0"], "steps=0"),
+    (["latency", "--batch-size", "0"], "expected an integer >= 1"),
+    (["latency", "--input-len", "4096"], "4096 positions"),
+    (["latency", "--model", "no/such/folder"], "no/such/folder"),
+    (["latency", "--plot", "picture.txt"], "picture.txt"),
+    (["latency", "--plot", "no/such/folder/x.png"], "no/such/folder"),
+    (["latency", "--graphs"], "graphs=True"),
+    (["throughput", "--graphs"], "graphs=True"),
+    (["throughput", "--request-rate", "0"], "--request-rate"),
+    (["throughput", "--quantization", "int4"], "quantization='int4'"),
+])  # fmt: skip
+def test_mistakes(bench, arguments, word):
+    code, out, err = bench(*arguments, *(["--no-progress"] if len(arguments) > 1 else []))
+    assert (code, out) == (2, "") and word in err.splitlines()[-1]
+
+
+def test_a_model_without_chat_template_takes_random_prompts(bench, tmp_path):
+    shutil.copytree(demo.path(), tmp_path / "model")
+    config = tmp_path / "model/tokenizer_config.json"
+    kept = {key: value for key, value in json.loads(config.read_bytes()).items() if key != "chat_template"}
+    config.write_text(json.dumps(kept), encoding="utf-8")
+    model = ["--model", str(tmp_path / "model"), "--dtype", "float32"]
+    code, _, err = bench("latency", *model, *SMALL)
+    assert code == 2 and "--input-len" in err
+    line = line_of(bench("latency", *model, *SMALL, "--input-len", "5", "--num-iters", "1", "--json"))
+    assert line["model"] == str(tmp_path / "model")
+
+
+# What they share
+
+
+def test_spread():
+    figures = harness.spread("ms", [1.0, 2.0, 3.0, 4.0])
+    assert figures["median_ms"] == figures["mean_ms"] == 2.5
+    assert (figures["p10_ms"], figures["p90_ms"]) == pytest.approx((1.3, 3.7))
+    assert set(harness.spread("ms", []).values()) == {None}
+
+
+def test_the_card_has_the_process_and_its_memory():
+    before = harness.peak_memory()
+    block = torch.ones(2**27, dtype=torch.uint8)
+    assert harness.peak_memory() >= before and harness.peak_memory() > block.numel()
+    assert harness.card()["cores"] >= 1 and harness.card()["versions"]["torch"] == torch.__version__
+
+
+def test_iterations_see_the_end_of_every_block():
+    model = LLaDA2Model.from_pretrained(demo.path(), dtype=torch.float32, progress=False)
+    decoding = {"gen_length": 70, "eos_id": (), "seed": 0}
+    iteration = bench_latency.iterate(model, [[5] * 3, [6] * 40], decoding)
+    assert [len(ends) for ends in iteration.blocks] == [len(c.forwards_per_block) for c in iteration.output.counters]
+    for ends in iteration.blocks:
+        assert ends == sorted(ends) and set(ends) <= set(iteration.steps)
+    assert max(iteration.steps) <= iteration.seconds
+
+
+def test_waiting_counts_from_the_arrival_that_was_due():
+    work = work_of("--input-len", "3", count=1, size=6)
+    jobs = [(prompt, options.params(work.decoding)) for prompt in work.batches[0]]
+    served = bench_throughput.serve(bench_throughput.new_engine(work, 2), jobs, rate=1e5)
+    assert all(b.arrived - a.arrived < 1e-3 for a, b in zip(served, served[1:], strict=False))
+    assert [one.output.token_ids for one in served] == [
+        work.model.generate([prompt], **work.decoding)[0].tolist() for prompt in work.batches[0]
+    ]
+    firsts = [one.commits[0] for one in served]
+    assert firsts[0] < firsts[-1]

@@ -1,0 +1,270 @@
+"""The side-by-side benchmark of decoding at tiny sizes: its token gate, peers, memory meter, fit and result line."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import bench_decode, peers
+from benchmarks.bench_decode import Plan, Point, fitted, gated_peaks, judged, order, timings
+from benchmarks.memory import peak_bytes
+from benchmarks.models import SMALL, random_model
+from llada2_fast.kernels.moe import experts
+from llada2_fast.kernels.router import route
+
+SHAPE = replace(
+    SMALL, vocab_size=512, hidden_size=64, num_hidden_layers=2, intermediate_size=64, moe_intermediate_size=32,
+    head_dim=16, mask_token_id=511, pad_token_id=510, eos_token_id=(510,),
+)  # fmt: skip
+TINY = Plan(
+    Point("base", prompt=40, generated=40), {"prompt": (96,), "batch": (2,), "threshold": (0.05,)},
+    {"diffusers": 1_500, "card": 1_000}, 2, (64, 96, 2048), 1,
+)  # fmt: skip
+
+
+class Silent:
+    """A progress bar that is not drawn."""
+
+    def update(self):
+        pass
+
+    def set_description(self, text):
+        pass
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(SHAPE)
+
+
+@pytest.fixture(scope="module")
+def line(model, tmp_path_factory):
+    """What a run of the tiny plan leaves behind."""
+    folder = tmp_path_factory.mktemp("results")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(bench_decode.PLANS, "quick", TINY)
+        patch.setattr(bench_decode, "SMALL", SHAPE)
+        bench_decode.main(["--quick", "--save", str(folder), "--plot", str(folder / "decode.png")])
+    assert (folder / "decode.png").stat().st_size > 10_000
+    [text] = (folder / "decode.jsonl").read_text("utf-8").splitlines()
+    return json.loads(text)
+
+
+# memory
+
+
+def test_peak_is_exact_on_known_allocations():
+    before = torch.ones(1000)
+
+    def call():
+        a = torch.ones(1000)  # 4000 bytes held
+        b = torch.ones(500, dtype=torch.int8)  # 4500
+        del a  # 500
+        c = torch.ones(300, dtype=torch.float64)  # 2900
+        c.add_(before[:300])  # 5300 inside: the operator widens its operand
+        return b
+
+    result, peak = peak_bytes(call)
+    assert peak == 5300 and result.shape == (500,)
+
+
+def test_peak_does_not_count_the_release_of_older_tensors():
+    old = [torch.ones(100_000)]
+
+    def call():
+        old.clear()
+        return torch.ones(1000)
+
+    assert peak_bytes(call)[1] == 4000
+    assert peak_bytes(lambda: None) == (None, 0)
+
+
+def test_peak_is_the_same_at_every_run(model):
+    call = peers.ours(model, peers.Task(torch.arange(70)[None], 40))
+    call()
+    assert peak_bytes(call)[1] == peak_bytes(call)[1] > 0
+
+
+def test_recording_is_on_again_after_a_call_that_fails():
+    with pytest.raises(ZeroDivisionError):
+        peak_bytes(lambda: 1 / 0)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        torch.ones(3).add_(1)
+    assert any(event.name == "aten::add_" for event in profile.events())
+
+
+# peers
+
+
+@pytest.mark.parametrize("steps, threshold", [(8, 2.0), (32, 0.05), (5, 0.07)])
+@pytest.mark.parametrize("length", [1, 33, 64])
+def test_everybody_decodes_the_same_tokens(model, steps, threshold, length):
+    generator = torch.Generator().manual_seed(length)
+    prompt = torch.randint(0, SHAPE.vocab_size - 2, (1, length), generator=generator)
+    task = peers.Task(prompt, 50, steps, threshold)
+    wanted = peers.ours(model, task)()
+    assert torch.equal(wanted.sequences, peers.ours(model, task, profile="hf-2.0")().sequences)
+    for name, make in (peers.PEERS | peers.ABLATIONS).items():
+        outcome = make(model, task)()
+        assert torch.equal(outcome.sequences, wanted.sequences), name
+        if name == "diffusers":  # it spends a forward on a block that is full before its last step
+            assert outcome.forwards["denoise"] >= wanted.forwards["denoise"]
+        else:
+            assert outcome.forwards["denoise"] == wanted.forwards["denoise"], name
+
+
+def test_parts_are_really_off(model):
+    task = peers.Task(torch.arange(64)[None], 64)
+    forwards = {name: make(model, task)().forwards for name, make in peers.ABLATIONS.items()}
+    whole = {"denoise": 16, "prefill": 1, "settle": 0}
+    assert forwards["cache"] == {"denoise": 16, "prefill": 0, "settle": 0}
+    assert forwards["carried-along settling"] == {"denoise": 16, "prefill": 1, "settle": 1}
+    assert forwards["grouped experts"] == forwards["fused refinement"] == whole
+
+
+def test_replaced_operations_are_called_and_put_back(model, monkeypatch):
+    import llada2_fast.decoder
+    import llada2_fast.model
+
+    called = []
+    for name in ("masked_experts", "scheduler_step", "every_position"):
+        original = getattr(peers, name)
+        monkeypatch.setattr(peers, name, lambda *a, name=name, original=original: called.append(name) or original(*a))
+    task = peers.Task(torch.arange(32)[None], 32)
+    for name, expected in (
+        ("grouped experts", {"masked_experts"}),
+        ("fused refinement", {"scheduler_step", "every_position"}),
+    ):
+        peers.ABLATIONS[name](model, task)()
+        assert set(called) == expected
+        called.clear()
+    assert llada2_fast.model.experts is experts
+    assert llada2_fast.decoder.refine_step is not peers.scheduler_step
+
+
+def test_masked_experts_is_the_same_function(model):
+    mlp = model.layers[1].mlp
+    h = torch.randn(37, SHAPE.hidden_size, generator=torch.Generator().manual_seed(0))
+    routing = route(h, mlp.router.weight, mlp.router.expert_bias, *mlp.router.rule)
+    args = h, routing, *mlp.experts.weights, mlp.shared_experts.weights
+    torch.testing.assert_close(peers.masked_experts(*args), experts(*args), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("at", [0, 20, 31, 32, 49])
+def test_card_stops_after_the_block_with_an_eos_and_cuts_there(model, monkeypatch, at):
+    task = peers.Task(torch.arange(37)[None], 70)
+    eos = int(peers.ours(model, task)().sequences[0, at])
+    monkeypatch.setattr(model, "config", replace(SHAPE, eos_token_id=(eos,)))
+    rules = {"gen_length": 70, "block_length": 32, "steps": 8, "threshold": 2.0, "profile": "hf-2.0"}
+    wanted = model.generate(task.prompt, **rules)
+    assert wanted.shape[1] <= at + 1
+    assert torch.equal(peers.card(model, task)().sequences, wanted)
+
+
+# gate and clock
+
+
+def test_a_peer_with_other_tokens_is_refused_before_anything_is_timed(model):
+    task = peers.Task(torch.arange(40)[None], 32)
+    right = peers.ours(model, task)
+
+    def wrong():
+        outcome = right()
+        outcome.sequences[0, -1] += 1
+        return outcome
+
+    with pytest.raises(SystemExit, match="'wrong' differ from ours: nothing is timed"):
+        gated_peaks({"ours": right, "wrong": wrong}, Silent())
+    seen = gated_peaks({"ours": right, "alike": right}, Silent())
+    assert list(seen) == ["ours", "alike"]
+
+
+def test_ours_runs_before_and_after_every_other_one():
+    assert order(["a", "b", "c"], 2) == ["a", "b", "a", "c", "a", "b", "a", "c", "a"]
+    assert order(["a"], 1) == ["a", "a", "a"]
+    seconds = timings({"a": lambda: None, "b": lambda: None}, order(["a", "b"], 3), Silent())
+    assert {name: len(taken) for name, taken in seconds.items()} == {"a": 4, "b": 3}
+
+
+# fit and goals
+
+
+def test_fit_is_the_line_of_least_squares():
+    exact = fitted((0, 1024, 3072), [5.0, 7.0, 11.0])
+    assert exact["intercept_ms"] == pytest.approx(5) and exact["slope_ms_per_1k"] == pytest.approx(2)
+    assert exact["r2"] == pytest.approx(1)
+    rough = fitted((0, 1024, 2048), [0.0, 3.0, 3.0])  # by hand: 0.5 + 1.5 x, residuals -0.5, 1, -0.5
+    assert rough["intercept_ms"] == pytest.approx(0.5) and rough["slope_ms_per_1k"] == pytest.approx(1.5)
+    assert rough["r2"] == pytest.approx(1 - 1.5 / 6)
+
+
+def test_goals_are_judged_on_their_points():
+    def point(prompt, ratio, peak, theirs, **changed):
+        values = Point("", prompt=prompt)._replace(**changed)._asdict()
+        return values | {"ratio_vs_diffusers": ratio, "peak_bytes": peak, "diffusers_peak_bytes": theirs}
+
+    points = [point(512, 9.0, 20, 100), point(2048, 31.0, 40, 100), point(2048, 5.0, 10, None, batch=4)]
+    goals = judged(points)
+    assert [goal["met"] for goal in goals.values()] == [False, True, True]
+    assert [goal["value"] for goal in goals.values()] == [9.0, 31.0, 0.2]
+    assert [goal["met"] for goal in judged([point(64, 9.0, 20, 100)]).values()] == [None] * 3
+
+
+# the run
+
+
+def test_line_has_its_keys(line):
+    assert line["benchmark"] == "decode" and line["quick"] is True and line["threads"] == 1
+    assert {"prompt", "generated", "tok_s", "ratio_vs_diffusers", "block_2048_over_64"} <= line.keys()
+    assert line["tok_s"] == line["points"][0]["tok_s"] > 0
+    assert {"met", "value"} <= set.intersection(*(set(goal) for goal in line["goals"].values()))
+    assert [point["factor"] for point in line["points"]] == ["base", "prompt", "batch", "threshold"]
+    for point in line["points"]:
+        assert {"prompt", "generated", "batch", "threshold", "tok_s", "std_tok_s", "forwards", "tpf", "peak_bytes"} <= {
+            key for key, value in point.items() if value is not None
+        }
+        for peer in ("diffusers", "card"):
+            ran = point[f"{peer}_tok_s"] is not None
+            assert (point[f"ratio_vs_{peer}"] is not None) == (point[f"{peer}_peak_bytes"] is not None) == ran
+            if ran:
+                assert point[f"ratio_vs_{peer}"] == pytest.approx(point["tok_s"] / point[f"{peer}_tok_s"])
+
+
+def test_line_counts_forwards(line):
+    base, longer, batch, threshold = line["points"]
+    # 40 prompt tokens: the first block has 24 masks to fill, by 4 a step
+    assert (base["denoise_forwards"], base["prefill_forwards"], base["forwards"]) == (14, 1, 15)
+    assert base["tpf"] == pytest.approx(40 / 14) and base["diffusers_forwards"] == 15
+    assert longer["denoise_forwards"] == 16 and batch["denoise_forwards"] == base["denoise_forwards"]
+    assert threshold["denoise_forwards"] < base["denoise_forwards"]
+
+
+def test_line_names_ablations_and_costs(line):
+    assert [part["without"] for part in line["ablations"]] == list(peers.ABLATIONS)
+    assert all(part["ratio"] > 0 and part["peak_bytes"] > 0 for part in line["ablations"])
+    assert [cost["who"] for cost in line["cost"]] == ["ours", "diffusers"]
+    for cost in line["cost"]:
+        assert cost["prefix"] == [64, 96, 2048] and len(cost["ms_per_block"]) == 3 and cost["slope_ms_per_1k"] > 0
+
+
+def test_peers_are_left_out_where_they_would_take_too_long(line):
+    ran = [(point["diffusers_tok_s"] is not None, point["card_tok_s"] is not None) for point in line["points"]]
+    assert ran == [(True, True), (True, False), (True, False), (True, True)]
+
+
+def test_the_bar_knows_how_many_runs_there_are(model, monkeypatch):
+    plan = TINY._replace(values={"batch": (2,)}, rounds=1, prefixes=(64, 96, 2048))
+    updates = []
+    bar = Silent()
+    monkeypatch.setattr(bar, "update", lambda: updates.append(1))
+    monkeypatch.setattr(bench_decode, "SMALL", SHAPE)
+    for point in plan.points():
+        bench_decode.measure(model, plan, point, bar)
+    assert len(updates) + 2 * len(plan.prefixes) * plan.cost_rounds == plan.calls()
+
+
+def test_quick_and_full_exclude_each_other(capsys):
+    with pytest.raises(SystemExit):
+        bench_decode.main(["--quick", "--full"])
+    assert "expected one of them" in capsys.readouterr().err

@@ -1,0 +1,195 @@
+"""Tables and plots come from the result lines alone, and what was typed by hand is noticed."""
+
+import json
+import shutil
+
+import pytest
+
+from benchmarks import report, report_plots, report_tables
+from benchmarks.harness import ROOT
+
+CARD = {"device": "Test CPU", "threads": 1, "versions": {"torch": "2.13.0"}, "commit": "abc1234"}
+DECODE = {
+    "benchmark": "decode", "time": "2026-01-02T03:04:05+00:00", "quick": False, **CARD,
+    "points": [
+        {"factor": "base", "prompt": 512, "generated": 512, "batch": 1, "threshold": 2.0, "tok_s": 432.4, "tpf": 4.0,
+         "forwards": 128, "peak_bytes": 5_000_000, "diffusers_tok_s": 38.26, "diffusers_peak_bytes": 50_000_000,
+         "ratio_vs_diffusers": 11.302, "card_tok_s": None, "ratio_vs_card": None},
+        {"factor": "prompt", "prompt": 64, "generated": 512, "batch": 1, "threshold": 2.0, "tok_s": 500.0, "tpf": 4.0,
+         "forwards": 128, "peak_bytes": 4_000_000, "diffusers_tok_s": None, "ratio_vs_diffusers": None},
+    ],
+    "cost": [{"who": "ours", "prefix": [64, 1088], "ms_per_block": [70.0, 81.0], "intercept_ms": 69.3125,
+              "slope_ms_per_1k": 11.0, "r2": 1.0}],
+}  # fmt: skip
+OLD_DECODE = {
+    "benchmark": "decode", "time": "2025-01-01T00:00:00+00:00", "quick": False, **CARD, "device": "Old CPU",
+    "points": [{"prompt": 512, "generated": 512, "tok_s": 400.0, "diffusers_tok_s": 40.0, "ratio_vs_diffusers": 10.0}],
+}  # fmt: skip
+README = """# A project
+
+3.5x is history here.
+
+## Numbers
+
+<!-- report:numbers -->
+11.9x, typed by hand
+<!-- /report -->
+
+<!-- report:plots -->
+<!-- /report -->
+
+More words.
+"""
+TABLES = """# Benchmarks
+
+<!-- report:decode-points -->
+<!-- /report -->
+<!-- report:decode-cost -->
+<!-- /report -->
+<!-- report:gpu-goals -->
+<!-- /report -->
+"""
+WANTED = """## Numbers
+
+<!-- report:numbers -->
+| what | result | line |
+| --- | --- | --- |
+| 512-token prompt, 512 generated, batch 1: against diffusers' pipeline driving the same network, tokens equal | 11.3x \
+(432 against 38.3 tok/s) | [1] |
+| the same: peak bytes during the call, as a share of those of diffusers | 10% | [1] |
+| cost of a block by the tokens before it, ours | 69.3 ms + 11.0 ms per 1024 tokens (R² 1.000) | [1] |
+
+Result lines, all in `benchmarks/results/`:
+
+1. `decode.jsonl`, 2026-01-02T03:04:05+00:00, commit abc1234, by `python -m benchmarks.bench_decode --save` on \
+Test CPU, 1 thread, torch 2.13.0
+<!-- /report -->
+
+<!-- report:plots -->
+![tokens per second against peers](benchmarks/plots/peers.svg)
+
+![cost of a block against its prefix](benchmarks/plots/cost.svg)
+<!-- /report -->
+
+More words.
+"""
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A repository with two decode lines, and the texts above."""
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    write(tmp_path, OLD_DECODE, DECODE)
+    (tmp_path / "README.md").write_text(README, "utf-8")
+    (tmp_path / "benchmarks" / "README.md").write_text(TABLES, "utf-8")
+    return tmp_path
+
+
+def write(root, *lines, name="decode"):
+    path = root / "benchmarks" / "results" / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+
+
+def check(root, capsys):
+    """(exit code of --check, what it said)."""
+    capsys.readouterr()
+    return report.main(["--check"], root), capsys.readouterr().out
+
+
+def test_the_committed_texts_and_plots_are_what_the_lines_give():
+    assert report.faults(ROOT, report_tables.read(ROOT / "benchmarks" / "results")) == []
+
+
+def test_every_block_there_is_stands_in_a_file():
+    shown = [name for file in report.FILES for name, _ in report.BLOCK.findall((ROOT / file).read_text("utf-8"))]
+    assert sorted(shown) == sorted(report.BLOCKS)
+
+
+def test_a_line_becomes_the_readme_to_the_letter(root, capsys):
+    assert report.main([], root) == 0
+    text = (root / "README.md").read_text("utf-8")
+    assert text == README.partition("## Numbers")[0] + WANTED
+    assert check(root, capsys) == (0, "all from the result lines\n")
+    tables = (root / "benchmarks" / "README.md").read_text("utf-8")
+    assert tables.index("Test CPU") < tables.index("Old CPU")  # each machine, the last one first
+    assert "| base | 512 | 512 | 1 | 2.0 | 432 | 4.00 | 128 | 5.0 | 38.3 | 11.3x | 50.0 |\n" in tables
+    assert "| 512 | 512 | 400 | 40.0 | 10.0x |\n" in tables  # without the columns that the old line lacks
+    assert tables.count("ms per block") == 1 and "Not measured yet: `python -m benchmarks.gpu`" in tables
+
+
+def test_check_writes_nothing_and_names_what_differs(root, capsys):
+    code, said = check(root, capsys)
+    assert code == 1 and "README.md: report:numbers is not" in said and "plots/peers.svg is not" in said
+    assert (root / "README.md").read_text("utf-8") == README and not (root / "benchmarks" / "plots").exists()
+
+
+@pytest.mark.parametrize("place, old, new, fault", [
+    ("README.md", "11.3x", "11.4x", "report:numbers"),
+    ("README.md", "More words", "12.5x faster", "'12.5x' is typed by hand"),
+    ("README.md", "More words", "it takes 3 ms", "'3 ms' is typed by hand"),
+    ("benchmarks/README.md", "# Benchmarks", "# 40 tok/s", "'40 tok/s' is typed by hand"),
+])  # fmt: skip
+def test_check_notices_a_number_typed_by_hand(root, capsys, place, old, new, fault):
+    report.main([], root)
+    text = (root / place).read_text("utf-8")
+    (root / place).write_text(text.replace(old, new), "utf-8")
+    code, said = check(root, capsys)
+    assert code == 1 and fault in said and len(said.splitlines()) == 2
+
+
+@pytest.mark.parametrize("words", ["128 x 128 weights", "sm_90", "mini 16B", "at 512/512", "prefix 1K", "V = 157184"])
+def test_numbers_that_measure_nothing_may_be_typed(words):
+    assert report.typed(f"# x\n## Numbers\n{words}\n## Next\n3 ms\n", "## Numbers") == []
+
+
+def test_check_notices_a_newer_line(root, capsys):
+    report.main([], root)
+    write(root, OLD_DECODE, DECODE, DECODE | {"time": "2026-02-01T00:00:00+00:00", "commit": "def5678"})
+    assert check(root, capsys)[0] == 1
+    report.main([], root)
+    assert "def5678" in (root / "README.md").read_text("utf-8") and check(root, capsys)[0] == 0
+
+
+def test_full_runs_go_before_quick_ones_and_newer_before_older():
+    line = DECODE | {"quick": True, "time": "2026-05-05T00:00:00+00:00"}
+    full = report_tables.Line("decode.jsonl", DECODE)
+    quick, old = (report_tables.Line("decode.jsonl", data) for data in (line, OLD_DECODE))
+    assert report_tables.newest([old, full, quick], "decode") == [full, old]
+    assert report_tables.newest([old, quick], "decode") == [quick, old]
+    assert report_tables.newest([old, full], "decode", "cost") == [full]
+
+
+def test_plots_are_drawn_anew_only_where_their_data_changed(root):
+    report.main([], root)
+    folder, lines = root / "benchmarks" / "plots", report_tables.read(root / "benchmarks" / "results")
+    assert report_plots.stale(folder, lines) == []
+    before = (folder / "peers.svg").read_bytes()
+    report_plots.draw("peers", folder, lines)
+    assert (folder / "peers.svg").read_bytes() == before  # the same bytes for the same line
+    lines[-1].data["points"][0]["tok_s"] += 1
+    assert report_plots.stale(folder, lines) == ["peers"]
+
+
+def test_gpu_lines_become_goals_points_and_a_plot(root):
+    step = {"benchmark": "gpu", "dry_run": False, "section": "steps", "seconds": 1.0, **CARD, "device": "Test GPU"}
+    step |= {"point": "step mini bf16 b1 p1024", "time": "2026-01-03T00:00:00+00:00"}
+    figures = {"ms": 6.5, "floor_ms": 5.0, "over_floor": 1.3, "over_floor_default": 1.2, "host_syncs": 0,
+               "launches_outside_graph": 1, "peak_gb": 34.0}  # fmt: skip
+    failed = step | {"time": "2026-01-04T00:00:00+00:00", "error": "did not fit"}
+    write(root, step | figures, failed, step | figures | {"dry_run": True, "device": "none"}, name="gpu")
+    lines = report_tables.read(root / "benchmarks" / "results")
+    goals, points = (report.BLOCKS[name](lines) for name in ("gpu-goals", "gpu-points"))
+    assert goals.startswith("Test GPU: 1 lines of `gpu.jsonl`, 2026-01-03") and "none" not in goals
+    assert "at most 1.25 | 1.2 | met |" in goals and "| not measured |" in goals
+    assert "| step mini bf16 b1 p1024 | 6.500 | 5.000 | 1.30x | 34.0 |" in points
+    report_plots.draw("gpu", root / "plots", lines)
+    assert "Test GPU" in (root / "plots" / "gpu.svg").read_text("utf-8")
+
+
+def test_an_unknown_block_and_a_folder_without_readme_are_refused(root, capsys):
+    with pytest.raises(ValueError, match="report:nothing: expected one of numbers"):
+        report.render("<!-- report:nothing -->\n<!-- /report -->", [])
+    shutil.rmtree(root / "benchmarks")
+    with pytest.raises(SystemExit, match="2"):
+        report.main([], root)
+    assert "needs a checkout" in capsys.readouterr().err
