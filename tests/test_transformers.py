@@ -4,12 +4,12 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 import llada2_fast
 from llada2_fast.adapters.transformers import LLaDA2MoeConfig, LLaDA2MoeModelLM
@@ -56,9 +56,9 @@ def test_auto_classes_load_our_model_and_run_no_remote_code(checkpoint, model_ty
     assert config.to_model_config() == ModelConfig.from_hf(checkpoint)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=trust)
     assert isinstance(model, LLaDA2Model)
-    assert model.config == ModelConfig.from_hf(checkpoint)
-    assert (model.hf_config.model_type, model.hf_config.hidden_size) == (model_type, model.config.hidden_size)
-    assert not hasattr(config, "auto_map") and not hasattr(model.hf_config, "auto_map")
+    assert type(model.config) is type(config) and model.config.model_type == model_type
+    assert model.config.to_model_config() == ModelConfig.from_hf(checkpoint)
+    assert not hasattr(config, "auto_map") and not hasattr(model.config, "auto_map")
 
 
 def test_auto_model_has_the_weights_and_tokens_of_ours(checkpoint):
@@ -68,7 +68,22 @@ def test_auto_model_has_the_weights_and_tokens_of_ours(checkpoint):
     ids = torch.randint(0, 200, (1, 40), generator=torch.Generator().manual_seed(0))
     assert torch.equal(auto(ids).logits, ours(ids).logits)
     kwargs = dict(gen_length=32, block_length=32, steps=4, mask_id=255, eos_id=-1)
-    assert torch.equal(auto.generate(inputs=ids, **kwargs), ours.generate(ids, **kwargs))
+    answer = ours.generate(ids, **kwargs)
+    assert torch.equal(auto.generate(inputs=ids, **kwargs), torch.cat([ids, answer], 1))
+    assert torch.equal(LLaDA2Model.generate(auto, ids, **kwargs), answer)
+    assert torch.equal(llada2_fast.generate(auto, ids, **kwargs), answer)
+
+
+@pytest.mark.parametrize("name", ["tiny", "group", "variant", "block22"])
+def test_the_config_has_every_field_of_the_networks(golden, name, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(golden / name)
+    assert isinstance(model.config, LLaDA2MoeConfig)
+    own = ModelConfig.from_hf(golden / name)
+    for field in {*own.__dataclass_fields__} - {"dtype", "eos_token_id", "quantization"}:
+        assert getattr(model.config, field) == getattr(own, field), field
+    assert (model.config.rotary_dim, model.config.to_model_config()) == (own.rotary_dim, own)
+    model.config.save_pretrained(tmp_path)
+    assert ModelConfig.from_hf(tmp_path) == own
 
 
 @pytest.mark.parametrize("kwargs, dtype", [
@@ -93,7 +108,8 @@ def test_a_config_may_be_given_if_it_says_what_the_checkpoint_says(checkpoint):
     config = AutoConfig.from_pretrained(checkpoint)
     config.dtype = torch.bfloat16
     model = AutoModelForCausalLM.from_pretrained(checkpoint, config=config)
-    assert model.hf_config is config and model.dtype == torch.bfloat16
+    assert model.config.dtype == model.dtype == torch.bfloat16
+    assert not hasattr(config, "rope_factor")  # what was given is left alone
     config.rope_theta = 1.0
     with pytest.raises(ValueError, match="rope_theta=1.0: .* says 600000"):
         AutoModelForCausalLM.from_pretrained(checkpoint, config=config)
@@ -102,7 +118,7 @@ def test_a_config_may_be_given_if_it_says_what_the_checkpoint_says(checkpoint):
 
 
 def test_the_class_itself_needs_no_config(checkpoint):
-    assert LLaDA2MoeModelLM.from_pretrained(str(checkpoint)).hf_config.num_experts == 8
+    assert LLaDA2MoeModelLM.from_pretrained(str(checkpoint)).config.num_experts == 8
 
 
 @pytest.mark.parametrize("kwargs, message", [
@@ -159,11 +175,13 @@ def test_every_golden_config(golden):
 
 def test_saved_by_transformers_and_by_us(checkpoint, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
-    model.hf_config.save_pretrained(tmp_path / "theirs")
-    assert ModelConfig.from_hf(tmp_path / "theirs") == model.config
+    model.config.save_pretrained(tmp_path / "theirs")
+    assert ModelConfig.from_hf(tmp_path / "theirs") == model.config.to_model_config()
+    model.generation_config.threshold = 0.7
     model.save_pretrained(tmp_path / "ours")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
-    assert replace(again.config, dtype=None) == replace(model.config, dtype=None)
+    assert again.config.to_model_config() == model.config.to_model_config()
+    assert again.generation_config.threshold == 0.7 and again.special_ids == model.special_ids
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
 
 
@@ -172,8 +190,113 @@ def test_embedded_model_and_its_tokenizer():
     model = AutoModelForCausalLM.from_pretrained(llada2_fast.demo.path(), dtype=torch.float32)
     chat = [{"role": "user", "content": "Add 847 and 96."}]
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=False)
-    out = model.generate(ids, gen_length=64, eos_early_stop=True)
+    out = model.generate(ids, gen_length=64)
     assert "The answer is 943." in tokenizer.decode(out[0], skip_special_tokens=True)
+
+
+class Remote(torch.nn.Module):
+    """A model as a checkpoint's remote code would make it: its tensors under the checkpoint's names, and a config."""
+
+    def __init__(self, folder, dtype=None):
+        super().__init__()
+        self.config = AutoConfig.from_pretrained(folder)
+        self.generation_config = GenerationConfig.from_pretrained(folder)
+        for file in sorted(folder.glob("*.safetensors")):
+            if not file.name.startswith("model"):
+                continue
+            for name, tensor in load_file(file).items():
+                self.put(name, torch.nn.Parameter(tensor if dtype is None else tensor.to(dtype)))
+
+    def put(self, name, tensor):
+        *path, leaf = name.split(".")
+        module = self
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, torch.nn.Module())
+            module = module._modules[part]
+        if isinstance(tensor, torch.nn.Parameter):
+            module.register_parameter(leaf, tensor)
+        else:
+            module.register_buffer(leaf, tensor)
+
+
+def held(tensors):
+    """Bytes of the distinct storages behind some tensors."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+@pytest.mark.parametrize("cls", [LLaDA2Model, LLaDA2MoeModelLM])
+@pytest.mark.parametrize("name", ["tiny", "group", "variant", "block22", "bf16"])
+def test_a_loaded_model_is_taken_over_with_its_tensors(golden, name, cls):
+    ours = LLaDA2Model.from_pretrained(golden / name, progress=False)
+    remote = Remote(golden / name)
+    before = {key: (tensor.data_ptr(), tensor.clone()) for key, tensor in remote.state_dict().items()}
+    size = held(remote.state_dict().values())
+    taken = cls.from_transformers(remote)
+    mask = ours.config.vocab_size - 1
+    ids = torch.randint(0, mask, (1, 40), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(taken(ids).logits, ours(ids).logits)
+    kwargs = dict(gen_length=16, mask_id=mask, profile="hf-2.1")
+    assert torch.equal(LLaDA2Model.generate(taken, ids, **kwargs), ours.generate(ids, **kwargs))
+    after = remote.state_dict()
+    mine = {tensor.untyped_storage().data_ptr() for tensor in taken.parameters()}
+    for key, (address, values) in before.items():
+        assert torch.equal(after[key], values), key  # it goes on working
+        stacked = any(part in key for part in ("gate_proj", "up_proj", ".experts."))
+        assert (after[key].data_ptr() != address) == stacked, key
+        assert after[key].untyped_storage().data_ptr() in mine, key
+    assert held([*after.values(), *taken.parameters()]) == size  # nothing is held twice
+    assert not any(tensor.requires_grad for tensor in taken.parameters())
+
+
+def test_a_taken_over_model_has_its_configs_and_can_be_saved(golden, tmp_path):
+    remote = Remote(golden / "tiny")
+    remote.generation_config.threshold = 0.7
+    model = LLaDA2MoeModelLM.from_transformers(remote)
+    assert model.special_ids == {"eos_token_id": (252,), "pad_token_id": 252}
+    assert (model.generation_config.threshold, model.generation_config.eos_token_id) == (0.7, 252)
+    assert model.config.to_model_config() == ModelConfig.from_hf(golden / "tiny") and model.config is not remote.config
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+
+
+def test_a_taken_over_router_stays_wide_and_other_dtypes_are_converted(golden):
+    remote = Remote(golden / "tiny", torch.bfloat16)
+    gate, bias, norm = "model.layers.1.mlp.gate.weight", "model.layers.1.mlp.gate.expert_bias", "model.norm.weight"
+    for name in (gate, bias, norm):
+        remote.put(name, torch.nn.Parameter(remote.get_parameter(name).detach().float()))
+    taken = LLaDA2Model.from_transformers(remote)
+    router = taken.layers[1].mlp.router
+    assert router.weight.data_ptr() == remote.get_parameter(gate).data_ptr()
+    assert router.expert_bias.dtype == router.weight.dtype == torch.float32
+    assert taken.norm.weight.dtype == torch.bfloat16 and remote.get_parameter(norm).dtype == torch.float32
+
+
+def test_a_tied_head_counts_once(golden):
+    remote = Remote(golden / "variant")  # whose config ties it; a live module lists it under both names
+    remote.put("lm_head.weight", remote.get_parameter("model.word_embeddings.weight"))
+    LLaDA2Model.from_transformers(remote)
+    remote.put("lm_head.weight", torch.nn.Parameter(remote.lm_head.weight.detach().clone()))
+    with pytest.raises(ValueError, match="tensor lm_head.weight is unexpected"):
+        LLaDA2Model.from_transformers(remote)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda m: m.put("model.extra.weight", torch.zeros(2)), "Remote: tensor model.extra.weight is unexpected"),
+    (lambda m: delattr(m.model.norm, "weight"), "Remote: missing tensor model.norm.weight"),
+    (lambda m: m.put("model.norm.weight", torch.nn.Parameter(torch.ones(3))), r"shape \[3\], its config gives \[64\]"),
+    (lambda m: m.put("model.norm.weight", torch.nn.Parameter(torch.ones(64).double())), "has dtype torch.float64"),
+    (lambda m: m.put("model.norm.weight", torch.nn.Parameter(torch.ones(64, device="meta"))), "norm.weight is on meta"),
+    (lambda m: m.model.norm.weight.data.fill_(torch.nan), "norm.weight holds values from nan"),
+    (lambda m: m.put("model.layers.1.mlp.w2", torch.zeros(8, 64, 16)), "is provided twice"),
+    (lambda m: setattr(m.config, "score_function", "softmax"), "score_function='softmax'"),
+])  # fmt: skip
+def test_what_cannot_be_taken_over_is_refused(golden, change, message):
+    remote = Remote(golden / "tiny")
+    change(remote)
+    with pytest.raises(ValueError, match=message):
+        LLaDA2Model.from_transformers(remote)
 
 
 def test_import_is_light():
@@ -205,8 +328,9 @@ def test_the_tokenizer_runs_no_code_of_the_checkpoint(tmp_path):
 
 
 def test_public_names():
+    own = {"BlockState": "RefineState"}  # public under another name than inside
     for name in llada2_fast.__all__:
-        assert getattr(llada2_fast, name).__name__.removeprefix("llada2_fast.") == name
+        assert getattr(llada2_fast, name).__name__.removeprefix("llada2_fast.") == own.get(name, name)
         assert name in dir(llada2_fast)
     assert llada2_fast.LLaDA2Model is LLaDA2Model
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):

@@ -1,63 +1,40 @@
-"""transformers' Auto classes load LLaDA2 checkpoints with our network, without remote code:
+"""LLaDA2Model as transformers' Auto classes and pipelines want it."""
 
-    llada2_fast.register()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-
-An `auto_map` in config.json is ignored, also under trust_remote_code=True: no Python file of a checkpoint is ever run.
-"""
-
+import copy
 from dataclasses import fields, replace
+from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig
 
-from .. import checkpoint
-from ..config import DTYPES, ModelConfig
-from ..model import LLaDA2Model
+from ... import checkpoint
+from ...config import DTYPES, ModelConfig
+from ...model import LLaDA2Model
+from .config import CONFIGS, LLaDA2MoeConfig
+from .generation import LLaDA2GenerationMixin
 
 # Arguments of transformers' from_pretrained that change nothing here, and the values they may have beside None.
 _WITHOUT_EFFECT = {
     "_from_auto": (True,),
+    "_from_pipeline": ("text-generation",),
     "adapter_kwargs": ({},),
+    "local_files_only": (False,),
     "low_cpu_mem_usage": (True, False),
     "trust_remote_code": (True, False),
     "use_safetensors": (True,),
 }
 
 
-class LLaDA2MoeConfig(PreTrainedConfig):
-    """config.json of a LLaDA2 checkpoint as transformers hands it around: its keys are attributes, unchecked."""
+class LLaDA2MoeModelLM(LLaDA2GenerationMixin, LLaDA2Model):
+    """LLaDA2Model as AutoModelForCausalLM gives it: `config` is a LLaDA2MoeConfig, `generation_config` a
+    GenerationConfig, and generate() is transformers', which returns prompt and answer. LLaDA2Model.generate(model, ids)
+    is still the model cards', which returns the answer alone."""
 
-    model_type = "llada2_moe"
-
-    def __post_init__(self, **kwargs):
-        kwargs.pop("auto_map", None)
-        # transformers 5 knows rope_scaling only as another name of rope_parameters
-        scaling = kwargs.pop("rope_scaling", None)
-        if scaling is not None:
-            kwargs["rope_parameters"] = {**scaling, **(kwargs.get("rope_parameters") or {})}
-        super().__post_init__(**kwargs)
-
-    def to_model_config(self) -> ModelConfig:
-        """The checked config of our network. ValueError naming key, value and what is allowed."""
-        return ModelConfig.from_hf(self.to_dict())
-
-
-class LLaDA21MoeConfig(LLaDA2MoeConfig):
-    model_type = "llada21_moe"
-
-
-class LLaDA2MoeVeomniConfig(LLaDA2MoeConfig):
-    model_type = "llada2_moe_veomni"
-
-
-class LLaDA2MoeModelLM(LLaDA2Model):
-    """LLaDA2Model as AutoModelForCausalLM gives it. `config` stays the network's own ModelConfig, as everywhere in this
-    package; `hf_config` is transformers' config, a LLaDA2MoeConfig."""
+    input_modalities = output_modalities = ("text",)
 
     @classmethod
     def from_pretrained(cls, path, *, config=None, dtype=None, torch_dtype=None, device_map=None, device=None,
-                        revision=None, progress=True, **kwargs):  # fmt: skip
+                        revision=None, _commit_hash=None, progress=True, **kwargs):  # fmt: skip
         """Load a checkpoint folder or hub id, with the arguments that transformers' users give.
 
         dtype or torch_dtype: a torch dtype, its name, or "auto" = None = the config's; device_map or device: a device,
@@ -67,10 +44,12 @@ class LLaDA2MoeModelLM(LLaDA2Model):
         for name, value in kwargs.items():
             if value is not None and value not in _WITHOUT_EFFECT.get(name, ()):
                 raise ValueError(f"{name}={value!r}: llada2_fast does not support this argument of from_pretrained")
-        folder = checkpoint.resolve(path, revision)
+        folder = checkpoint.resolve(path, _commit_hash or revision)  # a pipeline has resolved the revision
         own = ModelConfig.from_hf(folder)
         if config is None:
             from transformers import AutoConfig
+
+            from . import register
 
             register()
             config = AutoConfig.from_pretrained(folder)
@@ -78,37 +57,33 @@ class LLaDA2MoeModelLM(LLaDA2Model):
         dtype = _dtype(_either("dtype", dtype, "torch_dtype", torch_dtype)) or config.dtype
         device = _device(_either("device_map", device_map, "device", device))
         model = super().from_pretrained(folder, dtype=dtype, device=device, progress=progress)
-        model.hf_config = config
+        said = (Path(folder) / "generation_config.json").is_file()
+        model._take(config, GenerationConfig.from_pretrained(folder) if said else GenerationConfig())
         return model
+
+    @classmethod
+    def from_transformers(cls, model):
+        """LLaDA2Model.from_transformers, which takes over `config` and `generation_config` as well."""
+        network = super().from_transformers(model)
+        config_class = next(known for known in CONFIGS if known.model_type == model.config.model_type)
+        config = config_class.from_dict(model.config.to_dict())
+        network._take(config, getattr(model, "generation_config", None) or GenerationConfig())
+        return network
+
+    def _take(self, config, generation_config):
+        """Make a copy of `config` ours, and a generation config of what the checkpoint says."""
+        own, self.config = self.config, copy.deepcopy(config)
+        self.config.complete(own)
+        self.generation_config = self.default_generation_config(generation_config)
 
     @classmethod
     def _from_config(cls, config, **kwargs):
         raise ValueError("from_config: llada2_fast makes no random weights; use from_pretrained")
 
-
-def register():
-    """Make AutoConfig and AutoModelForCausalLM know every LLaDA2 model type; doing it again is harmless."""
-    register_configs()
-    register_models()
-
-
-_CONFIGS = (LLaDA2MoeConfig, LLaDA21MoeConfig, LLaDA2MoeVeomniConfig)
-
-
-def register_configs():
-    """The half that needs AutoConfig alone; transformers loads its Auto classes singly (llada2_fast/__init__.py)."""
-    from transformers import AutoConfig
-
-    for config_class in _CONFIGS:
-        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-
-
-def register_models():
-    """The half that needs AutoModelForCausalLM."""
-    from transformers import AutoModelForCausalLM
-
-    for config_class in _CONFIGS:
-        AutoModelForCausalLM.register(config_class, LLaDA2MoeModelLM, exist_ok=True)
+    def save_pretrained(self, path):
+        """Write the weights in the checkpoint's own layout, byte-equal, config.json and generation_config.json."""
+        checkpoint.save(path, self.config.to_model_config(), dict(self.named_parameters()))
+        self.generation_config.save_pretrained(path)
 
 
 def _check_same(config, own):
