@@ -2,6 +2,8 @@
 
     python -m benchmarks.bench_decode [--quick | --full] [--json] [--save [FOLDER]] [--plot FILE]
 
+On an idle core about 12 minutes; with --quick one, with --full most of an hour.
+
 All of them (peers.py) run our LLaDA2Model on one thread in float32: ours, which is generate(); diffusers' pipeline and
 the model card's loop, both without a cache; and ours with one part removed at a time. Each first decodes once, metered:
 its tokens must be ours, and its peak of tensor bytes is taken (memory.py). Only then rounds are timed, in which ours
@@ -175,7 +177,7 @@ def measure(model, plan, point, progress):
 
 
 def step_marks(who, model, prefix):
-    """When each step ended of the last prompt block's successor and of the block after it, which begins at `prefix`."""
+    """When each step ended, of the first generated block and of the second, which begins at `prefix`."""
     marks = []
     task = task_of(Point("cost", prompt=prefix - BLOCK, generated=2 * BLOCK))
     PEERS[who](model, task, on_step=lambda *_: marks.append(time.perf_counter()))()
@@ -277,7 +279,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_options(parser)
     parser.add_argument(
-        "--full", action="store_true", help="every peer at every point, and larger points: over an hour"
+        "--full", action="store_true", help="every peer at every point, and larger ones: most of an hour"
     )
     add_plot_option(parser, "tokens/s against the prompt's length and the cost of a block")
     args = parser.parse_args(argv)
