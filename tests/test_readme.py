@@ -9,12 +9,14 @@ from llada2_fast import demo
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
-WORDS = {
+WORDS = {  # a call of each block -> a word of its output
     "model.generate": "spell",
     "pipe(": "spell",
+    "theirs(": "The answer is 943.",
+    "writer(": "The answer is 943.",
     "Engine(": "The answer is 943.",
     "BlockState": "The answer is 943.",
-}  # a word of each block's output
+}
 
 
 def test_there_is_a_block_for_each_face():
