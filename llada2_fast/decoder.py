@@ -20,7 +20,9 @@ from .kernels.attention import Run
 from .kernels.moe import ROWS
 from .kernels.refine import RefineParams, RefineState, needed_positions, refine_step
 
-PREFILL_TOKENS = 4096  # prompt tokens of one prefill forward; longer prompts go in chunks of whole blocks
+# Prompt tokens of one prefill forward, by device; longer prompts go in chunks of whole blocks. On a CPU small chunks
+# save memory, 0.30 of diffusers' peak at a prompt of 512 where 4096 takes 0.48, and make the prefill 14 to 18 % longer.
+PREFILL_TOKENS = {"cpu": 192, "cuda": 4096}
 _NEVER = 2**30
 
 
@@ -227,7 +229,7 @@ class CachedForward(Forward):
         started = time.perf_counter()
         pending = [(row, row.settled, row.first_block) for row in rows]
         while pending:
-            budget, runs, rest = PREFILL_TOKENS, [], []
+            budget, runs, rest = PREFILL_TOKENS[self.model.device.type], [], []
             for row, begin, end in pending:
                 stop = min(end, begin + max(budget // row.length, 0 if runs else 1))
                 budget -= (stop - begin) * row.length

@@ -257,7 +257,7 @@ def test_a_long_prompt_is_prefilled_in_chunks_of_whole_blocks(monkeypatch, count
     jobs = [job(61, 8, threshold=0.5), job(35, 8, threshold=0.5), job(3, 8, threshold=0.5)]
     wanted = [row.output(()).tolist() for row in finished(load(), jobs).rows]
     forwards.clear()
-    monkeypatch.setattr(decoder_module, "PREFILL_TOKENS", budget)
+    monkeypatch.setitem(decoder_module.PREFILL_TOKENS, "cpu", budget)
     made = finished(model, jobs)
     assert [row.output(()).tolist() for row in made.rows] == wanted
     chunks = sum(row.counters.prefill_forwards for row in made.rows)
