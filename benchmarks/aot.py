@@ -89,7 +89,7 @@ def _meta(*shape, dtype=torch.float32):
 
 def _state(rows, length):
     whole = _meta(rows, dtype=torch.int32)
-    return refine.RefineState(
+    return refine.BlockState(
         _meta(rows, length, dtype=torch.int64), _meta(rows, length, dtype=torch.int8), _meta(rows, dtype=torch.int64),
         *[whole] * 4, _meta(rows, length, dtype=torch.int32), _meta(rows, length),
     )  # fmt: skip

@@ -48,12 +48,15 @@ def all_points(only=SECTIONS):
     return [Point("ceilings", "ceilings", 10, ceilings, gate=None), *found]
 
 
-def sources():
-    """Fingerprint of all that decides a figure: a commit would not do, for result lines themselves change the tree."""
+def sources(tables=True):
+    """Fingerprint of all that decides a figure: a commit would not do, for result lines themselves change the tree.
+
+    tables: with the tuned tables; the tuner, which writes them and measures against the defaults, goes without.
+    """
     digest = hashlib.sha256()
     for folder in ("benchmarks", "kernels", "llada2_fast"):
         for path in sorted((ROOT / folder).rglob("*")):
-            if path.suffix == ".py" or (folder == "kernels" and path.suffix == ".json"):
+            if path.suffix == ".py" or (tables and folder == "kernels" and path.suffix == ".json"):
                 digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -61,9 +64,10 @@ def sources():
 class Results:
     """Lines of this run and of earlier ones like it, by point; new ones go to the file at once."""
 
-    def __init__(self, machine, path, resume):
+    def __init__(self, machine, path, resume, benchmark="gpu", fingerprint=None):
         self.path = path
-        self.common = {"benchmark": "gpu", "dry_run": machine.dry, "sources": sources()} | card(machine.device)
+        self.common = {"benchmark": benchmark, "dry_run": machine.dry, "sources": fingerprint or sources()}
+        self.common |= card(machine.device)
         self.lines = {}
         if resume and path is not None and path.is_file():
             for line in map(json.loads, path.read_text("utf-8").splitlines()):

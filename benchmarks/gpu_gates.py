@@ -47,7 +47,7 @@ def each_row(rows, device, **values):
 
 
 def refine_case(machine, modes):
-    """Logits [R, 32, V], a RefineState of masks, RefineParams that commit nothing, mask id; a row per mode."""
+    """Logits [R, 32, V], a BlockState of masks, RefineParams that commit nothing, mask id; a row per mode."""
     config, rows = machine.config("mini"), len(modes)
     vocab, mask_id, device = config.vocab_size, config.mask_token_id, machine.device
     logits = machine.random(rows, BLOCK, vocab, std=2.0)
@@ -55,7 +55,7 @@ def refine_case(machine, modes):
     logits.scatter_add_(2, planted, (8 + 8 * torch.rand(planted.shape, device=device)).to(machine.dtype))
     tokens = torch.full((rows, BLOCK), mask_id, device=device)
     kind = torch.full_like(tokens, refine.VALID, dtype=torch.int8)
-    state = refine.RefineState.start_block(tokens, kind, torch.full((rows,), 1024, device=device))
+    state = refine.BlockState.start_block(tokens, kind, torch.full((rows,), 1024, device=device))
     params = each_row(rows, device, threshold=2.0, edit_threshold=2.0, max_steps=_NEVER, flags=refine.BAN_MASK)
     params.temperature.copy_(torch.tensor([float(mode != "greedy") for mode in modes]))
     params.top_k.copy_(torch.tensor([50 * (mode == "filters") for mode in modes]))

@@ -46,7 +46,7 @@ class Step:
         self.cache.v.normal_()
         tokens = torch.randint(config.mask_token_id, (batch, BLOCK), device=device)
         kind = torch.full_like(tokens, refine.VALID, dtype=torch.int8)
-        self.state = refine.RefineState.start_block(tokens, kind, torch.full((batch,), prefix, device=device))
+        self.state = refine.BlockState.start_block(tokens, kind, torch.full((batch,), prefix, device=device))
         self.params = each_row(
             batch, device, edit_threshold=2.0, max_steps=2**30, flags=refine.BAN_MASK | refine.EDITING
         )

@@ -26,7 +26,7 @@ _TAIL, _ABSENT = tl.constexpr(TAIL), tl.constexpr(ABSENT)
 
 @dataclass
 class RowBounds:
-    """What a row's blocks depend on beside RefineState; int32 [S] tensors at fixed addresses."""
+    """What a row's blocks depend on beside BlockState; int32 [S] tensors at fixed addresses."""
 
     total: torch.Tensor  # prompt and generated positions
     limit: torch.Tensor  # positions that exist, with the tail where it is denoised
@@ -62,7 +62,7 @@ def advance_ref(state, bounds, slot, repeat, carried, mask_id):
 @triton.jit
 def _advance_kernel(
     SLOT, REPEAT, TOTAL, LIMIT, CHANGED,
-    TOKENS, KIND, START, STEP, POST_STEPS, FROZEN, PREFIX, COMMIT_STEP, COMMIT_CONFIDENCE,  # RefineState
+    TOKENS, KIND, START, STEP, POST_STEPS, FROZEN, PREFIX, COMMIT_STEP, COMMIT_CONFIDENCE,  # BlockState
     ROW, BLOCK, LAID, mask_id,
     A: tl.constexpr, C: tl.constexpr, L: tl.constexpr, ENTRIES: tl.constexpr, PLACES: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -149,7 +149,7 @@ def _empty(tokens, blocks):
 
 
 def advance(state, bounds, slot, repeat, carried, mask_id):
-    """Begin the next blocks of a plan's rows; updates `state` (RefineState over S slots) in place.
+    """Begin the next blocks of a plan's rows; updates `state` (BlockState over S slots) in place.
 
     bounds: RowBounds; slot, repeat: int32 [A], A at least 1, entry 0 no repeat; carried: C; mask_id: int.
     Returns (row int32 [A + C], block int32 [A + C], tokens int64 [A + C, L]): slot, number in its row and tokens of

@@ -35,7 +35,7 @@ EOS_COMMIT = 32  # LLaDA2.0 card: judge when this step committed an EOS, prompt 
 EOS_HOLDS = 64  # LLaDA2.0 card: a block that ends and holds an EOS at a generated position ends the row
 EOS_CLEAN = 128  # LLaDA2.1 card: the same, but only if the generated window holds no mask
 
-# RefineState.prefix
+# BlockState.prefix
 PREFIX_MASK, PREFIX_EOS = 1, 2  # an earlier generated block holds a mask; the prompt holds an EOS
 
 # columns of the status tensor, and the bits of its FLAGS
@@ -66,7 +66,7 @@ class RefineParams:
 
 
 @dataclass
-class RefineState:
+class BlockState:
     """Per-row state of the active block; refine_step updates all but kind, start and prefix in place."""
 
     tokens: torch.Tensor  # int64 [R, L]
@@ -81,7 +81,7 @@ class RefineState:
 
     def rows(self, index):
         """A copy of some rows (index: int64 [n])."""
-        return RefineState(*(getattr(self, f.name)[index] for f in fields(self)))
+        return BlockState(*(getattr(self, f.name)[index] for f in fields(self)))
 
     @classmethod
     def start_block(cls, tokens, kind, start, prefix=None):
@@ -246,7 +246,7 @@ def _first_lane(mask, lane, L: tl.constexpr):
 @triton.jit
 def _commit_kernel(
     INDEX, PART, PART_ID,  # see candidates.py
-    TOKENS, KIND, START, STEP, POST_STEPS, FROZEN, PREFIX, COMMIT_STEP, COMMIT_CONFIDENCE,  # RefineState
+    TOKENS, KIND, START, STEP, POST_STEPS, FROZEN, PREFIX, COMMIT_STEP, COMMIT_CONFIDENCE,  # BlockState
     TEMPERATURE, SEED, THRESHOLD, EDIT_THRESHOLD, STEPS, MIN_TRANSFER, MAX_STEPS, MAX_POST_STEPS, FLAGS, EOS_IDS,
     STATUS, TOKEN, CONFIDENCE, COMMIT, EDIT,  # RefineOutput
     mask_id, tiles,
@@ -384,7 +384,7 @@ def _empty(tokens):
 
 
 def _run(logits, *arguments):
-    state = RefineState(*arguments[:_NUM_STATE])
+    state = BlockState(*arguments[:_NUM_STATE])
     params = RefineParams(*arguments[_NUM_STATE:-4])
     mask_id, index, filters, only_needed = arguments[-4:]
     if use_triton(logits):
@@ -396,10 +396,10 @@ _ALIAS = {  # what a step writes, in the notation of torch.library
     "tokens": "(a!)", "step": "(b!)", "post_steps": "(c!)", "frozen": "(d!)", "commit_step": "(e!)",
     "commit_confidence": "(f!)",
 }  # fmt: skip
-_NUM_STATE = len(fields(RefineState))
+_NUM_STATE = len(fields(BlockState))
 _op = register_op(
     "refine_step(Tensor logits, "
-    + ", ".join(f"Tensor{_ALIAS.get(f.name, '')} {f.name}" for f in (*fields(RefineState), *fields(RefineParams)))
+    + ", ".join(f"Tensor{_ALIAS.get(f.name, '')} {f.name}" for f in (*fields(BlockState), *fields(RefineParams)))
     + ", int mask_id, Tensor? index, bool filters, bool only_needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run,
     lambda logits, tokens, *arguments: tuple(_empty(tokens)),

@@ -1,10 +1,10 @@
-"""Hugging Face safetensors <-> the parameters of `LLaDA2Model`, by one rename table.
+"""Hugging Face safetensors <-> the parameters of `LLaDA2Model`, by the rename table of names.py.
 
 With quantization "fp8" linear weights are e4m3 with scales: stored so, or made from wider ones as they are read.
 
-Reading: `inspect` checks every header of every shard against the table (names, shapes, dtypes, duplicates, extras,
-missing) before a single weight is read; `load` then streams the weights, one tensor at a time. Writing: `save` applies
-the same table backwards. Only safetensors is ever opened: nothing pickled, no code from the checkpoint.
+Reading: `inspect` matches every header of every shard with the table before a single weight is read; `load` then
+streams the weights, one tensor at a time. Writing: `save` applies the same table backwards. Only safetensors is ever
+opened: nothing pickled, no code from the checkpoint. `adopt` takes the tensors of a module that is loaded already.
 """
 
 import json
@@ -14,159 +14,20 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from .config import DTYPES, ModelConfig, parse_json
-from .kernels.fp8 import E4M3, quantize_weight, scale_shape
+from .kernels.fp8 import E4M3, quantize_weight
+from .names import STORED, CheckpointError, Entry, Slot, is_float8, match, parameter_shapes, rename_table
 
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_STORED = _DTYPES | {"F8_E4M3": E4M3}
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _WEIGHT_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-
-# Spellings found in published checkpoints, turned into the name the table knows.
-_ALIASES = (
-    (re.compile(r"^model\.language_model\."), "model."),
-    (re.compile(r"\.mlp\.gate\.e_score_correction_bias$"), ".mlp.gate.expert_bias"),
-    (re.compile(r"\.mlp\.(experts\.(?:gate|up|down)_proj|w1|w2)\.weight$"), r".mlp.\1"),
-)
-_FLOAT8 = re.compile(r"(query_key_value|dense|gate_up|down|lm_head)(\.weight)?$")  # parameters held in float8
-_IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")  # recomputed from the config
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used. The message names the file and, where there is one, the tensor."""
-
-
-class Slot(NamedTuple):
-    """Where one tensor of a checkpoint goes: `view(params[param])` has its `shape`. `covers` are the names of the
-    standard layout that it provides: its own, or those of every expert for merged tensors."""
-
-    param: str
-    shape: tuple[int, ...]
-    covers: tuple[str, ...]
-    expert: int | None = None
-    half: int | None = None  # of the stacked gate (0) and up (1) rows
-
-    @property
-    def parts(self) -> int:
-        """Matrices one above the other that it holds, each with float8 blocks of its own."""
-        return 2 if "gate_up" in self.param and self.half is None else 1
-
-    @property
-    def scale(self) -> "Slot":
-        """Where the float8 scales of what goes here go."""
-        covers = tuple(f"{name}_scale_inv" for name in self.covers)
-        return self._replace(param=_scale_name(self.param), shape=scale_shape(self.shape, self.parts), covers=covers)
-
-    def view(self, tensor: torch.Tensor) -> torch.Tensor:
-        tensor = tensor if self.expert is None else tensor[self.expert]
-        return tensor if self.half is None else tensor.chunk(2, dim=-2)[self.half]
-
-
-class Entry(NamedTuple):
-    """One tensor in one safetensors file: bytes `begin` to `end` of the file hold it."""
-
-    file: Path
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-
-def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every parameter of the network, in its own (fused) layout."""
-    V, H, D, E = config.vocab_size, config.hidden_size, config.head_dim, config.num_experts
-    nq, nk = config.num_attention_heads, config.num_key_value_heads
-    shapes = {"word_embeddings.weight": (V, H), "norm.weight": (H,)}
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (V, H)
-
-    def add_mlp(name, width):
-        shapes[f"{name}.gate_up.weight"] = (2 * width, H)
-        shapes[f"{name}.down.weight"] = (H, width)
-
-    for i in range(config.num_hidden_layers):
-        layer, attention, mlp = f"layers.{i}", f"layers.{i}.attention", f"layers.{i}.mlp"
-        shapes[f"{layer}.input_layernorm.weight"] = (H,)
-        shapes[f"{layer}.post_attention_layernorm.weight"] = (H,)
-        shapes[f"{attention}.query_key_value.weight"] = ((nq + 2 * nk) * D, H)
-        shapes[f"{attention}.dense.weight"] = (H, nq * D)
-        if config.use_qkv_bias:
-            shapes[f"{attention}.query_key_value.bias"] = ((nq + 2 * nk) * D,)
-        if config.use_bias:
-            shapes[f"{attention}.dense.bias"] = (H,)
-        if config.use_qk_norm:
-            shapes[f"{attention}.query_layernorm.weight"] = (D,)
-            shapes[f"{attention}.key_layernorm.weight"] = (D,)
-        if i < config.first_k_dense_replace:
-            add_mlp(mlp, config.intermediate_size)
-            continue
-        width = config.moe_intermediate_size
-        shapes[f"{mlp}.router.weight"] = (E, H)
-        shapes[f"{mlp}.router.expert_bias"] = (E,)
-        shapes[f"{mlp}.experts.gate_up"] = (E, 2 * width, H)
-        shapes[f"{mlp}.experts.down"] = (E, H, width)
-        if config.num_shared_experts:
-            add_mlp(f"{mlp}.shared_experts", config.num_shared_experts * width)
-    if config.float8:
-        weights = {name: shape for name, shape in shapes.items() if _FLOAT8.search(name)}
-        scales = {_scale_name(name): scale_shape(shape, 1 + ("gate_up" in name)) for name, shape in weights.items()}
-        shapes.update(scales)
-    return shapes
-
-
-def _scale_name(param):
-    """The parameter that holds the scales of a float8 one."""
-    return param.removesuffix(".weight") + (".scale" if param.endswith(".weight") else "_scale")
-
-
-def rename_table(config: ModelConfig) -> dict[str, Slot]:
-    """Name in a checkpoint -> where it goes, for the standard layout and for merged experts; scales follow weights."""
-    table = {}
-
-    def add(name, param, shape, covers=None, **where):
-        table[name] = slot = Slot(param, shape, covers or (name,), **where)
-        if config.float8 and _FLOAT8.search(param):
-            table[f"{name}_scale_inv"] = slot.scale
-
-    for param, shape in parameter_shapes(replace(config, quantization=None)).items():
-        name = param if param == "lm_head.weight" else f"model.{param}"
-        name = name.replace(".mlp.router.", ".mlp.gate.")
-        stem, _, leaf = name.removesuffix(".weight").rpartition(".")
-        if leaf == "gate_up" and not stem.endswith(".experts"):
-            for half, part in enumerate(("gate_proj", "up_proj")):
-                add(f"{stem}.{part}.weight", param, (shape[0] // 2, shape[1]), half=half)
-        elif leaf == "down" and not stem.endswith(".experts"):
-            add(f"{stem}.down_proj.weight", param, shape)
-        elif leaf in ("gate_up", "down"):
-            _add_experts(add, stem, param, shape)
-        else:
-            add(name, param, shape)
-    return table
-
-
-def _add_experts(add, stem, param, shape):
-    """The three layouts of stacked expert weights: one tensor per expert and projection (standard), one per projection
-    (dFactory), gate and up fused as well (dInfer's w1 and w2)."""
-    experts, rows, columns = shape
-    fused = param.endswith("gate_up")
-    parts = {"gate_proj": 0, "up_proj": 1} if fused else {"down_proj": None}
-    rows = rows // len(parts)
-    names = {part: tuple(f"{stem}.{e}.{part}.weight" for e in range(experts)) for part in parts}
-    for part, half in parts.items():
-        for expert, name in enumerate(names[part]):
-            add(name, param, (rows, columns), expert=expert, half=half)
-        add(f"{stem}.{part}", param, (experts, rows, columns), names[part], half=half)
-    add(stem.removesuffix("experts") + ("w1" if fused else "w2"), param, shape, sum(names.values(), ()))
 
 
 def resolve(path_or_hub_id: str | os.PathLike, revision: str | None = None) -> Path:
@@ -192,55 +53,18 @@ def resolve(path_or_hub_id: str | os.PathLike, revision: str | None = None) -> P
 def inspect(folder: str | os.PathLike, config: ModelConfig) -> list[tuple[Entry, Slot]]:
     """What `load` will read, in file order, after every check that needs no weights. CheckpointError names file and
     tensor: broken index or header, wrong dtype or shape, a tensor that is unknown, provided twice or missing."""
-    folder, provided, plan = Path(folder), {}, []
+    folder = Path(folder)
     entries = [entry for file in _weight_files(folder) for entry in file]
     _check_plausible(folder, config, entries)
-    table = rename_table(config)
-    for entry in entries:
-        name = entry.name
-        for pattern, replacement in _ALIASES:
-            name = pattern.sub(replacement, name)
-        if _IGNORED.search(name):
-            continue
-        what = f"{entry.file}: tensor {entry.name}"
-        slot = table.get(name)
-        if slot is None:
-            raise CheckpointError(f"{what} is unexpected: config.json has no place for it")
-        if entry.shape != slot.shape:
-            raise CheckpointError(f"{what} has shape {list(entry.shape)}, config.json gives {list(slot.shape)}")
-        allowed = _allowed(config, slot)
-        if entry.dtype not in allowed:
-            raise CheckpointError(f"{what} has dtype {entry.dtype}, expected one of {', '.join(allowed)}")
-        for covered in slot.covers:
-            if covered in provided:
-                other = provided[covered]
-                raise CheckpointError(f"{what} is provided twice, also by {other.name} in {other.file.name}")
-            provided[covered] = entry
-        plan.append((entry, slot))
-    wide = {f"{name}_scale_inv" for name, entry in provided.items() if entry.dtype != "F8_E4M3"}
-    for entry in [provided[name] for name in sorted(wide & provided.keys())]:
-        raise CheckpointError(f"{entry.file}: tensor {entry.name} is unexpected: its weight is not float8")
-    missing = [name for name, slot in table.items() if slot.covers == (name,) and name not in provided.keys() | wide]
-    if missing:
-        files = {entry.file for entry in entries}
-        where = folder / INDEX if len(files) > 1 else files.pop()
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise CheckpointError(f"{where}: missing tensor {missing[0]}{more}, which config.json calls for")
-    return plan
-
-
-def _allowed(config, slot):
-    """The dtypes that the tensor for `slot` may have."""
-    if slot.covers[0].endswith("_scale_inv"):
-        return ("F32",)
-    return tuple(_STORED if config.float8 and _FLOAT8.search(slot.param) else _DTYPES)
+    files = {entry.source for entry in entries}
+    return match(entries, config, folder / INDEX if len(files) > 1 else files.pop(), "config.json")
 
 
 def router_dtypes(plan: list[tuple[Entry, Slot]], dtype: torch.dtype) -> dict[str, torch.dtype]:
     """Parameter -> dtype for the routers of a network whose other weights are held as `dtype`: wide enough that neither
     the gate nor expert_bias loses a bit, because near-ties between experts are decided by it."""
     return {
-        slot.param: torch.promote_types(_DTYPES[entry.dtype], dtype) for entry, slot in plan if ".router." in slot.param
+        slot.param: torch.promote_types(STORED[entry.dtype], dtype) for entry, slot in plan if ".router." in slot.param
     }
 
 
@@ -261,12 +85,57 @@ def load(
             source, target = _read(entry, buffer), slot.view(params[slot.param])
             quantize = target.dtype == E4M3 != source.dtype
             limit = source.dtype if quantize else target.dtype
-            _check_finite(source, limit, f"{entry.file}: tensor {entry.name}")
+            _check_finite(source, limit, entry)
             if quantize:
                 source, scale = quantize_weight(source.to(target.device), slot.parts)
                 slot.scale.view(params[slot.scale.param]).copy_(scale)
             target.copy_(source)
             bar.update(entry.end - entry.begin)
+
+
+@torch.no_grad()
+def adopt(module: torch.nn.Module, config: ModelConfig) -> dict[str, torch.Tensor]:
+    """Parameters for the network (named and shaped as `parameter_shapes`) on the tensors of `module`, whose state_dict
+    has a checkpoint's names. A tensor that is a whole parameter is used where it is. Others are copied into theirs, one
+    parameter at a time, and become views of it. All have the embeddings' dtype, routers a wider one if theirs is. A
+    tensor of another dtype is converted and left alone.
+
+    ValueError for float8. CheckpointError for what `inspect` refuses, for tensors that are not all on one device and
+    for those that are not finite."""
+    if config.float8:
+        raise ValueError(f"quantization={config.quantization!r}: expected a model without; load its folder instead")
+    tensors, what = module.state_dict(keep_vars=True), type(module).__name__
+    if config.tie_word_embeddings and "lm_head.weight" in tensors:
+        address = tensors["lm_head.weight"].data_ptr()
+        if sum(tensor.data_ptr() == address for tensor in tensors.values()) > 1:  # listed under both its names
+            del tensors["lm_head.weight"]
+    spelling = {dtype: name for name, dtype in STORED.items()}
+    entries = [Entry(what, name, spelling.get(t.dtype, str(t.dtype)), tuple(t.shape)) for name, t in tensors.items()]
+    plan = match(entries, config, what, "its config")
+    given, device = {}, tensors[plan[0][0].name].device
+    for entry, slot in plan:
+        tensor = tensors[entry.name]
+        if tensor.is_meta or tensor.device != device:
+            raise CheckpointError(f"{entry} is on {tensor.device}; no model is split or offloaded")
+        _check_finite(tensor, tensor.dtype, entry)
+        given.setdefault(slot.param, []).append((slot, tensor))
+    dtype = given["word_embeddings.weight"][0][1].dtype
+    dtypes = router_dtypes(plan, dtype)
+    shapes = parameter_shapes(config)
+    return {name: _whole(given[name], shape, dtypes.get(name, dtype)) for name, shape in shapes.items()}
+
+
+def _whole(given, shape, dtype) -> torch.Tensor:
+    """A parameter made of what was given for it, [(slot, tensor)]: the one tensor, or one that they become views of."""
+    slot, tensor = given[0]
+    if slot.shape == shape:
+        return tensor.detach().to(dtype)
+    whole = torch.empty(shape, dtype=dtype, device=tensor.device)
+    for slot, tensor in given:
+        view = slot.view(whole).copy_(tensor)
+        if tensor.dtype == dtype:
+            tensor.data = view
+    return whole
 
 
 def save(
@@ -282,7 +151,7 @@ def save(
     loaded without conversion is written back byte for byte. A folder with weight files that would not be overwritten is
     refused."""
     _check_params(config, params)
-    if dtype is not None and dtype not in _DTYPES.values():
+    if dtype is not None and dtype not in DTYPES.values():
         raise ValueError(f"dtype={dtype}: expected one of {', '.join(DTYPES)}")
     if isinstance(max_shard_bytes, bool) or not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes={max_shard_bytes!r}: expected an integer >= 1")
@@ -319,7 +188,7 @@ def save(
 
 
 def _keeps_dtype(config, slot):
-    float8 = config.float8 and (_FLOAT8.search(slot.param) or slot.covers[0].endswith("_scale_inv"))
+    float8 = is_float8(config, slot.param) or slot.covers[0].endswith("_scale_inv")
     return float8 or slot.param.endswith(".expert_bias")
 
 
@@ -420,7 +289,7 @@ def _entry(path, name, fields, data_begin) -> Entry:
         raise CheckpointError(f"{what} has dtype={dtype!r}: expected a name")
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(f"{what} has data_offsets={offsets}: expected a begin and an end")
-    if dtype in _STORED and math.prod(shape) * _STORED[dtype].itemsize != offsets[1] - offsets[0]:
+    if dtype in STORED and math.prod(shape) * STORED[dtype].itemsize != offsets[1] - offsets[0]:
         raise CheckpointError(f"{what}: {dtype} of shape {shape} does not fill data_offsets={offsets}")
     return Entry(path, name, dtype, tuple(shape), data_begin + offsets[0], data_begin + offsets[1])
 
@@ -447,7 +316,7 @@ def _check_params(config, params):
     for name, shape in shapes.items():
         if tuple(params[name].shape) != shape:
             raise ValueError(f"params: {name} has shape {list(params[name].shape)}, expected {list(shape)}")
-        allowed = (E4M3,) if config.float8 and _FLOAT8.search(name) else tuple(_DTYPES.values())
+        allowed = (E4M3,) if is_float8(config, name) else tuple(DTYPES.values())
         if params[name].dtype not in allowed:
             raise ValueError(f"params: {name} is {params[name].dtype}, expected one of {allowed}")
 
@@ -455,11 +324,11 @@ def _check_params(config, params):
 def _read(entry, buffer) -> torch.Tensor:
     """The tensor's values, in the front of the uint8 `buffer`."""
     window = buffer[: entry.end - entry.begin]
-    with open(entry.file, "rb") as file:
+    with open(entry.source, "rb") as file:
         file.seek(entry.begin)
         if file.readinto(memoryview(window.numpy())) != len(window):
-            raise CheckpointError(f"{entry.file}: truncated: tensor {entry.name} ends at byte {entry.end}")
-    return window.view(_STORED[entry.dtype]).view(entry.shape)
+            raise CheckpointError(f"{entry.source}: truncated: tensor {entry.name} ends at byte {entry.end}")
+    return window.view(STORED[entry.dtype]).view(entry.shape)
 
 
 def _check_finite(tensor, dtype, what):

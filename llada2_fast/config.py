@@ -431,9 +431,9 @@ class EngineConfig:
     place; `cache_tokens` of K/V are kept for prompts, generated blocks and shared prefixes; `prefill_tokens` prompt
     tokens at most go along with one step; `share_prefixes` lets requests use each other's committed blocks; a unit of
     priority outweighs `priority_s` seconds of waiting; a request has at most `max_eos_ids` EOS ids; `mask_id` None =
-    the checkpoint's; `trace` records every commit and edit; `graphs` replays each denoise step as a CUDA graph, on a GPU. With
-    graphs and without a trace a step is launched before the last one's results are read, which then come a step late;
-    `trace` None = unless there are graphs."""
+    the checkpoint's; `trace` records every commit and edit; `graphs` replays each denoise step as a CUDA graph, on a
+    GPU. With graphs and without a trace a step is launched before the last one's results are read, which then come a
+    step late; `trace` None = unless there are graphs."""
 
     block_length: int | None = None
     max_running: int = 16

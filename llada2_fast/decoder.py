@@ -18,7 +18,7 @@ from .graphs import Report, Slots, StepGraph
 from .kernels import refine
 from .kernels.attention import Run
 from .kernels.moe import ROWS
-from .kernels.refine import RefineParams, RefineState, needed_positions, refine_step
+from .kernels.refine import BlockState, RefineParams, needed_positions, refine_step
 
 # Prompt tokens of one prefill forward, by device; longer prompts go in chunks of whole blocks. On a CPU small chunks
 # save memory, 0.30 of diffusers' peak at a prompt of 512 where 4096 takes 0.48, and make the prefill 14 to 18 % longer.
@@ -339,7 +339,7 @@ class BlockDecoder:
         self.report = self._launched = None  # what the host has read, and what it has still to read
         self.rows = [None] * slots
         blocks = torch.full((slots, block_length), mask_id, device=device)
-        self.state = RefineState.start_block(
+        self.state = BlockState.start_block(
             blocks, torch.zeros_like(blocks, dtype=torch.int8), torch.zeros(slots, dtype=torch.int64, device=device)
         )
         self.state.frozen.fill_(refine.FINISHED)

@@ -15,9 +15,9 @@ from .trace import Trace
 class GenerateOutput:
     """What `generate(..., return_dict=True)` gives.
 
-    sequences [B, G] int64: each row cut after its first EOS and filled with the pad id (as wide as the longest row under
-    other profiles than "default"); num_tokens: generated tokens up to and with the EOS; finish_reasons: "eos" or
-    "length"; counters: per row; tokens_per_forward: over all rows; trace: per row, None unless asked for.
+    sequences [B, G] int64: each row cut after its first EOS and filled with the pad id (under other profiles than
+    "default" as wide as the longest row); num_tokens: generated tokens up to and with the EOS; finish_reasons: "eos"
+    or "length"; counters: per row; tokens_per_forward: over all rows; trace: per row, None unless asked for.
     """
 
     sequences: torch.Tensor

@@ -15,7 +15,7 @@ from .kernels.refine import CHANGED, FLAGS, refine_step
 
 
 class Slots:
-    """What the device knows of the rows in the slots beside RefineState, at fixed addresses.
+    """What the device knows of the rows in the slots beside BlockState, at fixed addresses.
 
     page_table int32 [S, P]: a row's pages; bounds: see RowBounds; pool: memory that all their graphs share, as no two
     run at a time and what one returns is read before the next runs.
@@ -36,7 +36,7 @@ class Slots:
 class StepGraph:
     """The step of one size. run() does its work; replay() does it by a CUDA graph, captured at the first call.
 
-    state, params: the decoder's RefineState and RefineParams over S slots, read at replay, as `slots` is, at the
+    state, params: the decoder's BlockState and RefineParams over S slots, read at replay, as `slots` is, at the
     addresses they had at capture.
     """
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import checkpoint
-from .config import DTYPES, ModelConfig
+from .config import ModelConfig
 from .kernels.attention import block_attention, masked_attention, place_blocks
 from .kernels.fp8 import E4M3, check_device, linear, scale_shape
 from .kernels.gemm import Scaled
@@ -230,7 +230,6 @@ class LLaDA2Model(nn.Module):
         return model
 
     @classmethod
-    @torch.no_grad()
     def from_transformers(cls, model):
         """The network on the tensors of a LLaDA2 model that is loaded already, e.g. with the checkpoint's remote code.
 
@@ -243,24 +242,9 @@ class LLaDA2Model(nn.Module):
         CheckpointError naming the tensor as in from_pretrained, ValueError if it is in float8.
         """
         config = ModelConfig.from_hf(model.config.to_dict())
-        if config.float8:
-            raise ValueError(f"quantization={config.quantization!r}: expected a model without; load its folder instead")
-        tensors = _match(model.state_dict(keep_vars=True), config, type(model).__name__)
-        embeddings = tensors["word_embeddings.weight"][0][1]
-        network = cls(config, embeddings.dtype, device="meta").eval()
-        owned = {}
-        for name, param in network.named_parameters():
-            held = tensors[name][0][1].dtype if ".router." in name else param.dtype
-            dtype = torch.promote_types(held, embeddings.dtype)
-            whole = next((tensor for slot, tensor in tensors[name] if slot.shape == param.shape), None)
-            if whole is None:
-                whole = torch.empty_like(param, dtype=dtype, device=embeddings.device)
-                for slot, tensor in tensors[name]:
-                    view = slot.view(whole).copy_(tensor)
-                    if tensor.dtype == dtype:
-                        tensor.data = view
-            owned[name] = whole.detach().to(dtype)
-        network.load_state_dict(owned, assign=True)
+        params = checkpoint.adopt(model, config)
+        network = cls(config, params["word_embeddings.weight"].dtype, device="meta").eval()
+        network.load_state_dict(params, assign=True)
         said = model.config.to_dict()
         if getattr(model, "generation_config", None) is not None:
             said |= {name: value for name, value in model.generation_config.to_dict().items() if value is not None}
@@ -377,34 +361,3 @@ class LLaDA2Model(nn.Module):
         from .generate import generate  # the one upward import: the model card's own spelling is model.generate(...)
 
         return generate(self, inputs, *args, **kwargs)
-
-
-def _match(tensors, config, what):
-    """{parameter: [(slot, tensor)]} for the tensors of a module `what`, under a checkpoint's names. CheckpointError as
-    checkpoint.inspect's for files: a tensor that is unknown, of a wrong shape or dtype, there twice or missing."""
-    table, found, provided = checkpoint.rename_table(config), {}, set()
-    device = next(iter(tensors.values())).device if tensors else None
-    for name, tensor in tensors.items():
-        tied = config.tie_word_embeddings and name == "lm_head.weight"
-        if tied and tensor.data_ptr() == tensors["model.word_embeddings.weight"].data_ptr():
-            continue
-        at, slot = f"{what}: tensor {name}", table.get(name)
-        if slot is None:
-            raise checkpoint.CheckpointError(f"{at} is unexpected: its config has no place for it")
-        if tensor.shape != slot.shape:
-            shape = list(tensor.shape)
-            raise checkpoint.CheckpointError(f"{at} has shape {shape}, its config gives {list(slot.shape)}")
-        if tensor.dtype not in DTYPES.values():
-            raise checkpoint.CheckpointError(f"{at} has dtype {tensor.dtype}, expected one of {', '.join(DTYPES)}")
-        if tensor.is_meta or tensor.device != device:
-            raise checkpoint.CheckpointError(f"{at} is on {tensor.device}; no model is split or offloaded")
-        checkpoint._check_finite(tensor, tensor.dtype, at)
-        if not provided.isdisjoint(slot.covers):
-            raise checkpoint.CheckpointError(f"{at} is provided twice, also in another layout")
-        provided.update(slot.covers)
-        found.setdefault(slot.param, []).append((slot, tensor))
-    missing = [name for name, slot in table.items() if slot.covers == (name,) and name not in provided]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise checkpoint.CheckpointError(f"{what}: missing tensor {missing[0]}{more}, which its config calls for")
-    return found

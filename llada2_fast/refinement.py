@@ -28,12 +28,12 @@ from .kernels.refine import (
     MASKS_LEFT,
     POST_STEPS,
     STEP,
+    BlockState,
     RefineOutput,
     RefineParams,
     needed_positions,
     refine_step,
 )
-from .kernels.refine import RefineState as BlockState
 from .kernels.roles import ABSENT, PROMPT, TAIL, VALID
 
 __all__ = [

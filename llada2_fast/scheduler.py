@@ -16,7 +16,7 @@ import torch
 
 from .config import SAMPLING_METHODS, parse_json
 from .kernels import refine
-from .kernels.refine import RefineParams, RefineState, refine_step
+from .kernels.refine import BlockState, RefineParams, refine_step
 from .outputs import Output
 from .requests import row_seeds
 
@@ -346,7 +346,7 @@ def _mask_step(
     kind = torch.full_like(sample, refine.VALID, dtype=torch.int8)
     if prompt_mask is not None:
         kind.masked_fill_(prompt_mask.to(device).bool(), refine.PROMPT)
-    state = RefineState.start_block(sample.clone(), kind, per_row(0, torch.int64))
+    state = BlockState.start_block(sample.clone(), kind, per_row(0, torch.int64))
     state.step.fill_(step_index)
     output = refine_step(logits, state, params, mask_id)
     _raise_on_error((output.status[:, refine.FLAGS] & refine.ERROR) != 0, step_index)

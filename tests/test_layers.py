@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 TIERS = [
     {"folders"},
     {"kernels", "config", "outputs"},
+    {"names"},
     {"checkpoint", "tokens", "cache"},
     {"model"},
     {"graphs"},

@@ -282,6 +282,29 @@ def test_a_tied_head_counts_once(golden):
         LLaDA2Model.from_transformers(remote)
 
 
+@pytest.mark.parametrize("name", ["tiny", "variant"])
+def test_a_module_may_use_the_names_that_files_may(golden, name):
+    remote = Remote(golden / name)
+    language = remote.model
+    for gate in [module for module in language.modules() if hasattr(module, "expert_bias")]:
+        gate.e_score_correction_bias = gate._parameters.pop("expert_bias")
+    remote.model = torch.nn.Module()
+    remote.model.language_model = language
+    remote.put("model.language_model.rotary_emb.inv_freq", torch.ones(4))
+    if remote.config.tie_word_embeddings:
+        remote.put("lm_head.weight", language.word_embeddings.weight)
+    names = remote.state_dict().keys()
+    assert all(name.startswith("model.language_model.") for name in names - {"lm_head.weight"})
+    assert any(name.endswith(".mlp.gate.e_score_correction_bias") for name in names)
+    taken = LLaDA2Model.from_transformers(remote)
+    ours = LLaDA2Model.from_pretrained(golden / name, progress=False)
+    for (key, value), other in zip(taken.named_parameters(), ours.parameters(), strict=True):
+        assert torch.equal(value, other), key
+    language.norm.weight.data = torch.ones(3)
+    with pytest.raises(ValueError, match=r"Remote: tensor model.language_model.norm.weight has shape \[3\]"):
+        LLaDA2Model.from_transformers(remote)
+
+
 @pytest.mark.parametrize("change, message", [
     (lambda m: m.put("model.extra.weight", torch.zeros(2)), "Remote: tensor model.extra.weight is unexpected"),
     (lambda m: delattr(m.model.norm, "weight"), "Remote: missing tensor model.norm.weight"),
@@ -328,9 +351,8 @@ def test_the_tokenizer_runs_no_code_of_the_checkpoint(tmp_path):
 
 
 def test_public_names():
-    own = {"BlockState": "RefineState"}  # public under another name than inside
     for name in llada2_fast.__all__:
-        assert getattr(llada2_fast, name).__name__.removeprefix("llada2_fast.") == own.get(name, name)
+        assert getattr(llada2_fast, name).__name__.removeprefix("llada2_fast.") == name
         assert name in dir(llada2_fast)
     assert llada2_fast.LLaDA2Model is LLaDA2Model
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):

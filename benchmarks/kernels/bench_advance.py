@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from llada2_fast.kernels import advance
-from llada2_fast.kernels.refine import BLOCK_DONE, PREFIX_MASK, RefineState
+from llada2_fast.kernels.refine import BLOCK_DONE, PREFIX_MASK, BlockState
 from llada2_fast.kernels.roles import ABSENT, PROMPT, TAIL, VALID
 
 from ..roofline import BLOCK
@@ -47,7 +47,7 @@ def case_of(rows):
     def make(ended=False):
         tokens = torch.randint(MASK + 1, (rows, BLOCK), device=shapes.device)
         start = each(rows).long() * BLOCK
-        state = RefineState.start_block(tokens, torch.full_like(tokens, VALID, dtype=torch.int8), start)
+        state = BlockState.start_block(tokens, torch.full_like(tokens, VALID, dtype=torch.int8), start)
         if ended:
             state.frozen[::2] = BLOCK_DONE
         total = start.int() + 2 * BLOCK - 5
@@ -56,7 +56,7 @@ def case_of(rows):
 
     def check():
         first = make(ended=True)
-        twin = RefineState(*(x.clone() for x in vars(first[0]).values()))
+        twin = BlockState(*(x.clone() for x in vars(first[0]).values()))
         got, wanted = advance.advance(*first), plain(twin, *first[1:])
         agree("advance", (*got, *vars(first[0]).values()), (*wanted, *vars(twin).values()))
 

@@ -64,7 +64,7 @@ class Step:
         )  # fmt: skip
         tokens = torch.full((rows, LENGTH), self.mask_id, device=device)
         kind = torch.zeros_like(tokens, dtype=torch.int8)
-        self.state = refine.RefineState.start_block(tokens, kind, torch.zeros_like(tokens[:, 0]))
+        self.state = refine.BlockState.start_block(tokens, kind, torch.zeros_like(tokens[:, 0]))
         if steady:
             self.state.step.fill_(LENGTH)  # past the schedule's last commit
 
@@ -170,7 +170,7 @@ def passes(mode):
 
     step = Step(1, 157184, torch.bfloat16, "cpu", mode)
     step.logits = step.logits[:, :2].contiguous()  # the interpreter is slow
-    step.state = refine.RefineState(*(t[:, :2].contiguous() if t.ndim == 2 else t for t in vars(step.state).values()))
+    step.state = refine.BlockState(*(t[:, :2].contiguous() if t.ndim == 2 else t for t in vars(step.state).values()))
     with interpreted(), force_ops("triton"), _counted_loads(step.logits) as counts:
         step.run()
     return sum(counts) / step.logits.numel()

@@ -45,7 +45,7 @@ def likelihood_bound(
     canvas, where = canvas.to(model.device), torch.arange(blocks * length, device=model.device).view(blocks, length)
     limit = blocks * length if attend_tail else total
     cache = PagedKVCache(model.config, blocks - 1 + batch_size, length, model.dtype, model.device)
-    chunk = max(1, PREFILL_TOKENS // length)
+    chunk = max(1, PREFILL_TOKENS[model.device.type] // length)
     for begin in range(0, blocks - 1, chunk):
         end = min(begin + chunk, blocks - 1)
         run = Run(tuple(range(end)), begin, end - begin, limit)

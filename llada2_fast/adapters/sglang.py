@@ -38,7 +38,7 @@ import torch
 from ..config import DecodeParams
 from ..decoder import row_rules
 from ..kernels import refine
-from ..kernels.refine import RefineParams, RefineState, refine_step
+from ..kernels.refine import BlockState, RefineParams, refine_step
 
 NAME = "LLaDA2Fast"
 _logger = logging.getLogger(__name__)
@@ -192,7 +192,7 @@ class Refinement:
         return bool(self.rules["flags"] & refine.EDITING)
 
     def _gather(self, forward_batch, blocks):
-        """RefineState without tokens, RefineParams, filters; those of the last step if its blocks step again."""
+        """BlockState without tokens, RefineParams, filters; those of the last step if its blocks step again."""
         last, *batch = self._batch
         if len(last) != len(blocks) or any(a is not b for a, b in zip(last, blocks, strict=True)):
             batch = self._arrange(forward_batch, blocks)
@@ -216,7 +216,7 @@ class Refinement:
             seed=seed, eos_ids=seed.new_full((rows, 1), -1),  # SGLang looks for EOS in finished blocks
         )  # fmt: skip
         filters = self._sampling(forward_batch.sampling_info, params)
-        state = RefineState(
+        state = BlockState(
             None, kind, forward_batch.positions.view(rows, -1)[:, 0].to(torch.int64).contiguous(),
             step, post_steps, frozen, prefix=torch.zeros_like(frozen),
             commit_step=torch.full_like(kind, -1, dtype=torch.int32),

@@ -99,7 +99,7 @@ def test_any_mix_gives_every_request_its_own_tokens(seed, layers, config, jobs):
 @settings(max_examples=25, phases=QUICK)
 @given(st.integers(0, 2), engines_of, st.lists(jobs_of, min_size=2, max_size=7))
 def test_any_mix_on_step_graphs(lag, seed, config, jobs):
-    """Also where the host learns a step late what a step did, while requests come, go, share pages and are preempted."""
+    """Also where the host learns a step late what it did, while requests come, go, share pages and are preempted."""
     model = random_model(seed)
     with mock.patch.object(StepGraph, "replay", StepGraph.run):
         engine = with_step_graphs(small_engine(model=model, trace=not lag, **config), lag)

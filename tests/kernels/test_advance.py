@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from llada2_fast.kernels import advance
 from llada2_fast.kernels._triton import force_ops
-from llada2_fast.kernels.refine import BLOCK_DONE, ERROR, FINISHED, PREFIX_MASK, RefineState
+from llada2_fast.kernels.refine import BLOCK_DONE, ERROR, FINISHED, PREFIX_MASK, BlockState
 from llada2_fast.kernels.roles import ABSENT, PROMPT, TAIL, VALID
 from tests.kernels.interpreter import interpreted
 
@@ -24,7 +24,7 @@ def slots_of(count, length, seed, device="cpu"):
         return torch.randint(low, high, shape, generator=generator)
 
     tokens = torch.where(pick(4, count, length) == 0, MASK, pick(50, count, length))
-    state = RefineState.start_block(tokens, pick(2, count, length).to(torch.int8), pick(5, count) * length)
+    state = BlockState.start_block(tokens, pick(2, count, length).to(torch.int8), pick(5, count) * length)
     state.frozen.copy_(torch.tensor([0, BLOCK_DONE, BLOCK_DONE, BLOCK_DONE | FINISHED, ERROR])[pick(5, count)])
     for field in ("step", "post_steps", "prefix", "commit_step", "commit_confidence"):
         tensor = getattr(state, field)
@@ -48,7 +48,7 @@ def plan_of(count, entries, seed, device="cpu"):
 
 
 def copy(state):
-    return RefineState(*(x.clone() for x in vars(state).values()))
+    return BlockState(*(x.clone() for x in vars(state).values()))
 
 
 def untouched(state, before, slots):

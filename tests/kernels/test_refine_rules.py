@@ -41,7 +41,7 @@ def params(rows=1, eos=(E,), **rules):
 
 
 def state(*blocks, kind=None, start=0, prefix=0, step=0, post=0, frozen=0):
-    """RefineState of one row per block (a list of ids); the other arguments are one for all rows or a list."""
+    """BlockState of one row per block (a list of ids); the other arguments are one for all rows or a list."""
     tokens = torch.tensor(blocks)
 
     def per_row(value, dtype):
@@ -49,7 +49,7 @@ def state(*blocks, kind=None, start=0, prefix=0, step=0, post=0, frozen=0):
 
     kinds = torch.tensor(kind, dtype=torch.int8) if kind else torch.zeros_like(tokens, dtype=torch.int8)
     kinds = kinds.expand(tokens.shape).clone()
-    made = refine.RefineState.start_block(tokens, kinds, per_row(start, torch.int64), per_row(prefix, torch.int32))
+    made = refine.BlockState.start_block(tokens, kinds, per_row(start, torch.int64), per_row(prefix, torch.int32))
     made.step, made.post_steps = per_row(step, torch.int32), per_row(post, torch.int32)
     made.frozen = per_row(frozen, torch.int32)
     return made
