@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from ._triton import FLOATS, tl, triton, use_triton
+from ._tuned import measured
 
 SPLIT, MAX_SPLITS = 256, 32  # keys of a split (a multiple of it beyond 8192 keys), splits of a block
 SCRATCH_BYTES = 2**28  # partial results of one launch; more query blocks than fit take several
@@ -299,7 +300,7 @@ def _launch(q, k_cache, v_cache, batch):
     vectors = at_once * splits * length * heads if splits > 1 else 1
     part = torch.empty(vectors, dim, dtype=torch.float32, device=q.device)
     top, total = torch.empty(2, vectors, dtype=torch.float32, device=q.device)
-    meta, combine = attention_tiles(q.dtype, length, heads, kv_heads, dim)
+    meta, combine = attention_tiles(q.device, q.dtype, length, heads, kv_heads, dim)
     tiles = triton.cdiv(length * heads // kv_heads, meta["TILE_M"])
     for first in range(0, count, at_once):
         grid = min(at_once, count - first)
@@ -329,11 +330,17 @@ def check_caches(x, k_cache, v_cache, kv_heads):
                          f"got {list(v_cache.shape)}, {v_cache.stride()}")  # fmt: skip
 
 
-def attention_tiles(dtype, length, heads, kv_heads, dim):
-    """Compile-time arguments of the attention kernel and of the combine kernel.
+def attention_tiles(device, dtype, length, heads, kv_heads, dim):
+    """Compile-time arguments of the attention kernel and of the combine kernel: those of the tuned table, or defaults.
 
-    Not measured yet. 128 rows by 32 keys: 119 registers and 80 KiB on sm_90, so two programs share a multiprocessor and
-    one's exponentials hide behind the other's products. Five stages: two are spent on looking the pages up.
+    The defaults are not measured. 128 rows by 32 keys: 119 registers and 80 KiB on sm_90, so two programs share a
+    multiprocessor and one's exponentials hide behind the other's products. Five stages: two are spent on looking the
+    pages up.
+
+    Tuned are the rows of a program (TILE_M, TILE_R), its warps and its stages: a query's sums run over keys and splits,
+    never over rows. TILE_N is not: keys are weighed against the largest score so far and added up tile by tile, so
+    another TILE_N is another rounding, as another SPLIT would be. One entry serves all batches and prefixes of a shape:
+    were it chosen by them, a row's bits would hang on the others.
     """
     shared = {"HEADS": heads, "D": dim, "L": length, "SPLIT": SPLIT, "MAX_SPLITS": MAX_SPLITS}
     shared["TILE_D"] = max(16, triton.next_power_of_2(dim))
@@ -343,7 +350,11 @@ def attention_tiles(dtype, length, heads, kv_heads, dim):
     else:
         tile = min(tile, 128)
         own = {"TILE_M": tile, "PRECISION": "tf32", "num_warps": max(4, tile // 16), "num_stages": 5}
-    return {**shared, **own, "KV_HEADS": kv_heads, "TILE_N": 32}, {**shared, "TILE_R": 8, "num_warps": 4}
+    own |= {"KV_HEADS": kv_heads, "TILE_N": 32}
+    combine = {"TILE_R": 8, "num_warps": 4}
+    shape = {"dtype": str(dtype), "length": length, "heads": heads, "kv_heads": kv_heads, "dim": dim}
+    tuned = measured("attention", device, **shape)
+    return shared | own | tuned.get("attention", {}), shared | combine | tuned.get("combine", {})
 
 
 def masked_attention(q, k, v, mask):

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 
 from ._triton import register_op, tl, triton, use_triton
+from ._tuned import measured
 from .filters import CHUNK, GROUP, PIVOTS, STEP_BITS, _draw, _filter_kernel, _filters, _finite, _scale, cut_ref
 from .philox import _pick, _uniform, pick_ref, uniform_ref
 from .roles import BAN_MASK, _locate
@@ -225,12 +226,12 @@ def _vocab_kernel(
     CHUNK_MAX, CHUNK_MASS,  # float32 [R*L, chunks] of positions that filter; None if no row does
     vocab, mask_id, stride_r, stride_l, stride_v,
     L: tl.constexpr, TILE_V: tl.constexpr, CHUNK: tl.constexpr, TILES: tl.constexpr,
-    ONLY_NEEDED: tl.constexpr, RUNNER_UP: tl.constexpr,
+    ONLY_NEEDED: tl.constexpr, RUNNER_UP: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (R*L, tiles): what one tile of TILE_V ids says about one position, from one read of its logits."""
+    """Grid (R*L, tiles / SPAN): what each tile of TILE_V ids says about one position, from one read of its logits."""
     n = tl.program_id(0)
-    tile = tl.program_id(1)
-    tiles = tl.num_programs(1)
+    begin = tl.program_id(1) * SPAN
+    tiles = tl.num_programs(1) if SPAN == 1 else tl.cdiv(vocab, TILE_V)
     row = n // L
     flags = tl.load(FLAGS + row).to(tl.int32)
     base, wanted = _locate(
@@ -241,50 +242,52 @@ def _vocab_kernel(
     temperature = tl.load(TEMPERATURE + row)
     sampled = temperature > 0
     scale = _scale(temperature)
-    ids = tile * TILE_V + tl.arange(0, TILE_V // CHUNK)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-    x = tl.load(base + ids.to(tl.int64) * stride_v, mask=ids < vocab, other=_NONE).to(tl.float32)
+    for i in tl.range(0, 1 if SPAN == 1 else tl.minimum(SPAN, tiles - begin), num_stages=STAGES):
+        tile = begin + i
+        ids = tile * TILE_V + tl.arange(0, TILE_V // CHUNK)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+        x = tl.load(base + ids.to(tl.int64) * stride_v, mask=ids < vocab, other=_NONE).to(tl.float32)
 
-    mask_logit = tl.full([], float("-inf"), tl.float32)
-    if (mask_id >= tile * TILE_V) & (mask_id < (tile + 1) * TILE_V) & ((flags & _BAN_MASK) != 0):
-        mask_logit = tl.sum(tl.where(ids == mask_id, x, 0.0))  # a sum, since a maximum would lose NaN
-        x = tl.where(ids == mask_id, _NONE, x)
-    best = tl.max(x)
-    first = tl.min(tl.where(x == best, ids, _NO_ID))
-    top = tl.where(sampled, best, tl.maximum(best, mask_logit))
-    weight = tl.exp2((x - _finite(top)) * scale)
-    mask_weight = tl.exp2((mask_logit - _finite(top)) * scale)
-    mask_is_bad = (mask_logit != mask_logit) | (mask_logit == float("inf"))
-    mask_weight = tl.where(sampled, tl.where(mask_is_bad, float("nan"), 0.0), mask_weight)
-    mass = tl.sum(weight) + mask_weight  # NaN if the tile holds NaN or +inf
+        mask_logit = tl.full([], float("-inf"), tl.float32)
+        if (mask_id >= tile * TILE_V) & (mask_id < (tile + 1) * TILE_V) & ((flags & _BAN_MASK) != 0):
+            mask_logit = tl.sum(tl.where(ids == mask_id, x, 0.0))  # a sum, since a maximum would lose NaN
+            x = tl.where(ids == mask_id, _NONE, x)
+        best = tl.max(x)
+        first = tl.min(tl.where(x == best, ids, _NO_ID))
+        top = tl.where(sampled, best, tl.maximum(best, mask_logit))
+        weight = tl.exp2((x - _finite(top)) * scale)
+        mask_weight = tl.exp2((mask_logit - _finite(top)) * scale)
+        mask_is_bad = (mask_logit != mask_logit) | (mask_logit == float("inf"))
+        mask_weight = tl.where(sampled, tl.where(mask_is_bad, float("nan"), 0.0), mask_weight)
+        mass = tl.sum(weight) + mask_weight  # NaN if the tile holds NaN or +inf
 
-    logit = best
-    token = first
-    if sampled:
-        uniform = _uniform(tl.load(SEED + row), tl.load(START + row) + n % L, tl.load(STEP + row), tile + 1)
-        masses = tl.sum(weight, 1)
-        hidden = tl.where((flags & _BAN_MASK) != 0, mask_id, -1)
-        token, logit = _draw(
-            base, stride_v, tile * TILE_V, vocab, hidden, masses, _finite(top), scale, _NONE, uniform, CHUNK
-        )  # fmt: skip
-        if CHUNK_MAX is not None:
-            if _filters(tl.load(TOP_K + row), tl.load(TOP_P + row), vocab):
-                chunk = (n * tiles + tile) * (TILE_V // CHUNK) + tl.arange(0, TILE_V // CHUNK)
-                tl.store(CHUNK_MAX + chunk, tl.max(x, 1))
-                tl.store(CHUNK_MASS + chunk, masses)
+        logit = best
+        token = first
+        if sampled:
+            uniform = _uniform(tl.load(SEED + row), tl.load(START + row) + n % L, tl.load(STEP + row), tile + 1)
+            masses = tl.sum(weight, 1)
+            hidden = tl.where((flags & _BAN_MASK) != 0, mask_id, -1)
+            token, logit = _draw(
+                base, stride_v, tile * TILE_V, vocab, hidden, masses, _finite(top), scale, _NONE, uniform, CHUNK
+            )  # fmt: skip
+            if CHUNK_MAX is not None:
+                if _filters(tl.load(TOP_K + row), tl.load(TOP_P + row), vocab):
+                    chunk = (n * tiles + tile) * (TILE_V // CHUNK) + tl.arange(0, TILE_V // CHUNK)
+                    tl.store(CHUNK_MAX + chunk, tl.max(x, 1))
+                    tl.store(CHUNK_MASS + chunk, masses)
 
-    plane = tl.num_programs(0) * TILES
-    at = n * TILES + tile
-    tl.store(PART + at, top)
-    tl.store(PART + plane + at, mass)
-    tl.store(PART + 2 * plane + at, logit)
-    tl.store(PART_ID + at, token)
-    if RUNNER_UP:
-        others = tl.where(ids == first, _NONE, x)
-        second = tl.max(others)
-        tl.store(PART + 3 * plane + at, best)
-        tl.store(PART + 4 * plane + at, second)
-        tl.store(PART_ID + plane + at, first)
-        tl.store(PART_ID + 2 * plane + at, tl.min(tl.where(others == second, ids, _NO_ID)))
+        plane = tl.num_programs(0) * TILES
+        at = n * TILES + tile
+        tl.store(PART + at, top)
+        tl.store(PART + plane + at, mass)
+        tl.store(PART + 2 * plane + at, logit)
+        tl.store(PART_ID + at, token)
+        if RUNNER_UP:
+            others = tl.where(ids == first, _NONE, x)
+            second = tl.max(others)
+            tl.store(PART + 3 * plane + at, best)
+            tl.store(PART + 4 * plane + at, second)
+            tl.store(PART_ID + plane + at, first)
+            tl.store(PART_ID + 2 * plane + at, tl.min(tl.where(others == second, ids, _NO_ID)))
 
 
 @triton.jit
@@ -377,11 +380,12 @@ def launch_parts(logits, index, roles, flags, start, step, params, mask_id, filt
         "RUNNER_UP": runner_up,
     }  # fmt: skip
     where = (vocab, mask_id, stride_r, stride_l, stride_v)
-    _vocab_kernel[(positions, tiles)](*inputs, *where, **shape, num_warps=8)
+    vocab_pass, filter_pass = pass_layout(device, logits.dtype, vocab)
+    _vocab_kernel[(positions, triton.cdiv(tiles, vocab_pass["SPAN"]))](*inputs, *where, **shape, **vocab_pass)
     if filters:
         _filter_kernel[(positions,)](
             *inputs, chunks[0].view(torch.int32), *where, tiles, **shape,
-            STEP_BITS=STEP_BITS[logits.dtype], PIVOTS=PIVOTS, GROUP=GROUP, num_warps=8,
+            STEP_BITS=STEP_BITS[logits.dtype], GROUP=GROUP, **filter_pass,
         )  # fmt: skip
     return parts, ids, tiles
 
@@ -400,6 +404,20 @@ def launch(logits, start, step, params, mask_id, ban_mask, index, filters, runne
         tiles, length, parts.shape[2], lanes, num_warps=num_warps,
     )  # fmt: skip
     return found
+
+
+def pass_layout(device, dtype, vocab):
+    """Launch parameters of the vocabulary pass and of the filter pass: those of the tuned table, or defaults.
+
+    Tuned are warps, the tiles that a program takes one after the other (SPAN), how many loads are in flight (STAGES)
+    and the values tried in a pass of a search (PIVOTS): each tile is summed by itself, and a search ends at the same
+    cut by any path. Other warps can add a tile up in another order; the tuner then refuses them. TILE_V, CHUNK and
+    GROUP are not tuned: the draw is defined over tiles and chunks, and masses are added up chunk by chunk and group by
+    group. One entry serves all batches, so that a row's bits do not hang on the others.
+    """
+    tuned = measured("refine", device, dtype=str(dtype), vocab=vocab)
+    vocab_pass = {"SPAN": 1, "STAGES": 1, "num_warps": 8} | tuned.get("vocab_pass", {})
+    return vocab_pass, {"PIVOTS": PIVOTS, "STAGES": 1, "num_warps": 8} | tuned.get("filter_pass", {})
 
 
 def row_layout(length):

@@ -121,6 +121,7 @@ def _load_chunks(base, stride_v, LIST, first, count, vocab, hidden, GROUP: tl.co
 def _search(
     base, stride_v, LIST, count, vocab, hidden, top, scale, low, least,
     BY_COUNT: tl.constexpr, STEP_BITS: tl.constexpr, PIVOTS: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """The largest key that enough logits reach, and their mass: in number `least` (BY_COUNT), in mass more than that.
 
@@ -134,7 +135,7 @@ def _search(
         value = _value(pivot, STEP_BITS)[:, None, None]
         mass = tl.zeros([PIVOTS], tl.float32)
         number = tl.zeros([PIVOTS], tl.int32)
-        for first in range(0, count, GROUP):
+        for first in tl.range(0, count, GROUP, num_stages=STAGES):
             x, _chunk = _load_chunks(base, stride_v, LIST, first, count, vocab, hidden, GROUP, CHUNK)
             weight = tl.exp2((x - top) * scale)
             reach = x[None, :, :] >= value
@@ -160,7 +161,7 @@ def _filter_kernel(
     vocab, mask_id, stride_r, stride_l, stride_v, tiles,
     L: tl.constexpr, TILE_V: tl.constexpr, CHUNK: tl.constexpr, TILES: tl.constexpr,
     ONLY_NEEDED: tl.constexpr, RUNNER_UP: tl.constexpr,
-    STEP_BITS: tl.constexpr, PIVOTS: tl.constexpr, GROUP: tl.constexpr,
+    STEP_BITS: tl.constexpr, PIVOTS: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid (R*L,): draws one position anew among what its row's filters keep; its first part replaces all its parts."""
     n = tl.program_id(0)
@@ -216,17 +217,17 @@ def _filter_kernel(
     if by_count:
         low, total = _search(
             base, stride_v, CHUNK_LIST, count, vocab, hidden, top, scale, low, top_k,
-            True, STEP_BITS, PIVOTS, GROUP, CHUNK,
+            True, STEP_BITS, PIVOTS, GROUP, CHUNK, STAGES,
         )  # fmt: skip
     if top_p < 1:
         low, total = _search(
             base, stride_v, CHUNK_LIST, count, vocab, hidden, top, scale, low, top_p * total,
-            False, STEP_BITS, PIVOTS, GROUP, CHUNK,
+            False, STEP_BITS, PIVOTS, GROUP, CHUNK, STAGES,
         )  # fmt: skip
     cut = _value(low, STEP_BITS)
 
     kept = tl.zeros([TILES], tl.float32)  # mass of each tile
-    for first in range(0, count, GROUP):
+    for first in tl.range(0, count, GROUP, num_stages=STAGES):
         y, number = _load_chunks(base, stride_v, CHUNK_LIST, first, count, vocab, hidden, GROUP, CHUNK)
         part = tl.sum(tl.where(y >= cut, tl.exp2((y - top) * scale), 0.0), 1)
         kept += tl.sum(tl.where((number // PER_TILE)[:, None] == lane[None, :], part[:, None], 0.0), 0)

@@ -18,16 +18,14 @@ In float8 (fp8.py) TILE_K is the 128 of a scale: each tile's product starts at z
 product then comes out quantised for the next one.
 """
 
-import json
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from ._triton import tl, triton
+from ._tuned import device_name, table
 
-TUNED = Path(__file__).with_name("moe_tuned.json")  # written by benchmarks/tune_moe.py
 TILE_K = 64
 BLOCK = 128  # rows and columns of a weight, columns of an activation, that share a float8 scale
 TINY = 1e-30  # stands in for the largest magnitude of a group of zeros
@@ -48,17 +46,11 @@ def tiles(device, hidden, tokens):
     device: a torch.device; hidden: the layer's H. Entries measured on this device for this H win over those for "any";
     among either the first that is meant for as many tokens.
     """
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "any"
-    table = _table()
-    entries = [entry for entry in table if entry["device"] == name and entry["hidden"] == hidden]
-    entries = entries or [entry for entry in table if entry["device"] == "any"]
+    name, known = device_name(device), table("moe")
+    entries = [entry for entry in known if entry["device"] == name and entry["hidden"] == hidden]
+    entries = entries or [entry for entry in known if entry["device"] == "any"]
     entries.sort(key=lambda entry: entry["tokens"])
     return next((entry for entry in entries if tokens <= entry["tokens"]), entries[-1])
-
-
-@lru_cache(maxsize=1)
-def _table():
-    return json.loads(TUNED.read_text("utf-8"))
 
 
 @triton.jit

@@ -1,0 +1,53 @@
+"""Launch parameters measured on GPUs: a table per family of kernels, <family>_tuned.json, made by benchmarks/tune.py.
+
+What no table knows runs with the defaults that stand beside its kernels. A parameter may stand in a table if no bit of
+any result depends on it: the tuner compares with the defaults before it times. And no entry is chosen by what else is
+in the batch, unless its parameters are of that kind for every shape (the tiles of gemm.py are, and go by the tokens).
+"""
+
+import json
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+_tried = {}
+
+
+def table_path(family):
+    return Path(__file__).with_name(f"{family}_tuned.json")
+
+
+@lru_cache(maxsize=8)
+def table(family):
+    """All entries of a family: a list of dicts."""
+    return json.loads(table_path(family).read_text("utf-8"))
+
+
+def device_name(device):
+    """A torch.device by the name it has in the tables; "any" for all that is no GPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "any"
+
+
+def measured(family, device, **shape):
+    """The entry measured on this torch.device for exactly this shape, {} if there is none."""
+    return _tried[family] if family in _tried else _find(family, device, **shape)
+
+
+@lru_cache(maxsize=1024)
+def _find(family, device, **shape):
+    wanted = {"device": device_name(device)} | shape
+    return next((entry for entry in table(family) if wanted.items() <= entry.items()), {})
+
+
+@contextmanager
+def tried(family, entry):
+    """For tuners and tests: within it `measured` answers with this entry, {} for the defaults, whatever the shape."""
+    before = dict(_tried)
+    _tried[family] = entry
+    try:
+        yield
+    finally:
+        _tried.clear()
+        _tried.update(before)
