@@ -9,7 +9,7 @@ and graph capture; and a block's time at 4.83 forwards is taken on the line betw
 two runs. call_tok_s is the whole call at s = 5 and the longer text, with prefill and capture.
 
 host_syncs_per_step and launches_per_step are counted by the profiler over such a difference as well; launches of the
-whole graph are not among them.
+whole graph are not among them. The loop waits once a step, for the report of the step before the one it has launched.
 """
 
 from functools import partial

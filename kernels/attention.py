@@ -38,6 +38,11 @@ class Run(NamedTuple):
     limit: int
 
 
+def pinned(numbers, device):
+    """Ints as int32 [n] on the CPU, to be copied to `device` without waiting for what runs there."""
+    return torch.tensor(numbers, dtype=torch.int32, pin_memory=torch.device(device).type == "cuda")
+
+
 class BlockBatch(NamedTuple):
     """Query blocks described by tensors, so that a CUDA graph holds them. NB blocks, R rows, P pages of a row.
 
@@ -58,7 +63,7 @@ class BlockBatch(NamedTuple):
         blocks = [(i, b) for i, run in enumerate(runs) for b in range(run.first_block, ends[i])]
         table = [page for run in runs for page in (run.pages[:width] + (0,) * width)[:width]]
         numbers = [row for row, _ in blocks] + [index for _, index in blocks] + table + [run.limit for run in runs]
-        flat = torch.tensor(numbers, dtype=torch.int32).to(device)  # one copy to the device, not four
+        flat = pinned(numbers, device).to(device, non_blocking=True)  # one copy to the device, not four
         row, index, table, limit = flat.split([len(blocks), len(blocks), len(table), len(runs)])
         return cls(row, index, table.view(len(runs), width), limit)
 

@@ -10,7 +10,7 @@ expert, so a graph of a larger size costs a smaller batch next to nothing and ch
 import torch
 
 from .kernels.advance import RowBounds, advance
-from .kernels.attention import BlockBatch
+from .kernels.attention import BlockBatch, pinned
 from .kernels.refine import CHANGED, FLAGS, refine_step
 
 
@@ -29,7 +29,7 @@ class Slots:
     def open(self, slot, pages, total, limit):
         """Describe the row of a slot: its pages, a tuple of ints, and its bounds."""
         device = self.page_table.device
-        self.page_table[slot, : len(pages)].copy_(_pinned(pages, device), non_blocking=True)
+        self.page_table[slot, : len(pages)].copy_(pinned(pages, device), non_blocking=True)
         self.bounds.total[slot], self.bounds.limit[slot] = total, limit
 
 
@@ -45,6 +45,7 @@ class StepGraph:
         self.slots, self.active, self.carried = slots, active, carried
         self.graph = self.results = self.planned = None
         self.filters = False
+        self.stale = True  # not captured yet, or without the launch that top-k and top-p need
         # the plan: each entry's slot, whether it repeats entry 0; each slot's entry or -1
         self._sizes = [active, active, state.tokens.shape[0]]
         self._plan = torch.zeros(sum(self._sizes), dtype=torch.int32, device=state.tokens.device)
@@ -57,10 +58,10 @@ class StepGraph:
                 entry[slot] = i
             spare = self.active - len(slots)
             numbers = [*slots, *slots[:1] * spare, *[0] * len(slots), *[1] * spare, *entry]
-            self._plan.copy_(_pinned(numbers, self._plan.device), non_blocking=True)
+            self._plan.copy_(pinned(numbers, self._plan.device), non_blocking=True)
             self.planned = list(slots)
         if filters and not self.filters:
-            self.graph, self.filters = None, True  # captured without the launch that top-k and top-p need
+            self.filters = self.stale = True
 
     def run(self):
         """The step on whatever device; returns (RefineOutput, report int32 [S, 9 + 3 L]), see Report. No host sync, no
@@ -86,24 +87,27 @@ class StepGraph:
 
     def replay(self):
         """run(), captured once and replayed; what it returns stays at its address and is overwritten by the next."""
-        if self.graph is None:
+        if self.stale:
             self._capture()
         self.graph.replay()
         return self.results
 
     def _capture(self):
-        """Compile and warm up on a side stream, with the state put back afterwards, then capture."""
+        """Compile and warm up, with the state put back afterwards, then capture."""
         kept = [(x, x.clone()) for x in (*vars(self.state).values(), self.slots.bounds.changed)]
-        stream = torch.cuda.Stream()
+        graph = torch.cuda.CUDAGraph()
+        capture = torch.cuda.graph(graph, pool=self.slots.pool, capture_error_mode="thread_local")
+        stream = capture.capture_stream  # one for all graphs: cuBLAS keeps a workspace for each stream it has seen
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self.run()
         torch.cuda.current_stream().wait_stream(stream)
         for tensor, before in kept:
             tensor.copy_(before)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=self.slots.pool):
-            self.results = self.run()
+        with capture:
+            results = self.run()
+        # the old graph goes only now: nothing can be captured into a pool that no graph holds any more
+        self.graph, self.results, self.stale = graph, results, False
 
 
 class Report:
@@ -139,8 +143,3 @@ class Report:
         columns = (self._tokens, self._steps, self._confidence)
         lists = [column[slots].tolist() for column in columns]  # sync: on the host already
         return list(zip(*lists, strict=True))
-
-
-def _pinned(numbers, device):
-    """int32 on the CPU, to be copied to `device` without waiting for what runs there."""
-    return torch.tensor(numbers, dtype=torch.int32, pin_memory=device.type == "cuda")

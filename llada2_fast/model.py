@@ -196,6 +196,10 @@ class LLaDA2Model(nn.Module):
             self.lm_head = Linear(config.hidden_size, config.vocab_size, float8=config.float8, **kw)
         self.requires_grad_(False)
 
+    def _apply(self, fn, recurse=True):
+        vars(self).pop("_graphed_decoder", None)  # its graphs hold the addresses of the weights; see generate.py
+        return super()._apply(fn, recurse)
+
     @property
     def dtype(self):
         return self.word_embeddings.weight.dtype

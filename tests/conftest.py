@@ -18,6 +18,11 @@ hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=Tr
 hypothesis.settings.load_profile("repeatable")
 
 
+def pytest_configure(config):
+    # pytest-timeout's own marker: without it the tests still run, and only the limits are gone.
+    config.addinivalue_line("markers", "timeout(seconds): how long a test may take")
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

@@ -114,6 +114,9 @@ def test_a_model_keeps_the_decoder_of_its_last_call(model):
         for larger in ([9], [1] * 5, [8, 8, 8], {"length": 4}, {"num_eos": 2}):
             model._graphed_decoder = first
             assert (decoder([1], **larger) if isinstance(larger, dict) else decoder(larger)) is not first
+        model._graphed_decoder = first
+        model.to("cpu")  # weights may be elsewhere now
+        assert decoder([1]) is not first
     finally:
         vars(model).pop("_graphed_decoder", None)
 
@@ -132,3 +135,12 @@ def test_the_second_call_captures_nothing(golden, model, monkeypatch):
     for _ in range(2):
         assert torch.equal(on_gpu.generate(prompts, graphs=True, **params).cpu(), wanted)
     assert len(captures) == captured > 0
+
+
+@pytest.mark.gpu
+def test_a_graph_is_captured_anew_for_filters(golden, model):
+    on_gpu = LLaDA2Model.from_pretrained(golden / "tiny", dtype=torch.float32, device="cuda", progress=False)
+    prompt, params = [list(range(21))], {"gen_length": 40, "block_length": 8, "threshold": 0.6}
+    for more in ({}, {"temperature": 1.0, "top_k": 7, "seed": 0}, {}):
+        wanted = model.generate(prompt, **params, **more)
+        assert torch.equal(on_gpu.generate(prompt, graphs=True, **params, **more).cpu(), wanted)

@@ -24,8 +24,8 @@ def run(op, *args, **kwargs):
 
 
 def random(*shape, dtype=torch.float32, seed=0, device="cpu"):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).to(device, dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(shape, generator=generator, device=device).to(dtype)
 
 
 def bits(x):
@@ -237,7 +237,7 @@ def test_a_token_gets_the_same_bits_alone_as_in_any_batch():
 @pytest.mark.parametrize("tokens", [1, 32, 300])
 def test_gpu_linear_at_real_sizes(rows, columns, tokens):
     x = random(tokens, columns, dtype=torch.bfloat16, device="cuda")
-    weight = fp8.quantize_weight(random(rows, columns, seed=1).cuda())
+    weight = fp8.quantize_weight(random(rows, columns, seed=1, device="cuda"))
     got, ref = fp8.quantize(x), fp8.quantize_ref(x)
     assert torch.equal(bits(got.values), bits(ref.values)) and torch.equal(got.scale, ref.scale)
     close(fp8.linear(x, *weight), fp8.linear_ref(x, *weight))

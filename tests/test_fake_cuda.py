@@ -1,0 +1,265 @@
+"""The code of a GPU on a CPU: tensors that say they are on a GPU, kernels in Triton's interpreter.
+
+What only a device would show is then an error here: operands on two devices, a kernel given a tensor of the CPU, the
+host waiting inside a step. Capture and the compiled kernels are not shown: a step is run in place of its replay.
+"""
+
+from contextlib import contextmanager
+from unittest import mock
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from triton.runtime.jit import JITFunction
+
+from llada2_fast import Engine, EngineConfig
+from llada2_fast.config import DecodeParams
+from llada2_fast.graphs import StepGraph
+from llada2_fast.kernels import candidates, norm, refine
+from llada2_fast.model import LLaDA2Model
+from tests.kernels.interpreter import interpreted
+
+CUDA = torch.device("cuda:0")
+OPS = {refine._op: refine._run, candidates._op: candidates._run}
+WAITING = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero", "masked_select", "unique"}
+
+
+class OnGpu(torch.Tensor):
+    """A tensor of the CPU, `held`, that says it is on a GPU. Of use within FakeCuda only."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, held):
+        layout = {"strides": held.stride(), "storage_offset": held.storage_offset()}
+        return torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, device=CUDA, **layout)
+
+    def __init__(self, held):
+        self.held = held
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise RuntimeError(f"{func}: a fake GPU tensor outside of FakeCuda")
+
+
+def held(tree):
+    return tree_map_only(OnGpu, lambda x: x.held, tree)
+
+
+def on_gpu(tree):
+    return tree_map_only(torch.Tensor, OnGpu, tree)
+
+
+def is_gpu(device):
+    return isinstance(device, (str, torch.device)) and torch.device(device).type == "cuda"
+
+
+class FakeCuda(TorchFunctionMode):
+    """Within it "cuda" is a device. waits: names of the functions that made the host wait for it, as on a real one."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits, self._pinned = [], []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func in OPS:
+            with self:
+                return OPS[func](*args, **kwargs)
+        if func in (torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda):
+            return self._to(func, *args, **kwargs)
+        if kwargs.pop("pin_memory", False):
+            return self._pin(func(*args, **kwargs))
+        made_there = is_gpu(kwargs.get("device"))
+        if made_there:
+            kwargs["device"] = "cpu"
+            if func in (torch.tensor, torch.as_tensor):
+                self.waits.append(func.__name__)
+        ours = [x for x in tree_leaves((args, kwargs)) if isinstance(x, OnGpu)]
+        if not ours:
+            return on_gpu(func(*args, **kwargs)) if made_there else func(*args, **kwargs)
+        if func.__name__ == "__get__" and func.__self__.__name__ in ("device", "is_cuda", "is_cpu"):
+            return {"device": CUDA, "is_cuda": True, "is_cpu": False}[func.__self__.__name__]
+        self._check(func, args, kwargs)
+        if func is torch.Tensor.__iter__:
+            return iter(on_gpu(list(args[0].held)))
+        known = {id(x.held): x for x in ours}  # what works in place returns what it was given
+        result = func(*held(args), **held(kwargs))
+        return tree_map_only(torch.Tensor, lambda x: known[id(x)] if id(x) in known else OnGpu(x), result)
+
+    def _check(self, func, args, kwargs):
+        """Note what waits. RuntimeError where tensors of the CPU meet those of the GPU and PyTorch moves neither."""
+        mixed = any(isinstance(x, torch.Tensor) and not isinstance(x, OnGpu) for x in tree_leaves((args, kwargs)))
+        if func is torch.Tensor.copy_:
+            if mixed:
+                self._moved(func, args[1], kwargs.get("non_blocking", False))
+        elif func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and isinstance(args[0], OnGpu):
+            chosen = any(isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in tree_leaves(args[1]))
+            if mixed or chosen or isinstance(args[1], list):
+                self.waits.append(func.__name__)
+        elif mixed:
+            raise RuntimeError(f"{func.__name__}: tensors on the CPU and on the GPU")
+        elif (
+            func.__name__ in WAITING
+            or func is torch.Tensor.new_tensor
+            or (func is torch.where and len(args) == 1)
+            or (func.__name__ == "repeat_interleave" and isinstance(args[1], OnGpu))
+        ):
+            self.waits.append(func.__name__)
+
+    def _to(self, func, x, *args, device=None, non_blocking=False, **kwargs):
+        named = [value for value in args if isinstance(value, (str, torch.device))]
+        args = [value for value in args if not isinstance(value, (str, torch.device))]
+        device = {torch.Tensor.cpu: "cpu", torch.Tensor.cuda: CUDA}.get(func, named[0] if named else device)
+        there = isinstance(x, OnGpu) if device is None else is_gpu(device)
+        result = held(x).to(*args, **kwargs)
+        if there == isinstance(x, OnGpu):
+            return x if result is held(x) else OnGpu(result) if there else result
+        if non_blocking and not there:
+            return self._pin(result.clone())
+        self._moved(func, x, non_blocking)
+        return OnGpu(result.clone()) if there else result.clone()
+
+    def _pin(self, x):
+        self._pinned.append(x.untyped_storage())
+        return x
+
+    def _moved(self, func, source, non_blocking):
+        """A copy between host and device waits unless it is told not to and comes from pinned memory."""
+        pinned = not isinstance(source, OnGpu) and any(
+            source.untyped_storage().data_ptr() == storage.data_ptr() for storage in self._pinned
+        )
+        if not (non_blocking and pinned):
+            self.waits.append(func.__name__)
+
+
+class Event:
+    """All is done at once here."""
+
+    def record(self):
+        pass
+
+    def synchronize(self):
+        pass
+
+
+@contextmanager
+def fake_cuda():
+    """FakeCuda with kernels in the interpreter, which must be given tensors of the GPU alone."""
+    with interpreted():
+        launch = JITFunction.run
+
+        def run(self, *args, grid, warmup, **kwargs):
+            own = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            assert all(isinstance(x, OnGpu) for x in own), f"{self.__name__}: a tensor on the CPU"
+            with torch._C.DisableTorchFunction():
+                return launch(self, *held(args), grid=grid, warmup=warmup, **held(kwargs))
+
+        with (
+            mock.patch.object(JITFunction, "run", run),
+            mock.patch.object(StepGraph, "replay", StepGraph.run),
+            mock.patch.object(torch.cuda, "graph_pool_handle", lambda: None),
+            mock.patch.object(torch.cuda, "get_device_name", lambda device: "fake"),
+            mock.patch.object(torch.cuda, "Event", Event),
+            FakeCuda() as mode,
+        ):
+            yield mode
+
+
+def load(golden, name="tiny", **options):
+    return LLaDA2Model.from_pretrained(golden / name, dtype=torch.float32, progress=False, **options)
+
+
+def move(model):
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = OnGpu(parameter.detach())
+    return model
+
+
+PROMPTS = [list(range(1, 22)), list(range(1, 6))]
+OPTIONS = {"gen_length": 16, "block_length": 8, "threshold": 0.6, "mask_id": 255, "eos_id": 252}
+
+
+def test_generate_by_graphs(golden):
+    """The CPU's tokens; the host waits ahead of the first step, for prompts, and behind the last one, for the text."""
+    wanted = load(golden).generate(PROMPTS, **OPTIONS)
+    waits, run = [], StepGraph.run
+
+    def counted(self):
+        waits.append(len(mode.waits))
+        result = run(self)
+        waits.append(len(mode.waits))
+        return result
+
+    with fake_cuda() as mode, mock.patch.object(StepGraph, "replay", counted):
+        got = move(load(golden)).generate(PROMPTS, graphs=True, **OPTIONS)
+    assert torch.equal(held(got), wanted)
+    assert len(waits) > 8 and len(set(waits)) == 1
+    assert mode.waits[: waits[0]].count("to") <= 2 * len(PROMPTS) + 1  # ids and kinds of each, pages of their prefill
+    assert len(mode.waits) > waits[-1]
+
+
+def test_generate_without_graphs(golden):
+    options = OPTIONS | {"gen_length": 9}
+    wanted = load(golden).generate(PROMPTS[:1], **options)
+    with fake_cuda():
+        assert torch.equal(held(move(load(golden)).generate(PROMPTS[:1], **options)), wanted)
+
+
+@pytest.mark.parametrize("name, quantization", [("tiny", "fp8"), ("block22", None)])
+def test_other_networks(golden, name, quantization):
+    """A step a block: float8, and experts chosen per block."""
+    options = {"gen_length": 9, "block_length": 8, "threshold": 0.0, "profile": "hf-2.1", "num_to_transfer": 8}
+    model = load(golden, name, quantization=quantization)
+    ids = {"mask_id": model.config.vocab_size - 1, "eos_id": 3}
+    with fake_cuda() as mode:
+        got = move(model).generate(PROMPTS[1:], graphs=True, **options, **ids)
+        assert got.is_cuda
+    assert not bool((held(got) == ids["mask_id"]).any()) and mode.waits
+
+
+def test_an_engine_on_graphs(golden):
+    """Rows of two kinds one after the other in a slot, the second one's prefix found in the cache."""
+    each = [
+        DecodeParams(gen_length=11, threshold=0.4, mask_id=255, eos_ids=(252,)),
+        DecodeParams(gen_length=8, threshold=0.4, mask_id=255, eos_ids=(252,), temperature=0.8, top_k=7, seed=3),
+    ]
+    options = {"block_length": 8, "mask_id": 255, "max_running": 1, "cache_tokens": 64, "trace": False}
+
+    def tokens(model, **more):
+        engine = Engine(model, EngineConfig(**options, **more))
+        outputs = engine.generate([PROMPTS[0], PROMPTS[0]], each)
+        engine.check_integrity()
+        return [(output.token_ids, output.steps, output.shared_tokens, output.error) for output in outputs]
+
+    wanted = tokens(load(golden))
+    with fake_cuda():
+        assert tokens(move(load(golden)), graphs=True) == wanted
+    assert wanted[1][2] == 16
+
+
+def test_what_is_seen():
+    x = torch.arange(4.0)
+    with fake_cuda() as mode:
+        y = x.to("cuda")
+        assert y.is_cuda and y.device == CUDA and (y + 1).device == CUDA and torch.zeros(2, device="cuda").is_cuda
+        assert not y.cpu().is_cuda and mode.waits == ["to", "cpu"]
+        for mix in (lambda: y + x, lambda: x[y.long()], lambda: torch.cat((y, x))):
+            with pytest.raises(RuntimeError, match="tensors on the CPU and on the GPU"):
+                mix()
+        with pytest.raises(AssertionError, match="_rms_norm_kernel: a tensor on the CPU"):
+            norm._launch(y, None, x, 1e-6)
+        mode.waits.clear()
+        report = y.to("cpu", non_blocking=True)  # pinned
+        back = report[1:].to("cuda", non_blocking=True)
+        y[1:].copy_(back)
+        y[torch.tensor(2, device="cuda") - 1] = 5
+        assert mode.waits == ["tensor"]
+        mode.waits.clear()
+        y[y > 2], y[x.long()], y.tolist(), bool(y[0] > 0), x.to("cuda", non_blocking=True)
+        assert mode.waits == ["__getitem__", "__getitem__", "tolist", "__bool__", "to"]
+    with pytest.raises(RuntimeError, match="outside of FakeCuda"):
+        y + 1
