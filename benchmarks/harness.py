@@ -89,16 +89,20 @@ def card(device="cpu"):
 
 
 def commit():
-    """The checkout's commit, with -dirty where tracked files differ from it; None without git or outside a checkout."""
+    """The checkout's commit, with -dirty where tracked code differs from it; None without git or outside a checkout."""
     if not IN_CHECKOUT:  # some other repository may be around an installed package
         return None
+
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+
     try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT, capture_output=True, text=True
-        )
+        known = git("describe", "--always", "--exclude=*").stdout.strip()
     except FileNotFoundError:
         return None
-    return done.stdout.strip() or None
+    # what benchmarks and report write themselves says nothing of the code that was measured
+    changed = git("diff", "--quiet", "HEAD", "--", ":/", ":!benchmarks/results", ":!benchmarks/plots", ":!*.md")
+    return known + "-dirty" * (changed.returncode == 1) or None
 
 
 def timed_rounds(calls, rounds):
