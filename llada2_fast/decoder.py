@@ -21,7 +21,7 @@ from .kernels.moe import ROWS
 from .kernels.refine import BlockState, RefineParams, needed_positions, refine_step
 
 # Prompt tokens of one prefill forward, by device; longer prompts go in chunks of whole blocks. On a CPU chunks keep the
-# peak of memory down whatever the prompt's length; 192 took another third off it and made the prefill 14 to 18 % longer.
+# peak of memory down whatever the prompt's length; 192 took another third off it and a prefill took 14 to 18 % longer.
 PREFILL_TOKENS = {"cpu": 512, "cuda": 4096}
 _NEVER = 2**30
 
