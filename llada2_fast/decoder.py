@@ -392,7 +392,7 @@ class BlockDecoder:
         """Lay out a placed row's active block."""
         row.started = True
         self._start_block(row)
-        self.state.begin(row.slot, row.canvas[row.span], row.kind[row.span], row.span.start, row.prefix)
+        self._lay_out(row)
         if row_rules(row.params, self.length)["max_steps"] == 0:  # hf-2.0, gen_length < minimal_topk: no step is taken
             row.finish_reason = "length"
             self.state.frozen[row.slot] = refine.FINISHED
@@ -436,7 +436,7 @@ class BlockDecoder:
             for row in rows:
                 if row.block_done:
                     self._next_block(row)
-                    self.state.begin(row.slot, row.canvas[row.span], row.kind[row.span], row.span.start, row.prefix)
+                    self._lay_out(row)
         before = self.state.tokens.clone() if self.trace else None
         output, report = self.forward.refine(
             rows, self.state, self.params, self.mask_id, *([prefill] if prefill else [])
@@ -468,6 +468,10 @@ class BlockDecoder:
                 self._account(row, report)
                 refined.append(row)
         report.rows = refined
+
+    def _lay_out(self, row):
+        """Put the active block into the row's slot."""
+        self.state.begin(row.slot, row.canvas[row.span], row.kind[row.span], row.span.start, row.prefix)
 
     def _next_block(self, row):
         row.block += 1
