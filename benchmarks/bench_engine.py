@@ -25,10 +25,10 @@ from llada2_fast.engine import Engine
 from . import harness
 from .bench_throughput import latencies, serve
 from .models import SMALL, random_model
-from .peers import BlockCausal
+from .peers import BLOCK, Task, diffusers
 from .simulate import Clock, StandIn
 
-BLOCK, STEPS, IN_FLIGHT = 32, 8, 16
+STEPS, IN_FLIGHT = 8, 16
 
 
 def workload(count, seed=0):
@@ -87,18 +87,12 @@ def against_serial(model, jobs, rounds):
 
 def against_diffusers(model, jobs):
     """(tokens/s of the engine, tokens/s of diffusers): batches of 16 that run in lock-step to the longest answer."""
-    from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
-
-    pipe = LLaDA2Pipeline(model=BlockCausal(model), scheduler=BlockRefinementScheduler(block_length=BLOCK))
-    pipe.set_progress_bar_config(disable=True)
+    longest = max(params.gen_length for _, params in jobs)
+    call = diffusers(model, Task(torch.tensor([prompt for prompt, _ in jobs]), longest, STEPS, threshold=2.0))
     kept = {}
 
     def lock_step():
-        kept["theirs"] = pipe(
-            input_ids=torch.tensor([prompt for prompt, _ in jobs]), use_chat_template=False, block_length=BLOCK,
-            gen_length=max(params.gen_length for _, params in jobs), num_inference_steps=STEPS, threshold=2.0,
-            editing_threshold=None, eos_early_stop=False, mask_token_id=SMALL.mask_token_id, output_type="seq",
-        ).sequences  # fmt: skip
+        kept["theirs"] = call().sequences
 
     def together():
         kept["ours"] = tokens_of(serve(new_engine(model), jobs, IN_FLIGHT))

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 import torch
 
 from .gpu_machine import Point
-from .peers import BlockCausal
+from .peers import Task, diffusers
 from .roofline import BLOCK
 
 TPF = 6.63
@@ -87,15 +87,7 @@ def time_diffusers(machine):
     result = {"generated": length, "call_tok_s": length / seconds, "diffusers_tok_s": None, "ratio_vs_diffusers": None}
     if find_spec("diffusers") is None:
         return result
-    from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
-
-    pipe = LLaDA2Pipeline(model=BlockCausal(model), scheduler=BlockRefinementScheduler(block_length=BLOCK))
-    pipe.set_progress_bar_config(disable=True)
-    call = partial(
-        pipe, input_ids=inputs, use_chat_template=False, gen_length=length, block_length=BLOCK,
-        num_inference_steps=STEPS[1], threshold=2.0, editing_threshold=None, eos_early_stop=False,
-        mask_token_id=model.config.mask_token_id, output_type="seq",
-    )  # fmt: skip
+    call = diffusers(model, Task(inputs, length, STEPS[1], threshold=2.0))
     call()
     peer, _ = machine.seconds(call)
     return result | {"diffusers_tok_s": length / peer, "ratio_vs_diffusers": peer / seconds}

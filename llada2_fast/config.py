@@ -79,6 +79,18 @@ def _bool(name, value):
     return value
 
 
+def find_device(name=None):
+    """The torch.device of this name, else the GPU if there is one. ValueError if this machine has none such."""
+    cuda = torch.cuda.is_available()
+    try:
+        device = torch.device(name or ("cuda" if cuda else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"device={name!r}: expected a device such as cpu, cuda or cuda:1") from None
+    if device.type == "cuda" and (not cuda or (device.index or 0) >= torch.cuda.device_count()):
+        raise ValueError(f"device={name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
 def _set(owner, name, value):
     """Store a normalised value in a frozen dataclass; for use in its __post_init__ only."""
     object.__setattr__(owner, name, value)

@@ -6,13 +6,15 @@ import platform
 import time
 
 from . import __version__
-from .options import encode, find_device
+from .options import encode
 
 QUESTION, ANSWER = "Add 847 and 96.", "7+6+0=13\n4+9+1=14\n8+0+1=09\nThe answer is 943."
 
 
 def doctor(args):
     """Print the report, as JSON if args.json; returns the exit code."""
+    from .config import find_device
+
     device = find_device()
     report = {
         "versions": _versions(),

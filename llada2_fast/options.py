@@ -87,7 +87,7 @@ def load_model(args):
     """(LLaDA2Model, its folder) as the options say. ValueError if there is no such checkpoint, dtype or device."""
     from . import demo
     from .checkpoint import resolve
-    from .config import DTYPES, QUANTIZATIONS
+    from .config import DTYPES, QUANTIZATIONS, find_device
     from .model import LLaDA2Model
 
     dtype = "float32" if args.dtype is None and args.model is None else args.dtype
@@ -98,20 +98,6 @@ def load_model(args):
     folder = resolve(demo.path() if args.model is None else args.model)
     model = LLaDA2Model.from_pretrained(folder, DTYPES.get(dtype), device, args.progress, args.quantization)
     return model, folder
-
-
-def find_device(name=None):
-    """The torch.device of this name, else the GPU if there is one. ValueError if this machine has none such."""
-    import torch
-
-    cuda = torch.cuda.is_available()
-    try:
-        device = torch.device(name or ("cuda" if cuda else "cpu"))
-    except RuntimeError:
-        raise ValueError(f"device={name!r}: expected a device such as cpu, cuda or cuda:1") from None
-    if device.type == "cuda" and (not cuda or (device.index or 0) >= torch.cuda.device_count()):
-        raise ValueError(f"device={name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
 
 
 def encode(tokenizer, messages):

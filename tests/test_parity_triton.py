@@ -8,7 +8,7 @@ import torch
 from llada2_fast import DecodeParams, Engine, EngineConfig, demo
 from llada2_fast.kernels._triton import force_ops
 from llada2_fast.model import LLaDA2Model
-from llada2_fast.tokens import load_tokenizer
+from tests.engine.common import chat
 from tests.kernels.interpreter import interpreted
 
 SETS = ("tiny", "group", "variant", "flat", "moe256", "bf16")
@@ -39,11 +39,6 @@ def decode(model, case, **options):
     return model.generate(prompt, profile=f"hf-{case['version']}", **case["params"], **options)[0].tolist()
 
 
-def chat(tokenizer, text):
-    turn = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
-
-
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("label", ["aligned", "low_threshold", "quality"])
 @pytest.mark.parametrize("name", ["tiny", "moe256"])
@@ -56,8 +51,7 @@ def test_recorded_decodings_come_out_of_the_kernels(golden, name, label):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("text", PROMPTS)
 def test_the_embedded_model_writes_the_same_on_the_kernels(text):
-    model, tokenizer = load(demo.path()), load_tokenizer(demo.path())
-    prompt = [chat(tokenizer, text)]
+    model, prompt = load(demo.path()), [chat(text)]
     call = lambda: model.generate(prompt, gen_length=16, threshold=0.9, trace=True, return_dict=True)  # noqa: E731
     ours, reference = on_triton(call), call()
     assert torch.equal(ours.sequences, reference.sequences)
@@ -85,8 +79,8 @@ def test_recorded_decodings_come_out_of_the_graphs(golden, name):
 @pytest.mark.parametrize("kind", ["quality", "speed"])
 def test_the_embedded_model_writes_the_same_on_a_gpu(kind):
     """One batch of ragged rows by graphs, and the engine on them, against the CPU."""
-    tokenizer, params = load_tokenizer(demo.path()), DecodeParams.preset(kind, gen_length=64, eos_early_stop=True)
-    prompts = [chat(tokenizer, text) for text in PROMPTS]
+    params = DecodeParams.preset(kind, gen_length=64, eos_early_stop=True)
+    prompts = [chat(text) for text in PROMPTS]
     options = {"threshold": params.threshold, "editing_threshold": params.editing_threshold,
                "max_post_steps": params.max_post_steps, "gen_length": 64, "eos_early_stop": True}  # fmt: skip
     wanted = load(demo.path()).generate(prompts, return_dict=True, **options)
@@ -94,7 +88,7 @@ def test_the_embedded_model_writes_the_same_on_a_gpu(kind):
     ours = model.generate(prompts, return_dict=True, graphs=True, **options)
     assert torch.equal(ours.sequences.cpu(), wanted.sequences)
     assert [row.forwards_per_block for row in ours.counters] == [row.forwards_per_block for row in wanted.counters]
-    engine = Engine(model, EngineConfig(graphs=True, max_running=2, cache_tokens=1024), tokenizer)
+    engine = Engine(model, EngineConfig(graphs=True, max_running=2, cache_tokens=1024))
     for output, tokens, count in zip(
         engine.generate(prompts, params), wanted.sequences, wanted.num_tokens, strict=True
     ):

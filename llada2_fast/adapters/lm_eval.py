@@ -20,7 +20,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .. import checkpoint, demo
-from ..config import DTYPES, PRESETS, DecodeParams, EngineConfig
+from ..config import DTYPES, PRESETS, DecodeParams, EngineConfig, find_device
 from ..engine import Engine
 from ..model import LLaDA2Model
 from ..requests import check_fit, resolve_ids
@@ -112,7 +112,7 @@ class LLaDA2LM:
         self.mc_num, self.mc_seed = _integer("mc_num", mc_num, 1), _integer("mc_seed", mc_seed, 0)
         if dtype not in (None, "auto", *DTYPES):
             raise ValueError(f"dtype={dtype!r}: expected auto or one of {', '.join(DTYPES)}")
-        self._device = _device(device)
+        self._device = find_device(device)
         own = "float32" if pretrained is None else None
         self.pretrained, self.revision, self.quantization = pretrained or demo.path(), revision, quantization
         folder = checkpoint.resolve(self.pretrained, revision)
@@ -317,17 +317,6 @@ def _batch_size(size, most):
     if isinstance(size, str) and size.isdecimal():
         size = int(size)
     return _integer("batch_size", size, 1)
-
-
-def _device(name):
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    try:
-        device = torch.device(name or ("cuda" if count else "cpu"))
-    except RuntimeError:
-        raise ValueError(f"device={name!r}: expected a device such as cpu, cuda or cuda:1") from None
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise ValueError(f"device={name!r}: this machine has {count} CUDA devices")
-    return device
 
 
 if __name__ == "__main__":
