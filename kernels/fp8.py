@@ -10,6 +10,7 @@ Weights are quantised when they are loaded, activations on the fly. The layout i
 import torch
 import torch.nn.functional as F
 
+from . import product
 from ._triton import tl, triton, use_triton
 from .gemm import BLOCK, TINY, Scaled, gemm, scale_of
 
@@ -70,7 +71,7 @@ def linear_ref(x, weight, scale, parts=1):
     """x [.., K]; weight, scale from quantize_weight -> [.., N] in x's dtype: the product of what they stand for."""
     q = quantize_ref(x)
     wide = q.values.float() * q.scale.repeat_interleave(BLOCK, -1)[..., : x.shape[-1]]
-    return F.linear(wide, dequantize_weight(weight, scale, parts)).to(x.dtype)
+    return product.linear(wide, dequantize_weight(weight, scale, parts)).to(x.dtype)
 
 
 @triton.jit
@@ -107,7 +108,7 @@ def linear(x, weight, scale=None, bias=None):
     float8 on a GPU: two launches, quantisation and product.
     """
     if scale is None:
-        return F.linear(x, weight, bias)
+        return product.linear(x, weight, bias)
     if use_triton(x):
         rows = x.reshape(-1, x.shape[-1])
         y = dense(quantize(rows), Scaled(weight, scale), False, rows).values.unflatten(0, x.shape[:-1])

@@ -15,42 +15,36 @@ import torch.nn.functional as F
 from ._triton import tl, triton, use_triton
 from .fp8 import dense, linear_ref, quantize
 from .gemm import Scaled, gemm, rounded, tiles
-
-ROWS = 4  # a CPU's sgemm rounds a row alike at any height that is a multiple of this (measured: MKL, AVX-512)
+from .product import linear, rows_of
 
 
 def experts_ref(h, ids, weights, gate_up, down, gate_up_scale=None, down_scale=None):
     """h [T, H], ids, weights [T, K] -> [T, H] in h's dtype. Tokens sorted by expert; only touched experts are read.
 
-    Each expert's rows are padded to a multiple of ROWS, so that a token's bits do not depend on how many others share
-    its expert.
+    A token's bits do not depend on how many others share its expert, see product.py.
     """
     tokens, top_k = ids.shape
     if tokens == 0:
         return torch.empty_like(h)
     flat = ids.flatten()
-    count = torch.bincount(flat, minlength=gate_up.shape[0])
-    padded = (count + ROWS - 1) // ROWS * ROWS
+    count = torch.bincount(flat, minlength=gate_up.shape[0]).tolist()  # sync: CPU reference
+    touched = [(expert, size) for expert, size in enumerate(count) if size]
     order = flat.argsort(stable=True)
-    shift = (padded.cumsum(0) - padded) - (count.cumsum(0) - count)  # how far padding moves each expert's rows
-    slot = torch.empty_like(flat)
-    slot[order] = torch.arange(len(flat), device=flat.device) + shift[flat[order]]
-    touched = [(expert, size) for expert, size in enumerate(padded.tolist()) if size]  # sync: CPU reference
-    token = order.new_zeros(sum(size for _, size in touched))  # of each row; padding repeats token 0
-    token[slot[order]] = order // top_k
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
     outer = _products(  # nothing here has a name for longer than it is needed: in prefill these are the largest tensors
-        gated(_products(h[token], touched, gate_up, gate_up_scale, parts=2)), touched, down, down_scale, parts=1
-    )[slot]
+        gated(_products(h[order // top_k], touched, gate_up, gate_up_scale, parts=2)), touched, down, down_scale, parts=1
+    )[place]
     return outer.view(tokens, top_k, -1).float().mul_(weights[..., None]).sum(1).to(h.dtype)
 
 
 def _products(rows, touched, weight, scale, parts):
     """Each expert's rows times its weights, one below the other: [N, .] in the rows' dtype."""
     out = rows.new_empty(len(rows), weight.shape[1])
-    sizes = [size for _, size in touched]
+    sizes, product = [size for _, size in touched], rows_of(weight)
     for x, y, (e, _) in zip(rows.split(sizes), out.split(sizes), touched, strict=True):
         if scale is None:
-            torch.mm(x, weight[e].T, out=y)
+            product.into(x, weight[e], y)
         else:
             y.copy_(linear_ref(x, weight[e], scale[e], parts))
     return out
@@ -80,7 +74,7 @@ def _combine_kernel(OUTER, WEIGHTS, SHARED, OUT, H: tl.constexpr, K: tl.constexp
 def mlp(h, gate_up, down):
     """Dense MLP: h [T, H], gate_up [2I, H] gate rows first, down [H, I], both Scaled -> [T, H]."""
     if gate_up.scale is None:
-        return F.linear(gated(F.linear(h, gate_up.values)), down.values)
+        return linear(gated(linear(h, gate_up.values)), down.values)
     if use_triton(h):
         return dense(dense(quantize(h), gate_up, True, h), down, False, h).values
     return linear_ref(gated(linear_ref(h, *gate_up, parts=2)), *down)

@@ -13,10 +13,10 @@ read back and the size of every buffer depends on T alone.
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from . import gemm
 from ._triton import tl, triton, use_triton
+from .product import linear
 
 CHUNK = 512  # of H summed up on its own: a constant, so that a token's bits do not depend on how work was split
 TOKENS = 32  # selected for at a time by one program
@@ -58,7 +58,7 @@ def route_ref(h, weight, bias, top_k, n_group, topk_group, scale, capacity=None,
     if h.shape[0] == 0:
         return h.new_empty(0, top_k, dtype=torch.int64), h.new_empty(0, top_k, dtype=torch.float32)
     # not torch.sigmoid, which rounds the last elements of a tensor unlike the others on a CPU: exp does not
-    score = 1 / (1 + torch.exp(-F.linear(h.float(), weight.float())))
+    score = 1 / (1 + torch.exp(-linear(h.float(), weight.float())))
     choice = score + bias
     if capacity is not None:
         best = choice.new_full((int(block[-1]) + 1, choice.shape[1]), float("-inf"))  # sync: CPU reference
