@@ -14,6 +14,7 @@ from importlib import import_module
 
 from . import __version__
 from .doctor import doctor
+from .machine import prepare
 from .options import Help, add_model_options, decoding, encode, fit, load_model
 
 # The benchmarks by the names of `llada2-fast bench`: module of llada2_fast.benchmarks, what it measures.
@@ -28,6 +29,7 @@ BENCHMARKS = {
 
 def main(argv=None) -> int:
     """Run one command (argv: sys.argv[1:] unless given); returns the exit code."""
+    prepare()
     try:
         args = _parser().parse_args(argv)
         code = args.run(args)
