@@ -8,17 +8,17 @@ device starts it, and the host may read what a step did when it has launched the
 
 import time
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from .config import DecodeParams
 from .graphs import Report, Slots, StepGraph
 from .kernels import refine
 from .kernels.attention import Run
-from .kernels.moe import ROWS
 from .kernels.refine import BlockState, RefineParams, needed_positions, refine_step
+from .model import Read, read_nothing
 
 # Prompt tokens of one prefill forward, by device; longer prompts go in chunks of whole blocks. On a CPU chunks keep the
 # peak of memory down whatever the prompt's length; 192 took another third off it and a prefill took 14 to 18 % longer.
@@ -205,20 +205,17 @@ class CachedForward(Forward):
             if self.settle == "separate":
                 self._settle([row for row in rows if row.settled < row.block])
         runs = [(row, row.settled, row.block + 1) for row in rows]
-        hidden = self._forward([*runs, *((row, row.settled, row.settled + n) for row, n in prefill)], state)
+        slots = torch.tensor([row.slot for row in rows])
+        chosen = needed[slots]
+        ends = list(accumulate(end - begin for _, begin, end in runs))
+        read = Read([end - 1 for end in ends], torch.where(chosen.flatten())[0])
+        hidden = self._forward([*runs, *((row, row.settled, row.settled + n) for row, n in prefill)], state, read)
         for row in rows:
             row.settled = row.block if self.reuse else 0
         _went_ahead(prefill)
-        ends = torch.tensor([(end - begin) * row.length for row, begin, end in runs]).cumsum(0)
-        own = torch.arange(needed.shape[1]) - needed.shape[1] + ends[:, None]  # where each active block lies in hidden
-        slots = torch.tensor([row.slot for row in rows])
-        chosen = needed[slots]
         index = torch.full(needed.shape, -1, device=needed.device)
         index[slots] = torch.where(chosen, chosen.flatten().cumsum(0).view(chosen.shape) - 1, -1)
-        picked = hidden[own.to(chosen.device)[chosen]]
-        # padded to whole ROWS, so that a position's logits do not depend on how many others are needed
-        logits = self.model.lm_logits(F.pad(picked, (0, 0, 0, -len(picked) % ROWS)))
-        return logits[: len(picked)], index
+        return self.model.lm_logits(hidden), index
 
     def settle_ahead(self, prefill):
         """(row, n) pairs: settle n further blocks of rows that have not started, by a forward of their own."""
@@ -251,9 +248,12 @@ class CachedForward(Forward):
                 row.settled = row.block
                 row.counters.settle_forwards += 1
 
-    def _forward(self, spans, state=None):
-        """Forward blocks begin..end-1 of rows; active blocks are read from the state, the others from the canvas."""
+    def _forward(self, spans, state=None, read=None):
+        """Forward blocks begin..end-1 of rows; active blocks are read from the state, the others from the canvas.
+
+        Returns the hidden states that `read` names, None = none."""
         tokens, positions, runs = [], [], []
+        read = read or read_nothing(self.model.device)
         for row, begin, end in spans:
             at = begin * row.length
             if end <= row.block:
@@ -262,7 +262,7 @@ class CachedForward(Forward):
                 tokens += [row.canvas[at : row.span.start], state.tokens[row.slot]]
             positions.append(torch.arange(at, end * row.length, device=row.canvas.device))
             runs.append(Run(row.pages, begin, end - begin, row.limit))
-        return self.model.forward_blocks(torch.cat(tokens), torch.cat(positions), runs, self.cache)
+        return self.model.forward_blocks(torch.cat(tokens), torch.cat(positions), runs, self.cache, read)
 
 
 class GraphedForward(CachedForward):

@@ -6,18 +6,20 @@ decoder calls it. Shapes: B batch, S sequence, T packed tokens, H hidden, V voca
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from . import checkpoint
 from .config import ModelConfig
-from .kernels.attention import block_attention, masked_attention, place_blocks
+from .kernels.attention import block_attention, masked_attention, place_blocks, single_blocks
 from .kernels.fp8 import E4M3, check_device, linear, scale_shape
 from .kernels.gemm import Scaled
 from .kernels.moe import experts, mlp
 from .kernels.norm import add_rms_norm, rms_norm
+from .kernels.product import rows_of
 from .kernels.rope import qk_norm_rope, qk_norm_rope_write, rope_angles
 from .kernels.router import route, token_blocks
 from .tokens import NAMES as SPECIAL_IDS
@@ -35,6 +37,23 @@ class ModelOutput:
     logits: torch.Tensor
     hidden_states: tuple[torch.Tensor, ...] | None = None
     router_indices: tuple[torch.Tensor | None, ...] | None = None
+
+
+class Read(NamedTuple):
+    """Which tokens of a forward over packed blocks have a reader."""
+
+    blocks: list[int]  # ordinals of the blocks that hold any
+    rows: torch.Tensor  # int64 [M]: among the tokens of these blocks
+
+
+def read_nothing(device):
+    """The Read of a forward that only fills pages."""
+    return Read([], torch.empty(0, dtype=torch.int64, device=device))
+
+
+def _attend(k, v, blocks, q, own=slice(None), rows=slice(None)):
+    """Attention over pages of the queries [T, nq, D] of `own` tokens; `rows` of the result."""
+    return block_attention(q[own], k, v, blocks)[rows]
 
 
 def block_causal_mask(length, block_length, device=None):
@@ -172,11 +191,12 @@ class Layer(nn.Module):
         dense = index < config.first_k_dense_replace
         self.mlp = MLP(config, config.intermediate_size, **kw) if dense else MoE(config, **kw)
 
-    def forward(self, x, delta, cos, sin, attend, block=None, pages=None):
+    def forward(self, x, delta, cos, sin, attend, block=None, pages=None, read=None):
         """delta: what the layer before adds to x, None for the first layer. Returns x, its own delta and expert ids:
-        each sum is made by the norm that follows it."""
+        each sum is made by the norm that follows it. read: the tokens that `attend` returns, if not all."""
         x, h = (x, self.input_layernorm(x)) if delta is None else self.input_layernorm.add(x, delta)
-        x, h = self.post_attention_layernorm.add(x, self.attention(h, cos, sin, attend, pages))
+        attended = self.attention(h, cos, sin, attend, pages)
+        x, h = self.post_attention_layernorm.add(x if read is None else x[read], attended)
         return x, *self.mlp(h, block)
 
 
@@ -207,6 +227,26 @@ class LLaDA2Model(nn.Module):
     @property
     def device(self):
         return self.word_embeddings.weight.device
+
+    def products(self):
+        """{(N, K, dtype): kernels.product.Rows} of all products on this device with as many threads as now: how each is
+        computed, and at which heights a row's bits are the same. Found by a probe, which takes milliseconds a shape."""
+        found = {}
+        for name, weight in self.named_parameters():
+            looked_up = "embeddings" in name and not self.config.tie_word_embeddings
+            if weight.ndim < 2 or looked_up or name.endswith("scale"):
+                continue
+            wide = ".router." in name or weight.dtype == E4M3  # multiplied in float32
+            dtype = torch.float32 if wide else weight.dtype
+            found[*weight.shape[-2:], dtype] = rows_of(weight, dtype)
+        return found
+
+    @property
+    def exact_rows(self):
+        """Whether a token's bits do not depend on what else is in its batch: then tokens and trace of a request are
+        those it gets alone. True on a CPU whose libraries round a row alike at some height, for each product with as
+        many threads as now; False on a GPU, where cuBLAS picks kernels by the number of rows."""
+        return all(rows.least is not None for rows in self.products().values())
 
     @classmethod
     def from_pretrained(cls, path, dtype=None, device="cpu", progress=True, quantization=None):
@@ -266,7 +306,7 @@ class LLaDA2Model(nn.Module):
     def lm_logits(self, hidden):
         """hidden [..., H], after the final norm -> logits [..., V] in the model's dtype."""
         if self.config.tie_word_embeddings:
-            return F.linear(hidden, self.word_embeddings.weight)
+            return linear(hidden, self.word_embeddings.weight)
         return self.lm_head(hidden)
 
     def _angles(self, position):
@@ -341,24 +381,36 @@ class LLaDA2Model(nn.Module):
         return mask | (~mask.any(-1, keepdim=True) & torch.eye(size, dtype=torch.bool, device=mask.device))
 
     @torch.no_grad()
-    def forward_blocks(self, tokens, positions, runs, cache):
+    def forward_blocks(self, tokens, positions, runs, cache, read=None):
         """Hidden states of packed runs of whole blocks over cached pages; their K/V are written to their pages.
 
         tokens, positions int64 [T], T = blocks of all runs times L; runs: list of Run, or a BlockBatch, which a CUDA
-        graph can hold; cache: PagedKVCache. Returns [T, H] after the final norm; lm_logits turns the needed ones into
-        logits.
+        graph can hold; cache: PagedKVCache. read: a Read, with a list of Run only: whose hidden states are wanted, None
+        = everybody's; the last layer computes no more of the others than their K/V. Returns [T, H] after the final
+        norm, or [M, H] of what is read; lm_logits turns the needed ones into logits.
         """
+        length = cache.block_length
         x, delta = self.word_embeddings(tokens), None
-        blocks, slot = place_blocks(runs, cache.block_length, x)
-        block = self._token_blocks(1, tokens.shape[0], cache.block_length)
+        blocks, slot = place_blocks(runs, length, x)
+        block = self._token_blocks(1, tokens.shape[0], length)
         cos, sin = self._angles(positions)
-        for layer, k_cache, v_cache in zip(self.layers, cache.k, cache.v, strict=True):
-
-            def attend(q, k_cache=k_cache, v_cache=v_cache):
-                return block_attention(q, k_cache, v_cache, blocks)
-
-            x, delta, _ = layer(x, delta, cos, sin, attend, block, (k_cache, v_cache, slot))
-        return self.norm.add(x, delta)[1]
+        *layers, last = zip(self.layers, cache.k, cache.v, strict=True)
+        for layer, k, v in layers if read is not None else [*layers, last]:
+            x, delta, _ = layer(x, delta, cos, sin, partial(_attend, k, v, blocks), block, (k, v, slot))
+        if read is None:
+            return self.norm.add(x, delta)[1]
+        layer, k, v = last
+        own = torch.tensor(read.blocks, dtype=torch.int64, device=x.device)[:, None] * length
+        own = (own + torch.arange(length, device=x.device)).flatten()  # tokens of the blocks that are read
+        blocks, _ = place_blocks(single_blocks(runs, read.blocks), length, x)
+        if block is None:
+            within, after = read.rows, slice(None)
+        else:  # experts are chosen for whole blocks
+            within, after = slice(None), read.rows
+            block = self._token_blocks(1, len(own), length)
+        attend = partial(_attend, k, v, blocks, own=own, rows=within)
+        x, delta, _ = layer(x, delta, cos, sin, attend, block, (k, v, slot), own[within])
+        return self.norm.add(x, delta)[1][after]
 
     def generate(self, inputs, *args, **kwargs):
         """Text from this model; see llada2_fast.generate.generate for all arguments."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from ..cache import PagedKVCache
 from ..decoder import PREFILL_TOKENS
 from ..kernels.attention import Run
-from ..kernels.moe import ROWS
+from ..model import Read, read_nothing
 from ..requests import check_prompts
 
 
@@ -49,7 +49,8 @@ def likelihood_bound(
     for begin in range(0, blocks - 1, chunk):
         end = min(begin + chunk, blocks - 1)
         run = Run(tuple(range(end)), begin, end - begin, limit)
-        model.forward_blocks(canvas[begin:end].flatten(), where[begin:end].flatten(), [run], cache)
+        nothing = read_nothing(model.device)
+        model.forward_blocks(canvas[begin:end].flatten(), where[begin:end].flatten(), [run], cache, nothing)
 
     generator, bound = torch.Generator().manual_seed(seed), 0.0
     for block in range(n // length, blocks):
@@ -60,10 +61,11 @@ def likelihood_bound(
             tokens = canvas[block].repeat(len(rows), 1)
             tokens[:, scored].masked_fill_(rows, mask_id)
             runs = [Run((*range(block), blocks - 1 + row), block, 1, limit) for row in range(len(rows))]
-            hidden = model.forward_blocks(tokens.flatten(), where[block].repeat(len(rows)), runs, cache)
-            picked = hidden.view(len(rows), length, -1)[:, scored][rows]
-            # whole ROWS, as in the decoder: a position's logits do not depend on how many there are
-            logits = model.lm_logits(F.pad(picked, (0, 0, 0, -len(picked) % ROWS)))[: len(picked)]
+            read = torch.zeros(tokens.shape, dtype=torch.bool, device=tokens.device)
+            read[:, scored] = rows
+            read = Read(list(range(len(rows))), torch.where(read.flatten())[0])
+            hidden = model.forward_blocks(tokens.flatten(), where[block].repeat(len(rows)), runs, cache, read)
+            logits = model.lm_logits(hidden)
             target = canvas[block, scored].expand(rows.shape)[rows]
             log_p = torch.zeros(rows.shape, dtype=torch.float64, device=rows.device)
             log_p[rows] = -F.cross_entropy(logits.float(), target, reduction="none").double()
