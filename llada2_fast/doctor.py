@@ -19,6 +19,7 @@ def doctor(args):
     report = {
         "versions": _versions(),
         "devices": _devices(),
+        "this process": _process(),
         f"ops on {device}": _ops(device),
         "embedded model": _try_embedded_model(device),
     }
@@ -50,6 +51,16 @@ def _devices():
         card = torch.cuda.get_device_properties(i)
         memory = f"{card.total_memory / 2**30:.0f} GiB"
         found[f"cuda:{i}"] = f"{card.name}, sm_{card.major}{card.minor}, {card.multi_processor_count} SMs, {memory}"
+    return found
+
+
+def _process():
+    """What machine.prepare asked of the libraries, here or by whoever set it before."""
+    from .machine import processor, processors, wanted
+
+    found = {"processors": f"{processors()} for this process"}
+    for name in wanted(*processor()):
+        found[name] = os.environ.get(name, "not set")
     return found
 
 
@@ -96,5 +107,18 @@ def _try_embedded_model(device):
         "folder": demo.path(),
         "question": QUESTION,
         "answer": "right" if text == ANSWER else f"wrong: {text!r}, expected {ANSWER!r}",
+        "exact rows": _exactness(model),
         "speed": f"{output.num_tokens[0]} tokens in {seconds:.2f} s, {output.tokens_per_forward:.1f} per forward",
     }
+
+
+def _exactness(model):
+    """Whether a request's tokens are those it gets alone, and how that is known."""
+    if model.device.type != "cpu":
+        return "not promised: cuBLAS picks kernels by the number of rows"
+    products = model.products().values()
+    if not model.exact_rows:
+        none = sum(rows.least is None for rows in products)
+        return f"no: {none} of {len(products)} products round a row by the rows beside it, at any height"
+    libraries = ", ".join(sorted({rows.library for rows in products}))
+    return f"yes: products round a row alike from a height of {max(rows.least for rows in products)} on ({libraries})"
