@@ -1,0 +1,132 @@
+"""A row's bits do not depend on the rows beside it: on this machine, under other settings of its libraries, and where
+a library does otherwise the probe says so."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llada2_fast.kernels import product
+from llada2_fast.kernels.product import linear, rows_of
+
+from . import rows
+
+ROOT = Path(__file__).parent.parent
+NEVER = "this machine's libraries round a row by its batch, at any height: nothing is promised"
+
+
+def library(same_bits):
+    """A product that rounds its rows in one way at heights for which same_bits(height), and in another elsewhere."""
+
+    def multiply(x, weight, bias):
+        y = F.linear(x.double(), weight.double())
+        return (y if same_bits(len(x)) else y * (1 + 1e-6 * len(x))).to(x.dtype)
+
+    return multiply
+
+
+@pytest.mark.parametrize(
+    ("same_bits", "least", "padded"),
+    [
+        (lambda m: True, 2, (0, 2)),
+        (lambda m: m >= 7, 7, (0, 7, 7, 7, 7, 7, 7)),
+        (lambda m: m % 4 == 0 or m > 12, 12, (0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12)),
+        (lambda m: m >= 16 or m == 3, 16, (0, 3, 3, 3, *[16] * 12)),
+        (lambda m: m == product.TALL, None, ()),
+        (lambda m: m != 100, None, ()),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_probe_finds_the_heights_that_will_do(same_bits, least, padded, dtype):
+    assert product._probe(library(same_bits), 24, 40, dtype) == (least, padded)
+
+
+def test_products_are_padded_to_a_height_that_will_do():
+    heights = []
+
+    def watched(x, weight, bias):
+        heights.append(len(x))
+        return F.linear(x, weight, bias)
+
+    x, weight, bias, out = torch.randn(9, 6), torch.randn(4, 6), torch.randn(4), torch.empty(9, 4)
+    way = product.Rows("other", watched, 4, (0, 4, 4, 4))
+    for count in range(9):
+        assert torch.equal(way(x[:count], weight, bias), F.linear(F.pad(x[:count], (0, 0, 0, 4)), weight, bias)[:count])
+        way.into(x[:count], weight, out[:count])
+    assert heights == [0, 0, 4, 4, 4, 4, 4, 4, 4, 4, 5, 5, 6, 6, 7, 7, 8, 8]
+    torch.testing.assert_close(out[:8], F.linear(x[:8], weight))
+
+
+@pytest.mark.parametrize("dtype", [*rows.DTYPES, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [*rows.SHAPES, (1, 7), (3, 10)], ids=str)
+def test_a_row_has_the_same_bits_at_any_height(shape, dtype):
+    if not rows.promised(*shape, dtype):
+        pytest.skip(NEVER)
+    assert rows.unlike(*shape, dtype) == []
+
+
+@pytest.mark.parametrize("dtype", [*rows.DTYPES, torch.float16], ids=str)
+def test_it_is_the_product(dtype):
+    x, weight, bias = (torch.randn(s).to(dtype) for s in ((3, 5, 2, 48), (40, 48), (40,)))
+    for rows_in, b in ((x, None), (x.transpose(0, 1), bias)):
+        y, wanted = linear(rows_in, weight, b), rows_in.double() @ weight.double().T
+        wanted = wanted if b is None else wanted + b.double()
+        torch.testing.assert_close(y.double(), wanted, rtol=1e-2 if dtype != torch.float32 else 1e-5, atol=1e-2)
+        assert y.dtype == dtype
+    assert linear(x[:0], weight).shape == (0, 5, 2, 40)
+    experts, out = torch.stack([weight, 2 * weight]), torch.empty(7, 40, dtype=dtype)
+    for e in (0, 1):
+        rows_of(experts).into(x.flatten(0, 2)[:7], experts[e], out)
+        assert torch.equal(out, linear(x.flatten(0, 2)[:7], experts[e]))
+
+
+@pytest.mark.parametrize("dtype", rows.DTYPES, ids=str)
+@pytest.mark.parametrize("length", [1, 2, 5, 8])
+def test_a_prompt_gets_the_tokens_and_trace_it_gets_alone(length, dtype):
+    model = rows.model(dtype=dtype)
+    if not model.exact_rows:
+        pytest.skip(NEVER)
+    assert rows.differing(model, length) == []
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"MKL_CBWR": "AVX512,STRICT", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
+        {"MKL_CBWR": "COMPATIBLE", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+        {"MKL_CBWR": "AVX2", "ONEDNN_MAX_CPU_ISA": "SSE41"},
+    ],
+    ids=lambda settings: ",".join(settings.values()) or "as it is",
+)
+def test_what_the_probe_says_holds_under_other_settings(settings, threads):
+    environment = {**os.environ, **settings, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"}
+    del environment["OMP_NUM_THREADS"]
+    command = [sys.executable, str(ROOT / "tests" / "rows.py"), str(threads)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.stdout, run.stderr
+    assert json.loads(run.stdout)["broken"] == []
+
+
+def test_a_model_says_what_holds():
+    model = rows.model()
+    found = model.products()
+    assert {(16, 512), (461, 512)}.isdisjoint(shape[:2] for shape in found)
+    assert (8, 512, torch.float32) in found and (61, 512, torch.float32) in found and (40, 512, torch.float32) in found
+    assert model.exact_rows == all(way.least is not None for way in found.values())
+    wide = rows.model(dtype=torch.bfloat16).products()
+    assert wide.keys() - found.keys() == {(*shape[:2], torch.bfloat16) for shape in found if shape[0] != 8}
+    assert not LLaDA2Elsewhere().exact_rows
+
+
+class LLaDA2Elsewhere(rows.LLaDA2Model):
+    """One that is on no CPU."""
+
+    def __init__(self):
+        super().__init__(rows.WIDE, device="meta")
