@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
+from ._ambient import isolated
+
 try:
     import triton
     import triton.language as tl
@@ -61,6 +63,7 @@ def register_op(schema, run, fake):
     """
     name = schema.partition("(")[0]
     _library.define(schema)
-    _library.impl(name, run, "CompositeExplicitAutograd")
+    _library.impl(name, isolated(run), "CompositeExplicitAutograd")
+    _library.impl(name, torch.library.fallthrough_kernel, "Autograd")  # what it gives has no gradient
     torch.library.register_fake(f"llada2_fast::{name}", fake, lib=_library)
     return getattr(torch.ops.llada2_fast, name).default

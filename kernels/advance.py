@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ._ambient import run_kernel
 from ._triton import tl, triton, use_triton
 from .refine import BLOCK_DONE, PREFIX_MASK
 from .roles import ABSENT, PROMPT, TAIL, VALID
@@ -134,7 +135,8 @@ def launch(state, bounds, slot, repeat, carried, mask_id):
     entries, length = slot.shape[0], state.tokens.shape[1]
     rows, index, laid = _empty(state.tokens, entries + carried)
     size = triton.next_power_of_2(entries) * triton.next_power_of_2(length)
-    _advance_kernel[(1,)](
+    run_kernel(
+        _advance_kernel, (1,),
         slot, repeat, bounds.total, bounds.limit, bounds.changed, *vars(state).values(), rows, index, laid, mask_id,
         A=entries, C=carried, L=length, ENTRIES=triton.next_power_of_2(entries),
         PLACES=triton.next_power_of_2(max(carried, 1)), LANES=triton.next_power_of_2(length),

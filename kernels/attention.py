@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ._ambient import run_kernel
 from ._triton import FLOATS, tl, triton, use_triton
 from ._tuned import measured
 
@@ -40,7 +41,7 @@ class Run(NamedTuple):
 
 def pinned(numbers, device):
     """Ints as int32 [n] on the CPU, to be copied to `device` without waiting for what runs there."""
-    return torch.tensor(numbers, dtype=torch.int32, pin_memory=torch.device(device).type == "cuda")
+    return torch.tensor(numbers, dtype=torch.int32, device="cpu", pin_memory=torch.device(device).type == "cuda")
 
 
 class BlockBatch(NamedTuple):
@@ -140,7 +141,7 @@ def _row(cache, run, length):
     end = run.first_block + run.num_blocks
     if _side_by_side(run.pages):
         return cache[run.pages[0] : run.pages[0] + end].flatten(0, 1)
-    return cache[torch.tensor(run.pages[:end], device=cache.device)].flatten(0, 1)
+    return cache[torch.tensor(run.pages[:end], dtype=torch.int64, device=cache.device)].flatten(0, 1)
 
 
 @lru_cache(maxsize=4096)  # asked for every layer and step of a row, a tenth of a millisecond at 2000 tokens
@@ -315,14 +316,16 @@ def _launch(q, k_cache, v_cache, batch):
     tiles = triton.cdiv(length * heads // kv_heads, meta["TILE_M"])
     for first in range(0, count, at_once):
         grid = min(at_once, count - first)
-        _attention_kernel[(kv_heads * tiles, splits, grid)](
+        run_kernel(
+            _attention_kernel, (kv_heads * tiles, splits, grid),
             q, k_cache, v_cache, out, part, top, total, *batch, first, splits, dim**-0.5 * 1.4426950408889634,
             width, q.stride(0), *k_cache.stride()[:3], **meta,
         )  # fmt: skip
         if splits > 1:
-            _combine_kernel[(triton.cdiv(length * heads, combine["TILE_R"]), grid)](
+            run_kernel(
+                _combine_kernel, (triton.cdiv(length * heads, combine["TILE_R"]), grid),
                 part, top, total, out, batch.block_row, batch.block_index, batch.limit, first, splits, **combine
-            )
+            )  # fmt: skip
     return out
 
 

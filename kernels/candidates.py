@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 
+from ._ambient import run_kernel
 from ._triton import register_op, tl, triton, use_triton
 from ._tuned import measured
 from .filters import CHUNK, GROUP, PIVOTS, STEP_BITS, _draw, _filter_kernel, _filters, _finite, _scale, cut_ref
@@ -370,9 +371,11 @@ def launch_parts(logits, index, roles, flags, start, step, params, mask_id, filt
     tiles = triton.cdiv(vocab, tile_v)
     positions, device = rows * length, logits.device
     room = triton.next_power_of_2(tiles)
-    parts = torch.empty((5 if runner_up else 3, positions, room), device=device)
+    parts = torch.empty((5 if runner_up else 3, positions, room), dtype=torch.float32, device=device)
     ids = torch.empty((3 if runner_up else 1, positions, room), dtype=torch.int32, device=device)
-    chunks = torch.empty((2, positions, tiles * (tile_v // CHUNK)), device=device) if filters else (None, None)
+    chunks = None, None
+    if filters:
+        chunks = torch.empty((2, positions, tiles * (tile_v // CHUNK)), dtype=torch.float32, device=device)
     tokens, kind, frozen = (None, None, None) if roles is None else roles
     inputs = (logits, index, tokens, kind, frozen, flags, start, step, *params, parts, ids, *chunks)
     shape = {
@@ -381,9 +384,11 @@ def launch_parts(logits, index, roles, flags, start, step, params, mask_id, filt
     }  # fmt: skip
     where = (vocab, mask_id, stride_r, stride_l, stride_v)
     vocab_pass, filter_pass = pass_layout(device, logits.dtype, vocab)
-    _vocab_kernel[(positions, triton.cdiv(tiles, vocab_pass["SPAN"]))](*inputs, *where, **shape, **vocab_pass)
+    grid = (positions, triton.cdiv(tiles, vocab_pass["SPAN"]))
+    run_kernel(_vocab_kernel, grid, *inputs, *where, **shape, **vocab_pass)
     if filters:
-        _filter_kernel[(positions,)](
+        run_kernel(
+            _filter_kernel, (positions,),
             *inputs, chunks[0].view(torch.int32), *where, tiles, **shape,
             STEP_BITS=STEP_BITS[logits.dtype], GROUP=GROUP, **filter_pass,
         )  # fmt: skip
@@ -399,7 +404,8 @@ def launch(logits, start, step, params, mask_id, ban_mask, index, filters, runne
         logits, index, None, ban_mask.view(torch.uint8), start, step, params, mask_id, filters, runner_up, tile_v
     )  # fmt: skip
     lanes, num_warps = row_layout(length)
-    _candidates_kernel[(rows,)](
+    run_kernel(
+        _candidates_kernel, (rows,),
         index, start, step, params.temperature, params.seed, parts, ids, *found, *(() if runner_up else (None, None)),
         tiles, length, parts.shape[2], lanes, num_warps=num_warps,
     )  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from . import product
+from ._ambient import run_kernel
 from ._triton import tl, triton, use_triton
 from .gemm import BLOCK, TINY, Scaled, gemm, scale_of
 
@@ -96,7 +97,8 @@ def quantize(x):
     if x.numel():
         x = x if x.stride(1) == 1 else x.contiguous()
         tile = min(8, triton.next_power_of_2(groups))
-        _quantize_kernel[(rows, triton.cdiv(groups, tile))](
+        run_kernel(
+            _quantize_kernel, (rows, triton.cdiv(groups, tile)),
             x, out, scale, x.stride(0), K=columns, GROUPS=groups, TILE_G=tile, num_warps=4
         )  # fmt: skip
     return Scaled(out, scale)

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import torch
 
+from ._ambient import run_kernel
 from ._triton import tl, triton
 from ._tuned import device_name, table
 
@@ -178,7 +179,8 @@ def gemm(x, weight, shared, routing, gated, like, tile_m, tile_n, num_warps, num
     tiles = bound + (triton.cdiv(tokens, tile_m) if alone else 0)
     if count == 0:
         return Scaled(out, out_scale)
-    _gemm_kernel[(tiles * triton.cdiv(width, tile_n),)](
+    run_kernel(
+        _gemm_kernel, (tiles * triton.cdiv(width, tile_n),),
         x.values, weight.values, shared and shared.values, out,
         x.scale, weight.scale, shared and shared.scale, out_scale, like,
         *(routing[2:5] if routing else (None, None, None)), tokens, x.values.stride(0),

@@ -12,6 +12,7 @@ experts that some token chose are read.
 import torch
 import torch.nn.functional as F
 
+from ._ambient import run_kernel
 from ._triton import tl, triton, use_triton
 from .fp8 import dense, linear_ref, quantize
 from .gemm import Scaled, gemm, rounded, tiles
@@ -102,7 +103,8 @@ def experts(h, routing, gate_up, down, shared=None):
     outer = gemm(inner, down, shared[1] if alike else None, routing, False, h, routing.tile_m, **size["down"]).values
     beside = outer[routing.ids.numel() :] if alike else None if shared is None else mlp(h, *shared)
     out = h.new_empty(tokens, hidden)
-    _combine_kernel[(tokens, triton.cdiv(hidden, 1024))](
+    run_kernel(
+        _combine_kernel, (tokens, triton.cdiv(hidden, 1024)),
         outer, routing.weights, beside, out, H=hidden, K=routing.ids.shape[1], TILE_H=1024, num_warps=4
     )  # fmt: skip
     return out

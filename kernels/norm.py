@@ -8,6 +8,7 @@ Computed in float32 and cast back before the multiplication by the weight, as th
 
 import torch
 
+from ._ambient import run_kernel
 from ._triton import FLOATS, tl, triton, use_triton
 
 MAX_SIZE = 16384  # a row is one tile of registers
@@ -72,9 +73,10 @@ def _launch(x, delta, weight, eps):
         return total, out
     x, delta = _rows(x), None if delta is None else _rows(delta)
     meta = norm_tile(size)
-    _rms_norm_kernel[(triton.cdiv(x.shape[0], meta["TILE_R"]),)](
+    run_kernel(
+        _rms_norm_kernel, (triton.cdiv(x.shape[0], meta["TILE_R"]),),
         x, delta, weight, total, out, eps, x.shape[0], x.stride(0), 0 if delta is None else delta.stride(0), **meta
-    )
+    )  # fmt: skip
     return total, out
 
 

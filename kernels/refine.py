@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import torch
 
+from ._ambient import run_kernel
 from ._triton import register_op, tl, triton, use_triton
 from .candidates import TILE_V, SampleParams, _combine, block_candidates_ref, launch_parts, row_layout
 from .roles import ABSENT, BAN_MASK, EDITING, FILL_PROMPT, PROMPT, VALID, _roles, roles_ref
@@ -364,7 +365,8 @@ def launch(logits, state, params, mask_id, index, filters, only_needed, tile_v=T
         logits, index, roles, params.flags, state.start, state.step, sampling, mask_id, filters, tile_v=tile_v
     )  # fmt: skip
     lanes, num_warps = row_layout(length)
-    _commit_kernel[(rows,)](
+    run_kernel(
+        _commit_kernel, (rows,),
         index, parts, ids, *vars(state).values(),
         params.temperature, params.seed, params.threshold, params.edit_threshold, params.steps, params.min_transfer,
         params.max_steps, params.max_post_steps, params.flags, params.eos_ids, *output, mask_id, tiles,

@@ -8,6 +8,7 @@ qk_norm_rope_write stores k and v in the pages of a cache instead of returning t
 
 import torch
 
+from ._ambient import run_kernel
 from ._triton import FLOATS, tl, triton, use_triton
 from .attention import check_caches, write_pages
 from .norm import rms_norm_ref
@@ -145,7 +146,8 @@ def _launch(qkv, q_weight, k_weight, cos, sin, eps, num_heads, num_kv_heads, k_c
     q = qkv.new_empty(tokens, num_heads, dim)
     if tokens:
         meta = rope_tile(num_heads, num_kv_heads, dim)
-        _qk_norm_rope_kernel[(triton.cdiv(tokens * heads, meta["TILE_R"]),)](
+        run_kernel(
+            _qk_norm_rope_kernel, (triton.cdiv(tokens * heads, meta["TILE_R"]),),
             qkv, q_weight, k_weight, cos, sin, q, k_cache, v_cache, slot, eps, tokens,
             qkv.stride(0), k_cache.stride(0), k_cache.stride(1), ROT=rot, L=k_cache.shape[1], **meta,
         )  # fmt: skip

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from . import gemm
+from ._ambient import run_kernel
 from ._triton import tl, triton, use_triton
 from .product import linear
 
@@ -377,12 +378,14 @@ def _launch(h, weight, bias, top_k, n_group, topk_group, scale, capacity, block,
     }  # fmt: skip
     alone = groups == 1 and tokens <= TOKENS
     counts = None if alone else new(groups, tile["GROUPS"] * tile["WIDTH"], dtype=torch.int32)
-    _select_kernel[(groups,)](
+    run_kernel(
+        _select_kernel, (groups,),
         logits, bias, starts, out.ids, out.weights, counts, out.order, out.tiles, out.num_tiles, tokens, groups, scale,
         KEEP=topk_group, CAPACITY=capacity or 0, PARTS=len(logits), **tile,
     )  # fmt: skip
     if not alone:
-        _align_kernel[(groups,)](
+        run_kernel(
+            _align_kernel, (groups,),
             out.ids, counts, starts, out.order, out.tiles, out.num_tiles, tokens, groups, **tile
         )  # fmt: skip
     return out
@@ -397,7 +400,8 @@ def _scores(h, weight):
     chunks = triton.cdiv(hidden, CHUNK)
     parts = chunks if tokens < SPLIT_BELOW else 1
     logits = torch.empty(parts, tokens, experts, dtype=torch.float32, device=h.device)
-    _scores_kernel[(triton.cdiv(tokens, 32), triton.cdiv(experts, tile_e), parts)](
+    run_kernel(
+        _scores_kernel, (triton.cdiv(tokens, 32), triton.cdiv(experts, tile_e), parts),
         h, weight, logits, tokens, h.stride(0), E=experts, H=hidden, CHUNK=CHUNK, CHUNKS=chunks // parts,
         WIDEN=widen, TILE_T=32, TILE_E=tile_e, TILE_H=tile_h, num_warps=4, num_stages=3,
     )  # fmt: skip

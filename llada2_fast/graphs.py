@@ -7,8 +7,11 @@ plan that no row needs repeat the first one: they write the same keys and values
 expert, so a graph of a larger size costs a smaller batch next to nothing and changes none of its bits.
 """
 
+from functools import lru_cache
+
 import torch
 
+from .kernels._ambient import lasting
 from .kernels.advance import RowBounds, advance
 from .kernels.attention import BlockBatch, pinned
 from .kernels.refine import CHANGED, FLAGS, refine_step
@@ -21,6 +24,7 @@ class Slots:
     run at a time and what one returns is read before the next runs.
     """
 
+    @lasting
     def __init__(self, slots, pages, device):
         self.page_table = torch.zeros(slots, pages, dtype=torch.int32, device=device)
         self.bounds = RowBounds(*(torch.zeros(slots, dtype=torch.int32, device=device) for _ in range(3)))
@@ -40,6 +44,7 @@ class StepGraph:
     addresses they had at capture.
     """
 
+    @lasting
     def __init__(self, model, cache, state, params, mask_id, slots, active, carried):
         self.model, self.cache, self.state, self.params, self.mask_id = model, cache, state, params, mask_id
         self.slots, self.active, self.carried = slots, active, carried
@@ -87,17 +92,18 @@ class StepGraph:
 
     def replay(self):
         """run(), captured once and replayed; what it returns stays at its address and is overwritten by the next."""
-        if self.stale:
-            self._capture()
-        self.graph.replay()
+        with torch.cuda.device_of(self._plan):
+            if self.stale:
+                self._capture()
+            self.graph.replay()
         return self.results
 
     def _capture(self):
         """Compile and warm up, with the state put back afterwards, then capture."""
         kept = [(x, x.clone()) for x in (*vars(self.state).values(), self.slots.bounds.changed)]
         graph = torch.cuda.CUDAGraph()
-        capture = torch.cuda.graph(graph, pool=self.slots.pool, capture_error_mode="thread_local")
-        stream = capture.capture_stream  # one for all graphs: cuBLAS keeps a workspace for each stream it has seen
+        stream = _capture_stream(self._plan.device)
+        capture = torch.cuda.graph(graph, pool=self.slots.pool, stream=stream, capture_error_mode="thread_local")
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self.run()
@@ -108,6 +114,13 @@ class StepGraph:
             results = self.run()
         # the old graph goes only now: nothing can be captured into a pool that no graph holds any more
         self.graph, self.results, self.stale = graph, results, False
+
+
+@lru_cache
+def _capture_stream(device):
+    """One for all graphs of a GPU: cuBLAS keeps a workspace for each stream it has seen. PyTorch's own default is on
+    the GPU that was current when it was first asked for."""
+    return torch.cuda.Stream(device)
 
 
 class Report:
@@ -123,7 +136,7 @@ class Report:
         self._arrived = None
         if report.is_cuda:
             self._arrived = torch.cuda.Event()
-            self._arrived.record()
+            self._arrived.record(torch.cuda.current_stream(report.device))
 
     def wait(self):
         """Until it is here; then status, blocks: lists of ints over the slots, and what follows, are to be had."""

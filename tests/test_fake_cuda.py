@@ -20,7 +20,7 @@ from llada2_fast.kernels import candidates, norm, refine
 from llada2_fast.model import LLaDA2Model
 from tests.kernels.interpreter import interpreted
 
-CUDA = torch.device("cuda:0")
+CUDA = torch.device("cuda:1")  # not the current one
 OPS = {refine._op: refine._run, candidates._op: candidates._run}
 WAITING = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero", "masked_select", "unique"}
 
@@ -137,8 +137,8 @@ class FakeCuda(TorchFunctionMode):
 class Event:
     """All is done at once here."""
 
-    def record(self):
-        pass
+    def record(self, stream):
+        assert stream == CUDA
 
     def synchronize(self):
         pass
@@ -146,13 +146,23 @@ class Event:
 
 @contextmanager
 def fake_cuda():
-    """FakeCuda with kernels in the interpreter, which must be given tensors of the GPU alone."""
+    """FakeCuda with kernels in the interpreter, which must be given tensors of the GPU alone, and that GPU as the
+    current one: Triton launches on that, wherever the tensors are."""
+    current = [torch.device("cuda:0")]
+
+    @contextmanager
+    def device_of(x):
+        current.append(x.device if x.is_cuda else current[-1])
+        yield
+        current.pop()
+
     with interpreted():
         launch = JITFunction.run
 
         def run(self, *args, grid, warmup, **kwargs):
             own = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
             assert all(isinstance(x, OnGpu) for x in own), f"{self.__name__}: a tensor on the CPU"
+            assert current[-1] == CUDA, f"{self.__name__}: launched on {current[-1]}"
             with torch._C.DisableTorchFunction():
                 return launch(self, *held(args), grid=grid, warmup=warmup, **held(kwargs))
 
@@ -161,6 +171,8 @@ def fake_cuda():
             mock.patch.object(StepGraph, "replay", StepGraph.run),
             mock.patch.object(torch.cuda, "graph_pool_handle", lambda: None),
             mock.patch.object(torch.cuda, "get_device_name", lambda device: "fake"),
+            mock.patch.object(torch.cuda, "device_of", device_of),
+            mock.patch.object(torch.cuda, "current_stream", torch.device),
             mock.patch.object(torch.cuda, "Event", Event),
             FakeCuda() as mode,
         ):
@@ -200,6 +212,22 @@ def test_generate_by_graphs(golden):
     assert len(waits) > 8 and len(set(waits)) == 1
     assert mode.waits[: waits[0]].count("to") <= 2 * len(PROMPTS) + 1  # ids and kinds of each, pages of their prefill
     assert len(mode.waits) > waits[-1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_what_kernels_leave_each_other_is_not_of_the_default_dtype(golden, dtype):
+    options = OPTIONS | {"gen_length": 8, "temperature": 0.8, "top_k": 7, "seed": 3, "return_dict": True, "trace": True}
+    wanted = load(golden).generate(PROMPTS[1:], **options)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with fake_cuda():
+            got = move(load(golden)).generate(PROMPTS[1:], **options)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(held(got.sequences), wanted.sequences)
+    theirs = [event.confidence for row in wanted.trace for event in row.events]
+    assert [event.confidence for row in got.trace for event in row.events] == pytest.approx(theirs, abs=1e-4)
 
 
 def test_generate_without_graphs(golden):
