@@ -12,6 +12,8 @@ from array import array
 
 import torch
 
+from .kernels._ambient import lasting
+
 
 def content_keys(tokens, block_length, keys=()):
     """Keys of the full blocks of a row, a list of bytes: hashes of a block's tokens and the key of the block before.
@@ -32,6 +34,7 @@ class PagedKVCache:
     num_free: pages nobody holds, published ones among them. num_evicted: published pages given out again so far.
     """
 
+    @lasting
     def __init__(self, config, num_pages, block_length, dtype, device):
         shape = (config.num_hidden_layers, num_pages, block_length, config.num_key_value_heads, config.head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=device)

@@ -78,7 +78,7 @@ def load(
     _check_params(config, params)
     plan = inspect(folder, config)
     sizes = [entry.end - entry.begin for entry, _ in plan]
-    buffer = torch.empty(max(sizes), dtype=torch.uint8)
+    buffer = torch.empty(max(sizes), dtype=torch.uint8, device="cpu")
     bar = tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="Loading weights", disable=not progress)
     with bar, torch.no_grad():
         for entry, slot in plan:

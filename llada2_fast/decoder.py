@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from .config import DecodeParams
 from .graphs import Report, Slots, StepGraph
 from .kernels import refine
+from .kernels._ambient import lasting
 from .kernels.attention import Run
 from .kernels.refine import BlockState, RefineParams, needed_positions, refine_step
 from .model import Read, read_nothing
@@ -24,6 +25,7 @@ from .model import Read, read_nothing
 # peak of memory down whatever the prompt's length; 192 took another third off it and a prefill took 14 to 18 % longer.
 PREFILL_TOKENS = {"cpu": 512, "cuda": 4096}
 _NEVER = 2**30
+_ON_CPU = {"dtype": torch.int64, "device": "cpu"}
 
 
 @dataclass
@@ -205,7 +207,7 @@ class CachedForward(Forward):
             if self.settle == "separate":
                 self._settle([row for row in rows if row.settled < row.block])
         runs = [(row, row.settled, row.block + 1) for row in rows]
-        slots = torch.tensor([row.slot for row in rows])
+        slots = torch.tensor([row.slot for row in rows], **_ON_CPU)
         chosen = needed[slots]
         ends = list(accumulate(end - begin for _, begin, end in runs))
         read = Read([end - 1 for end in ends], torch.where(chosen.flatten())[0])
@@ -213,7 +215,7 @@ class CachedForward(Forward):
         for row in rows:
             row.settled = row.block if self.reuse else 0
         _went_ahead(prefill)
-        index = torch.full(needed.shape, -1, device=needed.device)
+        index = torch.full(needed.shape, -1, dtype=torch.int64, device=needed.device)
         index[slots] = torch.where(chosen, chosen.flatten().cumsum(0).view(chosen.shape) - 1, -1)
         return self.model.lm_logits(hidden), index
 
@@ -333,24 +335,25 @@ class BlockDecoder:
     report: of the last step the host knows of: its rows and its status, lists of ints [slots][8]; None before.
     """
 
+    @lasting
     def __init__(self, forward, slots, block_length, mask_id, device="cpu", max_eos=1, trace=False):
         assert not (trace and forward.lag), "a trace needs each step's output before the next step"
         self.forward, self.length, self.mask_id, self.trace = forward, block_length, mask_id, trace
         self.report = self._launched = None  # what the host has read, and what it has still to read
         self.rows = [None] * slots
-        blocks = torch.full((slots, block_length), mask_id, device=device)
+        blocks = torch.full((slots, block_length), mask_id, dtype=torch.int64, device=device)
         self.state = BlockState.start_block(
             blocks, torch.zeros_like(blocks, dtype=torch.int8), torch.zeros(slots, dtype=torch.int64, device=device)
         )
         self.state.frozen.fill_(refine.FINISHED)
-        real = torch.zeros(slots, device=device)
+        real = torch.zeros(slots, dtype=torch.float32, device=device)
         whole = torch.zeros(slots, dtype=torch.int32, device=device)
         self.params = RefineParams(
             temperature=real.clone(), top_k=whole.clone(), top_p=real.clone(),
             seed=torch.zeros(slots, dtype=torch.int64, device=device),
             threshold=real.clone(), edit_threshold=real.clone(), steps=whole.clone(), min_transfer=whole.clone(),
             max_steps=whole.clone(), max_post_steps=whole.clone(), flags=whole.clone(),
-            eos_ids=torch.full((slots, max_eos), -1, device=device),
+            eos_ids=torch.full((slots, max_eos), -1, dtype=torch.int64, device=device),
         )  # fmt: skip
 
     def open(self, slot, prompt, params, seed, eos_ids):
@@ -360,18 +363,20 @@ class BlockDecoder:
         self.start(row)
         return row
 
+    @lasting
     def new_row(self, prompt, params, seed, eos_ids):
         """The Row of a prompt, in no slot yet."""
         length, n = self.length, prompt.shape[0]
         size = -(-(n + params.gen_length) // length) * length
         device = self.state.tokens.device
-        canvas = torch.full((size,), self.mask_id, device=device)
+        canvas = torch.full((size,), self.mask_id, dtype=torch.int64, device=device)
         canvas[:n] = prompt
-        kind = torch.full((size,), refine.TAIL if params.attend_tail else refine.ABSENT, dtype=torch.int8)
+        tail = refine.TAIL if params.attend_tail else refine.ABSENT
+        kind = torch.full((size,), tail, dtype=torch.int8, device="cpu")
         kind[:n] = refine.PROMPT
         kind[n : n + params.gen_length] = refine.VALID
-        eos = torch.full((self.params.eos_ids.shape[1],), -1, device=device)
-        eos[: len(eos_ids)] = torch.tensor(eos_ids, dtype=torch.int64)
+        eos = torch.full((self.params.eos_ids.shape[1],), -1, dtype=torch.int64, device=device)
+        eos[: len(eos_ids)] = torch.tensor(eos_ids, dtype=torch.int64, device="cpu")
         in_prompt = bool(torch.isin(canvas[:n], eos).any())
         return Row(
             None, params, seed, eos, length, n, canvas, kind.to(device), block=n // length,

@@ -82,7 +82,7 @@ def _ops(device):
                 continue  # a piece of other ops
             if not hasattr(module, "use_triton"):
                 decisions[name] = "PyTorch: has no Triton kernel yet"
-            elif module.use_triton(torch.empty(0, device=device)):
+            elif module.use_triton(torch.empty(0, dtype=torch.float32, device=device)):
                 decisions[name] = "Triton"
             else:
                 decisions[name] = f"PyTorch: {'no GPU' if _triton.HAS_TRITON else 'Triton is not installed'}"

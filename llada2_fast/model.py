@@ -14,6 +14,7 @@ from torch import nn
 
 from . import checkpoint
 from .config import ModelConfig
+from .kernels._ambient import isolated, lasting
 from .kernels.attention import block_attention, masked_attention, place_blocks, single_blocks
 from .kernels.fp8 import E4M3, check_device, linear, scale_shape
 from .kernels.gemm import Scaled
@@ -216,6 +217,7 @@ class LLaDA2Model(nn.Module):
             self.lm_head = Linear(config.hidden_size, config.vocab_size, float8=config.float8, **kw)
         self.requires_grad_(False)
 
+    @lasting
     def _apply(self, fn, recurse=True):
         vars(self).pop("_graphed_decoder", None)  # its graphs hold the addresses of the weights; see generate.py
         return super()._apply(fn, recurse)
@@ -249,6 +251,7 @@ class LLaDA2Model(nn.Module):
         return all(rows.least is not None for rows in self.products().values())
 
     @classmethod
+    @lasting
     def from_pretrained(cls, path, dtype=None, device="cpu", progress=True, quantization=None):
         """Load a LLaDA2.0/2.1/2.2 checkpoint folder or hub id (safetensors only, no remote code).
 
@@ -274,6 +277,7 @@ class LLaDA2Model(nn.Module):
         return model
 
     @classmethod
+    @lasting
     def from_transformers(cls, model):
         """The network on the tensors of a LLaDA2 model that is loaded already, e.g. with the checkpoint's remote code.
 
@@ -303,6 +307,7 @@ class LLaDA2Model(nn.Module):
         checkpoint.save(path, self.config, dict(self.named_parameters()))
         save_special_ids(path, self.special_ids)
 
+    @isolated
     def lm_logits(self, hidden):
         """hidden [..., H], after the final norm -> logits [..., V] in the model's dtype."""
         if self.config.tie_word_embeddings:
@@ -317,7 +322,7 @@ class LLaDA2Model(nn.Module):
         """TokenBlocks of packed rows, if experts are chosen per block."""
         return None if self.config.expert_capacity is None else token_blocks(rows, size, length, self.device)
 
-    @torch.no_grad()
+    @isolated
     def forward(self, input_ids, position_ids=None, block_length=None, attention_mask=None,
                 output_hidden_states=False, output_router_indices=False, **ignored):  # fmt: skip
         """Logits of whole sequences, without a cache.
@@ -380,7 +385,7 @@ class LLaDA2Model(nn.Module):
         # a padding position may be left with nothing to see: let it see itself, so that no NaN arises
         return mask | (~mask.any(-1, keepdim=True) & torch.eye(size, dtype=torch.bool, device=mask.device))
 
-    @torch.no_grad()
+    @isolated
     def forward_blocks(self, tokens, positions, runs, cache, read=None):
         """Hidden states of packed runs of whole blocks over cached pages; their K/V are written to their pages.
 
@@ -401,7 +406,7 @@ class LLaDA2Model(nn.Module):
             return self.norm.add(x, delta)[1]
         layer, k, v = last
         own = torch.tensor(read.blocks, dtype=torch.int64, device=x.device)[:, None] * length
-        own = (own + torch.arange(length, device=x.device)).flatten()  # tokens of the blocks that are read
+        own = (own + torch.arange(length, dtype=torch.int64, device=x.device)).flatten()  # tokens of the blocks that are read
         blocks, _ = place_blocks(single_blocks(runs, read.blocks), length, x)
         if block is None:
             within, after = read.rows, slice(None)

@@ -157,18 +157,19 @@ class LLaDA2Pipeline:
         if attention_mask is not None:
             raise ValueError("`attention_mask` needs `input_ids`: a prompt's own is the tokenizer's.")
         self._check_source(prompt, messages, input_ids)
-        if messages is None and not (use_chat_template and getattr(self.tokenizer, "chat_template", None)):
-            encoded = self.tokenizer(prompt, return_tensors="pt", padding=isinstance(prompt, list))
-        else:
-            if messages is None and isinstance(prompt, str):
-                messages = [{"role": "user", "content": prompt}]
-            elif messages is None:
-                messages = [[{"role": "user", "content": text}] for text in prompt]
-            batch = {"padding": True} if isinstance(messages[0], (list, tuple)) else {}
-            encoded = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_tensors="pt",
-                return_dict=True, **batch, **(chat_template_kwargs or {}),
-            )  # fmt: skip
+        with torch.device("cpu"):  # a tokenizer leaves it to PyTorch's default, which need not hold data
+            if messages is None and not (use_chat_template and getattr(self.tokenizer, "chat_template", None)):
+                encoded = self.tokenizer(prompt, return_tensors="pt", padding=isinstance(prompt, list))
+            else:
+                if messages is None and isinstance(prompt, str):
+                    messages = [{"role": "user", "content": prompt}]
+                elif messages is None:
+                    messages = [[{"role": "user", "content": text}] for text in prompt]
+                batch = {"padding": True} if isinstance(messages[0], (list, tuple)) else {}
+                encoded = self.tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_tensors="pt",
+                    return_dict=True, **batch, **(chat_template_kwargs or {}),
+                )  # fmt: skip
         ids = encoded["input_ids"]
         mask = encoded.get("attention_mask")
         return ids, (torch.ones_like(ids) if mask is None else mask).long()

@@ -31,7 +31,7 @@ def split_prompts(inputs, attention_mask=None):
             fit = isinstance(ids, (list, tuple)) and all(type(i) is int and -(2**63) <= i < 2**63 for i in ids)
             if not fit:
                 raise ValueError(f"inputs: a list of lists of integer token ids expected, got {ids!r} in it")
-        prompts = [torch.tensor(ids, dtype=torch.int64) for ids in lists]
+        prompts = [torch.tensor(ids, dtype=torch.int64, device="cpu") for ids in lists]
     if not prompts:
         raise ValueError("inputs: at least one prompt expected, got none")
     return prompts

@@ -75,7 +75,7 @@ class BlockRefinementScheduler:
             editing_threshold=editing_threshold, minimal_topk=minimal_topk,
         )  # fmt: skip
         self.num_inference_steps = num_inference_steps
-        self.timesteps = torch.arange(num_inference_steps - 1, -1, -1)
+        self.timesteps = torch.arange(num_inference_steps - 1, -1, -1, device="cpu")
         self._transfer_schedule = None
         self._committed = None  # uniform mode: bool [R, L], what is committed of the present block
 
@@ -141,15 +141,15 @@ class BlockRefinementScheduler:
         block_length = self.config.block_length if block_length is None else block_length
         _positive("block_length", block_length)
         self.num_inference_steps = num_inference_steps
-        self.timesteps = torch.arange(num_inference_steps - 1, -1, -1, device=device)
+        self.timesteps = torch.arange(num_inference_steps - 1, -1, -1, device=device or "cpu")
         self._transfer_schedule = self.get_num_transfer_tokens(block_length, num_inference_steps).to(device or "cpu")
         self._committed = None
 
     def get_num_transfer_tokens(self, block_length, num_inference_steps):
         """int64 [num_inference_steps]: block_length commits spread evenly, the first steps take what is left over."""
         if num_inference_steps <= 0:
-            return torch.zeros(0, dtype=torch.int64)
-        steps = torch.arange(num_inference_steps)
+            return torch.zeros(0, dtype=torch.int64, device="cpu")
+        steps = torch.arange(num_inference_steps, device="cpu")
         return block_length // num_inference_steps + (steps < block_length % num_inference_steps).long()
 
     # one step
@@ -276,7 +276,7 @@ class BlockRefinementScheduler:
         not looked at: an EOS may resolve later than it is committed.
         """
         generated = cur_x[:, prompt_length:]
-        eos = torch.as_tensor(eos_token_id, device=cur_x.device)
+        eos = torch.as_tensor(eos_token_id, dtype=torch.int64, device=cur_x.device)
         mask_before = (generated == mask_token_id).cumsum(-1) > 0
         return finished | (torch.isin(generated, eos) & ~mask_before).any(-1)
 
@@ -308,8 +308,9 @@ class BlockRefinementScheduler:
         masked_rev = torch.zeros_like(valid)
         for begin in range(prompt_length, size, block_length):
             block = slice(begin, min(size, begin + block_length))
-            fraction = torch.rand((batch, 1), device=device, generator=generator)
-            draws = torch.rand((batch, block.stop - begin), device=device, generator=generator)
+            fraction = torch.rand((batch, 1), dtype=torch.float32, device=device, generator=generator)
+            shape = batch, block.stop - begin
+            draws = torch.rand(shape, dtype=torch.float32, device=device, generator=generator)
             masked[:, block] = (draws < fraction) & valid[:, block]
             masked_rev[:, block] = (draws >= fraction) & valid[:, block]
         noisy = original_samples.masked_fill(masked, mask_token_id)
@@ -341,7 +342,7 @@ def _mask_step(
         max_steps=per_row(_NO_STEPS),
         max_post_steps=per_row(_NO_STEPS),
         flags=per_row(refine.BAN_MASK | (refine.EDITING if editing else 0)),
-        eos_ids=torch.full((rows, 1), -1, device=device),
+        eos_ids=torch.full((rows, 1), -1, dtype=torch.int64, device=device),
     )
     kind = torch.full_like(sample, refine.VALID, dtype=torch.int8)
     if prompt_mask is not None:

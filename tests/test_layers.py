@@ -256,6 +256,61 @@ def test_unsafe_lint(source, faults):
     assert len(unsafe_faults(source)) == faults
 
 
+# Of torch: what makes tensors where the host's default device is, and those that may be of its default dtype, too.
+PLACED = {"arange", "randint", "randperm", "tril_indices", "triu_indices"}
+TYPED = {
+    "as_tensor", "asarray", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "ones", "rand", "randn",
+    "scalar_tensor", "tensor", "zeros",
+}  # fmt: skip
+
+
+def ambient_faults(source):
+    """Lists what depends on what the host has set: its default device and dtype, its current GPU."""
+    faults = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        given = {keyword.arg for keyword in node.keywords}
+        module, _, name = ast.unparse(node.func).rpartition(".")
+        if module == "torch" and name in PLACED | TYPED and None not in given:
+            needed = {"device", "dtype"} if name in TYPED else {"device"}
+            faults += [f"line {node.lineno}: torch.{name} without {missing}" for missing in sorted(needed - given)]
+        if isinstance(node.func, ast.Subscript) and ast.unparse(node.func.value).endswith("_kernel"):
+            faults.append(f"line {node.lineno}: launched on the current GPU, without run_kernel")
+    return faults
+
+
+def library_files():
+    """The demo trains its network in a process of its own."""
+    trainers = {ROOT / "llada2_fast" / "demo" / f"{name}.py" for name in ("evaluate", "network", "train")}
+    return [path for path in python_files("kernels", "llada2_fast") if path not in trainers]
+
+
+@pytest.mark.parametrize("path", library_files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_depends_on_what_the_host_has_set(path):
+    assert ambient_faults(path.read_text("utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "source, faults",
+    [
+        ("torch.zeros(3)", 2),
+        ("torch.zeros(3, device=x.device)", 1),
+        ("torch.full((3,), 1.0, dtype=torch.float32)", 1),
+        ("torch.tensor(ids, dtype=torch.int64, device='cpu')", 0),
+        ("torch.tensor(ids, **on_cpu)", 0),
+        ("torch.arange(3)", 1),
+        ("torch.arange(3, device=x.device)", 0),
+        ("x.new_zeros(3), torch.zeros_like(x)", 0),
+        ("_norm_kernel[(1,)](x)", 1),
+        ("norm._norm_kernel[grid](x)", 1),
+        ("run_kernel(_norm_kernel, grid, x)", 0),
+    ],
+)
+def test_ambient_lint(source, faults):
+    assert len(ambient_faults(source)) == faults
+
+
 # Spelled in pieces, so that this file does not find itself.
 OUTSIDE = re.compile(rb"\.\./sha" rb"red|(?<![\w./-])/(?:wo" rb"rk|tm" rb"p|ho" rb"me|ro" rb"ot)\b")
 

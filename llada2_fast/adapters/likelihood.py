@@ -7,12 +7,15 @@ import torch.nn.functional as F
 
 from ..cache import PagedKVCache
 from ..decoder import PREFILL_TOKENS
+from ..kernels._ambient import isolated
 from ..kernels.attention import Run
 from ..model import Read, read_nothing
 from ..requests import check_prompts
 
+_REAL = {"dtype": torch.float64, "device": "cpu"}
 
-@torch.no_grad()
+
+@isolated
 def likelihood_bound(
     model, prompt, continuation, mask_id, block_length=None, mc_num=128, seed=0, batch_size=16, attend_tail=True
 ):
@@ -36,11 +39,11 @@ def likelihood_bound(
     if not continuation:
         raise ValueError("continuation: expected at least one token, got none")
     length = block_length or model.block_length
-    ids = torch.tensor([*prompt, *continuation], dtype=torch.int64)
+    ids = torch.tensor([*prompt, *continuation], dtype=torch.int64, device="cpu")
     n, total = len(prompt), len(ids)
     check_prompts([ids], 0, model.config.vocab_size, model.config.max_position_embeddings, "continuation")
     blocks = -(-total // length)
-    canvas = torch.full((blocks, length), mask_id)
+    canvas = torch.full((blocks, length), mask_id, dtype=torch.int64, device="cpu")
     canvas.view(-1)[:total] = ids
     canvas, where = canvas.to(model.device), torch.arange(blocks * length, device=model.device).view(blocks, length)
     limit = blocks * length if attend_tail else total
@@ -78,10 +81,11 @@ def _masks(count, mc_num, generator):
     """Masks bool [S, count], none of them empty, and weights float64 [S], so that the weighted sum of the masks' summed
     log-probabilities is the expectation in `likelihood_bound`, or an unbiased estimate of it."""
     if 2**count - 1 <= mc_num:
-        masks = (torch.arange(1, 2**count)[:, None] >> torch.arange(count)) & 1 == 1
+        masks = (torch.arange(1, 2**count, device="cpu")[:, None] >> torch.arange(count, device="cpu")) & 1 == 1
         sizes = masks.sum(1).tolist()
-        return masks, torch.tensor([1 / (size * math.comb(count, size)) for size in sizes], dtype=torch.float64)
-    at = (torch.arange(mc_num) + torch.rand((), generator=generator, dtype=torch.float64)) / mc_num
+        return masks, torch.tensor([1 / (size * math.comb(count, size)) for size in sizes], **_REAL)
+    at = (torch.arange(mc_num, device="cpu") + torch.rand((), generator=generator, **_REAL)) / mc_num
     sizes = (at * count).long().clamp(max=count - 1) + 1
-    ranks = torch.rand(mc_num, count, generator=generator).argsort(1).argsort(1)
+    draws = torch.rand(mc_num, count, generator=generator, dtype=torch.float32, device="cpu")
+    ranks = draws.argsort(1).argsort(1)
     return ranks < sizes[:, None], count / (mc_num * sizes.double())

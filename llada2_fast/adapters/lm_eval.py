@@ -231,7 +231,7 @@ class LLaDA2LM:
         blocks = sorted(-(-(len(prompt) + params.gen_length) // length) for prompt, params, _ in work)
         engine = Engine(self.model, self._engine_config(sum(blocks[-self.batch_size :]) * length), self.tokenizer)
         for prompt, params, _ in work:
-            check_fit(self.model.config, [torch.tensor(prompt, dtype=torch.int64)], params)
+            check_fit(self.model.config, [torch.tensor(prompt, dtype=torch.int64, device="cpu")], params)
         waiting = deque(enumerate(work))
         with tqdm(total=len(work), desc=desc, disable=disable_tqdm) as bar:
             while waiting or engine.has_work:

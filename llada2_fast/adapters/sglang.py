@@ -153,7 +153,7 @@ class Refinement:
     def init_step_state(self, forward_batch):
         """One Block per row. What stands in a block at its start is prompt, or committed."""
         kind = self._prompt_mask(forward_batch).to(torch.int8) * refine.PROMPT
-        seeds = torch.randint(-(2**63), 2**63 - 1, (len(kind),), generator=self._generator)
+        seeds = torch.randint(-(2**63), 2**63 - 1, (len(kind),), generator=self._generator, device="cpu")
         return [Block(*row) for row in zip(kind.unbind(), seeds.tolist(), strict=True)]
 
     def max_steps(self, block_size):
@@ -183,8 +183,8 @@ class Refinement:
         failed = [bool(block.frozen & refine.ERROR) for block in states]
         if any(failed) and (self.fdfo or all(done)):  # no forward will read these tokens
             _logger.error("logits hold NaN or infinity: %d of %d requests fail", sum(failed), rows)
-            fails = torch.tensor(failed, device=tokens.device)[:, None] & (state.kind != refine.PROMPT)
-            tokens.masked_fill_(fails, -1)  # an id below 0 is how SGLang learns of it
+            fails = torch.tensor(failed, dtype=torch.bool, device=tokens.device)[:, None]
+            tokens.masked_fill_(fails & (state.kind != refine.PROMPT), -1)  # an id below 0 is how SGLang learns of it
         return done
 
     @property
@@ -205,12 +205,15 @@ class Refinement:
         counts = [[getattr(block, name) for block in blocks] for name in ("step", "post_steps", "frozen")]
         whole = ("steps", "min_transfer", "max_steps", "max_post_steps", "flags", "top_k")
         # one copy to the device for all that is int32, one for all that is float32
-        integers = torch.tensor([*counts, *([self.rules[name]] * rows for name in whole)], dtype=torch.int32)
+        integers = torch.tensor(
+            [*counts, *([self.rules[name]] * rows for name in whole)], dtype=torch.int32, device="cpu"
+        )
         step, post_steps, frozen, *integers = integers.to(device, non_blocking=True).unbind()
         real = ("threshold", "edit_threshold", "temperature", "top_p")
-        reals = torch.tensor([[self.rules[name]] * rows for name in real], dtype=torch.float32)
+        reals = torch.tensor([[self.rules[name]] * rows for name in real], dtype=torch.float32, device="cpu")
         reals = reals.to(device, non_blocking=True).unbind()
-        seed = torch.tensor([block.seed for block in blocks]).to(device, non_blocking=True)
+        seed = torch.tensor([block.seed for block in blocks], dtype=torch.int64, device="cpu")
+        seed = seed.to(device, non_blocking=True)
         params = RefineParams(
             **dict(zip(whole, integers, strict=True)), **dict(zip(real, reals, strict=True)),
             seed=seed, eos_ids=seed.new_full((rows, 1), -1),  # SGLang looks for EOS in finished blocks

@@ -116,7 +116,7 @@ class LLaDA2GenerationMixin:
             return sequences
         costs = zip(output.num_tokens, output.counters, strict=True)
         rates = [tokens / max(1, counters.denoise_forwards) for tokens, counters in costs]
-        return LLaDA2GenerateOutput(sequences, torch.tensor(rates, device=sequences.device))
+        return LLaDA2GenerateOutput(sequences, torch.tensor(rates, dtype=torch.float32, device=sequences.device))
 
     def default_generation_config(self, said):
         """The model's generation config: what the checkpoint's own says, and its special ids; greedy if it is silent.
@@ -185,7 +185,7 @@ def _prompts(inputs, input_ids, attention_mask, config):
     if inputs is not None and input_ids is not None:
         raise ValueError("input_ids: give it or inputs, not both")
     ids = input_ids if inputs is None else inputs
-    ids = torch.empty(1, 0, dtype=torch.int64) if ids is None else ids
+    ids = torch.empty(1, 0, dtype=torch.int64, device="cpu") if ids is None else ids
     if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or not len(ids):
         got = list(ids.shape) if isinstance(ids, torch.Tensor) else type(ids).__name__
         raise ValueError(f"inputs: a tensor [B, P] of token ids expected, got {got}")
@@ -216,7 +216,8 @@ def _criteria(given, config, tokenizer):
     if config.stop_strings is not None:
         if tokenizer is None:
             raise ValueError(f"stop_strings={config.stop_strings!r}: needs the argument tokenizer")
-        criteria.append(StopStringCriteria(tokenizer, config.stop_strings))
+        with torch.device("cpu"):  # transformers leaves its table to PyTorch's default, which need not hold data
+            criteria.append(StopStringCriteria(tokenizer, config.stop_strings))
     return criteria
 
 

@@ -37,7 +37,7 @@ class Blocks:
 
     def __init__(self, slots, length, mask_id, device):
         self.length, self.mask_id = length, mask_id
-        tokens = torch.full((slots, length), mask_id, device=device)
+        tokens = torch.full((slots, length), mask_id, dtype=torch.int64, device=device)
         start = torch.zeros(slots, dtype=torch.int64, device=device)
         self.state = BlockState.start_block(tokens, torch.zeros_like(tokens, dtype=torch.int8), start)
         self.state.frozen.fill_(FINISHED)
@@ -58,10 +58,11 @@ class Blocks:
         kind = [PROMPT] * lead + [VALID] * (width - lead) + [ABSENT] * (self.length - width)
         eos = [*eos_ids[:MAX_EOS], *[-1] * (MAX_EOS - len(eos_ids))]
         device = self.lead.device
-        self.state.begin(slot, torch.tensor(tokens, device=device), torch.tensor(kind, device=device), start, 0)
+        tokens, kind = (torch.tensor(ints, dtype=torch.int64, device=device) for ints in (tokens, kind))
+        self.state.begin(slot, tokens, kind, start, 0)
         for name, value in (row_rules(params, self.length) | {"seed": seed}).items():
             getattr(self.params, name)[slot] = value
-        self.params.eos_ids[slot] = torch.tensor(eos, device=device)
+        self.params.eos_ids[slot] = torch.tensor(eos, dtype=torch.int64, device=device)
         self.lead[slot] = lead
         self.count[slot] = width - lead
         self.width[slot] = width

@@ -91,7 +91,8 @@ class MoE(nn.Module):
             config.hidden_size, config.num_experts, out_dtype=torch.float32, params_dtype=torch.float32,
             prefix=f"{prefix}.gate",
         )  # fmt: skip
-        self.gate.expert_bias = nn.Parameter(torch.empty(config.num_experts, dtype=torch.float32))
+        device = torch.get_default_device()  # where vLLM wants its weights
+        self.gate.expert_bias = nn.Parameter(torch.empty(config.num_experts, dtype=torch.float32, device=device))
         inner = config.moe_intermediate_size
         shared = None
         if config.num_shared_experts:
