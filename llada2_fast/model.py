@@ -14,6 +14,7 @@ from torch import nn
 
 from . import checkpoint
 from .config import ModelConfig
+from .conversion import KeepsFloat8, NeverNarrower
 from .kernels._ambient import isolated, lasting
 from .kernels.attention import block_attention, masked_attention, place_blocks, single_blocks
 from .kernels.fp8 import E4M3, check_device, linear, scale_shape
@@ -77,7 +78,7 @@ class RMSNorm(nn.Module):
         return add_rms_norm(x, delta, self.weight, self.eps)
 
 
-class Linear(nn.Module):
+class Linear(KeepsFloat8):
     """x W^T (+ b). In float8, W is e4m3 with a `scale` per block; its `parts`, equal shares of its rows, share none."""
 
     def __init__(self, size_in, size_out, bias=False, float8=False, parts=1, **kw):
@@ -141,7 +142,9 @@ class MLP(nn.Module):
         return mlp(x, *self.weights), None
 
 
-class Router(nn.Module):
+class Router(NeverNarrower):
+    """Near-ties between experts are decided by the last bits of its weights."""
+
     def __init__(self, config, **kw):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, **kw))
@@ -155,7 +158,7 @@ class Router(nn.Module):
         return route(x, self.weight, self.expert_bias, *self.rule, block)
 
 
-class Experts(nn.Module):
+class Experts(KeepsFloat8):
     def __init__(self, config, **kw):
         super().__init__()
         count, inner, hidden = config.num_experts, config.moe_intermediate_size, config.hidden_size
@@ -221,6 +224,10 @@ class LLaDA2Model(nn.Module):
     def _apply(self, fn, recurse=True):
         vars(self).pop("_graphed_decoder", None)  # its graphs hold the addresses of the weights; see generate.py
         return super()._apply(fn, recurse)
+
+    def __getstate__(self):
+        """What a copy gets: all but the graphs, which compute with this model's weights."""
+        return {name: value for name, value in vars(self).items() if name != "_graphed_decoder"}
 
     @property
     def dtype(self):

@@ -18,7 +18,7 @@ TIERS = [
     {"folders", "machine"},
     {"kernels", "config", "outputs"},
     {"names"},
-    {"checkpoint", "tokens", "cache"},
+    {"checkpoint", "tokens", "cache", "conversion"},
     {"model"},
     {"graphs"},
     {"decoder"},

@@ -1,0 +1,140 @@
+"""A network that is moved, converted or copied: what must stay wide stays, results with it, and what is saved."""
+
+import copy
+import functools
+import io
+
+import pytest
+import torch
+
+from llada2_fast import BlockRefinementScheduler, LLaDA2Model, LLaDA2Pipeline
+from llada2_fast.kernels.fp8 import E4M3
+
+IDS = torch.randint(0, 100, (1, 16), generator=torch.Generator().manual_seed(0))
+WAYS = {
+    "to": lambda model, dtype: model.to(dtype),
+    "to a device": lambda model, dtype: model.to("cpu", dtype),
+    "to by name": lambda model, dtype: model.to(device="cpu", dtype=dtype),
+    "to as another tensor": lambda model, dtype: model.to(torch.zeros(1, dtype=dtype)),
+    "type": lambda model, dtype: model.type(dtype),
+    "half, bfloat16, float": lambda model, dtype: getattr(model, NAMES[dtype])(),
+    "pipe": lambda model, dtype: LLaDA2Pipeline(model, BlockRefinementScheduler()).to(dtype).model,
+    "layer by layer": lambda model, dtype: (
+        [part.to(dtype) for part in (model.word_embeddings, model.norm, *model.layers, model.lm_head)], model
+    )[1],
+}  # fmt: skip
+NAMES = {torch.float16: "half", torch.bfloat16: "bfloat16", torch.float32: "float"}
+
+
+@functools.cache
+def loaded(folder, dtype, quantization=None):
+    return LLaDA2Model.from_pretrained(folder, dtype=dtype, progress=False, quantization=quantization)
+
+
+@functools.cache
+def wanted(folder, dtype):
+    return results(loaded(folder, dtype))
+
+
+def fresh(*arguments):
+    return copy.deepcopy(loaded(*arguments))
+
+
+def bits(tensor):
+    return tensor.view(torch.uint8) if tensor.dtype == E4M3 else tensor
+
+
+def same(a, b):
+    """Two networks hold the same parameters, in type and bits."""
+    theirs = dict(b.named_parameters())
+    assert {name for name, _ in a.named_parameters()} == theirs.keys()
+    return all(x.dtype == theirs[n].dtype and torch.equal(bits(x), bits(theirs[n])) for n, x in a.named_parameters())
+
+
+def results(model):
+    output = model(IDS, output_router_indices=True)
+    return output.logits.tolist(), [None if ids is None else ids.tolist() for ids in output.router_indices]
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_dtype_it_has_already_changes_nothing(golden, dtype, way):
+    for name in ("moe256", "group"):
+        model = fresh(golden / name, dtype)
+        moved = way(model, dtype)
+        assert moved is model and same(moved, loaded(golden / name, dtype))
+        assert results(moved) == wanted(golden / name, dtype)
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+def test_narrower_weights_and_routers_as_wide_as_before(golden, tmp_path, way):
+    """Equal to a checkpoint read in that dtype, but for the dtype of router weights, whose values are what was read."""
+    folder = golden / "moe256"
+    wide, expected = fresh(folder, torch.float32), wanted(folder, torch.bfloat16)
+    kept = {name: x.clone() for name, x in wide.named_parameters() if ".router." in name}
+    moved = way(wide, torch.bfloat16)
+    assert moved.dtype == torch.bfloat16
+    assert {name: x.dtype for name, x in moved.named_parameters() if name in kept} == dict.fromkeys(kept, torch.float32)
+    for name, x in moved.named_parameters():
+        assert torch.equal(x, kept[name]) if name in kept else x.dtype == torch.bfloat16
+    assert results(moved) == expected
+    moved.save_pretrained(tmp_path)
+    again = LLaDA2Model.from_pretrained(tmp_path, progress=False)
+    assert results(again) == expected
+    for name, bias in again.named_parameters():
+        if name.endswith("expert_bias"):
+            assert bias.dtype == torch.float32 and torch.equal(bias, kept[name])
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_float8_values_and_scales_stay_what_they_are(golden, dtype, way):
+    before = loaded(golden / "tiny", torch.bfloat16, "fp8")
+    moved = way(fresh(golden / "tiny", torch.bfloat16, "fp8"), dtype)
+    assert moved.dtype == dtype and moved.norm.weight.dtype == dtype
+    theirs = dict(before.named_parameters())
+    seen = 0
+    for name, x in moved.named_parameters():
+        if theirs[name].dtype == E4M3 or name.endswith("scale"):
+            assert x.dtype == theirs[name].dtype and torch.equal(bits(x), bits(theirs[name]))
+            seen += 1
+    assert seen and torch.isfinite(moved(IDS).logits).all()
+    back = way(moved, torch.bfloat16)
+    assert torch.equal(back(IDS).logits, before(IDS).logits)
+
+
+def test_a_device_takes_everything_along(golden):
+    for name, quantization in (("tiny", "fp8"), ("moe256", None)):
+        model = loaded(golden / name, torch.bfloat16, quantization)
+        types = {key: x.dtype for key, x in model.named_parameters()}
+        for moved in (copy.deepcopy(model).to("meta"), copy.deepcopy(model).to_empty(device="meta")):
+            assert {x.device.type for x in moved.parameters()} == {"meta"}
+            assert {key: x.dtype for key, x in moved.named_parameters()} == types
+        narrower = copy.deepcopy(model).to("meta", torch.float16)  # both at once
+        assert {x.device.type for x in narrower.parameters()} == {"meta"} and narrower.dtype == torch.float16
+
+
+def through_a_file(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {"deepcopy": copy.deepcopy, "a file": through_a_file}
+
+
+@pytest.mark.parametrize("make", COPIES.values(), ids=COPIES.keys())
+@pytest.mark.parametrize("name, quantization", [("tiny", None), ("tiny", "fp8"), ("moe256", None)])
+def test_a_copy_is_a_model_of_its_own(golden, name, quantization, make):
+    model = fresh(golden / name, torch.bfloat16, quantization)
+    model._graphed_decoder = (x for x in ())  # like graphs, nothing that can be copied
+    twin = make(model)
+    assert all("_graphed_decoder" not in vars(one) for one in (twin, copy.copy(model)))
+    assert twin.config == model.config and twin.special_ids == model.special_ids
+    assert same(twin, model) and results(twin) == results(model)
+    before = results(model)
+    with torch.no_grad():
+        for x in twin.parameters():
+            x.zero_()
+    assert results(model) == before
