@@ -24,12 +24,13 @@ from .kernels.norm import add_rms_norm, rms_norm
 from .kernels.product import rows_of
 from .kernels.rope import qk_norm_rope, qk_norm_rope_write, rope_angles
 from .kernels.router import route, token_blocks
+from .outputs import Output
 from .tokens import NAMES as SPECIAL_IDS
 from .tokens import save_special_ids, special_ids
 
 
-@dataclass
-class ModelOutput:
+@dataclass(eq=False)
+class ModelOutput(Output):
     """What `LLaDA2Model.forward` returns.
 
     logits [B, S, V] float32; hidden_states: embeddings, each layer's output and the final norm, num_layers + 2 tensors
@@ -56,6 +57,17 @@ def read_nothing(device):
 def _attend(k, v, blocks, q, own=slice(None), rows=slice(None)):
     """Attention over pages of the queries [T, nq, D] of `own` tokens; `rows` of the result."""
     return block_attention(q[own], k, v, blocks)[rows]
+
+
+def _as_bool(mask, otherwise=""):
+    """A mask of bools or of numbers 0 and 1 as bool. ValueError for others, NaN among them."""
+    if mask.dtype == torch.bool:
+        return mask
+    strange = mask[(mask != 0) & (mask != 1)]
+    if strange.numel():
+        value = strange[0].item()  # sync: for the message
+        raise ValueError(f"attention_mask: bool, or 0 and 1{otherwise}, expected, got {value} in it")
+    return mask.bool()
 
 
 def block_causal_mask(length, block_length, device=None):
@@ -331,15 +343,16 @@ class LLaDA2Model(nn.Module):
 
     @isolated
     def forward(self, input_ids, position_ids=None, block_length=None, attention_mask=None,
-                output_hidden_states=False, output_router_indices=False, **ignored):  # fmt: skip
+                output_hidden_states=False, output_router_indices=False, return_dict=True, **ignored):  # fmt: skip
         """Logits of whole sequences, without a cache.
 
         input_ids [B, S] int64; position_ids [B or 1, S], default 0..S-1 (angles only, masks use sequence indices);
-        attention_mask: None = block-causal; [B, S] padding (1 = real), AND-ed with block-causal; [B, 1, S, S] bool
-        (True = attend) or additive, taken as given. Returns ModelOutput. Raises ValueError on shapes that do not fit.
+        attention_mask: None = block-causal; [B, S] padding (1 = real), AND-ed with block-causal; [B, 1, S, S], taken as
+        given: bool, or floats 0 and 1 (1 = attend), or additive floats, none of them above 0. Returns ModelOutput, with
+        return_dict=False its values as a tuple, logits first. Raises ValueError on shapes and masks that do not fit.
         """
-        if ignored.keys() - {"use_cache", "return_dict"}:
-            raise ValueError(f"forward: unknown arguments {sorted(ignored.keys() - {'use_cache', 'return_dict'})}")
+        if ignored.keys() - {"use_cache"}:
+            raise ValueError(f"forward: unknown arguments {sorted(ignored.keys() - {'use_cache'})}")
         if input_ids.ndim != 2 or input_ids.dtype != torch.int64:
             raise ValueError(f"input_ids: int64 [B, S] expected, got {input_ids.dtype} {list(input_ids.shape)}")
         batch, size = input_ids.shape
@@ -366,11 +379,12 @@ class LLaDA2Model(nn.Module):
             chosen.append(ids)
         _, x = self.norm.add(x, delta)
         hidden.append(x)
-        return ModelOutput(
+        output = ModelOutput(
             self.lm_logits(x).float().unflatten(0, (batch, size)),
             tuple(h.unflatten(0, (batch, size)) for h in hidden) if output_hidden_states else None,
             tuple(chosen) if output_router_indices else None,
         )
+        return output if return_dict in (True, None) else output.to_tuple()
 
     def _mask(self, attention_mask, batch, size, block_length):
         if attention_mask is not None and attention_mask.ndim == 4:
@@ -382,13 +396,14 @@ class LLaDA2Model(nn.Module):
                 )
             if attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
                 raise ValueError(f"attention_mask: bool or additive float expected, got {attention_mask.dtype}")
-            return attention_mask if attention_mask.dtype == torch.bool else attention_mask.to(self.dtype)
+            additive = attention_mask.dtype != torch.bool and bool((attention_mask <= 0).all())  # sync: what it means
+            return attention_mask.to(self.dtype) if additive else _as_bool(attention_mask, ", or no number above 0")
         mask = block_causal_mask(size, block_length, self.device)[None, None]
         if attention_mask is None:
             return mask
         if attention_mask.shape != (batch, size):
             raise ValueError(f"attention_mask: [{batch}, {size}] expected, got {list(attention_mask.shape)}")
-        mask = mask & attention_mask.bool()[:, None, None, :]
+        mask = mask & _as_bool(attention_mask)[:, None, None, :]
         # a padding position may be left with nothing to see: let it see itself, so that no NaN arises
         return mask | (~mask.any(-1, keepdim=True) & torch.eye(size, dtype=torch.bool, device=mask.device))
 

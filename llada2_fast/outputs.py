@@ -1,11 +1,12 @@
-"""The base of the output objects of the diffusers-shaped classes."""
+"""The base of what calls return that other libraries have, too: the network and the diffusers-shaped classes."""
 
 from collections import OrderedDict
 from dataclasses import fields
 
 
 class Output(OrderedDict):
-    """A dataclass (declare it with eq=False) whose fields are also keys and indices, as diffusers' BaseOutput.
+    """A dataclass (declare it with eq=False) whose fields are also keys and indices, as diffusers' BaseOutput and
+    transformers' ModelOutput.
 
     Fields that are None have no key and no index. Values can be replaced, fields neither added nor removed.
     """

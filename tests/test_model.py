@@ -264,6 +264,19 @@ REFUSED = {
     "4D mask of zeros and ones": (
         dict(input_ids=IDS, attention_mask=torch.ones(2, 1, 8, 8).long()), "attention_mask", "int64"
     ),
+    "4D mask of other floats": (
+        dict(input_ids=IDS, attention_mask=torch.full((2, 1, 8, 8), 0.5)), "attention_mask", "0.5"
+    ),
+    "4D mask with a large number": (
+        dict(input_ids=IDS, attention_mask=torch.eye(8)[None, None] * 1e4 - 1e4 + 1), "attention_mask", "-9999"
+    ),
+    "4D mask with NaN": (
+        dict(input_ids=IDS, attention_mask=torch.full((1, 1, 8, 8), float("nan"))), "attention_mask", "nan"
+    ),
+    "additive 2D mask": (
+        dict(input_ids=IDS, attention_mask=torch.tensor([[0.0] * 7 + [float("-inf")]] * 2)), "attention_mask", "-inf"
+    ),
+    "2D mask of packed sequences": (dict(input_ids=IDS, attention_mask=IDS + 2), "attention_mask", "2"),
     "an unknown argument": (dict(input_ids=IDS, labels=IDS), "labels", ""),
 }  # fmt: skip
 
@@ -278,6 +291,39 @@ def test_bad_shapes_are_refused_by_name(arguments, name, value):
 def test_arguments_of_other_models_that_change_nothing_are_taken():
     model, ids = load("tiny"), ids_of("tiny")
     assert torch.equal(model(ids, use_cache=False, return_dict=True).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_float_masks_of_zeros_and_ones_are_read_as_bool(dtype):
+    """The LLaDA2.1 card's own loop passes such a mask; added to the scores it would let the future through."""
+    model, ids = load("tiny"), ids_of("tiny")
+    mask = block_causal_mask(32, 8)[None, None]
+    wanted = model(ids, attention_mask=mask).logits
+    assert torch.equal(model(ids, attention_mask=mask.to(dtype)).logits, wanted)
+    assert torch.equal(model(ids, attention_mask=mask.to(dtype).expand(2, -1, -1, -1)).logits, wanted)
+    everything = torch.ones(1, 1, 32, 32)
+    assert torch.equal(
+        model(ids, attention_mask=everything.to(dtype)).logits, model(ids, attention_mask=everything.bool()).logits
+    )
+    nothing_added = model(ids, attention_mask=torch.zeros(1, 1, 32, 32, dtype=dtype)).logits
+    torch.testing.assert_close(nothing_added, model(ids, attention_mask=everything.bool()).logits, atol=NEAR, rtol=0)
+    padding = torch.ones(2, 32)
+    padding[0, :3] = 0
+    assert torch.equal(
+        model(ids, attention_mask=padding.to(dtype)).logits, model(ids, attention_mask=padding.bool()).logits
+    )
+
+
+def test_outputs_are_those_that_users_of_transformers_know():
+    model, ids = load("tiny"), ids_of("tiny")
+    output = model(ids, output_hidden_states=True)
+    assert output[0] is output["logits"] is output.logits and output[1] is output.hidden_states
+    assert list(output) == ["logits", "hidden_states"] and len(output.to_tuple()) == 2
+    assert len(model(ids)) == 1 and len(model(ids, return_dict=None)[:1]) == 1
+    values = model(ids, output_hidden_states=True, return_dict=False)
+    assert type(values) is tuple and len(values) == 2 and torch.equal(values[0], output.logits)
+    (logits,) = model(ids, return_dict=False)
+    assert torch.equal(logits, output.logits)
 
 
 def test_no_gradients_and_no_state():
