@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DEVICES = ("cpu", "cuda")
 MODEL_TYPES = ("llada2_moe", "llada21_moe", "llada2_moe_veomni")
 SAMPLING_METHODS = ("auto", "greedy", "multinomial")
 QUANTIZATIONS = ("fp8",)
@@ -80,12 +81,15 @@ def _bool(name, value):
 
 
 def find_device(name=None):
-    """The torch.device of this name, else the GPU if there is one. ValueError if this machine has none such."""
+    """The torch.device of this name, else the GPU if there is one. ValueError if it is none that we run on, or none
+    that this machine has."""
     cuda = torch.cuda.is_available()
     try:
-        device = torch.device(name or ("cuda" if cuda else "cpu"))
-    except RuntimeError:
-        raise ValueError(f"device={name!r}: expected a device such as cpu, cuda or cuda:1") from None
+        device = torch.device(("cuda" if cuda else "cpu") if name is None else name)
+    except (RuntimeError, TypeError):
+        raise _bad("device", name, "a device such as cpu, cuda or cuda:1") from None
+    if device.type not in DEVICES:
+        raise _bad("device", str(name), f"{' or '.join(DEVICES)}: there are no kernels for {device.type}")
     if device.type == "cuda" and (not cuda or (device.index or 0) >= torch.cuda.device_count()):
         raise ValueError(f"device={name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
     return device

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from . import checkpoint
-from .config import ModelConfig
+from .config import ModelConfig, find_device
 from .conversion import KeepsFloat8, NeverNarrower
 from .kernels._ambient import isolated, lasting
 from .kernels.attention import block_attention, masked_attention, place_blocks, single_blocks
@@ -241,6 +241,14 @@ class LLaDA2Model(nn.Module):
         """What a copy gets: all but the graphs, which compute with this model's weights."""
         return {name: value for name, value in vars(self).items() if name != "_graphed_decoder"}
 
+    def to(self, *args, **kwargs):
+        """torch.nn.Module.to: a device moves everything. A dtype leaves routers as wide as they are, and float8 weights
+        and their scales as they are. ValueError for a device that is not supported or not there."""
+        device = kwargs.get("device", args[0] if args else None)
+        if isinstance(device, (str, torch.device)) and str(device) != "meta":
+            find_device(device)
+        return super().to(*args, **kwargs)
+
     @property
     def dtype(self):
         return self.word_embeddings.weight.dtype
@@ -276,8 +284,9 @@ class LLaDA2Model(nn.Module):
 
         dtype: torch dtype of the weights, None = the config's; the routers' tensors keep their own where it is wider.
         quantization: "fp8" turns the linear layers into block-scaled float8 while they are read, None = the config's.
-        Raises CheckpointError naming file and tensor.
+        Raises CheckpointError naming file and tensor, ValueError for a device that is not supported or not there.
         """
+        device = find_device(device)
         folder = checkpoint.resolve(path)
         config = ModelConfig.from_hf(folder)
         if quantization is not None:

@@ -138,3 +138,24 @@ def test_a_copy_is_a_model_of_its_own(golden, name, quantization, make):
         for x in twin.parameters():
             x.zero_()
     assert results(model) == before
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu", "mps:0", torch.device("xpu"), "hpu", "meta", "", "gpu", 1.5])
+def test_a_device_that_is_not_supported_is_refused_before_weights_are_read(golden, tmp_path, device):
+    """The folder has no weights, of which there is no word."""
+    (tmp_path / "config.json").write_bytes((golden / "tiny" / "config.json").read_bytes())
+    for load in (LLaDA2Model.from_pretrained, LLaDA2Pipeline.from_pretrained):
+        with pytest.raises(ValueError, match="^device=.*: expected .*cpu") as refused:
+            load(tmp_path, device=device)
+        assert "\n" not in str(refused.value)
+
+
+def test_models_are_not_moved_to_other_devices(golden):
+    model = fresh(golden / "tiny", torch.float32)
+    for move in (model.to, LLaDA2Pipeline(model, BlockRefinementScheduler()).to):
+        for arguments in (["mps"], ["xpu:1", torch.float16], [torch.device("mps")]):
+            with pytest.raises(ValueError, match="^device='(mps|xpu).*: expected cpu or cuda"):
+                move(*arguments)
+        with pytest.raises(ValueError, match="^device='mps': expected cpu or cuda"):
+            move(device="mps")
+    assert model.device.type == "cpu" and model.dtype == torch.float32
