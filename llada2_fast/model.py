@@ -283,6 +283,7 @@ class LLaDA2Model(nn.Module):
         """Load a LLaDA2.0/2.1/2.2 checkpoint folder or hub id (safetensors only, no remote code).
 
         dtype: torch dtype of the weights, None = the config's; the routers' tensors keep their own where it is wider.
+        device: cpu or cuda, None = the GPU if there is one.
         quantization: "fp8" turns the linear layers into block-scaled float8 while they are read, None = the config's.
         Raises CheckpointError naming file and tensor, ValueError for a device that is not supported or not there.
         """

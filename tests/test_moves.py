@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from llada2_fast import BlockRefinementScheduler, LLaDA2Model, LLaDA2Pipeline
+from llada2_fast.adapters.transformers import LLaDA2MoeModelLM
 from llada2_fast.kernels.fp8 import E4M3
 
 IDS = torch.randint(0, 100, (1, 16), generator=torch.Generator().manual_seed(0))
@@ -148,6 +149,9 @@ def test_a_device_that_is_not_supported_is_refused_before_weights_are_read(golde
         with pytest.raises(ValueError, match="^device=.*: expected .*cpu") as refused:
             load(tmp_path, device=device)
         assert "\n" not in str(refused.value)
+    if str(device)[:3] in ("mps", "xpu"):  # the others are no device_map either
+        with pytest.raises(ValueError, match="^device=.*: expected cpu or cuda"):
+            LLaDA2MoeModelLM.from_pretrained(tmp_path, device_map=device)
 
 
 def test_models_are_not_moved_to_other_devices(golden):
