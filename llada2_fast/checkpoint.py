@@ -30,9 +30,22 @@ _WEIGHT_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
-def resolve(path_or_hub_id: str | os.PathLike, revision: str | None = None) -> Path:
-    """The local folder of a checkpoint: the folder itself, or a snapshot of a Hugging Face Hub repository (json,
-    safetensors and jinja files only; `revision` is its branch, tag or commit). CheckpointError when it is neither."""
+def resolve(
+    path_or_hub_id: str | os.PathLike,
+    revision: str | None = None,
+    *,
+    cache_dir: str | os.PathLike | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool | None = None,
+    force_download: bool | None = None,
+    patterns: tuple[str, ...] = ("*.json", "*.safetensors", "*.jinja"),
+    subfolders: bool = False,
+) -> Path:
+    """The local folder of a checkpoint: the folder itself, or a snapshot of a Hugging Face Hub repository.
+
+    revision: its branch, tag or commit; the arguments after it as in huggingface_hub.snapshot_download. Only files that
+    match `patterns` are fetched, from `subfolders` only if asked for. Where the hub cannot be reached or refuses, a
+    snapshot in the cache is used. CheckpointError in one line when there is neither folder nor snapshot."""
     name = os.fspath(path_or_hub_id)
     if os.path.isdir(name):
         return Path(name)
@@ -40,14 +53,46 @@ def resolve(path_or_hub_id: str | os.PathLike, revision: str | None = None) -> P
         raise CheckpointError(f"{name}: is a file; expected the folder of a checkpoint")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise CheckpointError(f"{name}: no such folder, and not the id of a hub repository (owner/name)")
+    import httpx
     from huggingface_hub import errors, snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.jinja"]
+    def snapshot(local_files_only):
+        return Path(snapshot_download(
+            name, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only,
+            force_download=bool(force_download), allow_patterns=list(patterns),
+            ignore_patterns=None if subfolders else ["*/*"],
+        ))  # fmt: skip
+
+    failures = (errors.HfHubHTTPError, errors.HFValidationError, httpx.HTTPError, OSError)
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{name}: no such folder, and the hub did not provide it: {reason}") from error
+        return snapshot(bool(local_files_only))
+    except failures as error:
+        failure = error
+    if re.fullmatch(r"[0-9a-f]{40}", revision or "") and not force_download:
+        try:  # snapshot_download looks into the cache for a branch, but asks the hub for the files of a commit
+            return snapshot(True)
+        except failures:
+            pass  # the first failure says more
+    reason = _hub_reason(failure, revision, errors)
+    raise CheckpointError(f"{name}: no such folder, and the hub did not provide it: {reason}") from failure
+
+
+def _hub_reason(error, revision, errors):
+    """One line for an error of huggingface_hub, whose own are long, with what helps on the later lines."""
+    if isinstance(error, errors.GatedRepoError):
+        return "the repository is gated: accept its terms on the hub, then log in or give token"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "no such repository, or a private one: check the id, log in or give token"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"the repository has no revision {revision!r}"
+    if isinstance(error, errors.LocalEntryNotFoundError) and revision is not None:
+        return f"revision {revision!r}: {_first_line(error)}"
+    return _first_line(error)
+
+
+def _first_line(error):
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def inspect(folder: str | os.PathLike, config: ModelConfig) -> list[tuple[Entry, Slot]]:
