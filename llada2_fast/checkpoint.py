@@ -21,7 +21,18 @@ from tqdm.auto import tqdm
 
 from .config import DTYPES, ModelConfig, parse_json
 from .kernels.fp8 import E4M3, quantize_weight
-from .names import STORED, CheckpointError, Entry, Slot, is_float8, match, parameter_shapes, rename_table
+from .names import (
+    STORED,
+    CheckpointError,
+    Entry,
+    Slot,
+    is_float8,
+    match,
+    parameter_shapes,
+    rename_table,
+    split_tied_head,
+    untied,
+)
 
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
@@ -96,13 +107,18 @@ def _first_line(error):
 
 
 def inspect(folder: str | os.PathLike, config: ModelConfig) -> list[tuple[Entry, Slot]]:
-    """What `load` will read, in file order, after every check that needs no weights. CheckpointError names file and
+    """What `load` will read, in file order, after every check that needs no weights, and a look at the LM head that a
+    file may hold although config.json ties it: it must be equal to the embeddings. CheckpointError names file and
     tensor: broken index or header, wrong dtype or shape, a tensor that is unknown, provided twice or missing."""
     folder = Path(folder)
     entries = [entry for file in _weight_files(folder) for entry in file]
     _check_plausible(folder, config, entries)
     files = {entry.source for entry in entries}
-    return match(entries, config, folder / INDEX if len(files) > 1 else files.pop(), "config.json")
+    entries, head = split_tied_head(entries, config)
+    plan = match(entries, config, folder / INDEX if len(files) > 1 else files.pop(), "config.json")
+    if head is not None:
+        _check_tied(head, _embeddings(plan))
+    return plan
 
 
 def router_dtypes(plan: list[tuple[Entry, Slot]], dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -150,18 +166,19 @@ def adopt(module: torch.nn.Module, config: ModelConfig) -> dict[str, torch.Tenso
     if config.float8:
         raise ValueError(f"quantization={config.quantization!r}: expected a model without; load its folder instead")
     tensors, what = module.state_dict(keep_vars=True), type(module).__name__
-    if config.tie_word_embeddings and "lm_head.weight" in tensors:
-        address = tensors["lm_head.weight"].data_ptr()
-        if sum(tensor.data_ptr() == address for tensor in tensors.values()) > 1:  # listed under both its names
-            del tensors["lm_head.weight"]
     spelling = {dtype: name for name, dtype in STORED.items()}
     entries = [Entry(what, name, spelling.get(t.dtype, str(t.dtype)), tuple(t.shape)) for name, t in tensors.items()]
+    entries, head = split_tied_head(entries, config)
     plan = match(entries, config, what, "its config")
     given, device = {}, tensors[plan[0][0].name].device
+    for entry in [entry for entry, _ in plan] + [head] * (head is not None):
+        where = tensors[entry.name].device
+        if where.type == "meta" or where != device:
+            raise CheckpointError(f"{entry} is on {where}; no model is split or offloaded")
+    if head is not None and not _equal(tensors[head.name], tensors[_embeddings(plan).name]):
+        raise untied(head)
     for entry, slot in plan:
         tensor = tensors[entry.name]
-        if tensor.is_meta or tensor.device != device:
-            raise CheckpointError(f"{entry} is on {tensor.device}; no model is split or offloaded")
         _check_finite(tensor, tensor.dtype, entry)
         given.setdefault(slot.param, []).append((slot, tensor))
     dtype = given["word_embeddings.weight"][0][1].dtype
@@ -364,6 +381,29 @@ def _check_params(config, params):
         allowed = (E4M3,) if is_float8(config, name) else tuple(DTYPES.values())
         if params[name].dtype not in allowed:
             raise ValueError(f"params: {name} is {params[name].dtype}, expected one of {allowed}")
+
+
+def _embeddings(plan):
+    return next(entry for entry, slot in plan if slot.param == "word_embeddings.weight")
+
+
+def _equal(a, b):
+    return torch.equal(a, b) if a.dtype == b.dtype else torch.equal(a.float(), b.float())
+
+
+def _check_tied(head, embeddings):
+    """Some rows at a time, so that it needs no memory to speak of."""
+    rows, width = embeddings.shape
+    step = max(1, 2**22 // width)
+    for begin in range(0, rows, step):
+        count, parts = min(step, rows - begin), []
+        for entry in (head, embeddings):
+            size = width * STORED[entry.dtype].itemsize
+            at = entry.begin + begin * size
+            part = entry._replace(shape=(count, width), begin=at, end=at + count * size)
+            parts.append(_read(part, torch.empty(count * size, dtype=torch.uint8)))
+        if not _equal(*parts):
+            raise untied(head)
 
 
 def _read(entry, buffer) -> torch.Tensor:

@@ -163,6 +163,23 @@ def _add_experts(add, stem, param, shape):
     add(stem.removesuffix("experts") + ("w1" if fused else "w2"), param, shape, sum(names.values(), ()))
 
 
+def split_tied_head(entries: list[Entry], config: ModelConfig) -> tuple[list[Entry], Entry | None]:
+    """The entries without the LM head of a config that ties it to the embeddings, and that head, None if there is none:
+    some files list it all the same, and live modules do. CheckpointError if it cannot be equal to the embeddings."""
+    heads = [entry for entry in entries if config.tie_word_embeddings and entry.name == "lm_head.weight"]
+    for head in heads[1:]:
+        raise CheckpointError(f"{head} is provided twice, also in {os.path.basename(heads[0].source)}")
+    for head in heads:
+        if head.shape != (config.vocab_size, config.hidden_size) or STORED.get(head.dtype, E4M3) == E4M3:
+            raise untied(head)
+    return [entry for entry in entries if entry not in heads], heads[0] if heads else None
+
+
+def untied(head: Entry) -> CheckpointError:
+    """What is wrong with an LM head that is not the embeddings."""
+    return CheckpointError(f"{head} is not equal to the embeddings, to which tie_word_embeddings=true ties it")
+
+
 def match(entries: list[Entry], config: ModelConfig, where: Path | str, authority: str) -> list[tuple[Entry, Slot]]:
     """The entries, in their order, and where each goes; those that the network recomputes are left out. CheckpointError
     names source and tensor: wrong dtype or shape, a tensor that is unknown, provided twice or missing. In its messages

@@ -218,6 +218,52 @@ def test_loading_holds_one_tensor_beside_the_model(tmp_path, source, change, dty
     assert torch.equal(target["lm_head.weight"], params["lm_head.weight"].to(source).to(dtype))
 
 
+def with_head(change=lambda head: head, name=HEAD):
+    return lambda tensors: {**tensors, name: change(tensors["model.word_embeddings.weight"].clone())}
+
+
+def bump(head):
+    head[-1, -1] += 1
+    return head
+
+
+def test_a_tied_head_that_is_equal_is_left_out(golden, tmp_path):
+    rewrite(golden / "variant", tmp_path, with_head())
+    assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is True
+    same_bytes(loaded(tmp_path)[1], loaded(golden / "variant")[1])
+    embeddings = "model.word_embeddings.weight"
+    rewrite(golden / "variant", tmp_path, lambda t: {
+        **t, embeddings: t[embeddings].bfloat16().float(), HEAD: t[embeddings].bfloat16(),
+    })  # fmt: skip
+    assert torch.equal(loaded(tmp_path)[1]["word_embeddings.weight"], stored(tmp_path)[HEAD].float())
+
+
+@pytest.mark.parametrize("change, message", [
+    (bump, f"tensor {HEAD} is not equal to the embeddings"),
+    (lambda head: head[:-1].clone(), f"tensor {HEAD} is not equal"),
+    (lambda head: head.to(torch.float8_e4m3fn), f"tensor {HEAD} is not equal"),
+    (lambda head: head.double(), f"tensor {HEAD} is not equal"),
+])  # fmt: skip
+def test_a_tied_head_that_is_not_equal_is_refused(golden, tmp_path, change, message):
+    rewrite(golden / "variant", tmp_path, with_head(change))
+    with pytest.raises(CheckpointError, match=f"{ONE}: {message}"):
+        LLaDA2Model.from_pretrained(tmp_path, progress=False)
+
+
+def test_a_large_tied_head_is_compared_to_its_end(tmp_path):
+    config = ModelConfig(
+        vocab_size=150_001, hidden_size=64, num_hidden_layers=1, moe_intermediate_size=8, num_attention_heads=2,
+        num_experts=16, tie_word_embeddings=True,
+    )  # fmt: skip
+    params = {name: torch.randn(shape) for name, shape in checkpoint.parameter_shapes(config).items()}
+    checkpoint.save(tmp_path / "plain", config, params)
+    rewrite(tmp_path / "plain", tmp_path / "equal", with_head())
+    same_bytes(loaded(tmp_path / "equal")[1], params)
+    rewrite(tmp_path / "plain", tmp_path / "other", with_head(bump))
+    with pytest.raises(CheckpointError, match="is not equal"):
+        loaded(tmp_path / "other")
+
+
 def test_progress_bar_obeys_its_flag(golden, capfd):
     loaded(golden / "tiny")
     assert capfd.readouterr().err == ""
