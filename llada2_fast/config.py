@@ -50,7 +50,7 @@ _INT64 = 2**63
 
 
 def _bad(name, value, allowed):
-    return ValueError(f"{name}={value!r}: expected {allowed}")
+    return ValueError(f"{name}={value!r:.80}: expected {allowed}")
 
 
 def _int(name, value, low, high=_INT_MAX):
@@ -328,7 +328,8 @@ def _quantization(table):
 
 
 def _ids(name, value):
-    """A tuple of ints from one int or a sequence of them."""
+    """A tuple of ints from one int or a sequence, array or tensor of them."""
+    value = value.tolist() if hasattr(value, "tolist") else value
     values = value if isinstance(value, (tuple, list)) else (value,)
     return tuple(_int(name, v, -_INT64, _INT64 - 1) for v in values)
 

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
+from . import habits
 from .cache import PagedKVCache
 from .config import DecodeParams
 from .decoder import BlockDecoder, CachedForward, Counters, GraphedForward, power_of_two, run
-from .requests import check_fit, resolve_ids, row_seeds, split_prompts
+from .requests import check_fit, plain_integers, resolve_ids, row_seeds, split_prompts
 from .trace import Trace
 
 
@@ -64,16 +65,19 @@ def generate(
     settle="carry",
     graphs=False,
     on_step=None,
+    **others,
 ):
     """Continue one or several prompts with an LLaDA2 model.
 
-    inputs: int64 [P]; [B, P], with attention_mask [B, P] where padded (either side); or a list of lists of ids.
+    inputs: int64 [P]; [B, P], with attention_mask [B, P] where padded (either side); or a list of lists of ids. Other
+    integers, NumPy's arrays, and lists of tensors or arrays will do.
     Sampling, thresholds, steps: see DecodeParams. eos_id: one id, several, or None = the checkpoint's; mask_id, pad_id:
     None = the checkpoint's. seed: one int64 for every row as it is, or one per row; without it each row's seed is drawn
     from `generator` (one torch.Generator, or one per row; default: torch's own). trace: record every commit and edit.
     progress: a tqdm bar over generated blocks. use_cache=False recomputes the prefix at every step; settle: "carry" or
     "separate" (decoder.CachedForward). graphs=True (on a GPU) replays each step as a CUDA graph; graphs and cache stay
-    with the model for its next call. on_step(decoder, output): called after every step.
+    with the model for its next call. on_step(decoder, output): called after every step. others: arguments of
+    transformers' generate() that change nothing (habits.GENERATING, or do_sample if it says what temperature says).
 
     Returns int64 [1, n] cut after the first EOS for one prompt, [B, max n] filled with the pad id for several, or a
     GenerateOutput if return_dict. Raises ValueError on bad arguments before any forward, RuntimeError on NaN logits.
@@ -91,9 +95,10 @@ def generate(
         eos_ids=(eos_id,) if isinstance(eos_id, int) else eos_id, mask_id=mask_id, pad_id=pad_id,
         attend_tail=attend_tail, profile=profile,
     )  # fmt: skip
+    habits.refuse("generate", others, habits.GENERATING | {"do_sample": (params.temperature > 0,)})
     mask, eos, pad = resolve_ids(model, params)
     check_fit(model.config, prompts, params)
-    seeds = row_seeds(seed, generator, len(prompts))
+    seeds = row_seeds(plain_integers(seed), generator, len(prompts))
     length = params.block_length or model.block_length
     blocks = [-(-(len(p) + gen_length) // length) for p in prompts]
     if graphs:

@@ -1,16 +1,23 @@
 """What a face is given -> what a decoder takes: prompts, special ids, seeds; all checks that need the model."""
 
+import numpy as np
 import torch
+
+from .habits import holds_ids, token_ids
 
 
 def split_prompts(inputs, attention_mask=None):
-    """inputs in any accepted form -> list of int64 [n], padding stripped. ValueError for anything else."""
-    if isinstance(inputs, torch.Tensor):
-        if inputs.dtype != torch.int64:
-            raise ValueError(f"inputs: int64 token ids expected, got {inputs.dtype}")
+    """inputs in any accepted form -> list of int64 [n], padding stripped. ValueError for anything else.
+
+    A tensor or NumPy array [P] or [B, P], of any integer type that int64 holds; or a list of ids, or of such rows.
+    """
+    if isinstance(inputs, (torch.Tensor, np.ndarray)):
+        inputs = token_ids("inputs", inputs)
         if inputs.ndim not in (1, 2):
             raise ValueError(f"inputs: [P] or [B, P] expected, got {list(inputs.shape)}")
         if attention_mask is not None:
+            if isinstance(attention_mask, np.ndarray):
+                attention_mask = torch.from_numpy(attention_mask)
             is_tensor = isinstance(attention_mask, torch.Tensor)
             got = list(attention_mask.shape) if is_tensor else type(attention_mask).__name__
             if got != list(inputs.shape):
@@ -26,15 +33,42 @@ def split_prompts(inputs, attention_mask=None):
             raise ValueError("attention_mask: only with inputs [P] or [B, P]; a list of lists has no padding")
         if not isinstance(inputs, (list, tuple)):
             raise ValueError(f"inputs: a tensor or a list of lists of token ids expected, got {type(inputs).__name__}")
-        lists = [inputs] if inputs and isinstance(inputs[0], int) else inputs
-        for ids in lists:
-            fit = isinstance(ids, (list, tuple)) and all(type(i) is int and -(2**63) <= i < 2**63 for i in ids)
-            if not fit:
-                raise ValueError(f"inputs: a list of lists of integer token ids expected, got {ids!r} in it")
-        prompts = [torch.tensor(ids, dtype=torch.int64, device="cpu") for ids in lists]
+        one = len(inputs) > 0 and not isinstance(inputs[0], (str, list, tuple)) and not getattr(inputs[0], "ndim", 0)
+        prompts = [_row(ids, i) for i, ids in enumerate([inputs] if one else inputs)]
     if not prompts:
         raise ValueError("inputs: at least one prompt expected, got none")
     return prompts
+
+
+def _row(ids, i):
+    """The i-th prompt of a list as int64 [n]."""
+    if isinstance(ids, (torch.Tensor, np.ndarray)):
+        row = token_ids(f"inputs: prompt {i}", ids)
+        if row.ndim == 2 and len(row) == 1:
+            row = row[0]
+        if row.ndim != 1:
+            raise ValueError(f"inputs: prompt {i}: [n] expected, got {list(row.shape)}")
+        return row
+    if not isinstance(ids, (list, tuple)):
+        raise ValueError(f"inputs: prompt {i}: a list of token ids expected, got {type(ids).__name__}")
+    for at, value in enumerate(ids):
+        if not (type(value) is int or _is_integer(value)) or not -(2**63) <= int(value) < 2**63:
+            raise ValueError(f"inputs: prompt {i}: an integer token id expected at {at}, got {value!r:.40}")
+    return torch.tensor([int(value) for value in ids], dtype=torch.int64)
+
+
+def _is_integer(value):
+    """Of NumPy, or a tensor without dimensions."""
+    if isinstance(value, torch.Tensor):
+        return value.ndim == 0 and holds_ids(value)
+    return isinstance(value, np.integer)
+
+
+def plain_integers(value):
+    """NumPy's integers and arrays of them as Python's, also within a list; anything else as it is."""
+    if isinstance(value, (list, tuple)):
+        return [plain_integers(part) for part in value]
+    return value.tolist() if isinstance(value, (np.integer, np.ndarray)) else value
 
 
 def resolve_ids(model, params):

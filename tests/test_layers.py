@@ -17,8 +17,9 @@ ROOT = Path(__file__).parent.parent
 TIERS = [
     {"folders", "machine"},
     {"kernels", "config", "outputs"},
-    {"names"},
-    {"checkpoint", "tokens", "cache", "conversion"},
+    {"names", "habits"},
+    {"checkpoint", "cache", "conversion"},
+    {"tokens"},
     {"model"},
     {"graphs"},
     {"decoder"},

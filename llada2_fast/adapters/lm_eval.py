@@ -207,12 +207,12 @@ class LLaDA2LM:
         given = normalize_gen_kwargs(options, self.params.gen_length)
         stop, length = [text for text in given.pop("until") if text], given.pop("max_gen_toks")
         if not all(isinstance(text, str) for text in stop):
-            raise ValueError(f"until={stop!r}: expected strings")
+            raise ValueError(f"until={stop!r:.80}: expected strings")
         if given.pop("do_sample"):
             given.setdefault("temperature", self.params.temperature or 1.0)
         for name in NEUTRAL.keys() & given.keys():
             if (value := given.pop(name)) != NEUTRAL[name]:
-                raise ValueError(f"{name}={value!r}: expected {NEUTRAL[name]}")
+                raise ValueError(f"{name}={value!r:.80}: expected {NEUTRAL[name]}")
         _known("gen_kwargs", given, DECODING)
         params = replace(self.params, gen_length=length, **given)
         if params.seed is not None:

@@ -154,7 +154,7 @@ def number_words(n: int) -> str:
 def _match(task: str, pattern: str, prompt: str) -> re.Match[str]:
     found = re.fullmatch(pattern, prompt)
     if found is None:
-        raise ValueError(f"prompt={prompt!r}: a prompt of task {task!r} must match {pattern!r}")
+        raise ValueError(f"prompt={prompt!r:.80}: a prompt of task {task!r} must match {pattern!r}")
     return found
 
 

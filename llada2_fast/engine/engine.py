@@ -55,16 +55,17 @@ class Engine:
     def add_request(self, prompt_ids, params=None, *, request_id=None, priority=0, stop=(), stop_token_ids=()):
         """Let a request wait for its turn; returns its handle, a Request.
 
-        prompt_ids: ints or int64 [n]; params: DecodeParams; priority: higher goes first; stop: a string or several that
-        end the text, not part of it; stop_token_ids: ids that end the tokens, part of them. Stops count as soon as they
-        are committed and no mask is left before them; with editing on, when their block ends.
+        prompt_ids: ints, or a tensor or array [n] of them; params: DecodeParams; priority: higher goes first; stop: a
+        string or several that end the text, not part of it; stop_token_ids: ids that end the tokens, part of them.
+        Stops count as soon as they are committed and no mask is left before them; with editing on, when their block
+        ends.
         Raises ValueError for what can never be done, QueueFull if too many requests wait.
         """
         self._arrivals += 1
         params = params or DecodeParams()
         request_id = f"request-{self._arrivals}" if request_id is None else request_id
         if request_id in self.requests:
-            raise ValueError(f"request_id={request_id!r}: expected another id than those of unfinished requests")
+            raise ValueError(f"request_id={request_id!r:.80}: expected another id than those of unfinished requests")
         prompt = self._check_prompt(prompt_ids, params)
         mask_id, eos_ids, _ = resolve_ids(self.model, params)
         for name, value, own in (
@@ -73,7 +74,7 @@ class Engine:
             if value not in (None, own):
                 raise ValueError(f"{name}={value!r}: expected {own}, the engine's, or None")
         if len(eos_ids) > self.config.max_eos_ids:
-            raise ValueError(f"eos_ids={eos_ids!r}: expected at most max_eos_ids={self.config.max_eos_ids} ids")
+            raise ValueError(f"eos_ids={eos_ids!r:.80}: expected at most max_eos_ids={self.config.max_eos_ids} ids")
         if row_rules(params, self.block_length)["max_steps"] == 0:
             raise ValueError(
                 f"minimal_topk={params.minimal_topk}: expected at most gen_length={params.gen_length} under "
@@ -224,7 +225,7 @@ class Engine:
     def _text_stream(self, stop):
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(isinstance(text, str) and text for text in stop):
-            raise ValueError(f"stop={stop!r}: expected strings that are not empty")
+            raise ValueError(f"stop={stop!r:.80}: expected strings that are not empty")
         if stop and self.tokenizer is None:
-            raise ValueError(f"stop={stop!r}: stop strings need an Engine with a tokenizer")
+            raise ValueError(f"stop={stop!r:.80}: stop strings need an Engine with a tokenizer")
         return None if self.tokenizer is None else TextStream(self.tokenizer, stop)

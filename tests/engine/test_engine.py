@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -267,6 +268,7 @@ def test_a_stop_that_never_comes_changes_nothing():
     [
         ([1, VOCAB], {}, {}, "outside 0..23"),
         ([[1], [2]], {}, {}, "inputs"),
+        ([*[1] * 5000, 1.5], {}, {}, "an integer token id expected at 5000, got 1.5$"),
         ([1], dict(gen_length=600), {}, "512 positions"),
         ([1], dict(gen_length=300), {}, "76 pages of 4 tokens are needed, the whole cache has 64"),
         ([1], dict(block_length=8), {}, "block_length=8: expected 4"),
@@ -293,9 +295,11 @@ def test_graphs_need_a_gpu():
         small_engine(graphs=True)
 
 
-def test_prompts_are_lists_or_tensors():
+def test_prompts_are_lists_tensors_or_arrays():
     engine = small_engine()
-    prompts = [[4, 5, 6], (4, 5, 6), torch.tensor([4, 5, 6]), torch.tensor([[4, 5, 6]])]
+    array = np.array([4, 5, 6], dtype=np.int32)
+    prompts = [[4, 5, 6], (4, 5, 6), torch.tensor([4, 5, 6]), torch.tensor([[4, 5, 6]]), array, [*array],
+               torch.tensor(array), [*torch.tensor(array)]]  # fmt: skip
     first, *others = engine.generate(prompts, PARAMS[0])
     assert all(output.token_ids == first.token_ids and output.prompt_length == 3 for output in others)
 

@@ -21,7 +21,8 @@ def decode_params(sampling_params):
     extra = sampling_params.extra_args or {}
     unknown = sorted(extra.keys() - set(EXTRA_ARGS))
     if unknown:
-        raise ValueError(f"extra_args: {unknown[0]}={extra[unknown[0]]!r}: expected one of {', '.join(EXTRA_ARGS)}")
+        asked = f"{unknown[0]:.80}={extra[unknown[0]]!r:.80}"
+        raise ValueError(f"extra_args: {asked}: expected one of {', '.join(EXTRA_ARGS)}")
     top_k = sampling_params.top_k
     return DecodeParams(
         **extra, top_k=top_k if top_k > 0 else None, top_p=sampling_params.top_p, eos_early_stop=True
@@ -34,7 +35,7 @@ def check(sampling_params):
     for name, neutral in _NEUTRAL.items():
         value = getattr(sampling_params, name)
         if not any(value is one or value == one for one in neutral):
-            raise ValueError(f"{name}={value!r}: expected {neutral[0]}: LLaDA2 blocks are not sampled with it")
+            raise ValueError(f"{name}={value!r:.80}: expected {neutral[0]}: LLaDA2 blocks are not sampled with it")
     if sampling_params.n > 1 and (params.temperature == 0 or params.seed is not None):
         raise ValueError(f"n={sampling_params.n}: expected 1 without a temperature or with a seed: all would be equal")
 

@@ -1,0 +1,154 @@
+"""Arguments that people pass by habit, from transformers and diffusers: those that change nothing here are taken, all
+others are refused by name. Nothing is left out in silence."""
+
+import re
+
+import numpy as np
+import torch
+
+from .config import DTYPES
+
+HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download")  # of checkpoint.resolve
+
+ANY = object()
+# Argument -> the values, beside None and empty collections, at which it changes nothing.
+LOADING = {
+    "adapter_kwargs": (),
+    "attn_implementation": ("eager", "sdpa", "flash_attention_2"),  # attention is ours, whatever it is called
+    "code_revision": ANY,  # no code of a checkpoint is ever run
+    "ignore_mismatched_sizes": (False,),
+    "load_in_4bit": (False,),
+    "load_in_8bit": (False,),
+    "low_cpu_mem_usage": (True, False),  # it always is
+    "offload_state_dict": (False,),
+    "output_loading_info": (False,),
+    "proxies": (),
+    "resume_download": (True, False),  # it always is
+    "return_dict": (True,),
+    "subfolder": ("",),
+    "trust_remote_code": (True, False),  # no code of a checkpoint is ever run
+    "use_cache": (True, False),  # of the network's config; generate() has an argument of its own
+    "use_safetensors": (True,),
+    "weights_only": (True,),
+}
+SAVING = {
+    "is_main_process": (True,),
+    "push_to_hub": (False,),
+    "safe_serialization": (True,),
+    "save_original_format": (True, False),
+    "save_peft_format": (True, False),
+    "token": ANY,  # of use to push_to_hub alone
+}
+GENERATING = {
+    "min_length": (0,), "min_new_tokens": (0,), "no_repeat_ngram_size": (0,), "encoder_no_repeat_ngram_size": (0,),
+    "min_p": (0,), "epsilon_cutoff": (0,), "eta_cutoff": (0,), "diversity_penalty": (0,), "num_beams": (1,),
+    "num_beam_groups": (1,), "typical_p": (1,), "repetition_penalty": (1,), "encoder_repetition_penalty": (1,),
+    "length_penalty": (1,), "guidance_scale": (1,), "num_return_sequences": (1,), "synced_gpus": (False,),
+    "output_scores": (False,), "output_logits": (False,), "output_attentions": (False,),
+    "output_hidden_states": (False,), "return_dict_in_generate": (False,), "logits_processor": (),
+    "stopping_criteria": (), "bad_words_ids": (), "suppress_tokens": (), "begin_suppress_tokens": (),
+}  # fmt: skip
+FORWARD = {
+    "use_cache": (True, False),  # there is none: whole sequences
+    "return_dict": (True, False),
+    "output_attentions": (False,),
+    "logits_to_keep": (0,),  # all of them
+}
+
+_INTEGERS = {"int8", "int16", "int32", "int64", "uint8", "uint16", "uint32"}  # those that int64 holds
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def is_neutral(name, value, table):
+    """Whether an argument is given in vain: None, or in the table and empty or one of the values there."""
+    allowed = table.get(name, ())
+    if value is None or allowed is ANY:
+        return True
+    if isinstance(value, (list, tuple, dict)):
+        return name in table and not value
+    plain = isinstance(value, (bool, int, float, str))  # others need not compare to a bool
+    return plain and any(value == x and isinstance(value, bool) == isinstance(x, bool) for x in allowed)
+
+
+def refuse(where, given, table):
+    """ValueError naming the first argument of the dict `given` that would have to change what `where` does."""
+    for name, value in given.items():
+        if not is_neutral(name, value, table):
+            allowed = " or ".join(map(repr, table.get(name, ())))
+            raise ValueError(f"{name}={value!r:.80}: not supported by our {where}; expected {allowed or 'none such'}")
+
+
+def split_hub(given):
+    """(those that checkpoint.resolve takes, the others) of a dict of arguments."""
+    return {k: v for k, v in given.items() if k in HUB}, {k: v for k, v in given.items() if k not in HUB}
+
+
+def loading(given):
+    """The arguments for checkpoint.resolve among those beside from_pretrained's own. ValueError as of `refuse`."""
+    hub, others = split_hub(given)
+    refuse("from_pretrained", others, LOADING)
+    return hub
+
+
+def saving(**given):
+    """ValueError naming the first argument that save_pretrained cannot honour."""
+    refuse("save_pretrained", given, SAVING)
+
+
+def either(name, value, other_name, other):
+    """One setting that has two names. ValueError if both are given."""
+    if value is not None and other is not None:
+        raise ValueError(f"{other_name}={other!r:.80}: give it or {name}, not both")
+    return other if value is None else value
+
+
+def find_dtype(dtype=None, torch_dtype=None):
+    """The torch dtype that either names, by itself or its name; None for None and "auto". ValueError for others."""
+    value = either("dtype", dtype, "torch_dtype", torch_dtype)
+    if value is None or (isinstance(value, str) and value == "auto"):
+        return None
+    dtype = DTYPES.get(value.removeprefix("torch.")) if isinstance(value, str) else value
+    if dtype not in DTYPES.values():
+        raise ValueError(f"dtype={value!r:.80}: expected 'auto' or one of {', '.join(DTYPES)}")
+    return dtype
+
+
+def find_place(device=None, device_map=None):
+    """The torch.device of a device, {"": device} or "auto" = the GPU if there is one; the CPU for None. ValueError for
+    a map that would split the model."""
+    value = asked = either("device_map", device_map, "device", device)
+    if isinstance(value, dict) and list(value) == [""]:
+        value = value[""]
+    if isinstance(value, str) and value == "auto":
+        value = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.device("cpu" if value is None else value)
+    except (RuntimeError, TypeError):
+        allowed = "a device, 'auto' or {'': device}; no model is split over devices"
+        name = "device" if device_map is None else "device_map"
+        raise ValueError(f"{name}={asked!r:.80}: expected {allowed}") from None
+
+
+def holds_ids(ids):
+    """Whether a tensor or NumPy array is of a type whose values int64 holds: neither floats, bools nor uint64."""
+    name = str(ids.dtype).removeprefix("torch.") if isinstance(ids, torch.Tensor) else ids.dtype.name
+    return name in _INTEGERS
+
+
+def token_ids(name, ids):
+    """A tensor or NumPy array of ids as an int64 tensor. ValueError for anything else."""
+    if not isinstance(ids, (torch.Tensor, np.ndarray)) or not holds_ids(ids):
+        got = getattr(ids, "dtype", type(ids).__name__)
+        raise ValueError(f"{name}: int64 token ids expected, or integers that it holds, got {got}")
+    return ids.long() if isinstance(ids, torch.Tensor) else torch.from_numpy(ids.astype(np.int64))
+
+
+def shard_bytes(size):
+    """Bytes of "5GB", "500MiB", ... or of an int, as save_pretrained takes them. ValueError for anything else."""
+    if isinstance(size, str):
+        number = re.fullmatch(r"(\d+) ?([KMGT]I?B)", size.upper())
+        size = int(number[1]) * _UNITS[number[2]] if number else size
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"max_shard_size={size!r:.80}: expected bytes, an integer >= 1, or a size such as '5GB'")
+    return size
