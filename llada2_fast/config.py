@@ -80,18 +80,18 @@ def _bool(name, value):
     return value
 
 
-def find_device(name=None):
-    """The torch.device of this name, else the GPU if there is one. ValueError if it is none that we run on, or none
-    that this machine has."""
+def find_device(name=None, argument="device"):
+    """The torch.device of this name, else the GPU if there is one. ValueError, which speaks of `argument`, if it is
+    none that we run on, or none that this machine has."""
     cuda = torch.cuda.is_available()
     try:
         device = torch.device(("cuda" if cuda else "cpu") if name is None else name)
     except (RuntimeError, TypeError):
-        raise _bad("device", name, "a device such as cpu, cuda or cuda:1") from None
+        raise _bad(argument, name, "a device such as cpu, cuda or cuda:1") from None
     if device.type not in DEVICES:
-        raise _bad("device", str(name), f"{' or '.join(DEVICES)}: there are no kernels for {device.type}")
+        raise _bad(argument, str(name), f"{' or '.join(DEVICES)}: there are no kernels for {device.type}")
     if device.type == "cuda" and (not cuda or (device.index or 0) >= torch.cuda.device_count()):
-        raise ValueError(f"device={name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+        raise ValueError(f"{argument}={name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
     return device
 
 

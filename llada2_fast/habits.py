@@ -6,7 +6,7 @@ import re
 import numpy as np
 import torch
 
-from .config import DTYPES
+from .config import DTYPES, find_device
 
 HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download")  # of checkpoint.resolve
 
@@ -117,17 +117,15 @@ def find_dtype(dtype=None, torch_dtype=None):
 def find_place(device=None, device_map=None):
     """The torch.device of a device, {"": device} or "auto" = the GPU if there is one; the CPU for None. ValueError for
     a map that would split the model."""
-    value = asked = either("device_map", device_map, "device", device)
+    value = either("device_map", device_map, "device", device)
+    argument = "device" if device_map is None else "device_map"
     if isinstance(value, dict) and list(value) == [""]:
         value = value[""]
+    if isinstance(value, dict):
+        raise ValueError(f"{argument}={value!r:.80}: expected a device, 'auto' or {{'': device}}; no model is split")
     if isinstance(value, str) and value == "auto":
-        value = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.device("cpu" if value is None else value)
-    except (RuntimeError, TypeError):
-        allowed = "a device, 'auto' or {'': device}; no model is split over devices"
-        name = "device" if device_map is None else "device_map"
-        raise ValueError(f"{name}={asked!r:.80}: expected {allowed}") from None
+        return find_device()
+    return find_device("cpu" if value is None else value, argument)
 
 
 def holds_ids(ids):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from . import checkpoint
+from . import checkpoint, habits
 from .config import ModelConfig, find_device
 from .conversion import KeepsFloat8, NeverNarrower
 from .kernels._ambient import isolated, lasting
@@ -26,7 +26,7 @@ from .kernels.rope import qk_norm_rope, qk_norm_rope_write, rope_angles
 from .kernels.router import route, token_blocks
 from .outputs import Output
 from .tokens import NAMES as SPECIAL_IDS
-from .tokens import save_special_ids, special_ids
+from .tokens import check_ids, save_special_ids, special_ids
 
 
 @dataclass(eq=False)
@@ -74,6 +74,15 @@ def block_causal_mask(length, block_length, device=None):
     """bool [length, length]: position i sees j iff j's block is not later than i's."""
     block = torch.arange(length, device=device) // block_length
     return block[:, None] >= block
+
+
+def seen_block_length(logits):
+    """The block length with which `forward` made these logits, which may be a slice of them; None: nothing is known."""
+    return getattr(_whole(logits), "block_length", None)
+
+
+def _whole(tensor):
+    return tensor if tensor._base is None else tensor._base
 
 
 class RMSNorm(nn.Module):
@@ -279,16 +288,20 @@ class LLaDA2Model(nn.Module):
 
     @classmethod
     @lasting
-    def from_pretrained(cls, path, dtype=None, device="cpu", progress=True, quantization=None):
+    def from_pretrained(cls, path, dtype=None, device=None, progress=True, quantization=None, *, torch_dtype=None,
+                        device_map=None, **kwargs):  # fmt: skip
         """Load a LLaDA2.0/2.1/2.2 checkpoint folder or hub id (safetensors only, no remote code).
 
-        dtype: torch dtype of the weights, None = the config's; the routers' tensors keep their own where it is wider.
-        device: cpu or cuda, None = the GPU if there is one.
-        quantization: "fp8" turns the linear layers into block-scaled float8 while they are read, None = the config's.
-        Raises CheckpointError naming file and tensor, ValueError for a device that is not supported or not there.
+        dtype or torch_dtype: torch dtype of the weights or its name, None or "auto" = the config's; the routers'
+        tensors keep their own where it is wider. device or device_map: None = the CPU, "auto" = the GPU if there is
+        one. quantization: "fp8" turns the linear layers into block-scaled float8 while they are read, None = the
+        config's. kwargs: revision, cache_dir, token, local_files_only, force_download of a hub id, and what changes
+        nothing here (habits.LOADING).
+        Raises CheckpointError naming file and tensor, ValueError naming an argument that cannot be honoured.
         """
-        device = find_device(device)
-        folder = checkpoint.resolve(path)
+        hub = habits.loading(kwargs)
+        dtype, device = habits.find_dtype(dtype, torch_dtype), habits.find_place(device, device_map)
+        folder = checkpoint.resolve(path, **hub)
         config = ModelConfig.from_hf(folder)
         if quantization is not None:
             config = replace(config, quantization=quantization)
@@ -296,13 +309,14 @@ class LLaDA2Model(nn.Module):
             check_device(device)
         if dtype is None:
             dtype = getattr(torch, config.dtype or "bfloat16")
+        ids = special_ids(folder, config.vocab_size)
         plan = checkpoint.inspect(folder, config)  # what will be refused is refused before memory is asked for
         model = cls(config, dtype=dtype, device="meta").eval()
         for name, wide in checkpoint.router_dtypes(plan, dtype).items():
             model.get_parameter(name).data = torch.empty_like(model.get_parameter(name), dtype=wide)
         model.to_empty(device=device)
         checkpoint.load(folder, config, dict(model.named_parameters()), progress=progress)
-        model.special_ids = special_ids(folder)
+        model.special_ids = ids
         return model
 
     @classmethod
@@ -325,15 +339,22 @@ class LLaDA2Model(nn.Module):
         said = model.config.to_dict()
         if getattr(model, "generation_config", None) is not None:
             said |= {name: value for name, value in model.generation_config.to_dict().items() if value is not None}
-        network.special_ids = {name: said[name] for name in SPECIAL_IDS if said.get(name) is not None}
-        eos = network.special_ids.get("eos_token_id")
+        ids = {name: said[name] for name in SPECIAL_IDS if said.get(name) is not None}
+        eos = ids.get("eos_token_id")
         if isinstance(eos, (int, list)):
-            network.special_ids["eos_token_id"] = (eos,) if isinstance(eos, int) else tuple(eos)
+            ids["eos_token_id"] = (eos,) if isinstance(eos, int) else tuple(eos)
+        network.special_ids = check_ids(ids, config.vocab_size, type(model).__name__)
         return network
 
-    def save_pretrained(self, path):
-        """Write the weights in the checkpoint's own layout, byte-equal, config.json and generation_config.json."""
-        checkpoint.save(path, self.config, dict(self.named_parameters()))
+    def save_pretrained(self, path, *, max_shard_size="5GB", safe_serialization=True, **kwargs):
+        """Write the weights in the checkpoint's own layout, byte-equal, config.json and generation_config.json.
+
+        max_shard_size: bytes of a weight file at most, "5GB" or an int; kwargs: what changes nothing (habits.SAVING).
+        ValueError naming any other argument.
+        """
+        habits.saving(safe_serialization=safe_serialization, **kwargs)
+        params = dict(self.named_parameters())
+        checkpoint.save(path, self.config, params, max_shard_bytes=habits.shard_bytes(max_shard_size))
         save_special_ids(path, self.special_ids)
 
     @isolated
@@ -361,9 +382,9 @@ class LLaDA2Model(nn.Module):
         given: bool, or floats 0 and 1 (1 = attend), or additive floats, none of them above 0. Returns ModelOutput, with
         return_dict=False its values as a tuple, logits first. Raises ValueError on shapes and masks that do not fit.
         """
-        if ignored.keys() - {"use_cache"}:
-            raise ValueError(f"forward: unknown arguments {sorted(ignored.keys() - {'use_cache'})}")
-        if input_ids.ndim != 2 or input_ids.dtype != torch.int64:
+        habits.refuse("forward", ignored, habits.FORWARD)
+        input_ids = habits.token_ids("input_ids", input_ids)
+        if input_ids.ndim != 2:
             raise ValueError(f"input_ids: int64 [B, S] expected, got {input_ids.dtype} {list(input_ids.shape)}")
         batch, size = input_ids.shape
         block_length = self.block_length if block_length is None else block_length
@@ -389,8 +410,11 @@ class LLaDA2Model(nn.Module):
             chosen.append(ids)
         _, x = self.norm.add(x, delta)
         hidden.append(x)
+        logits = self.lm_logits(x).float().unflatten(0, (batch, size))
+        if attention_mask is None or attention_mask.ndim == 2:
+            _whole(logits).block_length = block_length
         output = ModelOutput(
-            self.lm_logits(x).float().unflatten(0, (batch, size)),
+            logits,
             tuple(h.unflatten(0, (batch, size)) for h in hidden) if output_hidden_states else None,
             tuple(chosen) if output_router_indices else None,
         )

@@ -1,29 +1,41 @@
-"""Special token ids and the tokenizer of a checkpoint folder. Nothing here has a default: the checkpoint decides."""
+"""Special token ids and the tokenizer of a checkpoint. Nothing here has a default: the checkpoint decides."""
 
 import json
 from pathlib import Path
 
+from . import habits
+from .checkpoint import resolve
 from .config import parse_json
 
 NAMES = ("mask_token_id", "eos_token_id", "pad_token_id")
 
 
-def special_ids(folder):
+def special_ids(folder, vocab_size):
     """{mask_token_id, eos_token_id, pad_token_id} as far as the folder says, eos_token_id a tuple of ints.
 
-    Read from generation_config.json, else the tokenizer's files, else config.json. ValueError naming the file for
-    unreadable JSON or an id that is no integer.
+    Read from generation_config.json, else the tokenizer's files, else config.json. EOS ids outside 0..vocab_size - 1
+    mean none and are left out. ValueError naming the file for unreadable JSON, an id that is no integer, and a mask or
+    pad id outside the vocabulary.
     """
     folder = Path(folder)
     found = {}
-    for source in (
-        _from_json(folder, "generation_config.json"),
-        _from_tokenizer(folder),
-        _from_json(folder, "config.json"),
+    for source, ids in (
+        ("generation_config.json", _from_json(folder, "generation_config.json")),
+        ("tokenizer_config.json", _from_tokenizer(folder)),
+        ("config.json", _from_json(folder, "config.json")),
     ):
-        for name, value in source.items():
-            found.setdefault(name, value)
+        ids = {name: value for name, value in ids.items() if name not in found}
+        found |= check_ids(ids, vocab_size, folder / source)
     return found
+
+
+def check_ids(ids, vocab_size, source):
+    """The special ids that `source` names, without EOS ids outside the vocabulary. ValueError for other such ids."""
+    for name, value in ids.items():
+        if name != "eos_token_id" and not 0 <= value < vocab_size:
+            raise ValueError(f"{source}: {name}={value}: expected an id in 0..{vocab_size - 1}, the vocabulary")
+    eos = {name: tuple(i for i in ids[name] if 0 <= i < vocab_size) for name in ids if name == "eos_token_id"}
+    return ids | eos
 
 
 def save_special_ids(folder, ids):
@@ -48,32 +60,44 @@ def _from_json(folder, name):
             continue
         ids = value if isinstance(value, list) else [value]
         if any(isinstance(i, bool) or not isinstance(i, int) for i in ids) or (key != "eos_token_id" and len(ids) != 1):
-            raise ValueError(f"{folder / name}: {key}={value!r}: expected a token id")
+            raise ValueError(f"{folder / name}: {key}={value!r:.80}: expected a token id")
         found[key] = tuple(ids) if key == "eos_token_id" else ids[0]
     return found
 
 
 def _from_tokenizer(folder):
     """Ids of the tokens that tokenizer_config.json names, looked up among the added tokens of either file."""
-    config = _read(folder, "tokenizer_config.json")
-    known = {entry["content"]: int(i) for i, entry in config.get("added_tokens_decoder", {}).items()}
-    known |= {entry["content"]: entry["id"] for entry in _read(folder, "tokenizer.json").get("added_tokens", [])}
+    config, tokens = _read(folder, "tokenizer_config.json"), _read(folder, "tokenizer.json")
+    try:
+        known = {entry["content"]: int(i) for i, entry in config.get("added_tokens_decoder", {}).items()}
+        known |= {entry["content"]: int(entry["id"]) for entry in tokens.get("added_tokens", [])}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError(f"{folder}: tokenizer_config.json or tokenizer.json: added tokens without ids") from None
     found = {}
     for key in NAMES:
         token = config.get(key.removesuffix("_id"))
         token = token.get("content") if isinstance(token, dict) else token
-        if token in known:
+        if isinstance(token, str) and token in known:
             found[key] = (known[token],) if key == "eos_token_id" else known[token]
     return found
 
 
-def load_tokenizer(folder):
-    """The folder's tokenizer.json as a transformers tokenizer; no file of the folder is ever run.
+def load_tokenizer(path, *, padding_side=None, **kwargs):
+    """The tokenizer.json of a folder or hub id as a transformers tokenizer; no file of the checkpoint is ever run.
 
+    padding_side: "left" or "right", None = what the checkpoint says; kwargs: as of LLaDA2Model.from_pretrained, from
+    revision on. CheckpointError where there is no such folder or hub id, ValueError without a tokenizer.json and for
+    arguments that cannot be honoured.
     The generic fast class, not AutoTokenizer: that one looks at auto_map and may ask to run the checkpoint's own code.
     """
+    hub, others = habits.split_hub(kwargs)
+    habits.refuse("load_tokenizer", others, habits.LOADING | {"use_fast": (True,)})
+    if padding_side not in (None, "left", "right"):
+        raise ValueError(f"padding_side={padding_side!r:.80}: expected 'left' or 'right'")
+    folder = resolve(path, **hub, patterns=("*.json", "*.jinja"))
+    if not (folder / "tokenizer.json").is_file():
+        raise ValueError(f"{folder}: no tokenizer.json; give token ids instead of text")
     from transformers import PreTrainedTokenizerFast  # half a second of import time, needed for text only
 
-    if not (Path(folder) / "tokenizer.json").is_file():
-        raise ValueError(f"{folder}: no tokenizer.json; give token ids instead of text")
-    return PreTrainedTokenizerFast.from_pretrained(folder)
+    asked = {} if padding_side is None else {"padding_side": padding_side}
+    return PreTrainedTokenizerFast.from_pretrained(folder, **asked)

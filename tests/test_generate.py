@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -432,6 +433,36 @@ def test_special_ids_argument_generation_config_tokenizer_config(tmp_path, sourc
     assert resolve_ids(checkpoint_with(tmp_path, **sources), DecodeParams(**arguments)) == wanted
 
 
+@pytest.mark.parametrize("source, file", [
+    ("generation", "generation_config.json"), ("tokenizer", "tokenizer_config.json"), ("config", "config.json"),
+])  # fmt: skip
+def test_special_ids_of_a_folder_lie_in_the_vocabulary(tmp_path, source, file):
+    for name in ("mask_token_id", "pad_token_id"):
+        for bad in (256, 10**9):
+            with pytest.raises(ValueError, match=f"{file}: {name}={bad}: expected .*0..255"):
+                checkpoint_with(tmp_path, **{source: {name: bad}})
+    assert checkpoint_with(tmp_path, **{source: {"mask_token_id": 255}}).special_ids == {"mask_token_id": 255}
+
+
+def test_an_end_id_outside_the_vocabulary_means_none(tmp_path):
+    model = checkpoint_with(tmp_path, config=ids(1, 2, 3), generation=dict(eos_token_id=256))
+    assert resolve_ids(model, DecodeParams()) == (1, (), 3)
+    model.save_pretrained(tmp_path / "again")
+    assert LLaDA2Model.from_pretrained(tmp_path / "again", progress=False).special_ids == model.special_ids
+    assert checkpoint_with(tmp_path, generation=dict(eos_token_id=[5, -1, 256])).special_ids["eos_token_id"] == (5,)
+
+
+@pytest.mark.parametrize("config", [
+    {"added_tokens_decoder": [1]}, {"added_tokens_decoder": {"x": {"content": "a"}}},
+    {"added_tokens_decoder": {"1": "a"}}, {"added_tokens_decoder": {"1": {}}},
+])  # fmt: skip
+def test_tokenizer_files_that_make_no_sense_are_named(tmp_path, config):
+    checkpoint_with(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="tokenizer_config.json .*added tokens without ids"):
+        LLaDA2Model.from_pretrained(tmp_path, progress=False)
+
+
 def test_special_ids_that_nobody_names_are_errors(tmp_path):
     model = checkpoint_with(tmp_path)
     with pytest.raises(ValueError, match="mask_id"):
@@ -506,7 +537,20 @@ REFUSED = [
 ]  # fmt: skip
 TENSORS = [
     ("inputs", torch.tensor([1.0, 2.0]), "float32"),
-    ("inputs", torch.tensor([1, 2], dtype=torch.int32), "int32"),
+    ("inputs", torch.tensor([True, False]), "bool"),
+    ("inputs", np.array([1.0, 2.0]), "float64"),
+    ("inputs", np.array([1, 2], dtype=np.uint64), "uint64"),
+    ("inputs", np.array([[1], [1, 2]], dtype=object), "object"),
+    ("inputs", [torch.ones(2, 3).long()], "[2, 3]"),
+    ("inputs", [torch.ones(3)], "float32"),
+    ("inputs", [np.float32(1)], "1.0"),
+    ("inputs", [[1] * 5000 + ["x"]], "at 5000, got 'x'"),
+    ("inputs", [[1] * 5000, "x" * 5000], "str"),
+    ("logits_processor", [print], "logits_processor=[<built-in"),
+    ("max_new_tokens", 4, "max_new_tokens=4"),
+    ("do_sample", True, "do_sample=True"),
+    ("num_beams", 2, "num_beams=2"),
+    ("eos_id", np.array([1.5]), "1.5"),
     ("inputs", torch.tensor(3), "[]"),
     ("inputs", torch.ones(1, 1, 2, dtype=torch.int64), "[1, 1, 2]"),
     ("inputs", torch.tensor([[1, 256]]), "256"),
@@ -529,7 +573,7 @@ TOGETHER = [
 BAD = [(OK | {name: value}, name, repr(value)) for name, value in REFUSED]
 BAD += [(OK | {name: value}, name, text) for name, value, text in TENSORS]
 BAD += [(OK | arguments, name, text) for arguments, name, text in TOGETHER]
-PARTS_SAID = {"inputs", "generator", "eos_id"}  # the message has the offending part, not the whole value
+PARTS_SAID = {"inputs", "generator", "eos_id", "logits_processor"}  # only part of the value is in the message
 
 
 @pytest.mark.parametrize("arguments, name, value", BAD, ids=[f"{name}-{i}" for i, (_, name, _) in enumerate(BAD)])
@@ -548,7 +592,46 @@ def test_bad_input_is_refused_by_name_and_value_before_any_forward(monkeypatch, 
     )
     if name not in PARTS_SAID:
         assert value in message
-    assert "\n" not in message
+    assert "\n" not in message and len(message) < 300
+
+
+ROWS = [[3, 5, 200], [7], [4, 4]]
+
+
+@pytest.mark.parametrize("inputs", [
+    [torch.tensor(row, dtype=dtype) for row, dtype in zip(ROWS, (torch.int64, torch.int32, torch.uint8), strict=True)],
+    [np.array(row, dtype=dtype) for row, dtype in zip(ROWS, (np.int64, np.int16, ">u4"), strict=True)],
+    [[np.int32(i) for i in row] for row in ROWS],
+    [[torch.tensor(i) for i in row] for row in ROWS],
+    tuple(torch.tensor([row]) for row in ROWS),
+    [tuple(ROWS[0]), np.array(ROWS[1]), torch.tensor(ROWS[2])],
+], ids=["tensors", "arrays", "numpy integers", "single tensors", "tensors of one row", "mixed"])  # fmt: skip
+def test_prompts_of_every_integer_type(inputs):
+    wanted = generate(load(), ROWS, eos_id=-1, **SHORT)
+    assert torch.equal(generate(load(), inputs, eos_id=-1, **SHORT), wanted)
+    assert torch.equal(generate(load(), inputs[0], eos_id=-1, **SHORT), wanted[:1])
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32"])
+def test_padded_prompts_of_every_integer_type(dtype):
+    ids, mask = torch.tensor([[3, 5, 100], [9, 9, 7]]), torch.tensor([[1, 1, 1], [0, 0, 1]])
+    wanted = generate(load(), ids, attention_mask=mask, eos_id=-1, **SHORT)
+    array = ids.numpy().astype(dtype)
+    assert torch.equal(generate(load(), array, attention_mask=mask.numpy(), eos_id=-1, **SHORT), wanted)
+    tensor = ids.to(getattr(torch, dtype))
+    assert torch.equal(generate(load(), tensor, attention_mask=mask, eos_id=-1, **SHORT), wanted)
+
+
+def test_numbers_of_numpy_and_arguments_that_change_nothing():
+    rules = dict(eos_id=[5, 6], mask_id=255, seed=[1, 2], gen_length=8, temperature=1.5, pad_id=9)
+    wanted = generate(load(), ROWS[:2], **rules)
+    given = dict(eos_id=np.array([5, 6]), mask_id=np.int64(255), seed=np.array([1, 2]), gen_length=np.int32(8),
+                 temperature=np.float32(1.5), pad_id=np.uint8(9))  # fmt: skip
+    assert torch.equal(generate(load(), ROWS[:2], **given), wanted)
+    given = rules | dict(eos_id=torch.tensor([5, 6]), seed=[np.int64(1), 2])
+    assert torch.equal(generate(load(), ROWS[:2], **given), wanted)
+    habits = dict(logits_processor=[], stopping_criteria=(), num_beams=1, do_sample=True, repetition_penalty=1.0)
+    assert torch.equal(generate(load(), ROWS[:2], **rules, **habits), wanted)
 
 
 def test_what_looks_odd_but_is_allowed():

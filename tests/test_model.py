@@ -243,7 +243,9 @@ IDS = torch.zeros(2, 8, dtype=torch.int64)
 REFUSED = {
     "ids of one dimension": (dict(input_ids=IDS[0]), "input_ids", "[8]"),
     "ids of three dimensions": (dict(input_ids=IDS[None]), "input_ids", "[1, 2, 8]"),
-    "int32 ids": (dict(input_ids=IDS.int()), "input_ids", "int32"),
+    "bool ids": (dict(input_ids=IDS.bool()), "input_ids", "bool"),
+    "a list": (dict(input_ids=[[1, 2]]), "input_ids", "list"),
+    "attentions": (dict(input_ids=IDS, output_attentions=True), "output_attentions", "True"),
     "float ids": (dict(input_ids=IDS.float()), "input_ids", "float32"),
     "positions too short": (dict(input_ids=IDS, position_ids=IDS[:, :7]), "position_ids", "[2, 7]"),
     "positions of one dimension": (dict(input_ids=IDS, position_ids=IDS[0]), "position_ids", "[8]"),
@@ -291,6 +293,68 @@ def test_bad_shapes_are_refused_by_name(arguments, name, value):
 def test_arguments_of_other_models_that_change_nothing_are_taken():
     model, ids = load("tiny"), ids_of("tiny")
     assert torch.equal(model(ids, use_cache=False, return_dict=True).logits, model(ids).logits)
+    given = dict(past_key_values=None, labels=None, output_attentions=False, logits_to_keep=0)
+    assert torch.equal(model(ids.int(), **given).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("given", [
+    {"dtype": "bfloat16"}, {"torch_dtype": torch.bfloat16}, {"dtype": "torch.bfloat16"},
+    {"dtype": "bfloat16", "device_map": {"": "cpu"}}, {"torch_dtype": "bfloat16", "device_map": "cpu"},
+])  # fmt: skip
+def test_dtypes_and_devices_by_other_names(given):
+    model = LLaDA2Model.from_pretrained(GOLDEN / "tiny", progress=False, **given)
+    assert (model.dtype, model.device.type) == (torch.bfloat16, "cpu")
+
+
+def test_from_pretrained_and_save_pretrained_take_what_changes_nothing(tmp_path):
+    given = dict(local_files_only=True, cache_dir="hub", token="x", revision="main", force_download=False,
+                 trust_remote_code=True, low_cpu_mem_usage=True, use_safetensors=True, attn_implementation="sdpa",
+                 use_cache=True, load_in_8bit=False, quantization_config=None, dtype="auto", proxies={})  # fmt: skip
+    model = LLaDA2Model.from_pretrained(GOLDEN / "tiny", progress=False, **given)
+    assert torch.equal(model(ids_of("tiny")).logits, load("tiny")(ids_of("tiny")).logits)
+    model.save_pretrained(tmp_path, safe_serialization=True, max_shard_size="100KiB", push_to_hub=False, variant=None)
+    assert max(path.stat().st_size for path in tmp_path.glob("model-*.safetensors")) < 110_000
+    again = LLaDA2Model.from_pretrained(tmp_path, progress=False)
+    assert torch.equal(again(ids_of("tiny")).logits, model(ids_of("tiny")).logits)
+
+
+@pytest.mark.parametrize("given, message", [
+    ({"load_in_8bit": True}, "load_in_8bit=True: not supported by our from_pretrained; expected False"),
+    ({"load_in_4bit": True}, "load_in_4bit=True"),
+    ({"quantization_config": {"bits": 4}}, r"quantization_config={'bits': 4}"),
+    ({"use_safetensors": False}, "use_safetensors=False"),
+    ({"attn_implementation": "paged"}, "attn_implementation='paged'"),
+    ({"subfolder": "x"}, "subfolder='x'"),
+    ({"progres": False}, "progres=False: .*; expected none such"),
+    ({"max_memory": {0: "1GB"}}, "max_memory="),
+    ({"tp_plan": "auto"}, "tp_plan='auto'"),
+    ({"dtype": "int8"}, "dtype='int8': expected 'auto' or one of bfloat16"),
+    ({"dtype": torch.float64}, "dtype=torch.float64"),
+    ({"dtype": "float32", "torch_dtype": "float32"}, "give it or dtype, not both"),
+    ({"device_map": "balanced"}, "device_map='balanced'"),
+    ({"device_map": {"layers.0": 0, "lm_head": 1}}, "device_map="),
+    ({"device": "cpu", "device_map": "cpu"}, "give it or device_map, not both"),
+    ({"state_dict": {"x" * 5000: 1}}, "state_dict="),
+])  # fmt: skip
+def test_from_pretrained_refuses_by_name_what_it_cannot_honour(given, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        LLaDA2Model.from_pretrained("no/such/folder", **given)  # before the folder is looked for
+    assert len(str(refused.value)) < 250
+
+
+@pytest.mark.parametrize("given, message", [
+    ({"safe_serialization": False}, "safe_serialization=False: .*save_pretrained; expected True"),
+    ({"push_to_hub": True}, "push_to_hub=True"),
+    ({"variant": "fp16"}, "variant='fp16'"),
+    ({"is_main_process": False}, "is_main_process=False"),
+    ({"max_shard_size": "5 apples"}, "max_shard_size='5 apples': expected bytes"),
+    ({"max_shard_size": 0}, "max_shard_size=0"),
+    ({"max_shard_size": 1.5}, "max_shard_size=1.5"),
+])  # fmt: skip
+def test_save_pretrained_refuses_by_name_what_it_cannot_honour(tmp_path, given, message):
+    with pytest.raises(ValueError, match=message):
+        load("tiny").save_pretrained(tmp_path / "new", **given)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 import llada2_fast
 from llada2_fast.adapters.transformers import LLaDA2MoeConfig, LLaDA2MoeModelLM
@@ -98,6 +98,27 @@ def test_dtype(checkpoint, kwargs, dtype):
     assert AutoModelForCausalLM.from_pretrained(checkpoint, **kwargs).dtype == dtype
 
 
+@pytest.mark.parametrize("cls", [AutoModel, AutoModelForCausalLM])
+@pytest.mark.parametrize("kwargs", [
+    {"local_files_only": True}, {"cache_dir": "hub"}, {"token": "x"}, {"revision": "main"}, {"force_download": False},
+    {"use_cache": True}, {"use_cache": False}, {"attn_implementation": "sdpa"}, {"attn_implementation": "eager"},
+    {"attn_implementation": "flash_attention_2"}, {"low_cpu_mem_usage": True}, {"use_safetensors": True},
+    {"load_in_8bit": False}, {"quantization_config": None}, {"output_loading_info": False}, {"return_dict": True},
+], ids=str)  # fmt: skip
+def test_arguments_by_habit(checkpoint, cls, kwargs):
+    assert type(cls.from_pretrained(checkpoint, progress=False, **kwargs)) is LLaDA2MoeModelLM
+
+
+def test_saving_by_habit(checkpoint, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    model.save_pretrained(tmp_path / "new", safe_serialization=True, max_shard_size="100KB", push_to_hub=False)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+    assert len(list((tmp_path / "new").glob("model-*"))) > 1
+    with pytest.raises(ValueError, match="safe_serialization=False"):
+        model.save_pretrained(tmp_path / "new", safe_serialization=False)
+
+
 @pytest.mark.parametrize("device_map", ["cpu", "auto", torch.device("cpu"), {"": "cpu"}])
 def test_device_map(checkpoint, device_map):
     expected = "cuda" if device_map == "auto" and torch.cuda.is_available() else "cpu"
@@ -124,9 +145,10 @@ def test_the_class_itself_needs_no_config(checkpoint):
 @pytest.mark.parametrize("kwargs, message", [
     ({"block_size": 8}, "block_size"),  # not a key of this config.json
     ({"num_hidden_layers": 1}, "num_hidden_layers=1: .* says 3"),
-    ({"attn_implementation": "eager"}, "attn_implementation"),
+    ({"attn_implementation": "paged|eager"}, "attn_implementation"),
+    ({"experts_implementation": "grouped_mm"}, "experts_implementation"),
+    ({"load_in_8bit": True}, "load_in_8bit=True"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
-    ({"cache_dir": "somewhere"}, "cache_dir"),
     ({"dtype": "int8"}, "dtype"),
     ({"dtype": torch.float64}, "dtype"),
     ({"device_map": "balanced"}, "device_map='balanced'"),
@@ -278,7 +300,21 @@ def test_a_tied_head_counts_once(golden):
     remote.put("lm_head.weight", remote.get_parameter("model.word_embeddings.weight"))
     LLaDA2Model.from_transformers(remote)
     remote.put("lm_head.weight", torch.nn.Parameter(remote.lm_head.weight.detach().clone()))
-    with pytest.raises(ValueError, match="tensor lm_head.weight is unexpected"):
+    LLaDA2Model.from_transformers(remote)
+    remote.lm_head.weight.data[-1, -1] += 1
+    with pytest.raises(ValueError, match="tensor lm_head.weight is not equal to the embeddings"):
+        LLaDA2Model.from_transformers(remote)
+    remote.put("lm_head.weight", torch.nn.Parameter(remote.lm_head.weight.to("meta")))
+    with pytest.raises(ValueError, match="lm_head.weight is on meta"):
+        LLaDA2Model.from_transformers(remote)
+
+
+def test_special_ids_taken_over_lie_in_the_vocabulary(golden):
+    remote = Remote(golden / "tiny")
+    remote.generation_config.eos_token_id = [252, 999]
+    assert LLaDA2Model.from_transformers(remote).special_ids["eos_token_id"] == (252,)
+    remote.generation_config.pad_token_id = 999
+    with pytest.raises(ValueError, match="Remote: pad_token_id=999: expected an id in 0..255"):
         LLaDA2Model.from_transformers(remote)
 
 
@@ -352,7 +388,8 @@ def test_the_tokenizer_runs_no_code_of_the_checkpoint(tmp_path):
 
 def test_public_names():
     for name in llada2_fast.__all__:
-        assert getattr(llada2_fast, name).__name__.removeprefix("llada2_fast.") == name
+        value = getattr(llada2_fast, name)
+        assert isinstance(value, int) or value.__name__.removeprefix("llada2_fast.") == name
         assert name in dir(llada2_fast)
     assert llada2_fast.LLaDA2Model is LLaDA2Model
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):

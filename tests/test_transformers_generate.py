@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    LogitsProcessorList,
     MaxLengthCriteria,
     StoppingCriteriaList,
     TextDiffusionStreamer,
@@ -133,8 +134,22 @@ def test_the_engine_and_our_pipeline_take_the_model_too(demo, tokenizer):
     prompt = tokenizer.apply_chat_template(chat("Spell 4071."), add_generation_prompt=True)["input_ids"]
     (output,) = engine.generate([prompt], params)
     assert output.text == SPELL
-    pipe = llada2_fast.LLaDA2Pipeline(demo, llada2_fast.BlockRefinementScheduler(), tokenizer)
+    pipe = llada2_fast.LLaDA2Pipeline(demo, llada2_fast.BlockRefinementScheduler(block_length=16), tokenizer)
     assert pipe(prompt="Spell 4071.", gen_length=64).texts[0].strip() == SPELL
+
+
+def test_prompts_of_other_integers_and_of_numpy(tiny):
+    ids = torch.tensor([[3, 5, 200], [7, 9, 9]])
+    wanted = tiny.generate(ids, max_new_tokens=8)
+    for prompts in (ids.int(), ids.numpy(), ids.numpy().astype("uint16")):
+        out = tiny.generate(prompts, attention_mask=torch.ones_like(ids).numpy(), max_new_tokens=8)
+        assert torch.equal(out, wanted) and out.dtype == torch.int64
+
+
+def test_empty_processors_change_nothing(tiny):
+    ids = torch.tensor([[3, 5, 200]])
+    empty = {"logits_processor": LogitsProcessorList(), "stopping_criteria": StoppingCriteriaList(), "num_beams": 1}
+    assert torch.equal(tiny.generate(ids, max_new_tokens=8, **empty), tiny.generate(ids, max_new_tokens=8))
 
 
 # Settings
@@ -144,7 +159,7 @@ def test_every_argument_of_the_cards_generate_has_its_place():
     own = set(inspect.signature(llada2_fast.generate).parameters)
     renamed = {"gen_length", "eos_id", "pad_id", "mask_id"}
     shared = {"temperature", "top_k", "top_p", "use_cache", "attention_mask", "inputs"}
-    elsewhere = {"model", "return_dict", "trace", "on_step", "sampling_method"}  # do_sample says the last one
+    elsewhere = {"model", "return_dict", "trace", "on_step", "others", "sampling_method"}  # do_sample says the last one
     assert own == renamed | shared | elsewhere | {*_SETTINGS, *_OF_A_CALL}
 
 

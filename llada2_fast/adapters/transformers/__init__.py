@@ -15,7 +15,7 @@ __all__ = ["LLaDA2GenerateOutput", "LLaDA2MoeConfig", "LLaDA2MoeModelLM", "regis
 
 
 def register():
-    """Make AutoConfig and AutoModelForCausalLM know every LLaDA2 model type; doing it again is harmless."""
+    """Make AutoConfig, AutoModel and AutoModelForCausalLM know every LLaDA2 model type; doing it again is harmless."""
     register_configs()
     register_models()
 
@@ -29,8 +29,9 @@ def register_configs():
 
 
 def register_models():
-    """The half that needs AutoModelForCausalLM."""
-    from transformers import AutoModelForCausalLM
+    """The half that needs the classes of models. AutoModel gives the same as AutoModelForCausalLM: with its LM head."""
+    from transformers import AutoModel, AutoModelForCausalLM
 
     for config_class in CONFIGS:
+        AutoModel.register(config_class, LLaDA2MoeModelLM, exist_ok=True)
         AutoModelForCausalLM.register(config_class, LLaDA2MoeModelLM, exist_ok=True)

@@ -6,11 +6,13 @@ import copy
 import time
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
 from transformers.utils import ModelOutput
 
 from ...config import DecodeParams
+from ...habits import GENERATING, is_neutral, token_ids
 
 # The model cards' names for settings of a GenerationConfig.
 _CARD_NAMES = {
@@ -29,12 +31,6 @@ _HONOURED = (
     "use_cache", "num_return_sequences", "return_dict_in_generate", "eos_token_id", "pad_token_id", "bos_token_id",
     "mask_token_id", "disable_compile", "transformers_version",
 )  # fmt: skip
-# Values, beside None and False, at which transformers' other settings do nothing.
-_NEUTRAL = {
-    "min_length": 0, "min_new_tokens": 0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "min_p": 0,
-    "epsilon_cutoff": 0, "eta_cutoff": 0, "diversity_penalty": 0, "num_beams": 1, "num_beam_groups": 1, "typical_p": 1,
-    "repetition_penalty": 1, "encoder_repetition_penalty": 1, "length_penalty": 1, "guidance_scale": 1,
-}  # fmt: skip
 
 
 @dataclass
@@ -59,7 +55,7 @@ class LLaDA2GenerationMixin:
                  stopping_criteria=None, streamer=None, tokenizer=None, **kwargs):  # fmt: skip
         """Continue prompts, by transformers' convention.
 
-        inputs or input_ids: int64 [B, P], None = one empty prompt; attention_mask [B, P]: 0 at padding, on either side;
+        inputs or input_ids: ids [B, P], None = one empty prompt; attention_mask [B, P]: 0 at padding, on either side;
         without it every position counts. Settings come from kwargs, else generation_config, else the model's own, which
         holds what the checkpoint's generation_config.json says:
         - lengths: max_new_tokens (the cards' gen_length; 2048 if nothing is said) or max_length = P + max_new_tokens;
@@ -153,7 +149,7 @@ def _override(config, settings):
     for card_name, name in _CARD_NAMES.items():
         if card_name in settings:
             if settings.get(name) is not None:
-                raise ValueError(f"{card_name}={settings[card_name]!r}: give it or {name}, not both")
+                raise ValueError(f"{card_name}={settings[card_name]!r:.80}: give it or {name}, not both")
             settings[name] = settings.pop(card_name)
     if settings.get("max_length") is not None:
         settings.setdefault("max_new_tokens", None)
@@ -172,7 +168,7 @@ def _refuse_unsupported(config, call):
     asked = {name: value for name, value in config.to_dict().items() if name not in (*_HONOURED, *_SETTINGS)}
     asked |= {name: value for name, value in call.items() if name not in _OF_A_CALL}
     for name, value in asked.items():
-        neutral = value is None or value is False or (name in _NEUTRAL and value == _NEUTRAL[name])
+        neutral = value is False or is_neutral(name, value, GENERATING)
         if not neutral and name[0] != "_":
             allowed = ", ".join((*_HONOURED, *_SETTINGS, *_OF_A_CALL))
             raise ValueError(f"{name}={value!r:.80}: not supported by LLaDA2's generate(); expected one of {allowed}")
@@ -186,12 +182,15 @@ def _prompts(inputs, input_ids, attention_mask, config):
         raise ValueError("input_ids: give it or inputs, not both")
     ids = input_ids if inputs is None else inputs
     ids = torch.empty(1, 0, dtype=torch.int64, device="cpu") if ids is None else ids
-    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or not len(ids):
-        got = list(ids.shape) if isinstance(ids, torch.Tensor) else type(ids).__name__
+    if not isinstance(ids, (torch.Tensor, np.ndarray)) or ids.ndim != 2 or not len(ids):
+        got = list(getattr(ids, "shape", ())) or type(ids).__name__
         raise ValueError(f"inputs: a tensor [B, P] of token ids expected, got {got}")
+    ids = token_ids("inputs", ids)
+    if isinstance(attention_mask, np.ndarray):
+        attention_mask = torch.from_numpy(attention_mask)
     copies = 1 if config.num_return_sequences is None else config.num_return_sequences
     if type(copies) is not int or copies < 1:  # that several are sampled is for GenerationConfig to see to
-        raise ValueError(f"num_return_sequences={copies!r}: expected an integer >= 1")
+        raise ValueError(f"num_return_sequences={copies!r:.80}: expected an integer >= 1")
     if copies == 1:
         return ids, attention_mask
     if isinstance(getattr(config, "seed", None), int):
@@ -215,7 +214,7 @@ def _criteria(given, config, tokenizer):
     criteria = StoppingCriteriaList(given or ())
     if config.stop_strings is not None:
         if tokenizer is None:
-            raise ValueError(f"stop_strings={config.stop_strings!r}: needs the argument tokenizer")
+            raise ValueError(f"stop_strings={config.stop_strings!r:.80}: needs the argument tokenizer")
         with torch.device("cpu"):  # transformers leaves its table to PyTorch's default, which need not hold data
             criteria.append(StopStringCriteria(tokenizer, config.stop_strings))
     return criteria

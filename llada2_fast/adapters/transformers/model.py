@@ -4,25 +4,16 @@ import copy
 from dataclasses import fields, replace
 from pathlib import Path
 
-import torch
 from transformers import GenerationConfig
 
-from ... import checkpoint
-from ...config import DTYPES, ModelConfig
+from ... import checkpoint, habits
+from ...config import ModelConfig
 from ...model import LLaDA2Model
 from .config import CONFIGS, LLaDA2MoeConfig
 from .generation import LLaDA2GenerationMixin
 
-# Arguments of transformers' from_pretrained that change nothing here, and the values they may have beside None.
-_WITHOUT_EFFECT = {
-    "_from_auto": (True,),
-    "_from_pipeline": ("text-generation",),
-    "adapter_kwargs": ({},),
-    "local_files_only": (False,),
-    "low_cpu_mem_usage": (True, False),
-    "trust_remote_code": (True, False),
-    "use_safetensors": (True,),
-}
+# What transformers itself says to from_pretrained.
+_INTERNAL = {"_from_auto": (True,), "_from_pipeline": ("text-generation",)}
 
 
 class LLaDA2MoeModelLM(LLaDA2GenerationMixin, LLaDA2Model):
@@ -39,12 +30,15 @@ class LLaDA2MoeModelLM(LLaDA2GenerationMixin, LLaDA2Model):
 
         dtype or torch_dtype: a torch dtype, its name, or "auto" = None = the config's; device_map or device: a device,
         {"": device} or "auto" = the GPU if there is one; config: a LLaDA2MoeConfig that says what config.json says, but
-        for the dtype. ValueError for other arguments, CheckpointError as from LLaDA2Model.from_pretrained.
+        for the dtype; kwargs: as of LLaDA2Model.from_pretrained. ValueError for other arguments, CheckpointError as
+        from there.
         """
-        for name, value in kwargs.items():
-            if value is not None and value not in _WITHOUT_EFFECT.get(name, ()):
-                raise ValueError(f"{name}={value!r}: llada2_fast does not support this argument of from_pretrained")
-        folder = checkpoint.resolve(path, _commit_hash or revision)  # a pipeline has resolved the revision
+        kwargs = {name: value for name, value in kwargs.items() if not habits.is_neutral(name, value, _INTERNAL)}
+        hub = habits.loading(kwargs)
+        dtype = habits.find_dtype(dtype, torch_dtype)
+        device = habits.find_place(device, device_map)
+        hub["revision"] = _commit_hash or revision  # a pipeline has resolved the revision
+        folder = checkpoint.resolve(path, **hub)
         own = ModelConfig.from_hf(folder)
         if config is None:
             from transformers import AutoConfig
@@ -54,9 +48,7 @@ class LLaDA2MoeModelLM(LLaDA2GenerationMixin, LLaDA2Model):
             register()
             config = AutoConfig.from_pretrained(folder)
         _check_same(config, own)
-        dtype = _dtype(_either("dtype", dtype, "torch_dtype", torch_dtype)) or config.dtype
-        device = _device(_either("device_map", device_map, "device", device))
-        model = super().from_pretrained(folder, dtype=dtype, device=device, progress=progress)
+        model = super().from_pretrained(folder, dtype=dtype or config.dtype, device=device, progress=progress)
         said = (Path(folder) / "generation_config.json").is_file()
         model._take(config, GenerationConfig.from_pretrained(folder) if said else GenerationConfig())
         return model
@@ -80,48 +72,22 @@ class LLaDA2MoeModelLM(LLaDA2GenerationMixin, LLaDA2Model):
     def _from_config(cls, config, **kwargs):
         raise ValueError("from_config: llada2_fast makes no random weights; use from_pretrained")
 
-    def save_pretrained(self, path):
-        """Write the weights in the checkpoint's own layout, byte-equal, config.json and generation_config.json."""
-        checkpoint.save(path, self.config.to_model_config(), dict(self.named_parameters()))
+    def save_pretrained(self, path, *, max_shard_size="5GB", safe_serialization=True, **kwargs):
+        """LLaDA2Model.save_pretrained, with everything of our `generation_config`."""
+        habits.saving(safe_serialization=safe_serialization, **kwargs)
+        config, params = self.config.to_model_config(), dict(self.named_parameters())
+        checkpoint.save(path, config, params, max_shard_bytes=habits.shard_bytes(max_shard_size))
         self.generation_config.save_pretrained(path)
 
 
 def _check_same(config, own):
     if not isinstance(config, LLaDA2MoeConfig):
         raise ValueError(f"config: {type(config).__name__}: expected a LLaDA2MoeConfig, as AutoConfig gives it")
-    for name in ("attn_implementation", "experts_implementation"):
-        value = getattr(config, f"_{name}")
-        if value is not None:
-            raise ValueError(f"{name}={value!r}: llada2_fast has its own and no choice of it")
+    chosen = ("attn_implementation", "experts_implementation")  # AutoConfig takes them for itself
+    habits.refuse("from_pretrained", {name: getattr(config, f"_{name}") for name in chosen}, habits.LOADING)
     given = replace(config.to_model_config(), dtype=own.dtype)
     for field in fields(ModelConfig):
         asked, there = getattr(given, field.name), getattr(own, field.name)
         if asked != there:
-            raise ValueError(f"{field.name}={asked!r}: the checkpoint's config.json says {there!r}; change it there")
-
-
-def _either(name, value, other_name, other):
-    if value is not None and other is not None:
-        raise ValueError(f"{other_name}={other!r}: give it or {name}, not both")
-    return other if value is None else value
-
-
-def _dtype(value):
-    if value in (None, "auto"):
-        return None
-    dtype = DTYPES.get(value, value) if isinstance(value, str) else value
-    if dtype not in DTYPES.values():
-        raise ValueError(f"dtype={value!r}: expected 'auto' or one of {', '.join(DTYPES)}")
-    return dtype
-
-
-def _device(value):
-    if isinstance(value, dict) and list(value) == [""]:
-        value = value[""]
-    if value == "auto":
-        value = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.device("cpu" if value is None else value)
-    except (RuntimeError, TypeError):
-        allowed = "a device, 'auto' or {'': device}; no model is split over devices"
-        raise ValueError(f"device_map={value!r}: expected {allowed}") from None
+            said = f"the checkpoint's config.json says {there!r:.80}; change it there"
+            raise ValueError(f"{field.name}={asked!r:.80}: {said}")
