@@ -1,8 +1,8 @@
 """LLaDA2 diffusion language models, fast and with the right tokens.
 
 Public names load on first use, so `import llada2_fast` alone imports neither torch nor transformers, which take 1 and 2
-seconds of CPU time. transformers' Auto classes load LLaDA2 checkpoints as soon as both packages are imported, in either
-order; `register()` does it on its own.
+seconds of CPU time. As soon as both packages are imported, in either order, transformers' Auto classes load LLaDA2
+checkpoints (`register()` does it on its own), and diffusers' pipelines save and load our parts.
 """
 
 import importlib
@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 # Public name -> the submodule it lives in; `demo` is that submodule itself.
 _HOME = {
     "AsyncEngine": "engine",
+    "BLOCK_DONE": "refinement",
     "BlockRefinementScheduler": "scheduler",
     "BlockRefinementSchedulerOutput": "scheduler",
     "BlockState": "refinement",
@@ -22,14 +23,21 @@ _HOME = {
     "DecodeParams": "config",
     "Engine": "engine",
     "EngineConfig": "config",
+    "FINISHED": "refinement",
+    "FLAGS": "refinement",
     "GenerateOutput": "generate",
     "LLaDA2Model": "model",
+    "LLaDA2MoeModelLM": "adapters.transformers",
     "LLaDA2Pipeline": "pipeline",
     "LLaDA2PipelineOutput": "pipeline",
     "ModelConfig": "config",
+    "PROMPT": "refinement",
     "RefineParams": "refinement",
+    "TAIL": "refinement",
+    "VALID": "refinement",
     "demo": "demo",
     "generate": "generate",
+    "load_tokenizer": "tokens",
     "refine_params": "refinement",
     "refine_step": "refinement",
 }
@@ -67,12 +75,14 @@ def __dir__():
     return sorted({*globals(), *__all__})
 
 
-class _AutoClasses(PathFinder):
-    """Registers with transformers' Auto classes when somebody imports them, so that nobody else pays for them."""
+class _Hosts(PathFinder):
+    """Registers with other libraries' tables when somebody imports them, so that nobody else pays for them."""
 
+    # Their module -> our adapter, and what it does as soon as that module is there.
     PENDING = {
-        "transformers.models.auto.configuration_auto": "register_configs",
-        "transformers.models.auto.modeling_auto": "register_models",
+        "transformers.models.auto.configuration_auto": ("transformers", "register_configs"),
+        "transformers.models.auto.modeling_auto": ("transformers", "register_models"),
+        "diffusers.pipelines.pipeline_loading_utils": ("diffusers", "register"),
     }
 
     @classmethod
@@ -85,13 +95,16 @@ class _AutoClasses(PathFinder):
 
         def exec_module(module):
             execute(module)
-            getattr(importlib.import_module(".adapters.transformers", __name__), step)()
+            _register(*step)
 
         spec.loader.exec_module = exec_module
         return spec
 
 
-if _AutoClasses.PENDING.keys() & sys.modules.keys():
-    register()
-else:
-    sys.meta_path.insert(0, _AutoClasses)
+def _register(adapter, step):
+    getattr(importlib.import_module(f".adapters.{adapter}", __name__), step)()
+
+
+for _name in [name for name in _Hosts.PENDING if name in sys.modules]:
+    _register(*_Hosts.PENDING.pop(_name))
+sys.meta_path.insert(0, _Hosts)

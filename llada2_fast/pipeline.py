@@ -5,13 +5,16 @@ schedulers and PipelineCallback objects are welcome. README lists where results 
 """
 
 import json
+import warnings
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from . import checkpoint
+from . import checkpoint, habits
 from .cache import PagedKVCache
 from .callbacks import CANDIDATES, TENSORS, rewrite, step_tensors
 from .config import MODEL_TYPES, SAMPLING_METHODS, DecodeParams
@@ -37,7 +40,8 @@ class LLaDA2Pipeline:
 
     model: our LLaDA2Model (decoded with a cache); another implementation of LLaDA2 (recognised by config.model_type,
     called with a 4D block-causal mask, one row at a time); or anything called as
-    `model(ids, attention_mask=, position_ids=).logits`. scheduler: its config gives the default block_length.
+    `model(ids, attention_mask=, position_ids=).logits`. scheduler: its config gives the default block_length; a warning
+    says so if that is not the model's.
     """
 
     config_name = "model_index.json"
@@ -49,6 +53,18 @@ class LLaDA2Pipeline:
         self.mask_token_id = getattr(tokenizer, "mask_token_id", None)
         self._progress_bar_config = {}
         self._num_timesteps = 0
+        self._check_block_length()
+
+    def _check_block_length(self, stacklevel=3):
+        """Warn of a scheduler with another block length than the model's, which writes well in its own only."""
+        model = getattr(self.model, "block_length", None)
+        scheduler = getattr(getattr(self.scheduler, "config", None), "block_length", None)
+        if None not in (model, scheduler) and model != scheduler:
+            warnings.warn(
+                f"the scheduler's block_length={scheduler} is not the model's {model}: expected "
+                f"BlockRefinementScheduler(block_length={model}), or block_length={model} in each call",
+                stacklevel=stacklevel,
+            )
 
     # the parts, and where they are
 
@@ -88,24 +104,27 @@ class LLaDA2Pipeline:
 
     @classmethod
     def from_pretrained(
-        cls, path, *, torch_dtype=None, dtype=None, device="cpu", scheduler=None, tokenizer=None, progress=True
+        cls, path, *, torch_dtype=None, dtype=None, device=None, device_map=None, model=None, scheduler=None,
+        tokenizer=None, progress=True, **kwargs,
     ):  # fmt: skip
-        """Load a checkpoint folder or hub id, or a folder that save_pretrained wrote (model/, scheduler/, tokenizer/).
+        """Load a checkpoint folder or hub id, or one in the layout of save_pretrained (model/, scheduler/, tokenizer/).
 
-        torch_dtype or dtype: None = the checkpoint's; scheduler, tokenizer: used in place of the folder's. A folder
-        without a scheduler_config.json gets a scheduler with the model's block length. EOS ids are those of the
-        checkpoint, where it names any, else the tokenizer's; progress: a bar while weights are read.
+        torch_dtype or dtype, device or device_map, kwargs: as of LLaDA2Model.from_pretrained; model, scheduler,
+        tokenizer: used in place of the folder's. A folder without a scheduler_config.json gets a scheduler with the
+        model's block length. EOS ids are those of the checkpoint, where it names any, else the tokenizer's; progress: a
+        bar while weights are read.
         """
         from .scheduler import BlockRefinementScheduler
 
-        if torch_dtype is not None and dtype is not None:
-            raise ValueError(f"torch_dtype={torch_dtype}: give it or dtype, not both")
-        folder = checkpoint.resolve(path)
+        hub = habits.loading(kwargs)
+        dtype, device = habits.find_dtype(dtype, torch_dtype), habits.find_place(device, device_map)
+        folder = checkpoint.resolve(path, **hub, subfolders=True)
 
         def home(name):
             return folder / name if (folder / name).is_dir() else folder
 
-        model = LLaDA2Model.from_pretrained(home("model"), torch_dtype or dtype, device, progress)
+        if model is None:
+            model = LLaDA2Model.from_pretrained(home("model"), dtype, device, progress)
         if tokenizer is None and (home("tokenizer") / "tokenizer_config.json").is_file():
             tokenizer = load_tokenizer(home("tokenizer"))
         if scheduler is None and (home("scheduler") / BlockRefinementScheduler.config_name).is_file():
@@ -113,7 +132,7 @@ class LLaDA2Pipeline:
         elif scheduler is None:
             scheduler = BlockRefinementScheduler(block_length=model.block_length)
         pipe = cls(model, scheduler, tokenizer)
-        known = model.special_ids
+        known = getattr(model, "special_ids", {})
         if known.get("eos_token_id"):
             eos = known["eos_token_id"]
             pipe.eos_token_id = eos[0] if len(eos) == 1 else eos
@@ -121,15 +140,21 @@ class LLaDA2Pipeline:
             pipe.mask_token_id = known.get("mask_token_id")
         return pipe
 
-    def save_pretrained(self, save_directory):
-        """Write model/, scheduler/, tokenizer/ (where there is one) and model_index.json, in diffusers' layout."""
+    def save_pretrained(self, save_directory, safe_serialization=True, max_shard_size=None, **kwargs):
+        """Write model/, scheduler/, tokenizer/ (where there is one) and model_index.json, in diffusers' layout.
+
+        max_shard_size: of the model's save_pretrained, None = its default; kwargs: what changes nothing
+        (habits.SAVING). ValueError naming any other argument.
+        """
+        habits.saving(safe_serialization=safe_serialization, **kwargs)
+        shards = {} if max_shard_size is None else {"max_shard_size": habits.shard_bytes(max_shard_size)}
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         index = {"_class_name": type(self).__name__}
         for name, part in self.components.items():
             index[name] = [None, None]
             if part is not None:
-                part.save_pretrained(folder / name)
+                part.save_pretrained(folder / name, **(shards if name == "model" else {}))
                 index[name] = [type(part).__module__.partition(".")[0], type(part).__name__]
         (folder / self.config_name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
@@ -141,11 +166,12 @@ class LLaDA2Pipeline:
     ):  # fmt: skip
         """(ids, attention mask), int64 [B, P], from whichever of the inputs is given. ValueError if they clash."""
         if input_ids is not None:
+            input_ids = _check_ids(input_ids)
             if input_ids.ndim == 1:
                 input_ids = input_ids[None]
-            _check_ids(input_ids)
             if attention_mask is None:
                 return input_ids, torch.ones_like(input_ids)
+            attention_mask = torch.as_tensor(attention_mask)
             if attention_mask.ndim == 1:
                 attention_mask = attention_mask[None]
             if attention_mask.shape != input_ids.shape:
@@ -199,17 +225,17 @@ class LLaDA2Pipeline:
         }  # fmt: skip
         for name, value in counts.items():
             if not _is_int(value):
-                raise ValueError(f"`{name}` must be an integer, got {value!r}.")
+                raise ValueError(f"`{name}` must be an integer, got {value!r:.80}.")
             if value <= 0:
                 raise ValueError(f"`{name}` must be > 0, got {value}.")
         if not threshold >= 0:
             raise ValueError(f"`threshold` must be in [0, 1] (or > 1 to force top-k commits), got {threshold}.")
         if sampling_method not in SAMPLING_METHODS:
             raise ValueError(
-                f"`sampling_method` must be one of {{'auto','greedy','multinomial'}}, got {sampling_method!r}."
+                f"`sampling_method` must be one of {{'auto','greedy','multinomial'}}, got {sampling_method!r:.80}."
             )
         if output_type not in ("seq", "text"):
-            raise ValueError(f"`output_type` must be 'seq' or 'text', got {output_type!r}.")
+            raise ValueError(f"`output_type` must be 'seq' or 'text', got {output_type!r:.80}.")
         names = _callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
         unknown = [name for name in names if name not in self._callback_tensor_inputs]
         if unknown:
@@ -217,7 +243,7 @@ class LLaDA2Pipeline:
                 f"`callback_on_step_end_tensor_inputs` has to be in {self._callback_tensor_inputs}, but found {unknown}"
             )
         if callback_on_step_end is not None and not callable(callback_on_step_end):
-            raise ValueError(f"`callback_on_step_end` must be callable, got {callback_on_step_end!r}.")
+            raise ValueError(f"`callback_on_step_end` must be callable, got {callback_on_step_end!r:.80}.")
 
     # generation
 
@@ -253,11 +279,12 @@ class LLaDA2Pipeline:
         """Continue prompts.
 
         prompt: str or list of str, wrapped as chats where the tokenizer has a template and use_chat_template is True;
-        messages: a chat or a list of chats; input_ids: int64 [P] or [B, P], with attention_mask of the same shape
-        (0 = padding, either side). Ids take precedence. block_length: None = the scheduler's config's;
-        num_inference_steps: per block; threshold: commit above it (> 1: by quota alone); editing_threshold: edit above
-        it, None, 0 and less = off; minimal_topk: least commits per step; eos_token_id, mask_token_id: None = the
-        tokenizer's (without one: no EOS, and an error); generator: one torch.Generator, or one per row.
+        messages: a chat or a list of chats; input_ids: [P] or [B, P], a tensor or array of integers that int64 holds,
+        with attention_mask of the same shape (0 = padding, either side). Ids take precedence. block_length: None = the
+        scheduler's config's; num_inference_steps: per block; threshold: commit above it (> 1: by quota alone);
+        editing_threshold: edit above it, None, 0 and less = off; minimal_topk: least commits per step; eos_token_id,
+        mask_token_id: None = the tokenizer's (without one: no EOS, and an error); generator: one torch.Generator, or
+        one per row.
 
         callback_on_step_end(pipe, step, timestep, tensors) is called after every step: step counts all steps, timestep
         those of the block that found masks; tensors holds the named ones (callbacks.step_tensors). It may return None,
@@ -269,6 +296,7 @@ class LLaDA2Pipeline:
         """
         names = _callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
         if block_length is None:
+            self._check_block_length(stacklevel=4)  # no_grad is a frame of its own
             block_length = self.scheduler.config.block_length
         self.check_inputs(
             prompt, messages, input_ids, gen_length, block_length, num_inference_steps, minimal_topk, threshold,
@@ -315,9 +343,9 @@ class LLaDA2Pipeline:
         if mask is None:
             raise ValueError("`mask_token_id` must be provided (or available on the tokenizer).")
         if not _is_int(mask) or mask < 0:
-            raise ValueError(f"`mask_token_id` must be a token id, got {mask!r}.")
+            raise ValueError(f"`mask_token_id` must be a token id, got {mask!r:.80}.")
         if not all(_is_int(i) for i in eos):
-            raise ValueError(f"`eos_token_id` must be a token id, several or None, got {eos!r}.")
+            raise ValueError(f"`eos_token_id` must be a token id, several or None, got {eos!r:.80}.")
         return eos, mask
 
     def _open(self, ids, prompt_mask, params, generator, all_logits):
@@ -379,7 +407,7 @@ class LLaDA2Pipeline:
 
 
 def _is_int(value):
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _check_sampling(temperature, top_p):
@@ -390,12 +418,14 @@ def _check_sampling(temperature, top_p):
 
 
 def _check_ids(input_ids):
-    if not isinstance(input_ids, torch.Tensor):
+    """input_ids as int64. ValueError for what are no ids, in the words of diffusers."""
+    if not isinstance(input_ids, (torch.Tensor, np.ndarray)):
         raise ValueError(f"`input_ids` must be a tensor, got {type(input_ids).__name__}.")
     if input_ids.ndim not in (1, 2):
         raise ValueError(f"`input_ids` must be 1D or 2D, got shape {tuple(input_ids.shape)}.")
-    if input_ids.dtype != torch.int64:
+    if not habits.holds_ids(input_ids):
         raise ValueError(f"`input_ids` must be int64 token IDs, got dtype={input_ids.dtype}.")
+    return habits.token_ids("input_ids", input_ids)
 
 
 def _callback_names(callback, names):

@@ -17,6 +17,7 @@ import torch
 from .config import SAMPLING_METHODS, parse_json
 from .kernels import refine
 from .kernels.refine import BlockState, RefineParams, refine_step
+from .model import seen_block_length
 from .outputs import Output
 from .requests import row_seeds
 
@@ -166,7 +167,8 @@ class BlockRefinementScheduler:
         None = the config's; prompt_mask: bool [L] or [R, L], True = never written (mask mode); generator: one
         torch.Generator, or one per row.
         Returns BlockRefinementSchedulerOutput, or its six fields as a tuple. Raises ValueError on bad arguments,
-        RuntimeError where logits hold NaN or infinity.
+        RuntimeError where logits hold NaN or infinity. Warns if logits are a slice of what our model gave for blocks of
+        another length.
         """
         config = self.config
         threshold = config.threshold if threshold is None else threshold
@@ -174,6 +176,7 @@ class BlockRefinementScheduler:
         minimal_topk = config.minimal_topk if minimal_topk is None else minimal_topk
         step_index = int(timestep)
         _check_blocks(model_output, sample, prompt_mask, step_index)
+        _check_block_length(model_output, sample)
         _check_numbers(threshold, editing_threshold, minimal_topk, temperature, top_p, sampling_method)
         if editing_threshold is not None and editing_threshold <= 0:
             editing_threshold = None
@@ -356,7 +359,7 @@ def _mask_step(
 
 def _positive(name, value):
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise ValueError(f"`{name}` must be an integer, got {value!r}.")
+        raise ValueError(f"`{name}` must be an integer, got {value!r:.80}.")
     if value <= 0:
         raise ValueError(f"`{name}` must be > 0, got {value}.")
 
@@ -385,7 +388,7 @@ def _check_numbers(threshold, editing_threshold, minimal_topk, temperature, top_
     _check_top_p(top_p)
     if sampling_method not in SAMPLING_METHODS:
         allowed = "{'auto','greedy','multinomial'}"
-        raise ValueError(f"`sampling_method` must be one of {allowed}, got {sampling_method!r}.")
+        raise ValueError(f"`sampling_method` must be one of {allowed}, got {sampling_method!r:.80}.")
 
 
 def _check_blocks(logits, sample, prompt_mask, step_index):
@@ -398,6 +401,17 @@ def _check_blocks(logits, sample, prompt_mask, step_index):
         raise ValueError(f"`prompt_mask` must be {expected}, got {list(prompt_mask.shape)}.")
     if step_index < 0:
         raise ValueError(f"`timestep` must be >= 0, got {step_index}.")
+
+
+def _check_block_length(logits, sample):
+    """Warn if our model saw other blocks than the sample: whoever calls both may have asked neither for its length."""
+    length = seen_block_length(logits)
+    if length not in (None, sample.shape[1]):
+        warnings.warn(
+            f"block_length: a block of {sample.shape[1]} to a model of {length}: expected "
+            f"BlockRefinementScheduler(block_length={length}), and calls that name no other",
+            stacklevel=3,
+        )
 
 
 def _raise_on_error(error, step_index):

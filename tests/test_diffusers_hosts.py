@@ -4,6 +4,12 @@ What 0.38 lacks is not used here: attention_mask, block_length for set_timesteps
 the rules are the same wherever they are meant to be is test_diffusers_parity.py's part.
 """
 
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -16,6 +22,7 @@ from llada2_fast.tokens import load_tokenizer
 diffusers = pytest.importorskip("diffusers", minversion="0.38")
 callbacks = pytest.importorskip("diffusers.callbacks")
 
+ROOT = Path(__file__).parent.parent
 SUM = "7+6+0=13\n4+9+1=14\n8+0+1=09\nThe answer is 943."
 PROMPTS = [prompt for task in tasks.TASKS for prompt in tasks.sample(task, 1, tasks.SEED)]
 LENGTH = 16  # the embedded model's blocks; the default of diffusers is LLaDA2's 32
@@ -105,6 +112,49 @@ def test_models_of_transformers_auto_classes():
     assert isinstance(model, LLaDA2Model)
     pipe = pipeline(diffusers, model, llada2_fast, AutoTokenizer.from_pretrained(demo.path()))
     assert pipe(prompt="Add 847 and 96.", **CALL).texts == [SUM]
+
+
+def model_of(name):
+    from transformers import AutoModelForCausalLM
+
+    cls = AutoModelForCausalLM if name == "LLaDA2MoeModelLM" else LLaDA2Model
+    return cls.from_pretrained(demo.path(), dtype=torch.float32, progress=False)
+
+
+@pytest.mark.parametrize("name", ["LLaDA2Model", "LLaDA2MoeModelLM"])
+@pytest.mark.parametrize("package", [diffusers, llada2_fast], ids=lambda package: package.__name__)
+def test_saved_by_either_pipeline_and_loaded_by_both(tokenizer, tmp_path, package, name):
+    scheduler = BlockRefinementScheduler(block_length=LENGTH, threshold=0.875)
+    pipe = pipeline(package, model_of(name), scheduler, tokenizer)
+    pipe.save_pretrained(tmp_path, safe_serialization=True, max_shard_size="1MB")
+    assert len(list((tmp_path / "model").glob("model-*.safetensors"))) > 1
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["model"] == ["llada2_fast", name]
+    assert index["scheduler"] == ["llada2_fast", "BlockRefinementScheduler"]
+    for loader in (diffusers.LLaDA2Pipeline, diffusers.DiffusionPipeline, llada2_fast.LLaDA2Pipeline):
+        again = loader.from_pretrained(tmp_path, torch_dtype=torch.float32, tokenizer=tokenizer)
+        again.set_progress_bar_config(disable=True)
+        assert isinstance(again.model, LLaDA2Model) and type(again.scheduler) is BlockRefinementScheduler
+        assert again.scheduler.config == scheduler.config
+        assert again(prompt="Add 847 and 96.", **CALL).texts == [SUM]
+
+
+@pytest.mark.parametrize("first", ["import diffusers, llada2_fast", "import llada2_fast, diffusers"])
+def test_a_saved_pipeline_in_another_process(model, tmp_path, first):
+    pipeline(diffusers, model, llada2_fast).save_pretrained(tmp_path)
+    code = f"{first}; pipe = diffusers.DiffusionPipeline.from_pretrained({str(tmp_path)!r})"
+    code += "; print(type(pipe.model).__module__, type(pipe.scheduler).__module__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["llada2_fast.model", "llada2_fast.scheduler"], done.stderr
+
+
+def test_our_scheduler_says_so_if_its_blocks_are_not_the_models(model, tokenizer):
+    wide = pipeline(diffusers, model, BlockRefinementScheduler(block_length=32), tokenizer)
+    with pytest.warns(UserWarning, match="a block of 32 to a model of 16"):
+        wide(prompt="Spell 7.", **CALL | {"block_length": None})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert wide(prompt="Spell 7.", **CALL).texts == ["7 is seven"]
 
 
 def test_their_pipeline_moves_our_model(tokenizer):

@@ -1,8 +1,10 @@
 """LLaDA2Pipeline: the three kinds of model, prompts, EOS, callbacks, generators, files, bad input."""
 
 import json
+import warnings
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -594,6 +596,21 @@ def test_from_pretrained_of_a_plain_checkpoint(golden, tmp_path):
         LLaDA2Pipeline.from_pretrained(golden / "tiny", torch_dtype=torch.float32, dtype=torch.float32)
 
 
+def test_arguments_by_habit(golden, tmp_path):
+    pipe = LLaDA2Pipeline.from_pretrained(
+        golden / "tiny", device_map="cpu", low_cpu_mem_usage=True, use_safetensors=True, local_files_only=True,
+        trust_remote_code=True, dtype="float32", progress=False,
+    )  # fmt: skip
+    pipe.save_pretrained(tmp_path, safe_serialization=True, max_shard_size="200KB", push_to_hub=False)
+    assert len(list((tmp_path / "model").glob("model-*.safetensors"))) > 1
+    again = LLaDA2Pipeline.from_pretrained(tmp_path, model=pipe.model, progress=False)
+    assert again.model is pipe.model
+    with pytest.raises(ValueError, match="load_in_8bit=True"):
+        LLaDA2Pipeline.from_pretrained(golden / "tiny", load_in_8bit=True)
+    with pytest.raises(ValueError, match="safe_serialization=False"):
+        pipe.save_pretrained(tmp_path, safe_serialization=False)
+
+
 def test_save_and_load(golden, tmp_path):
     first = LLaDA2Pipeline.from_pretrained(golden / "tiny", scheduler=BlockRefinementScheduler(block_length=8))
     first.save_pretrained(tmp_path)
@@ -633,7 +650,8 @@ IDS = torch.tensor([[1, 2, 3]])
         ({"input_ids": None, "prompt": "a"}, "Tokenizer is required when `input_ids` is not provided."),
         ({"input_ids": None, "messages": [{}]}, "Tokenizer is required when `input_ids` is not provided."),
         ({"input_ids": IDS[None]}, "`input_ids` must be 1D or 2D"),
-        ({"input_ids": IDS.int()}, "`input_ids` must be int64 token IDs"),
+        ({"input_ids": IDS.float()}, "`input_ids` must be int64 token IDs, got dtype=torch.float32"),
+        ({"input_ids": IDS.bool().numpy()}, "`input_ids` must be int64 token IDs, got dtype=bool"),
         ({"input_ids": [[1, 2]]}, "`input_ids` must be a tensor, got list"),
         ({"input_ids": IDS[:0]}, "`input_ids` must hold at least one row"),
         ({"input_ids": IDS + 30}, "`input_ids`: prompt 0 .*outside 0..31"),
@@ -681,6 +699,27 @@ def test_bad_input_of_prompts():
         pipe("a", attention_mask=torch.ones(1, 1))
     with pytest.raises(ValueError, match="`prompt` must not be an empty list"):
         pipe([])
+
+
+def test_ids_of_other_integers_and_of_numpy(tiny):
+    pipe = pipeline(tiny)
+    ids, mask = padded("left").values()
+    wanted = call(pipe, input_ids=ids, attention_mask=mask).sequences
+    for given in (ids.int(), ids.numpy(), ids.numpy().astype("uint16")):
+        assert torch.equal(call(pipe, input_ids=given, attention_mask=mask.numpy()).sequences, wanted)
+    counted = call(pipe, input_ids=ids, attention_mask=mask, gen_length=np.int64(21), eos_token_id=np.int32(EOS))
+    assert torch.equal(counted.sequences, call(pipe, input_ids=ids, attention_mask=mask, eos_token_id=EOS).sequences)
+
+
+def test_a_scheduler_of_other_blocks_than_the_models_says_so(tiny):
+    with pytest.warns(UserWarning, match="block_length=8 is not the model's 32"):
+        pipe = pipeline(tiny, block_length=8)
+    with pytest.warns(UserWarning, match="block_length=8 is not the model's 32"):
+        call(pipe, input_ids=IDS, block_length=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(pipe, input_ids=IDS, block_length=32)
+        call(pipeline(tiny, block_length=32), input_ids=IDS, block_length=None)
 
 
 def test_steps_is_no_argument():
