@@ -30,6 +30,7 @@ BENCHMARKS = {
 def main(argv=None) -> int:
     """Run one command (argv: sys.argv[1:] unless given); returns the exit code."""
     prepare()
+    _never_lose_output()
     try:
         args = _parser().parse_args(argv)
         code = args.run(args)
@@ -48,6 +49,12 @@ def main(argv=None) -> int:
         return _error(error, 1)
 
 
+def _never_lose_output():
+    """Write what stdout's encoding lacks as "?". stderr does as much by itself."""
+    if getattr(sys.stdout, "errors", None) in ("strict", "surrogateescape") and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+
+
 def _error(error, code):
     print("llada2-fast: error:", " ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
     return code
@@ -55,7 +62,7 @@ def _error(error, code):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise ValueError(message)
+        raise ValueError(message if len(message) <= 200 else f"{message[:200]}...")  # it may quote a whole prompt
 
 
 def _parser():
@@ -70,7 +77,7 @@ def _parser():
         return added
 
     generate = command(_generate, "generate", "Answer prompts, all in one batch.")
-    generate.add_argument("prompts", nargs="+", metavar="PROMPT", help="- reads one from stdin")
+    generate.add_argument("prompts", nargs="+", metavar="PROMPT", help="UTF-8 text; - reads one from stdin")
     generate.add_argument("--raw", action="store_true", help="continue the prompts as they are: no chat template")
     chat = command(_chat, "chat", "Talk over several turns: a line of stdin is one; /reset forgets, /exit ends.")
     command(doctor, "doctor", "Say what is installed, what each op will run on, and whether the embedded model works.")
@@ -92,7 +99,7 @@ def _generate(args):
     if args.prompts.count("-") > 1:
         raise ValueError("prompts: stdin (-) can be read only once")
     options = decoding(args)
-    prompts = [sys.stdin.read().rstrip("\n") if prompt == "-" else prompt for prompt in args.prompts]
+    prompts = [_read_stdin() if prompt == "-" else _checked(prompt) for prompt in args.prompts]
     model, tokenizer = _load(args)
     if args.raw:
         rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
@@ -107,7 +114,11 @@ def _chat(args):
     options, messages = decoding(args), []
     model, tokenizer = _load(args)
     while line := _read_turn():
-        text = line.strip()
+        try:
+            text = _decoded(line).strip()
+        except ValueError as error:
+            _error(error, 2)
+            continue
         if text == "/exit":
             break
         if text == "/reset":
@@ -134,10 +145,42 @@ def _bench(args):
         sys.argv[0] = invoked
 
 
+def _checked(prompt):
+    """A prompt of the command line as text. Bytes for which the locale has no characters may be UTF-8 all the same."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        try:
+            return _decoded(os.fsencode(prompt))
+        except UnicodeEncodeError:  # a lone surrogate that stands for no byte
+            raise ValueError(f"prompt: no valid UTF-8: {prompt[error.start]!r} at position {error.start}") from None
+    return prompt
+
+
+def _decoded(data):
+    """A prompt of UTF-8 bytes, or of text if stdin has no bytes."""
+    if isinstance(data, str):
+        return _checked(data)
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        where = f"byte 0x{data[error.start]:02x} at position {error.start}"
+        raise ValueError(f"prompt: no valid UTF-8: {where}") from None
+
+
+def _stdin():
+    """stdin's bytes, whatever encoding Python has chosen for them."""
+    return getattr(sys.stdin, "buffer", sys.stdin)
+
+
+def _read_stdin():
+    return _decoded(_stdin().read()).replace("\r\n", "\n").rstrip("\n")
+
+
 def _read_turn():
     if sys.stdin.isatty():
         print("> ", end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline()
+    return _stdin().readline()
 
 
 def _load(args):

@@ -45,6 +45,7 @@ def add_model_options(parser):
     """Add the groups "model" and "decoding" to an argparse parser."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", metavar="PATH_OR_ID", help="checkpoint folder or hub id; else the embedded model")
+    group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of the hub id; else its main branch")
     group.add_argument("--dtype", help="bfloat16, float16 or float32; else the checkpoint's (embedded model: float32)")
     group.add_argument("--quantization", metavar="NAME", help="fp8: block-scaled float8 weights; else the checkpoint's")
     group.add_argument("--device", help="cpu, cuda, cuda:1, ...; else the GPU if there is one")
@@ -93,9 +94,9 @@ def load_model(args):
     dtype = "float32" if args.dtype is None and args.model is None else args.dtype
     for name, value, allowed in (("dtype", dtype, DTYPES), ("quantization", args.quantization, QUANTIZATIONS)):
         if value is not None and value not in allowed:
-            raise ValueError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
+            raise ValueError(f"{name}={value!r:.80}: expected one of {', '.join(allowed)}")
     device = find_device(args.device)
-    folder = resolve(demo.path() if args.model is None else args.model)
+    folder = resolve(demo.path() if args.model is None else args.model, args.revision)
     model = LLaDA2Model.from_pretrained(folder, DTYPES.get(dtype), device, args.progress, args.quantization)
     return model, folder
 

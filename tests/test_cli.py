@@ -249,6 +249,79 @@ def test_chat_in_a_process_of_its_own():
     assert done.stderr.count("\n") == 1 and "tokens/s" in done.stderr
 
 
+def run_bytes(*arguments, stdin=b"", **env):
+    """As `run`, with bytes: what a terminal or a file of any encoding hands over."""
+    command = [os.fsencode(sys.executable), b"-m", b"llada2_fast", *arguments]
+    return subprocess.run(command, cwd=ROOT, input=stdin, capture_output=True, env={**os.environ, **env})
+
+
+POSIX = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}  # Python then takes ASCII for everything
+
+
+@pytest.mark.parametrize("arguments, stdin, env", [
+    ([b"caf\xe9"], b"", {}), ([b"x", b"caf\xe9"], b"", POSIX), ([b"-"], b"caf\xe9\n", {}),
+    ([b"-"], b"caf\xe9\n", {"PYTHONIOENCODING": "cp1252"}),
+])  # fmt: skip
+def test_a_prompt_that_is_no_utf8(arguments, stdin, env):
+    done = run_bytes(b"generate", b"--no-progress", *arguments, stdin=stdin, **env)
+    error = b"llada2-fast: error: prompt: no valid UTF-8: byte 0xe9 at position 3"
+    assert (done.returncode, done.stdout, done.stderr.splitlines()) == (2, b"", [error])
+
+
+@pytest.mark.parametrize("env", [POSIX, {"PYTHONIOENCODING": "cp1252"}], ids=["ascii", "cp1252"])
+def test_prompts_are_utf8_whatever_the_locale_says(env):
+    prompt = "Reverse mo\u00f6n crow \u2603."
+    done = run_bytes(b"generate", b"--no-progress", b"--json", prompt.encode(), b"-", stdin=prompt.encode(), **env)
+    assert [json.loads(line)["prompt"] for line in done.stdout.splitlines()] == [prompt, prompt], done.stderr
+
+
+@pytest.mark.parametrize("command, encoding", [("generate", "cp1252"), ("chat", "ascii")])
+def test_an_answer_is_written_with_replacements(call, command, encoding):
+    sampled = ["--no-progress", "--max-tokens", "32", "--temperature", "50", "--seed", "3"]
+    whole = call("generate", *sampled, "Write")[1]
+    lacking = whole.encode(encoding, "replace")
+    assert lacking.decode(encoding) != whole
+    arguments = [command, *sampled, *(["Write"] if command == "generate" else [])]
+    done = run_bytes(*map(str.encode, arguments), stdin=b"Write\n", PYTHONIOENCODING=encoding)
+    assert (done.returncode, done.stdout.splitlines()) == (0, lacking.splitlines())
+
+
+@pytest.mark.parametrize("arguments, code", [
+    ([b"doctor"], 0), ([b"--help"], 0), ([b"generate", b"x", b"--model", b"caf\xe9"], 2),
+    ([b"generate", b"Spell 7."], 0),
+], ids=["doctor", "help", "mistake", "progress"])  # fmt: skip
+def test_ascii_is_enough_for_everything_else(arguments, code):
+    done = run_bytes(*arguments, **POSIX)
+    assert (done.returncode, b"Traceback" in done.stderr) == (code, False), done.stderr
+    assert (done.stdout + done.stderr).isascii()
+
+
+def test_chat_goes_on_after_a_line_that_is_no_utf8():
+    lines = b"caf\xe9\n" + QUESTION.encode() + b"\n\xff\n" + QUESTION.encode() + b"\r\n"
+    done = run_bytes(b"chat", b"--no-progress", stdin=lines)
+    assert (done.returncode, done.stdout) == (0, 2 * (ANSWER + "\n").encode().replace(b"\n", os.linesep.encode()))
+    assert done.stderr.count(b"no valid UTF-8: byte 0xe9") == done.stderr.count(b"no valid UTF-8: byte 0xff") == 1
+
+
+@pytest.mark.parametrize("prompt", ["", " ", "a\0b", "\0", "\u2603 \U0001f600", "\ufeff", "\r\n"])
+def test_any_text_is_a_prompt(call, prompt):
+    assert call("generate", prompt, QUIET, "--max-tokens", "8")[0] == 0
+    assert call("generate", "-", QUIET, "--max-tokens", "8", stdin=prompt)[0] == 0
+
+
+@pytest.mark.parametrize("prompt", ["\ud800", "caf\udce9", "\udfff x"])
+def test_lone_surrogates_are_no_text(call, prompt):
+    assert_refused(call("generate", prompt, QUIET), "prompt: no valid UTF-8")
+    code, out, err = call("chat", QUIET, stdin=f"{prompt}\n{QUESTION}\n")
+    assert (code, out) == (0, ANSWER + "\n") and "prompt: no valid UTF-8" in err.splitlines()[0]
+
+
+def test_no_mistake_quotes_a_whole_prompt(call):
+    prompt = "--" + "spell" * 2000
+    code, out, err = call("generate", prompt)
+    assert (code, out, err.count("\n")) == (2, "", 1) and len(err) < 300
+
+
 def test_doctor(call):
     code, out, err = call("doctor")
     assert (code, err) == (0, "")
