@@ -318,7 +318,7 @@ def test_lone_surrogates_are_no_text(call, prompt):
 
 def test_no_mistake_quotes_a_whole_prompt(call):
     prompt = "--" + "spell" * 2000
-    code, out, err = call("generate", prompt)
+    code, out, err = call("generate", "x", prompt)
     assert (code, out, err.count("\n")) == (2, "", 1) and len(err) < 300
 
 
