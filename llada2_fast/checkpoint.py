@@ -401,7 +401,7 @@ def _check_tied(head, embeddings):
             size = width * STORED[entry.dtype].itemsize
             at = entry.begin + begin * size
             part = entry._replace(shape=(count, width), begin=at, end=at + count * size)
-            parts.append(_read(part, torch.empty(count * size, dtype=torch.uint8)))
+            parts.append(_read(part, torch.empty(count * size, dtype=torch.uint8, device="cpu")))
         if not _equal(*parts):
             raise untied(head)
 

@@ -171,7 +171,8 @@ class LLaDA2Pipeline:
                 input_ids = input_ids[None]
             if attention_mask is None:
                 return input_ids, torch.ones_like(input_ids)
-            attention_mask = torch.as_tensor(attention_mask)
+            if not isinstance(attention_mask, torch.Tensor):
+                attention_mask = torch.tensor(attention_mask, dtype=torch.float32, device=input_ids.device)
             if attention_mask.ndim == 1:
                 attention_mask = attention_mask[None]
             if attention_mask.shape != input_ids.shape:

@@ -54,7 +54,7 @@ def _row(ids, i):
     for at, value in enumerate(ids):
         if not (type(value) is int or _is_integer(value)) or not -(2**63) <= int(value) < 2**63:
             raise ValueError(f"inputs: prompt {i}: an integer token id expected at {at}, got {value!r:.40}")
-    return torch.tensor([int(value) for value in ids], dtype=torch.int64)
+    return torch.tensor([int(value) for value in ids], dtype=torch.int64, device="cpu")
 
 
 def _is_integer(value):
