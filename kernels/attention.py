@@ -104,7 +104,9 @@ def run_slots(runs, block_length):
 
 def single_blocks(runs, ordinals):
     """Runs of one block each: those of the blocks with these ordinals among the blocks of all runs."""
-    singles = [run._replace(first_block=run.first_block + i, num_blocks=1) for run in runs for i in range(run.num_blocks)]
+    singles = [
+        run._replace(first_block=run.first_block + i, num_blocks=1) for run in runs for i in range(run.num_blocks)
+    ]
     return [singles[i] for i in ordinals]
 
 

@@ -34,7 +34,11 @@ def experts_ref(h, ids, weights, gate_up, down, gate_up_scale=None, down_scale=N
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device)
     outer = _products(  # nothing here has a name for longer than it is needed: in prefill these are the largest tensors
-        gated(_products(h[order // top_k], touched, gate_up, gate_up_scale, parts=2)), touched, down, down_scale, parts=1
+        gated(_products(h[order // top_k], touched, gate_up, gate_up_scale, parts=2)),
+        touched,
+        down,
+        down_scale,
+        parts=1,
     )[place]
     return outer.view(tokens, top_k, -1).float().mul_(weights[..., None]).sum(1).to(h.dtype)
 

@@ -18,7 +18,7 @@ products of 16 bits and float32 are cuBLAS's, which picks kernels by M.
 
 from collections.abc import Callable
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -90,7 +90,7 @@ def rows_of(weight, dtype=None):
     return _rows(*weight.shape[-2:], dtype or weight.dtype, torch.get_num_threads(), torch.backends.mkldnn.enabled)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _rows(width, depth, dtype, threads, onednn):
     """The first library that needs next to no padding, else the one that needs the least.
 

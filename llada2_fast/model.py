@@ -276,7 +276,7 @@ class LLaDA2Model(nn.Module):
                 continue
             wide = ".router." in name or weight.dtype == E4M3  # multiplied in float32
             dtype = torch.float32 if wide else weight.dtype
-            found[*weight.shape[-2:], dtype] = rows_of(weight, dtype)
+            found[(*weight.shape[-2:], dtype)] = rows_of(weight, dtype)
         return found
 
     @property
@@ -462,7 +462,9 @@ class LLaDA2Model(nn.Module):
             return self.norm.add(x, delta)[1]
         layer, k, v = last
         own = torch.tensor(read.blocks, dtype=torch.int64, device=x.device)[:, None] * length
-        own = (own + torch.arange(length, dtype=torch.int64, device=x.device)).flatten()  # tokens of the blocks that are read
+        own = (
+            own + torch.arange(length, dtype=torch.int64, device=x.device)
+        ).flatten()  # tokens of the blocks that are read
         blocks, _ = place_blocks(single_blocks(runs, read.blocks), length, x)
         if block is None:
             within, after = read.rows, slice(None)

@@ -1,6 +1,6 @@
 """Whether a row's bits depend on the rows beside it, on the machine and under the settings this runs with.
 
-    python tests/rows.py THREADS      prints one JSON object; exit code 1 if something promised does not hold
+python tests/rows.py THREADS      prints one JSON object; exit code 1 if something promised does not hold
 """
 
 import functools
@@ -33,7 +33,9 @@ def unlike(width, depth, dtype, heights=(*range(1, 35), 47, 64, 97, 200)):
     weight = torch.randn(width, depth, generator=generator).to(dtype)
     tall = linear(x, weight)
     begins = {height: (0, 3, 300 - height) for height in heights}
-    return [h for h, begin in begins.items() if any(unequal(linear(x[i : i + h], weight), tall[i : i + h]) for i in begin)]
+    return [
+        h for h, begin in begins.items() if any(unequal(linear(x[i : i + h], weight), tall[i : i + h]) for i in begin)
+    ]
 
 
 def unequal(a, b):

@@ -56,7 +56,8 @@ def test_it_is_too_late_once_torch_is_there():
 def test_a_library_call_changes_nothing_of_its_host():
     code = (
         "before = dict(os.environ); import torch; threads = torch.get_num_threads(); import llada2_fast as l; "
-        "m = l.LLaDA2Model.from_pretrained(l.demo.path(), progress=False); m.exact_rows; m.generate([[2, 3]], gen_length=4); "
+        "m = l.LLaDA2Model.from_pretrained(l.demo.path(), progress=False); m.exact_rows; "
+        "m.generate([[2, 3]], gen_length=4); "
         "l.Engine(m, l.EngineConfig()).generate([[2, 3]], l.DecodeParams(gen_length=4)); "
         "print(json.dumps([before == dict(os.environ), threads == torch.get_num_threads()]))"
     )
