@@ -32,7 +32,7 @@ def experts_ref(h, ids, weights, gate_up, down, gate_up_scale=None, down_scale=N
     touched = [(expert, size) for expert, size in enumerate(count) if size]
     order = flat.argsort(stable=True)
     place = torch.empty_like(order)
-    place[order] = torch.arange(len(order), device=order.device)
+    place[order] = torch.arange(order.shape[0], device=order.device)
     outer = _products(  # nothing here has a name for longer than it is needed: in prefill these are the largest tensors
         gated(_products(h[order // top_k], touched, gate_up, gate_up_scale, parts=2)),
         touched,
@@ -45,13 +45,13 @@ def experts_ref(h, ids, weights, gate_up, down, gate_up_scale=None, down_scale=N
 
 def _products(rows, touched, weight, scale, parts):
     """Each expert's rows times its weights, one below the other: [N, .] in the rows' dtype."""
-    out = rows.new_empty(len(rows), weight.shape[1])
-    sizes, product = [size for _, size in touched], rows_of(weight)
+    out = rows.new_empty(rows.shape[0], weight.shape[1])
+    sizes, product, matrices = [size for _, size in touched], rows_of(weight), weight.unbind()
     for x, y, (e, _) in zip(rows.split(sizes), out.split(sizes), touched, strict=True):
         if scale is None:
-            product.into(x, weight[e], y)
+            product.into(x, matrices[e], y)
         else:
-            y.copy_(linear_ref(x, weight[e], scale[e], parts))
+            y.copy_(linear_ref(x, matrices[e], scale[e], parts))
     return out
 
 

@@ -17,7 +17,7 @@ MAX_SIZE = 16384  # a row is one tile of registers
 def rms_norm_ref(x, weight, eps):
     """x [..., H] any float type, weight [H] -> [..., H] in x's dtype."""
     wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return (wide * wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()).to(x.dtype) * weight
 
 
 def add_rms_norm_ref(x, delta, weight, eps):

@@ -32,7 +32,7 @@ def qk_norm_rope_ref(qkv, q_weight, k_weight, cos, sin, eps, num_heads, num_kv_h
     rot = cos.shape[-1]
     turned = qk[..., :rot]
     half = torch.cat((-turned[..., rot // 2 :], turned[..., : rot // 2]), -1)
-    turned = turned * cos[:, None] + half * sin[:, None]
+    turned = (turned * cos[:, None]).add_(half.mul_(sin[:, None]))
     qk = torch.cat((turned, qk[..., rot:]), -1) if rot < qk.shape[-1] else turned
     return qk[:, :num_heads], qk[:, num_heads:], v
 
@@ -42,7 +42,7 @@ def qk_norm_rope_write_ref(
 ):  # fmt: skip
     """qk_norm_rope_ref, then k and v at slots [T] int64 of the caches [pages, L, nk, D], -1 = nowhere -> q."""
     q, k, v = qk_norm_rope_ref(qkv, q_weight, k_weight, cos, sin, eps, num_heads, num_kv_heads)
-    if bool((slot < 0).any()):  # sync: reference
+    if slot.numel() and int(slot.min()) < 0:  # sync: reference
         kept = slot >= 0
         k, v, slot = k[kept], v[kept], slot[kept]
     write_pages(k, v, k_cache, v_cache, slot)

@@ -196,6 +196,7 @@ class CachedForward(Forward):
         self.cache.free(row.pages)
         row.pages = ()
 
+    @torch.inference_mode()  # where no_grad costs 7 % more of a step on a CPU, in views and versions
     def __call__(self, rows, state, needed, prefill=()):
         """Logits of the needed positions: ([M, V] in the model's dtype, index int64 [slots, L] into them or -1).
 
@@ -250,6 +251,7 @@ class CachedForward(Forward):
                 row.settled = row.block
                 row.counters.settle_forwards += 1
 
+    @torch.inference_mode()
     def _forward(self, spans, state=None, read=None):
         """Forward blocks begin..end-1 of rows; active blocks are read from the state, the others from the canvas.
 
