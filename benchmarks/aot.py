@@ -115,7 +115,7 @@ def _candidates(dtype, runner_up, filters):
     real, whole, long = _meta(rows), _meta(rows, dtype=torch.int32), _meta(rows, dtype=torch.int64)
     candidates.launch(
         _meta(rows, length, VOCAB, dtype=dtype), long, whole, candidates.SampleParams(real, whole, real, long),
-        MASK_ID, _meta(rows, dtype=torch.bool), None, filters, runner_up,
+        MASK_ID, whole, None, filters, runner_up,
     )  # fmt: skip
 
 

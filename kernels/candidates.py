@@ -2,7 +2,8 @@
 
     greedy     c = argmax_{v != mask} x_v                  lowest id on ties
                p = exp(x_c) / sum_v exp(x_v)               the mask logit counts in the normaliser
-    sampling   the mask logit removed; temperature, top-k, top-p (filters.py); draw c; p = its renormalised probability
+    sampling   the mask logit removed; temperature, top-k, top-p (filters.py); draw c; p = its renormalised probability,
+               which a low temperature, k = 1 or a small p makes 1 for every c; under OWN_SOFTMAX p as in greedy
     runner-up  the best id but c of what is left, lowest id on ties, and its probability by the same normaliser
 
     logits [R, L, V], or [M, V] with an index [R, L]; any float type and strides; parameters per row [R]
@@ -10,7 +11,8 @@
     confidence NaN; positions that were not asked for token -1 and confidence -inf
 
 The draw is a two-level inverse CDF over tiles of TILE_V ids in id order: stream 0 picks the tile, stream 1 + tile the
-id inside it. So one pass over the logits can draw without knowing the normaliser.
+id inside it. So one pass over the logits can draw without knowing the normaliser; under OWN_SOFTMAX it adds up the mass
+at temperature 1, too, and the drawn token's own logit does the rest.
 
 Kernels: _vocab_kernel reads the logits once and leaves each tile's maximum, mass and candidate, its *parts*; where rows
 filter, filters.py draws anew and replaces the parts of those positions; whoever wants the candidates combines a
@@ -27,13 +29,13 @@ from ._triton import register_op, tl, triton, use_triton
 from ._tuned import measured
 from .filters import CHUNK, GROUP, PIVOTS, STEP_BITS, _draw, _filter_kernel, _filters, _finite, _scale, cut_ref
 from .philox import _pick, _uniform, pick_ref, uniform_ref
-from .roles import BAN_MASK, _locate
+from .roles import BAN_MASK, OWN_SOFTMAX, _locate
 
 TILE_V = 4096  # part of the definition of a draw: the same in the reference and in every kernel
 _SLAB = 2**19  # logits whose probabilities the reference holds at a time: they stay in a CPU's cache
 _WIDTH = 256  # the reference takes maxima of so many ids first: argmax, slow on a CPU, then sees one such tile
 
-_BAN_MASK = tl.constexpr(BAN_MASK)
+_BAN_MASK, _OWN_SOFTMAX = tl.constexpr(BAN_MASK), tl.constexpr(OWN_SOFTMAX)
 _NONE = tl.constexpr(float("-inf"))
 _NO_ID = tl.constexpr(2**31 - 1)
 
@@ -47,24 +49,24 @@ class SampleParams(NamedTuple):
     seed: torch.Tensor  # int64
 
 
-def candidates_ref(logits, row, position, step, params, mask_id, ban_mask, tile_v=TILE_V, runner_up=False):
+def candidates_ref(logits, row, position, step, params, mask_id, flags, tile_v=TILE_V, runner_up=False):
     """Candidates of M positions. See the module's text for the rule.
 
     logits [M, V]; row [M] int64 into the parameters; position [M] int64 absolute; step [M] int64;
-    params SampleParams [R]; mask_id int; ban_mask [R] bool: the mask id is never a candidate of that row.
+    params SampleParams [R]; mask_id int; flags [R] integer, bits BAN_MASK and OWN_SOFTMAX.
     Returns token [M] int64, confidence [M] float32; with runner_up also the runner-up's, -1 and 0 where there is none.
     """
     if logits.shape[0] == 0:
         nothing = (row.new_empty(0), logits.new_empty(0, dtype=torch.float32))
         return nothing * 2 if runner_up else nothing
+    ban_mask = (flags & BAN_MASK) != 0
     if not bool((params.temperature > 0).any()):  # sync: the reference alone
         return _greedy_ref(logits, row, mask_id, ban_mask, runner_up)
-    ban = ban_mask[row]
     drawn = torch.where((params.temperature > 0)[row])[0]
-    own = SampleParams(*(parameter[row[drawn]] for parameter in params))
+    own = (flags[row[drawn]], *(parameter[row[drawn]] for parameter in params))
     slabs = (
-        _sample_ref(logits[at], ban[at], position[at], step[at], SampleParams(*parameters), mask_id, tile_v, runner_up)
-        for at, *parameters in zip(*(tensor.split(_slab_rows(logits)) for tensor in (drawn, *own)), strict=True)
+        _sample_ref(logits[at], flag, position[at], step[at], SampleParams(*parameters), mask_id, tile_v, runner_up)
+        for at, flag, *parameters in zip(*(tensor.split(_slab_rows(logits)) for tensor in (drawn, *own)), strict=True)
     )
     found = tuple(torch.cat(parts) for parts in zip(*slabs, strict=True))
     if drawn.shape[0] < row.shape[0]:
@@ -150,9 +152,10 @@ def _window(weight, part, width):
     return inside.masked_fill_(ids >= weight.shape[1], 0), ids[:, 0]
 
 
-def _sample_ref(logits, ban, position, step, params, mask_id, tile_v, runner_up):
+def _sample_ref(logits, flags, position, step, params, mask_id, tile_v, runner_up):
     """Draw from the filtered distributions of logits [M, V]; all else but the last three is [M]."""
     vocab = logits.shape[1]
+    ban, own = (flags & BAN_MASK) != 0, (flags & OWN_SOFTMAX) != 0
     x = logits.to(torch.float32, copy=True)
     bad = torch.zeros_like(ban)
     if 0 <= mask_id < vocab:
@@ -176,16 +179,22 @@ def _sample_ref(logits, ban, position, step, params, mask_id, tile_v, runner_up)
     token = (first + pick_ref(inside, target / inside.sum(-1))).clamp_(max=vocab - 1)  # NaN picks anything
     confidence = _share(weight, token).masked_fill_(bad, float("nan"))
     bad = confidence.isnan()
+    plain = bool(own.any())  # sync: the reference alone
+    if plain:
+        confidence = torch.where(own & ~bad, _probability(logits, token), confidence)
     if not runner_up:
         return token.masked_fill_(bad, -1), confidence
     logit, second = x.scatter(1, token[:, None], float("-inf")).max(-1)
     none = bad | (logit == float("-inf"))
-    share = _share(weight, second).masked_fill_(none, 0)
+    share = _share(weight, second)
+    if plain:
+        share = torch.where(own, _probability(logits, second), share)
+    share.masked_fill_(none, 0)
     return token.masked_fill_(bad, -1), confidence, second.masked_fill_(none, -1), share
 
 
 def block_candidates_ref(
-    logits, start, step, params, mask_id, ban_mask, index=None, wanted=None, tile_v=TILE_V, runner_up=False
+    logits, start, step, params, mask_id, flags, index=None, wanted=None, tile_v=TILE_V, runner_up=False
 ):
     """candidates_ref of blocks: logits [R, L, V], or [M, V] and index [R, L]; start, step [R]; wanted bool [R, L].
 
@@ -206,7 +215,7 @@ def block_candidates_ref(
             logits = logits[own]
     row = at.div(shape[1], rounding_mode="floor")
     found = candidates_ref(
-        logits, row, start[row] + at % shape[1], step[row].long(), params, mask_id, ban_mask, tile_v, runner_up
+        logits, row, start[row] + at % shape[1], step[row].long(), params, mask_id, flags, tile_v, runner_up
     )  # fmt: skip
     if index is None and wanted is None:
         return tuple(tensor.view(shape) for tensor in found)
@@ -223,7 +232,8 @@ def block_candidates_ref(
 def _vocab_kernel(
     LOGITS, INDEX, TOKENS, KIND, FROZEN,  # see _locate
     FLAGS, START, STEP, TEMPERATURE, TOP_K, TOP_P, SEED,  # [R]
-    PART, PART_ID,  # float32 [3 or 5, R*L, TILES]: maximum, mass, candidate's logit, (two best); int32 [1 or 3, ...]
+    PART,  # float32 [5 or 7, R*L, TILES]: maximum, mass, candidate's logit; own maximum, own mass; (two best)
+    PART_ID,  # int32 [1 or 3, R*L, TILES]: candidate, (two best)
     CHUNK_MAX, CHUNK_MASS,  # float32 [R*L, chunks] of positions that filter; None if no row does
     vocab, mask_id, stride_r, stride_l, stride_v,
     L: tl.constexpr, TILE_V: tl.constexpr, CHUNK: tl.constexpr, TILES: tl.constexpr,
@@ -261,9 +271,18 @@ def _vocab_kernel(
         mask_weight = tl.where(sampled, tl.where(mask_is_bad, float("nan"), 0.0), mask_weight)
         mass = tl.sum(weight) + mask_weight  # NaN if the tile holds NaN or +inf
 
+        plane = tl.num_programs(0) * TILES
+        at = n * TILES + tile
         logit = best
         token = first
         if sampled:
+            if (flags & _OWN_SOFTMAX) != 0:
+                own_scale = _scale(tl.full([], 1.0, tl.float32))
+                own_top = tl.maximum(best, mask_logit)
+                own_mass = tl.sum(tl.exp2((x - _finite(own_top)) * own_scale))
+                own_mass += tl.exp2((mask_logit - _finite(own_top)) * own_scale)
+                tl.store(PART + 3 * plane + at, own_top)
+                tl.store(PART + 4 * plane + at, own_mass)
             uniform = _uniform(tl.load(SEED + row), tl.load(START + row) + n % L, tl.load(STEP + row), tile + 1)
             masses = tl.sum(weight, 1)
             hidden = tl.where((flags & _BAN_MASK) != 0, mask_id, -1)
@@ -276,8 +295,6 @@ def _vocab_kernel(
                     tl.store(CHUNK_MAX + chunk, tl.max(x, 1))
                     tl.store(CHUNK_MASS + chunk, masses)
 
-        plane = tl.num_programs(0) * TILES
-        at = n * TILES + tile
         tl.store(PART + at, top)
         tl.store(PART + plane + at, mass)
         tl.store(PART + 2 * plane + at, logit)
@@ -285,14 +302,24 @@ def _vocab_kernel(
         if RUNNER_UP:
             others = tl.where(ids == first, _NONE, x)
             second = tl.max(others)
-            tl.store(PART + 3 * plane + at, best)
-            tl.store(PART + 4 * plane + at, second)
+            tl.store(PART + 5 * plane + at, best)
+            tl.store(PART + 6 * plane + at, second)
             tl.store(PART_ID + plane + at, first)
             tl.store(PART_ID + 2 * plane + at, tl.min(tl.where(others == second, ids, _NO_ID)))
 
 
 @triton.jit
-def _combine(PART, PART_ID, n, wanted, plane, tiles, temperature, seed, position, step, TILES: tl.constexpr):
+def _weigh(TOPS, plane, at, there, scale):
+    """Of positions [P]: their largest logit [P] and their tiles' masses relative to it [P, TILES], which are in the
+    plane behind TOPS."""
+    tops = tl.load(TOPS + at, mask=there, other=_NONE)
+    masses = tl.load(TOPS + plane + at, mask=there, other=0.0)
+    top = _finite(tl.max(tops, 1))
+    return top, masses * tl.exp2((tops - top[:, None]) * scale)
+
+
+@triton.jit
+def _combine(PART, PART_ID, n, wanted, plane, tiles, temperature, flags, seed, position, step, TILES: tl.constexpr):
     """Positions n [P] of one row from their parts: token int32, confidence, largest logit, mass and scale to it.
 
     Token -1 and confidence NaN where the logits are an error, or where not wanted.
@@ -300,28 +327,29 @@ def _combine(PART, PART_ID, n, wanted, plane, tiles, temperature, seed, position
     lane = tl.arange(0, TILES)[None, :]
     at = n[:, None] * TILES + lane
     there = wanted[:, None] & (lane < tiles)
-    tops = tl.load(PART + at, mask=there, other=_NONE)
-    masses = tl.load(PART + plane + at, mask=there, other=0.0)
-    logits = tl.load(PART + 2 * plane + at, mask=there, other=_NONE)
-    tokens = tl.load(PART_ID + at, mask=there, other=_NO_ID)
     scale = _scale(temperature)
-    top = _finite(tl.max(tops, 1))
-    masses *= tl.exp2((tops - top[:, None]) * scale)
+    top, masses = _weigh(PART, plane, at, there, scale)
     mass = tl.sum(masses, 1)
+    logits = tl.load(PART + 2 * plane + at, mask=there, other=_NONE)
     own = logits == tl.max(logits, 1)[:, None]
     if temperature > 0:
         tile = _pick(masses, (mass * _uniform(seed, position, step, tl.full([], 0, tl.int32)))[:, None])
         own = lane == tile[:, None]
+    tokens = tl.load(PART_ID + at, mask=there, other=_NO_ID)
     token = tl.min(tl.where(own, tokens, _NO_ID), 1)
     logit = tl.max(tl.where(own, logits, _NONE), 1)
     bad = (logit == _NONE) | (mass != mass)
+    if (temperature > 0) & ((flags & _OWN_SOFTMAX) != 0):
+        scale = _scale(tl.full([], 1.0, tl.float32))
+        top, masses = _weigh(PART + 3 * plane, plane, at, there, scale)
+        mass = tl.sum(masses, 1)
     confidence = tl.where(bad, float("nan"), tl.exp2((logit - top) * scale) / mass)
     return tl.where(bad, -1, token), confidence, top, mass, scale
 
 
 @triton.jit
 def _candidates_kernel(
-    INDEX, START, STEP, TEMPERATURE, SEED, PART, PART_ID,
+    INDEX, FLAGS, START, STEP, TEMPERATURE, SEED, PART, PART_ID,
     TOKEN, CONFIDENCE, SECOND, SECOND_CONFIDENCE,  # [R, L]; the last two are None without a runner-up
     tiles, L: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -334,8 +362,8 @@ def _candidates_kernel(
         wanted &= tl.load(INDEX + n, mask=lane < L, other=-1) >= 0
     plane = tl.num_programs(0) * L * TILES
     token, confidence, top, mass, scale = _combine(
-        PART, PART_ID, n, wanted, plane, tiles, tl.load(TEMPERATURE + row), tl.load(SEED + row),
-        tl.load(START + row) + lane, tl.load(STEP + row), TILES,
+        PART, PART_ID, n, wanted, plane, tiles, tl.load(TEMPERATURE + row), tl.load(FLAGS + row).to(tl.int32),
+        tl.load(SEED + row), tl.load(START + row) + lane, tl.load(STEP + row), TILES,
     )  # fmt: skip
     tl.store(TOKEN + n, token.to(tl.int64), mask=lane < L)
     tl.store(CONFIDENCE + n, tl.where(wanted, confidence, _NONE), mask=lane < L)
@@ -345,8 +373,8 @@ def _candidates_kernel(
         there = wanted[:, None] & (tile < tiles)
         best_id = tl.load(PART_ID + plane + at, mask=there, other=_NO_ID)
         other_id = tl.load(PART_ID + 2 * plane + at, mask=there, other=_NO_ID)
-        best = tl.load(PART + 3 * plane + at, mask=there, other=_NONE)
-        other = tl.load(PART + 4 * plane + at, mask=there, other=_NONE)
+        best = tl.load(PART + 5 * plane + at, mask=there, other=_NONE)
+        other = tl.load(PART + 6 * plane + at, mask=there, other=_NONE)
         taken = best_id == token[:, None]  # then the tile's second best takes part
         best = tl.where(taken, other, best)
         logit = tl.max(best, 1)
@@ -358,9 +386,9 @@ def _candidates_kernel(
 
 
 def launch_parts(logits, index, roles, flags, start, step, params, mask_id, filters, runner_up=False, tile_v=TILE_V):
-    """The launches that read the logits: parts float32 [3 or 5, R*L, TILES], their ids int32 [1 or 3, ...], and tiles.
+    """The launches that read the logits: parts float32 [5 or 7, R*L, TILES], their ids int32 [1 or 3, ...], and tiles.
 
-    roles: (tokens, kind, frozen) to read only what a step needs, else None. flags: integer [R], bit BAN_MASK.
+    roles: (tokens, kind, frozen) to read only what a step needs, else None. flags: integer [R].
     filters: False if no row has top-k or top-p.
     """
     if logits.dtype not in STEP_BITS:
@@ -371,7 +399,7 @@ def launch_parts(logits, index, roles, flags, start, step, params, mask_id, filt
     tiles = triton.cdiv(vocab, tile_v)
     positions, device = rows * length, logits.device
     room = triton.next_power_of_2(tiles)
-    parts = torch.empty((5 if runner_up else 3, positions, room), dtype=torch.float32, device=device)
+    parts = torch.empty((7 if runner_up else 5, positions, room), dtype=torch.float32, device=device)
     ids = torch.empty((3 if runner_up else 1, positions, room), dtype=torch.int32, device=device)
     chunks = None, None
     if filters:
@@ -395,19 +423,18 @@ def launch_parts(logits, index, roles, flags, start, step, params, mask_id, filt
     return parts, ids, tiles
 
 
-def launch(logits, start, step, params, mask_id, ban_mask, index, filters, runner_up, tile_v=TILE_V):
+def launch(logits, start, step, params, mask_id, flags, index, filters, runner_up, tile_v=TILE_V):
     rows, length = logits.shape[:2] if index is None else index.shape
     found = _empty(logits, index, runner_up)
     if rows * length == 0:
         return found
     parts, ids, tiles = launch_parts(
-        logits, index, None, ban_mask.view(torch.uint8), start, step, params, mask_id, filters, runner_up, tile_v
+        logits, index, None, flags, start, step, params, mask_id, filters, runner_up, tile_v
     )  # fmt: skip
     lanes, num_warps = row_layout(length)
     run_kernel(
-        _candidates_kernel, (rows,),
-        index, start, step, params.temperature, params.seed, parts, ids, *found, *(() if runner_up else (None, None)),
-        tiles, length, parts.shape[2], lanes, num_warps=num_warps,
+        _candidates_kernel, (rows,), index, flags, start, step, params.temperature, params.seed, parts, ids, *found,
+        *(() if runner_up else (None, None)), tiles, length, parts.shape[2], lanes, num_warps=num_warps,
     )  # fmt: skip
     return found
 
@@ -438,29 +465,30 @@ def _empty(logits, index, runner_up):
     return tuple(logits.new_empty(shape, dtype=dtype) for dtype in types)
 
 
-def _run(logits, start, step, temperature, top_k, top_p, seed, mask_id, ban_mask, index, filters, runner_up):
+def _run(logits, start, step, temperature, top_k, top_p, seed, mask_id, flags, index, filters, runner_up):
     params = SampleParams(temperature, top_k, top_p, seed)
     if use_triton(logits):
-        return list(launch(logits, start, step, params, mask_id, ban_mask, index, filters, runner_up))
-    return list(block_candidates_ref(logits, start, step, params, mask_id, ban_mask, index, runner_up=runner_up))
+        return list(launch(logits, start, step, params, mask_id, flags, index, filters, runner_up))
+    return list(block_candidates_ref(logits, start, step, params, mask_id, flags, index, runner_up=runner_up))
 
 
 _op = register_op(
     "candidates(Tensor logits, Tensor start, Tensor step, Tensor temperature, Tensor top_k, Tensor top_p, Tensor seed, "
-    "int mask_id, Tensor ban_mask, Tensor? index, bool filters, bool runner_up) -> Tensor[]",
+    "int mask_id, Tensor flags, Tensor? index, bool filters, bool runner_up) -> Tensor[]",
     _run,
     lambda logits, *arguments: list(_empty(logits, arguments[-3], arguments[-1])),
 )
 
 
-def candidates(logits, start, step, params, mask_id, ban_mask, index=None, filters=True, runner_up=False):
+def candidates(logits, start, step, params, mask_id, flags, index=None, filters=True, runner_up=False):
     """Candidates of R blocks.
 
     logits [R, L, V]; or [M, V], and index int64 [R, L] names each position's row of logits, -1 for none.
     start [R] int64: absolute position of a block's first token; step [R] int32; params SampleParams [R]; mask_id int;
-    ban_mask [R] bool. filters=False promises that no row has top-k or top-p, and saves a launch on a GPU.
+    flags [R] int32, bits BAN_MASK and OWN_SOFTMAX. filters=False promises that no row has top-k or top-p, and saves a
+    launch on a GPU.
     Returns token int64, confidence float32 [R, L]; with runner_up also the runner-up's, -1 and 0 where there is none.
     """
     if (logits.ndim, index is None) not in ((3, True), (2, False)):
         raise ValueError(f"logits: expected [R, L, V], or [M, V] and an index, got {tuple(logits.shape)}")
-    return tuple(_op(logits, start, step, *params, mask_id, ban_mask, index, filters, runner_up))
+    return tuple(_op(logits, start, step, *params, mask_id, flags, index, filters, runner_up))

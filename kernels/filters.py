@@ -252,6 +252,6 @@ def _filter_kernel(
     tl.store(PART + 2 * plane, logit)
     tl.store(PART_ID + n * TILES, token)
     if RUNNER_UP:
-        for level in tl.static_range(3, 5):
+        for level in tl.static_range(5, 7):
             best = tl.load(PART + level * plane + lane, mask=lane < tiles, other=_NONE)
             tl.store(PART + level * plane + lane, tl.where(best >= cut, best, _NONE), mask=lane < tiles)

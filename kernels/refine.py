@@ -26,10 +26,12 @@ import torch
 from ._ambient import run_kernel
 from ._triton import register_op, tl, triton, use_triton
 from .candidates import TILE_V, SampleParams, _combine, block_candidates_ref, launch_parts, row_layout
-from .roles import ABSENT, BAN_MASK, EDITING, FILL_PROMPT, PROMPT, VALID, _roles, roles_ref
-from .roles import TAIL as TAIL  # for callers, beside the others
+from .roles import ABSENT, EDITING, FILL_PROMPT, PROMPT, VALID, _roles, roles_ref
+from .roles import BAN_MASK as BAN_MASK  # for callers, beside the others
+from .roles import OWN_SOFTMAX as OWN_SOFTMAX
+from .roles import TAIL as TAIL
 
-# RefineParams.flags beside BAN_MASK, FILL_PROMPT and EDITING
+# RefineParams.flags beside those of roles.py
 EOS_STEP = 8  # judge EOS after every step
 EOS_END = 16  # judge EOS when the block ends
 EOS_COMMIT = 32  # LLaDA2.0 card: judge when this step committed an EOS, prompt and tail included
@@ -126,7 +128,7 @@ def refine_step_ref(logits, state, params, mask_id, index=None, only_needed=Fals
     sampling = SampleParams(params.temperature, params.top_k, params.top_p, params.seed)
     wanted = needed_positions(state, params, mask_id) if only_needed else None
     token, confidence = block_candidates_ref(
-        logits, state.start, state.step, sampling, mask_id, (params.flags & BAN_MASK) != 0, index, wanted, tile_v
+        logits, state.start, state.step, sampling, mask_id, params.flags, index, wanted, tile_v
     )  # fmt: skip
     return _commit_ref(token, confidence, state, params, mask_id)
 
@@ -271,7 +273,7 @@ def _commit_kernel(
     if ONLY_NEEDED:
         wanted &= masked | editable
     token, confidence, _top, _mass, _scale_ = _combine(
-        PART, PART_ID, n, wanted, tl.num_programs(0) * L * TILES, tiles, tl.load(TEMPERATURE + row),
+        PART, PART_ID, n, wanted, tl.num_programs(0) * L * TILES, tiles, tl.load(TEMPERATURE + row), flags,
         tl.load(SEED + row), tl.load(START + row) + lane, old_step, TILES,
     )  # fmt: skip
     token = token.to(tl.int64)

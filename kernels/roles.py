@@ -18,6 +18,7 @@ VALID, PROMPT, TAIL, ABSENT = 0, 1, 2, 3  # TAIL is denoised but never returned;
 BAN_MASK = 1  # the mask id is never a candidate
 FILL_PROMPT = 2  # mask ids at prompt positions are filled like any other (model cards)
 EDITING = 4  # T2T editing
+OWN_SOFTMAX = 256  # a drawn token's confidence is its share of all ids at temperature 1, not of what it was drawn from
 
 _PROMPT, _ABSENT = tl.constexpr(PROMPT), tl.constexpr(ABSENT)
 _FILL_PROMPT, _EDITING = tl.constexpr(FILL_PROMPT), tl.constexpr(EDITING)

@@ -15,7 +15,7 @@ def arguments(step):
     """What candidates.candidates is given for a bench_refine.Step."""
     p = step.params
     sample = candidates.SampleParams(p.temperature, p.top_k, p.top_p, p.seed)
-    ban = torch.ones_like(p.seed, dtype=torch.bool)
+    ban = torch.full_like(p.flags, candidates.BAN_MASK)
     return step.logits, step.state.start, step.state.step, sample, step.mask_id, ban, None, step.filters
 
 

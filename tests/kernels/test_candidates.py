@@ -103,9 +103,9 @@ def check(size, dtype, layout, runner_up, seed, filters):
         torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator),
     )
     start, step = one_of((0, 7, 2**31 + 5), rows, dtype=torch.int64), one_of((0, 1, 9), rows, dtype=torch.int32)
-    ban = one_of((False, True), rows, dtype=torch.bool)
+    flags = one_of((0, ops.BAN_MASK, ops.OWN_SOFTMAX, ops.BAN_MASK | ops.OWN_SOFTMAX), rows, dtype=torch.int32)
     shown, index = lay_out(logits, layout)
-    rule = (start, step, params, mask_id, ban, index)
+    rule = (start, step, params, mask_id, flags, index)
     wanted = ops.block_candidates_ref(shown, *rule, tile_v=tile_v, runner_up=runner_up)
     with interpreted():
         got = ops.launch(shown, *rule, filters, runner_up, tile_v)
@@ -121,7 +121,7 @@ def check(size, dtype, layout, runner_up, seed, filters):
                 continue
             known = truth.candidate(
                 logits[row, at], *(tensor[row].item() for tensor in params), int(start[row]) + at, int(step[row]),
-                mask_id, bool(ban[row]), tile_v,
+                mask_id, int(flags[row]), tile_v,
             )  # fmt: skip
             if known is None:
                 assert kernel[0] == reference[0] == -1 and math.isnan(kernel[1]) and math.isnan(reference[1])
@@ -151,9 +151,9 @@ def test_the_cut_of_nearly_flat_rows(top_k, top_p):
     logits = torch.randn(1, 3, vocab, generator=torch.Generator().manual_seed(8)) * 0.01
     rule = (torch.tensor([5]), torch.tensor([2], dtype=torch.int32), params(1, 1.0, top_k, top_p), vocab)
     with interpreted():
-        got = ops.launch(logits, *rule, torch.tensor([True]), None, True, False, 128)
+        got = ops.launch(logits, *rule, torch.tensor([ops.BAN_MASK]), None, True, False, 128)
     for at in range(3):
-        known = truth.candidate(logits[0, at], 1.0, top_k, top_p, 0, 5 + at, 2, vocab, True, 128)
+        known = truth.candidate(logits[0, at], 1.0, top_k, top_p, 0, 5 + at, 2, vocab, ops.BAN_MASK, 128)
         assert known[4] > truth.NOT_SURE
         assert [tensor[0, at].item() for tensor in got] == pytest.approx(list(known[:2]), rel=1e-5)
 
@@ -164,7 +164,8 @@ def test_reference_confidences_at_the_real_vocabulary(temperature, spread):
     """Sums of 157184 terms keep their digits."""
     logits = torch.randn(1, 4, 157184, generator=torch.Generator().manual_seed(10)) * spread
     logits[..., 77] = logits.logsumexp(-1) + 1
-    rule = (torch.tensor([0]), torch.tensor([0], dtype=torch.int32), params(1, temperature), 9, torch.tensor([True]))
+    where = torch.tensor([0]), torch.tensor([0], dtype=torch.int32)
+    rule = (*where, params(1, temperature), 9, torch.tensor([ops.BAN_MASK]))
     token, confidence = ops.block_candidates_ref(logits, *rule)
     logits[..., 9] = NONE if temperature else logits[..., 9]
     shares = torch.softmax(logits.double(), -1).gather(2, token[..., None])[..., 0]
@@ -177,9 +178,9 @@ def test_reference_cuts_far_down(top_k, top_p):
     vocab, length = 3100, 6
     logits = torch.randn(1, length, vocab, generator=torch.Generator().manual_seed(9)).bfloat16()
     rule = (torch.tensor([5]), torch.tensor([2], dtype=torch.int32), params(1, 1.0, top_k, top_p), 7)
-    found = ops.block_candidates_ref(logits, *rule, torch.tensor([True]))
+    found = ops.block_candidates_ref(logits, *rule, torch.tensor([ops.BAN_MASK]))
     for at in range(length):
-        known = truth.candidate(logits[0, at], 1.0, top_k, top_p, 0, 5 + at, 2, 7, True, ops.TILE_V)
+        known = truth.candidate(logits[0, at], 1.0, top_k, top_p, 0, 5 + at, 2, 7, ops.BAN_MASK, ops.TILE_V)
         if known[4] > truth.NOT_SURE:
             assert [tensor[0, at].item() for tensor in found] == pytest.approx(list(known[:2]), rel=1e-5)
 
@@ -196,13 +197,16 @@ def test_a_row_gives_the_same_bits_alone_and_in_any_batch():
     logits = torch.randn(rows, length, vocab, generator=torch.Generator().manual_seed(1)) * 3
     logits[2, 1, 7] = NAN
     rules = params(rows, [0.0, 1.0, 1.0, 0.7, 0.0], [0, 0, 3, 0, 0], [1.0, 1.0, 1.0, 0.8, 1.0])
-    start, step, ban = torch.arange(rows) * 10, torch.arange(rows, dtype=torch.int32), torch.arange(rows) % 2 == 0
+    start, step = torch.arange(rows) * 10, torch.arange(rows, dtype=torch.int32)
+    flags = torch.tensor([ops.BAN_MASK, 0, ops.BAN_MASK, ops.OWN_SOFTMAX, ops.OWN_SOFTMAX], dtype=torch.int32)
 
     def of(which, filters=True):
         which = torch.tensor(which)
         own = ops.SampleParams(*(tensor[which] for tensor in rules))
         with interpreted():
-            return ops.launch(logits[which], start[which], step[which], own, 9, ban[which], None, filters, True, tile_v)
+            return ops.launch(
+                logits[which], start[which], step[which], own, 9, flags[which], None, filters, True, tile_v
+            )
 
     whole = of(range(rows))
     for which in ([3, 0, 4, 2, 1], [1], [2], [3]):
@@ -247,7 +251,7 @@ def test_the_reference_draws_from_the_distribution(rule, tile_v):
     logits[5] = NONE
     token, confidence = ops.block_candidates_ref(
         logits.expand(1, draws, -1), torch.tensor([100]), torch.tensor([3]), params(1, *rule), mask_id,
-        torch.tensor([True]), tile_v=tile_v,
+        torch.tensor([ops.BAN_MASK]), tile_v=tile_v,
     )  # fmt: skip
     shares = drawable(logits, *rule, mask_id)
     counts = torch.bincount(token[0], minlength=vocab).double()
@@ -264,7 +268,7 @@ def test_the_kernel_draws_from_the_distribution(rule):
     with interpreted():
         token, _ = ops.launch(
             logits.expand(1, draws, -1), torch.tensor([100]), torch.tensor([3], dtype=torch.int32), params(1, *rule),
-            mask_id, torch.tensor([True]), None, True, False, 64,
+            mask_id, torch.tensor([ops.BAN_MASK]), None, True, False, 64,
         )  # fmt: skip
     shares = drawable(logits, *rule, mask_id)
     counts = torch.bincount(token[0], minlength=vocab).double()
@@ -285,7 +289,8 @@ def example(rows=2, length=3, vocab=40, packed=False, temperature=0.0):
     if packed:
         logits, index = logits.flatten(0, 1), torch.arange(rows * length).view(rows, length)
     start, step = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.int32)
-    return logits, start, step, params(rows, temperature), 7, torch.ones(rows, dtype=torch.bool), index
+    flags = torch.full((rows,), ops.BAN_MASK, dtype=torch.int32)
+    return logits, start, step, params(rows, temperature), 7, flags, index
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -343,20 +348,21 @@ def test_what_is_refused():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("temperature, top_k, top_p", [(0.0, 0, 1.0), (1.0, 0, 1.0), (0.8, 40, 1.0), (1.0, 200, 0.9)])
-def test_compiled_at_the_real_size(dtype, temperature, top_k, top_p):
+@pytest.mark.parametrize("flag", [0, ops.OWN_SOFTMAX])
+def test_compiled_at_the_real_size(dtype, temperature, top_k, top_p, flag):
     rows, length, vocab, mask_id = 4, 8, 157184, 156895
     logits = (torch.randn(rows, length, vocab, generator=torch.Generator().manual_seed(5)) * 4).to(dtype)
     rules = params(rows, temperature, top_k, top_p)
-    ban = torch.ones(rows, dtype=torch.bool)
+    flags = torch.full((rows,), ops.BAN_MASK | flag, dtype=torch.int32)
     start, step = torch.arange(rows) * 32, torch.zeros(rows, dtype=torch.int32)
     on_gpu = [tensor.cuda() for tensor in (logits, start, step)]
-    found = ops.candidates(*on_gpu, ops.SampleParams(*(t.cuda() for t in rules)), mask_id, ban.cuda(), runner_up=True)
+    found = ops.candidates(*on_gpu, ops.SampleParams(*(t.cuda() for t in rules)), mask_id, flags.cuda(), runner_up=True)
     compared = 0
     for row in range(rows):
         for at in range(length):
             known = truth.candidate(
-                logits[row, at], *(tensor[row].item() for tensor in rules), int(start[row]) + at, 0, mask_id, True,
-                ops.TILE_V,
+                logits[row, at], *(tensor[row].item() for tensor in rules), int(start[row]) + at, 0, mask_id,
+                ops.BAN_MASK | flag, ops.TILE_V,
             )  # fmt: skip
             if known[4] > truth.NOT_SURE:
                 got = [tensor[row, at].item() for tensor in found]
@@ -370,12 +376,13 @@ def test_compiled_rows_give_the_same_bits_in_any_batch():
     rows, length, vocab = 9, 5, 157184
     logits = (torch.randn(rows, length, vocab, generator=torch.Generator().manual_seed(6)) * 4).bfloat16().cuda()
     rules = params(rows, [0.0, 1.0, 0.7] * 3, [0, 0, 50] * 3)
-    where, ban = torch.arange(rows), torch.ones(rows, dtype=torch.bool)
+    where = torch.arange(rows)
+    flags = (ops.BAN_MASK | (where % 2) * ops.OWN_SOFTMAX).int()
 
     def of(which, filters=True):
         own = ops.SampleParams(*(tensor[which].cuda() for tensor in rules))
         start, step = where[which].cuda(), where[which].int().cuda()
-        return ops.candidates(logits[which.cuda()], start, step, own, 9, ban[which].cuda(), filters=filters)
+        return ops.candidates(logits[which.cuda()], start, step, own, 9, flags[which].cuda(), filters=filters)
 
     whole = of(where)
     for which in (where[:1], where[1:2], where[2:3], where.flip(0)):

@@ -17,7 +17,7 @@ from tests.kernels.interpreter import interpreted
 from tests.kernels.test_candidates import BROKEN, DTYPES, LAYOUTS, SOUND, lay_out, logits_of, sizes
 
 NEAR = 2e-5  # two confidences, or one and its threshold, closer than this share may be ordered either way
-ALL_FLAGS = 2**8 - 1
+ALL_FLAGS = 2**9 - 1
 STATE = ("tokens", "step", "post_steps", "frozen", "commit_step", "commit_confidence")
 
 
@@ -104,7 +104,7 @@ def decided(before, params, output, logits, index, mask_id, tile_v, only_needed)
             known = truth.candidate(
                 of(row, at), float(params.temperature[row]), int(params.top_k[row]), float(params.top_p[row]),
                 int(params.seed[row]), int(before.start[row]) + at, int(before.step[row]), mask_id,
-                bool(params.flags[row] & refine.BAN_MASK), tile_v,
+                int(params.flags[row]), tile_v,
             )  # fmt: skip
             if known is not None and known[4] < truth.NOT_SURE:
                 return False

@@ -137,6 +137,48 @@ def test_minus_infinity_is_a_legal_logit():
     assert got.tokens == [3, 6] and not got.error and got.confidence[1] == 1.0
 
 
+# Candidates of rows that draw
+
+
+NARROW = [dict(temperature=1e-6), dict(temperature=1.0, top_k=1), dict(temperature=2.0, top_p=1e-6)]
+
+
+@pytest.mark.parametrize("narrow", NARROW, ids=str)
+def test_a_draw_s_probability_nears_one_as_the_draw_narrows_but_not_under_own_softmax(narrow):
+    logits = torch.randn(1, 4, V, generator=torch.Generator().manual_seed(5))
+    logits[0, 1, M] = 4.0  # no candidate, but it counts for the model's own softmax
+    logits[0, 2, :M] = NONE
+    logits[0, 2, 6] = 0.0
+    greedy = refine.refine_step(logits, state([M] * 4), params(), M)
+    drawn = refine.refine_step(logits, state([M] * 4), params(**narrow), M)
+    assert torch.equal(drawn.token, greedy.token) and (drawn.confidence == 1).all()
+    own = refine.refine_step(logits, state([M] * 4), params(flags=DEFAULT | refine.OWN_SOFTMAX, **narrow), M)
+    assert torch.equal(own.token, greedy.token) and torch.equal(own.confidence, greedy.confidence)
+
+
+@pytest.mark.parametrize("sampling", [dict(), dict(top_k=4), dict(top_p=0.8), dict(top_k=6, top_p=0.9)], ids=str)
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+@pytest.mark.parametrize("ban", [0, refine.BAN_MASK])
+def test_under_own_softmax_the_draw_is_the_same_and_its_confidence_the_model_s(temperature, sampling, ban):
+    logits = torch.randn(1, 6, V, generator=torch.Generator().manual_seed(6)).bfloat16() * 3
+    rules = dict(temperature=temperature, seed=11, **sampling)
+    wanted = refine.refine_step(logits, state([M] * 6), params(flags=ban, **rules), M)
+    got = refine.refine_step(logits, state([M] * 6), params(flags=ban | refine.OWN_SOFTMAX, **rules), M)
+    assert torch.equal(got.token, wanted.token)
+    shares = torch.softmax(logits[0].float(), -1).gather(1, got.token[0][:, None])[:, 0]
+    torch.testing.assert_close(got.confidence[0], shares, rtol=1e-5, atol=0)
+
+
+def test_own_softmax_over_the_threshold_and_in_the_order_of_the_quota():
+    logits = peaks((1, 0.4), (2, 0.95), (3, 0.6))
+    rules = dict(temperature=1e-6, threshold=0.9, flags=DEFAULT | refine.OWN_SOFTMAX)
+    assert step(logits, state([M] * 3), params(**rules)).commit == [1]
+    assert step(logits, state([M] * 3), params(**rules | dict(min_transfer=2))).commit == [1, 2]
+    assert step(logits, state([M] * 3), params(**rules | dict(flags=DEFAULT))).commit == [0, 1, 2]
+    edit = dict(edit_threshold=0.5, flags=EDIT | refine.OWN_SOFTMAX)
+    assert step(logits, state([5, 5, 5]), params(**rules | edit)).edit == [1, 2]
+
+
 # Commits
 
 
@@ -453,15 +495,17 @@ def test_a_frozen_row_changes_nothing(bits):
 
 
 @pytest.mark.parametrize("poison", ["nan", "inf", "nan at the mask id", "inf at the mask id", "nothing but -inf"])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature, flag", [(0.0, 0), (1.0, 0), (1.0, refine.OWN_SOFTMAX)])
 @pytest.mark.parametrize("where", ["masked", "editable"])
-def test_bad_logits_stop_their_own_row_and_write_nothing(poison, temperature, where):
+def test_bad_logits_stop_their_own_row_and_write_nothing(poison, temperature, flag, where):
     at = 0 if where == "masked" else 1
     logits = peaks((1, 0.9), (2, 0.9)).repeat(3, 1, 1)
     value, token = {"nan": (math.nan, 3), "inf": (math.inf, 3)}.get(poison.split()[0], (NONE, slice(None)))
     logits[1, at, M if "mask id" in poison else token] = value
     made = state([M, 5], [M, 5], [M, 5])
-    rules = params(3, flags=STOP_END, edit_threshold=0.0, threshold=0.0, temperature=temperature, seed=[1, 2, 1])
+    rules = params(
+        3, flags=STOP_END | flag, edit_threshold=0.0, threshold=0.0, temperature=temperature, seed=[1, 2, 1]
+    )  # fmt: skip
     out = refine.refine_step(logits, made, rules, M)
     assert made.tokens[1].tolist() == [M, 5] and made.step.tolist() == [1, 0, 1]
     assert made.frozen.tolist() == [0, refine.ERROR, 0] and made.commit_step[1].tolist() == [-1, -1]
@@ -486,7 +530,8 @@ def test_every_row_goes_by_its_own_parameters():
         seed=[0, 11, 0, -5, 0, 2**62],
         threshold=[0.3, 0.5, 0.1, 0.0, 0.9, 0.2], edit_threshold=[0.0, 0.2, 0.1, 0.0, 0.5, 0.0],
         steps=[3, 2, 5, 1, 4, 9], min_transfer=[1, 2, 1, 1, 3, 0], max_post_steps=[0, 1, 2, 3, 4, 5],
-        flags=[DEFAULT, EDIT | refine.EOS_END, EDIT, STOP, refine.FILL_PROMPT | refine.EOS_COMMIT, EDIT],
+        flags=[DEFAULT, EDIT | refine.EOS_END, EDIT, STOP | refine.OWN_SOFTMAX, refine.FILL_PROMPT | refine.EOS_COMMIT,
+               EDIT | refine.OWN_SOFTMAX],
     )  # fmt: skip
     where = dict(
         start=[0, 5, 10, 40, 5, 100], step=[0, 3, 1, 0, 2, 7], post=[0, 0, 1, 0, 0, 0], frozen=[0, 0, 0, 0, 0, 1]

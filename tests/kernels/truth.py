@@ -5,6 +5,7 @@ import math
 import torch
 
 from llada2_fast.kernels.philox import uniform_ref
+from llada2_fast.kernels.roles import BAN_MASK, OWN_SOFTMAX
 
 NOT_SURE = 3e-6  # decisions closer than this, as a share of the mass, may go either way in float32
 
@@ -18,13 +19,13 @@ def _pick(weight, uniform):
     return index, math.inf if not len(ends) else float((ends - target).abs().min() / cumulative[-1])
 
 
-def candidate(x, temperature, top_k, top_p, seed, position, step, mask_id, ban, tile_v):
+def candidate(x, temperature, top_k, top_p, seed, position, step, mask_id, flags, tile_v):
     """Token, confidence, runner-up and its confidence, margin, of one position's logits x [V]; None for an error."""
     x = x.double()
     if bool((x.isnan() | (x == math.inf)).any()):
         return None
     y = x.clone()
-    if ban and 0 <= mask_id < len(x):
+    if flags & BAN_MASK and 0 <= mask_id < len(x):
         y[mask_id] = -math.inf
     if y.max() == -math.inf:
         return None
@@ -47,7 +48,7 @@ def candidate(x, temperature, top_k, top_p, seed, position, step, mask_id, ban, 
         tile, at_tile = _pick(torch.stack(tiles), _uniform(seed, position, step, 0))
         inside, at_inside = _pick(weight.split(tile_v)[tile], _uniform(seed, position, step, 1 + tile))
         token, margin = tile * tile_v + inside, min(margin, at_tile, at_inside)
-        share = weight / weight.sum()
+        share = torch.softmax(x, 0) if flags & OWN_SOFTMAX else weight / weight.sum()
         y[weight == 0] = -math.inf
     others = y.clone()
     others[token] = -math.inf
