@@ -79,8 +79,8 @@ class BlockState:
     post_steps: torch.Tensor  # int32 [R]: mask-free steps done in this block
     frozen: torch.Tensor  # int32 [R]: the row's BLOCK_DONE | FINISHED | ERROR bits; non-zero rows are left alone
     prefix: torch.Tensor  # int32 [R]: PREFIX_MASK | PREFIX_EOS
-    commit_step: torch.Tensor  # int32 [R, L]: step of commit, -1 before
-    commit_confidence: torch.Tensor  # float32 [R, L]: confidence at commit
+    commit_step: torch.Tensor  # int32 [R, L]: step of the commit or edit that put the token there, -1 before
+    commit_confidence: torch.Tensor  # float32 [R, L]: its confidence
 
     def rows(self, index):
         """A copy of some rows (index: int64 [n])."""
@@ -164,8 +164,8 @@ def _commit_ref(token, confidence, state, params, mask_id):
         commit, edit = commit & live[:, None], edit & live[:, None]
     written = commit | edit
     torch.where(written, token, state.tokens, out=state.tokens)
-    torch.where(commit, confidence, state.commit_confidence, out=state.commit_confidence)
-    torch.where(commit, state.step[:, None], state.commit_step, out=state.commit_step)
+    torch.where(written, confidence, state.commit_confidence, out=state.commit_confidence)
+    torch.where(written, state.step[:, None], state.commit_step, out=state.commit_step)
 
     # counters and the end of the block
     prompt = state.kind == PROMPT
@@ -333,8 +333,8 @@ def _commit_kernel(
 
     tl.debug_barrier()  # every thread has read the state
     tl.store(TOKENS + n, new, mask=inside & written)
-    tl.store(COMMIT_STEP + n, tl.zeros([LANES], tl.int32) + old_step, mask=inside & commit)
-    tl.store(COMMIT_CONFIDENCE + n, confidence, mask=inside & commit)
+    tl.store(COMMIT_STEP + n, tl.zeros([LANES], tl.int32) + old_step, mask=inside & written)
+    tl.store(COMMIT_CONFIDENCE + n, confidence, mask=inside & written)
     tl.store(STEP + row, step)
     tl.store(POST_STEPS + row, post_steps)
     tl.store(FROZEN + row, now)

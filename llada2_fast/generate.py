@@ -147,7 +147,7 @@ def _collect(rows, params, eos, pad, return_dict, trace):
         [len(t) for t in texts],
         [row.finish_reason for row in rows],
         [row.counters for row in rows],
-        [Trace.of(row) for row in rows] if trace else None,
+        [Trace.of(row, len(text)) for row, text in zip(rows, texts, strict=True)] if trace else None,
     )
 
 

@@ -99,7 +99,8 @@ def candidate(logits, rules, position, step):
 
 
 def by_the_book(model, prompt, rules):
-    """Output ids up to the first EOS, events (step, position, kind, token, old) and steps of each block."""
+    """Output ids up to the first EOS, events (step, position, kind, token, old; no edits behind the output) and steps
+    of each block."""
     n, total, length, mask = len(prompt), len(prompt) + rules["gen_length"], rules["block_length"], rules["mask_id"]
     steps, editing, most = rules["steps"], rules.get("editing_threshold"), rules["max_post_steps"]
     size = -(-total // length) * length
@@ -134,7 +135,9 @@ def by_the_book(model, prompt, rules):
         per_block.append(t)
     output = canvas[n:total]
     first = next((i for i, token in enumerate(output) if token in rules["eos_id"]), len(output))
-    return output[: first + 1], events, per_block
+    output = output[: first + 1]
+    events = [event for event in events if event[2] == "commit" or event[1] < n + len(output)]
+    return output, events, per_block
 
 
 # Hypothesis likes first choices best: they are the ones that exercise most.
@@ -191,7 +194,10 @@ def promises(out, prompts, rules):
         assert sum(counters.forwards_per_block) == counters.denoise_forwards
         commits = [e.position for e in events if e.kind == "commit"]
         assert len(set(commits)) == len(commits) == counters.commits
-        assert len(events) - len(commits) == counters.edits and (editing or counters.edits == 0)
+        edits = [e.position for e in events if e.kind == "edit"]
+        assert len(edits) <= counters.edits and (editing or counters.edits == 0)
+        assert len(edits) == counters.edits or used < gen_length or rules["attend_tail"]
+        assert all(n <= at < n + used for at in edits)
         blocks = n // length + len(counters.forwards_per_block)
         end = blocks * length if rules["attend_tail"] else min(blocks * length, n + gen_length)
         if out.finish_reasons[i] == "length":

@@ -6,9 +6,9 @@
     params = DecodeParams.preset("speed", gen_length=256, temperature=1.0, eos_early_stop=True)
     for output in engine.generate(prompts, params):
         output.token_ids, output.text, output.finish_reason
-        output.logprobs                 # of each token when it was committed
-        output.steps                    # the denoise forward that committed it
-        output.edits                    # tokens replaced later: position, old, new, step, confidence
+        output.logprobs                 # of each token when it was written, by a commit or an edit
+        output.steps                    # the denoise forward that wrote it
+        output.edits                    # tokens that replaced others: position, old, new, step, confidence
         output.counters.denoise_forwards, output.tokens_per_forward
     engine.cache.clear()                # after the weights have changed
 """

@@ -3,8 +3,7 @@
 from itertools import takewhile
 
 from ..decoder import Counters
-from ..trace import Event as TraceEvent
-from ..trace import Trace
+from ..trace import Trace, events_of
 from .request import Event, RequestOutput
 
 
@@ -47,7 +46,15 @@ def commit_block(request, tokens, steps, confidences, now):
     start, count = request.delivered, len(fresh)
     request.delivered += count
     event = Event(
-        request.request_id, "commit", now, start, fresh, confidences[:count], steps[:count], _edits(row), text
+        request.request_id,
+        "commit",
+        now,
+        start,
+        fresh,
+        confidences[:count],
+        steps[:count],
+        _edits(row, request.delivered),
+        text,
     )
     return event, stopped
 
@@ -57,7 +64,7 @@ def draft_block(request, tokens, steps, confidences, now):
     row, (begin, end) = request.row, _span(request)
     return Event(
         request.request_id, "draft", now, row.span.start + begin - row.prompt_length, tokens[begin:end],
-        confidences[begin:end], _row_steps(row, steps)[begin:end], _edits(row),
+        confidences[begin:end], _row_steps(row, steps)[begin:end], _edits(row, row.params.gen_length),
     )  # fmt: skip
 
 
@@ -78,7 +85,7 @@ def make_output(request, reason, error, now):
         error=error,
         confidences=request.confidences[:count],
         steps=request.steps[:count],
-        trace=None if row is None or row.events is None else Trace.of(row),
+        trace=None if row is None or row.events is None else Trace.of(row, count),
         counters=row.counters if row else Counters(),
         prompt_length=len(request.prompt),
         shared_tokens=request.shared_tokens,
@@ -101,7 +108,6 @@ def _row_steps(row, steps):
     return [step + before if step >= 0 else -1 for step in steps]
 
 
-def _edits(row):
-    """Edits of the active block so far, none without traces."""
-    written = row.events[row.mark[1] :] if row.events else []
-    return [TraceEvent(step, row.block, at, kind, *rest) for step, at, kind, *rest in written if kind == "edit"]
+def _edits(row, num_tokens):
+    """Edits of the active block so far among the first num_tokens generated ones, none without traces."""
+    return [event for event in events_of(row, num_tokens, row.mark[1]) if event.kind == "edit"] if row.events else []

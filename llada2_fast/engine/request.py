@@ -23,10 +23,10 @@ class RequestOutput:
 
     token_ids end with the first EOS or the token that completed a stop; text is None without a tokenizer and ends
     before a stop string. finish_reason: "eos", "length", "stop", "cancelled" or "error", then error says what happened.
-    confidences, steps: of each token when it was committed, step = the request's denoise forward from 0 on; trace:
-    every commit and edit, None with traces off. shared_tokens: positions whose K/V were found in the cache;
-    preemptions: how often it had to give up its place. queue_s, prefill_s, decode_s: seconds until admission, from
-    there until the step by which the prompt was in the cache, and from there to the end.
+    confidences, steps: of the write, commit or edit, that put each token there; step = the request's denoise forward
+    from 0 on; trace: every write (trace.commits() has the first ones), None with traces off. shared_tokens: positions
+    whose K/V were found in the cache; preemptions: how often it had to give up its place. queue_s, prefill_s, decode_s:
+    seconds until admission, from there until the step by which the prompt was in the cache, and from there to the end.
     """
 
     request_id: str
@@ -47,12 +47,12 @@ class RequestOutput:
 
     @property
     def logprobs(self):
-        """Log-probability of each token when it was committed."""
+        """Log-probability of each token when it was written."""
         return [math.log(max(p, 1e-45)) for p in self.confidences]
 
     @property
     def edits(self):
-        """Every token that was replaced: trace events of kind "edit"."""
+        """Every token of the answer that was replaced: trace events of kind "edit"."""
         return [event for event in self.trace.events if event.kind == "edit"] if self.trace else []
 
     @property

@@ -99,8 +99,9 @@ def assert_as_alone(output, model, prompt, params, traced=True):
     assert output.trace == (wanted.trace[0] if traced else None)
     for name in ("denoise_forwards", "commits", "edits", "forwards_per_block"):
         assert getattr(counters, name) == getattr(wanted.counters[0], name), name
-    commits = wanted.trace[0].commits()
-    told = [commits[len(prompt) + i] for i in range(len(output.token_ids))]
+    writes = wanted.trace[0].writes()
+    told = [writes[len(prompt) + i] for i in range(len(output.token_ids))]
+    assert output.token_ids == [event.token for event in told]
     assert output.steps == [event.step for event in told]
     assert output.confidences == [event.confidence for event in told]
 

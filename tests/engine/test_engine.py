@@ -1,6 +1,7 @@
 """The engine against generate(): the same tokens, traces and forwards; events; stops; what is refused."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -127,11 +128,57 @@ def test_events_add_up_to_the_output():
     assert "".join(event.text for event in events) == output.text and len(commits) > 1
     edits = [edit for event in commits for edit in event.edits]
     assert edits == output.edits == [event for event in output.trace.events if event.kind == "edit"] and edits
-    assert output.logprobs == pytest.approx([output.trace.logprobs()[output.prompt_length + i]
-                                             for i in range(len(output.token_ids))])  # fmt: skip
+    assert all(0 <= edit.position - output.prompt_length < len(output.token_ids) for edit in edits)
+    writes, logprobs = output.trace.writes(), output.trace.logprobs()
+    for i, token in enumerate(output.token_ids, output.prompt_length):
+        assert token == writes[i].token and output.logprobs[i - output.prompt_length] == pytest.approx(logprobs[i])
+    firsts, edited = output.trace.logprobs(commits=True), {edit.position for edit in edits}
+    assert all((firsts[i] == logprobs[i]) == (i not in edited) for i in writes)
     assert output.tokens_per_forward == len(output.token_ids) / output.counters.denoise_forwards
     assert all(a.time <= b.time for a, b in zip(events, events[1:], strict=False))
     assert min(output.queue_s, output.prefill_s, output.decode_s) >= 0
+
+
+@pytest.mark.parametrize("trace", [True, False])
+@pytest.mark.parametrize("lag", [None, 0, 1])
+def test_a_token_s_numbers_are_those_of_what_wrote_it(trace, lag, monkeypatch):
+    """Commit or edit; with a trace, without one, and where the host lags a step behind."""
+    jobs = [
+        (prompt_of(n), DecodeParams(gen_length=21, threshold=0.2, editing_threshold=0.2, max_post_steps=4, eos_ids=()))
+        for n in range(4, 10)
+    ]
+    engine = small_engine(trace=trace and not lag)
+    if lag is not None:
+        monkeypatch.setattr(StepGraph, "replay", StepGraph.run)
+        with_step_graphs(engine, lag)
+    edited = 0
+    for output, (prompt, params) in zip(engine.generate(*map(list, zip(*jobs, strict=True))), jobs, strict=True):
+        last = {}
+        for event in alone(random_model(), prompt, params).trace[0].events:
+            last[event.position - len(prompt)] = event
+        edited += sum(last[i].kind == "edit" for i in range(21))
+        for i in range(21):
+            assert output.token_ids[i] == last[i].token and output.steps[i] == last[i].step
+            assert output.confidences[i] == pytest.approx(last[i].confidence, rel=1e-5)
+            assert output.logprobs[i] == pytest.approx(math.log(last[i].confidence), rel=1e-4)
+    assert edited > 10
+
+
+def test_edits_behind_the_answer_are_not_told():
+    hidden = 0
+    for n in range(12):
+        engine, prompt = small_engine(), prompt_of(n + 3)
+        rules = dict(threshold=0.2, editing_threshold=0.2, max_post_steps=4, eos_ids=(1, 2, 3, 4), eos_early_stop=True)
+        request = engine.add_request(prompt, DecodeParams(gen_length=6, **rules))
+        events, output = list(engine.stream(request, drafts=True)), request.output
+        end = len(prompt) + len(output.token_ids)
+        assert all(edit.position < end for edit in output.edits)
+        assert all(event.kind == "commit" or event.position < end for event in output.trace.events)
+        assert [edit for event in events if event.kind == "commit" for edit in event.edits] == output.edits
+        shown = [edit for event in events if event.kind == "draft" for edit in event.edits]
+        assert all(edit.position < len(prompt) + 6 for edit in shown)
+        hidden += output.counters.edits - len(output.edits)
+    assert hidden > 0
 
 
 def test_drafts_show_the_open_block():

@@ -488,7 +488,7 @@ def test_a_frozen_row_changes_nothing(bits):
     out = refine.refine_step(peaks((1, 0.9), (2, 0.9), (E, 0.9)).repeat(2, 1, 1), made, rules, M)
     assert made.tokens.tolist() == [[M, 5, M], [1, 2, E]]
     assert made.step.tolist() == [3, 4] and made.post_steps.tolist() == [1, 1] and made.frozen.tolist() == [bits, 0]
-    assert made.commit_step.tolist() == [[-1] * 3, [3, -1, 3]]
+    assert made.commit_step.tolist() == [[-1] * 3, [3] * 3]
     assert not out.commit[0].any() and not out.edit[0].any()
     flags = out.status[0, refine.FLAGS].item()
     assert flags == bits and out.status[0, refine.COMMITS] == out.status[0, refine.EDITS] == 0
@@ -572,13 +572,13 @@ def test_logits_of_the_needed_positions_in_any_order_do_as_well_as_all(order, fl
     assert (got.token[~needed] == -1).all() and (got.confidence[~needed] == NONE).all()
 
 
-def test_records_of_commits():
+def test_records_are_of_what_wrote_the_token():
     made, rules = state([M, M, 5]), params(flags=EDIT, edit_threshold=0.0)
     first = step(peaks((1, 0.8), (2, 0.6), (3, 0.9)), made, rules)
     second = step(peaks((4, 0.7), (2, 0.6), (3, 0.9)), made, rules)
     assert (first.commit, first.edit, second.commit, second.edit) == ([0], [2], [1], [0])
-    assert made.commit_step.tolist() == [[0, 1, -1]]  # edits leave the record of the commit
-    assert made.commit_confidence[0].tolist() == pytest.approx([0.8, 0.6, 0.0], rel=1e-5)
+    assert made.commit_step.tolist() == [[1, 1, 0]]
+    assert made.commit_confidence[0].tolist() == pytest.approx([0.7, 0.6, 0.9], rel=1e-5)
 
 
 def test_shapes_that_do_not_fit_are_refused():
