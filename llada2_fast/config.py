@@ -370,6 +370,10 @@ def _rope(raw):
 class DecodeParams:
     """How one request is decoded. Defaults are those of the LLaDA2.1 card's generate(), but editing is off.
 
+    A drawn token's confidence is what the model itself gives it, its probability at temperature 1 among all tokens, so
+    that thresholds mean the same at any temperature, `top_k` and `top_p`; under the profiles it is the probability of
+    the draw, as on the cards and in diffusers: near 1 at a low temperature or with narrow filters, where whole blocks
+    are committed at once.
     `block_length` None = the model's; `threshold` and `editing_threshold` are strict and may exceed 1 (never reached);
     `editing_threshold` None = off, 0.0 = edit whenever the candidate differs (under `hf-2.1` None = the card's 0.9,
     under `sglang-joint` SGLang's 0.0); `top_k` None or 0 and `top_p` None or >= 1 = off (kept as None);

@@ -120,7 +120,7 @@ def row_rules(params, length):
         sglang = params.profile in ("sglang-lowconf", "sglang-joint")
         if sglang:
             steps, least = length, 1  # below the threshold the one most confident position
-        flags |= refine.BAN_MASK | (refine.EDITING if editing else 0)
+        flags |= refine.BAN_MASK | (refine.EDITING if editing else 0) | (0 if sglang else refine.OWN_SOFTMAX)
         if params.eos_early_stop:
             flags |= refine.EOS_END if editing or sglang else refine.EOS_STEP
     return {

@@ -375,6 +375,7 @@ class LLaDA2Pipeline:
         decoder = BlockDecoder(forward, slots, length, params.mask_id, ids.device, max(1, len(eos)))
         for slot, prompt in enumerate(prompts):
             decoder.open(slot, prompt, params, seeds[slot], eos)
+        decoder.params.flags &= ~refine.OWN_SOFTMAX  # a drawn token is as sure as diffusers' scheduler has it
         return decoder
 
     def _refine(self, decoder, params, callback, names, pad):

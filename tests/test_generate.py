@@ -377,6 +377,52 @@ def test_greedy_decoding_looks_at_no_seed():
     assert torch.equal(*sampled) and not torch.equal(sampled[0], rows[0])
 
 
+# Confidence of drawn tokens
+
+
+NARROW = [dict(temperature=1e-3), dict(temperature=1e-30), dict(temperature=1e-60), dict(temperature=1.0, top_k=1),
+          dict(temperature=1.0, top_p=1e-6), dict(temperature=3.0, top_p=1e-60)]  # fmt: skip
+
+
+@pytest.mark.parametrize("narrow", NARROW, ids=str)
+@pytest.mark.parametrize("rules", [dict(), dict(editing_threshold=0.3, max_post_steps=4)], ids=["", "editing"])
+def test_narrow_draws_are_greedy_decoding(narrow, rules):
+    how = dict(
+        gen_length=29, block_length=8, threshold=0.4, mask_id=MASK, eos_id=-1, seed=7, return_dict=True, trace=True
+    )
+    prompts = [prompt_of(5), prompt_of(9)]
+    wanted = generate(load(), prompts, **how | rules)
+    got = generate(load(), prompts, **how | rules | narrow)
+    assert torch.equal(got.sequences, wanted.sequences) and got.trace == wanted.trace
+    assert any(count > 1 for row in wanted.counters for count in row.forwards_per_block)
+
+
+@pytest.mark.parametrize(
+    "rules", [dict(temperature=0.5), dict(temperature=2.0), dict(temperature=1.0, top_k=3, top_p=0.7)]
+)
+def test_confidences_are_the_model_s_own_probabilities(rules):
+    prompt = prompt_of(9)
+    out = generate(
+        load(), prompt, eos_id=-1, seed=1, return_dict=True, trace=True, **SHORT | rules | dict(threshold=2.0)
+    )
+    canvas = torch.full((24,), MASK)
+    canvas[:9] = torch.tensor(prompt)
+    for event in out.trace[0].events:  # one per step: nothing exceeds the threshold
+        end = 8 * (event.block + 1)
+        p = torch.softmax(load()(canvas[None, :end], block_length=8).logits[0, event.position].float(), -1)
+        assert event.confidence == pytest.approx(float(p[event.token]), rel=1e-4)
+        canvas[event.position] = event.token
+    assert len(out.trace[0].events) == out.counters[0].denoise_forwards
+
+
+@pytest.mark.parametrize("profile", ["hf-2.0", "hf-2.1", "sglang-lowconf", "sglang-joint"])
+def test_under_the_profiles_confidences_are_those_of_the_draw(profile):
+    how = dict(eos_id=-1, seed=1, profile=profile, return_dict=True, trace=True)
+    out = generate(load(), prompt_of(8), temperature=1.0, top_k=1, **SHORT | dict(threshold=0.9) | how)
+    commits = out.trace[0].commits().values()
+    assert {event.confidence for event in commits} == {1.0} and len({event.step for event in commits}) == 2
+
+
 # Special ids
 
 

@@ -75,9 +75,13 @@ def candidate(logits, rules, position, step):
     """The candidate of one position and its confidence; logits: a list of floats."""
     allowed = [v for v in range(len(logits)) if v != rules["mask_id"]]
     temperature = rules.get("temperature", 0.0)
+
+    def confidence(v):
+        return 1 / sum(math.exp(x - logits[v]) for x in logits)
+
     if temperature == 0:
         best = max(allowed, key=lambda v: (logits[v], -v))
-        return best, 1 / sum(math.exp(x - logits[best]) for x in logits)
+        return best, confidence(best)
     by_logit = sorted(allowed, key=lambda v: -logits[v])
     if rules.get("top_k"):
         last = logits[by_logit[min(rules["top_k"], len(by_logit)) - 1]]
@@ -95,7 +99,7 @@ def candidate(logits, rules, position, step):
     for v in sorted(weight):
         reached += weight[v]
         if reached > aim:
-            return v, weight[v] / total
+            return v, confidence(v)
 
 
 def by_the_book(model, prompt, rules):

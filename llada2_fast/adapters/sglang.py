@@ -20,9 +20,9 @@ and synchronous (--no-dllm-fdfo). Written against SGLang 0.5.23. x.yaml, where e
 
 Unlike SGLang's algorithms ours honours a request's temperature, top_k and top_p, and SGLang's temperature is 1 where
 neither request nor checkpoint says otherwise: ask for temperature 0, or say `sampling_method: greedy`. Confidence is
-then the probability of the drawn token in the filtered distribution. A request's sampling_seed counts under
---enable-deterministic-inference; without it SGLang does not pass seeds on, and a request that draws with one is
-refused. Other differences from LowConfidence and JointThreshold, all of them on purpose:
+then the probability of the drawn token in the filtered distribution, under profile default that in the model's own.
+A request's sampling_seed counts under --enable-deterministic-inference; without it SGLang does not pass seeds on, and a
+request that draws with one is refused. Other differences from LowConfidence and JointThreshold, all of them on purpose:
 
 - The mask token is never a candidate: every step with masks left fills one, so no block can keep a server busy for
   ever, and no text holds a mask. Elsewhere tokens and done flags are SGLang's.
