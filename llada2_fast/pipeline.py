@@ -23,7 +23,7 @@ from .foreign import BlockCausalForward, WindowForward, model_device
 from .kernels import refine
 from .model import LLaDA2Model
 from .outputs import Output
-from .requests import check_fit, check_prompts, row_seeds
+from .requests import check_fit, check_prompts, row_seeds, sharpened
 from .tokens import load_tokenizer
 
 
@@ -285,7 +285,8 @@ class LLaDA2Pipeline:
         scheduler's config's; num_inference_steps: per block; threshold: commit above it (> 1: by quota alone);
         editing_threshold: edit above it, None, 0 and less = off; minimal_topk: least commits per step; eos_token_id,
         mask_token_id: None = the tokenizer's (without one: no EOS, and an error); generator: one torch.Generator, or
-        one per row.
+        one per row. A drawn token's confidence is its probability after temperature and filters, as in diffusers: a
+        call with a temperature below 1, top_k or top_p warns of it.
 
         callback_on_step_end(pipe, step, timestep, tensors) is called after every step: step counts all steps, timestep
         those of the block that found masks; tensors holds the named ones (callbacks.step_tensors). It may return None,
@@ -313,6 +314,8 @@ class LLaDA2Pipeline:
             minimal_topk=minimal_topk, eos_early_stop=eos_early_stop, eos_ids=eos, mask_id=mask_id,
             attend_tail=False,
         )  # fmt: skip
+        if params.draws and (warning := sharpened(temperature, params.top_k, params.top_p)):
+            warnings.warn(warning, stacklevel=3)  # torch.no_grad lies between
         ids, prompt_mask = self._prepare_input_ids(
             prompt=prompt, messages=messages, input_ids=input_ids, attention_mask=attention_mask,
             use_chat_template=use_chat_template, add_generation_prompt=add_generation_prompt, chat_template_kwargs=None,

@@ -134,3 +134,16 @@ def row_seeds(seed, generator, count):
 def _draw(generator, count):
     device = "cpu" if generator is None else generator.device
     return torch.randint(-(2**63), 2**63 - 1, (count,), generator=generator, device=device).tolist()
+
+
+def sharpened(temperature, top_k, top_p):
+    """What to warn of where confidence is the probability of a draw, and the draw is narrower than the model's own
+    distribution; None where it is not."""
+    narrow = temperature < 1 or (top_k or 0) > 0 or (top_p is not None and top_p < 1)
+    if temperature == 0 or not narrow:
+        return None
+    return (
+        f"temperature={temperature}, top_k={top_k}, top_p={top_p}: a token's confidence is its probability among those "
+        "it is drawn from. It nears 1 as they get fewer or the temperature lower, and whole blocks are then committed "
+        "at once, whatever the threshold; llada2_fast.generate judges by the model's own distribution."
+    )

@@ -19,7 +19,7 @@ from .kernels import refine
 from .kernels.refine import BlockState, RefineParams, refine_step
 from .model import seen_block_length
 from .outputs import Output
-from .requests import row_seeds
+from .requests import row_seeds, sharpened
 
 _NO_STEPS = 2**30  # as RefineParams.steps: the built-in quota is then at most one, ours comes as min_transfer
 
@@ -79,6 +79,7 @@ class BlockRefinementScheduler:
         self.timesteps = torch.arange(num_inference_steps - 1, -1, -1, device="cpu")
         self._transfer_schedule = None
         self._committed = None  # uniform mode: bool [R, L], what is committed of the present block
+        self._warned = False
 
     # settings
 
@@ -166,6 +167,8 @@ class BlockRefinementScheduler:
         sample: int64 [R, L], unchanged; mask_token_id: None = uniform mode; threshold, editing_threshold, minimal_topk:
         None = the config's; prompt_mask: bool [L] or [R, L], True = never written (mask mode); generator: one
         torch.Generator, or one per row.
+        A drawn token's confidence is its probability after temperature and filters, as in diffusers, of which the first
+        step warns that has a temperature below 1, top_k or top_p.
         Returns BlockRefinementSchedulerOutput, or its six fields as a tuple. Raises ValueError on bad arguments,
         RuntimeError where logits hold NaN or infinity. Warns if logits are a slice of what our model gave for blocks of
         another length.
@@ -183,6 +186,9 @@ class BlockRefinementScheduler:
         if sampling_method == "greedy":
             temperature = 0.0
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        if not self._warned and (warning := sharpened(**sampling)):
+            self._warned = True
+            warnings.warn(warning, stacklevel=2)
         if mask_token_id is None:
             fields = self._uniform_step(
                 model_output, step_index, sample, threshold, editing_threshold, sampling, generator

@@ -157,6 +157,32 @@ def test_sampling_depends_on_the_rows_seed_alone(tiny):
     assert torch.equal(*once)
 
 
+@pytest.mark.parametrize(
+    "narrow", [{"temperature": 1e-3}, {"temperature": 1.0, "top_k": 1}, {"temperature": 1.0, "top_p": 0.01}], ids=str
+)
+def test_narrow_draws_commit_whole_blocks_as_in_diffusers_with_a_warning(tiny, narrow):
+    pipe, steps = pipeline(tiny), []
+    kwargs = {
+        "editing_threshold": None,
+        "threshold": 0.9,
+        "callback_on_step_end": lambda _, step, *__: steps.append(step),
+    }
+    with pytest.warns(UserWarning, match="confidence is its probability among those it is drawn from") as told:
+        call(pipe, **padded("left"), **kwargs, **narrow)
+    assert len(told) == 1 and told[0].filename == __file__ and steps[-1] <= 5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for plain_draw in ({"temperature": 1.0}, {"temperature": 0.1, "sampling_method": "greedy"}, {}):
+            call(pipe, **padded("left"), **kwargs, **plain_draw)
+    assert steps[-1] > 20
+
+
+def test_greedy_decoding_leaves_torch_s_generator_alone(tiny):
+    before = torch.get_rng_state()
+    call(pipeline(tiny), **padded("left"))
+    assert torch.equal(before, torch.get_rng_state())
+
+
 def test_one_dimensional_ids_and_tuple_output(tiny):
     pipe = pipeline(tiny)
     ids = torch.tensor(PROMPTS[0])

@@ -5,6 +5,7 @@ import json
 import pickle
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -419,6 +420,51 @@ def test_draws_stay_inside_the_filters_and_reach_all_of_them(kwargs):
     assert ((share > 0) == (expected > 0)).all()
     assert (share - expected).abs().max() < 0.03  # 3 standard deviations of a fair coin over 4000 draws: 0.024
     assert torch.allclose(out.sampled_probs[0], expected[out.sampled_tokens[0]], atol=1e-6)
+
+
+NARROW = [{"temperature": 0.1}, {"temperature": 1.0, "top_k": 1}, {"temperature": 1.0, "top_p": 0.01}]
+
+
+@pytest.mark.parametrize("kwargs", NARROW, ids=str)
+@pytest.mark.parametrize("mask_id", [MASK, None])
+def test_narrow_draws_make_every_confidence_one_with_a_warning(kwargs, mask_id):
+    made, logits = scheduler(), logits_of([[(i, 3.0) for i in range(8)]])
+    assert draw_all(made, logits, mask_id, temperature=0.0) == [0]  # greedy: none is above the threshold
+    with pytest.warns(UserWarning, match="confidence is its probability among those it is drawn from") as told:
+        committed = [draw_all(made, logits, mask_id, **kwargs) for _ in range(3)]
+    assert committed == [list(range(8))] * 3
+    assert len(told) == 1 and told[0].filename == __file__  # once, not at every step
+
+
+def draw_all(made, logits, mask_id, **kwargs):
+    """The positions that a first step commits."""
+    made.set_timesteps(8, block_length=8)
+    sample = masks(8) if mask_id is not None else torch.zeros(1, 8, dtype=torch.int64)
+    return torch.where(made.step(logits, 0, sample, mask_token_id=mask_id, **kwargs).transfer_index[0])[0].tolist()
+
+
+@pytest.mark.parametrize("kwargs", [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 2.0, "top_k": 0},
+                                    {"temperature": 0.1, "sampling_method": "greedy"}], ids=str)  # fmt: skip
+def test_nothing_is_warned_of_where_confidences_mean_something(kwargs):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw_all(scheduler(), falling(8), MASK, **kwargs)
+
+
+def test_numbers_that_float32_and_int32_do_not_hold():
+    logits, made = falling(8), scheduler(8, length=8)
+    greedy = made.step(logits, 0, masks(8), mask_token_id=MASK, threshold=2.0)
+    for kwargs in (
+        {"threshold": 1e39}, {"threshold": 2.0, "editing_threshold": 1e39},
+        {"threshold": 2.0, "temperature": 1e-60}, {"threshold": 2.0, "temperature": 1.0, "top_p": 1e-60},
+    ):  # fmt: skip
+        got = made.step(logits, 0, masks(8), mask_token_id=MASK, **kwargs)
+        assert torch.equal(got.sampled_tokens, greedy.sampled_tokens) and int(got.transfer_index.sum()) == 1
+    assert made.step(logits, 0, masks(8), mask_token_id=MASK, minimal_topk=2**40).transfer_index.all()
+    draws = [draw(torch.Generator().manual_seed(1), top_k=top_k) for top_k in (None, 2**40)]
+    assert torch.equal(*draws)
+    with pytest.raises(ValueError, match="`temperature` must be >= 0"):
+        made.step(logits, 0, masks(8), mask_token_id=MASK, temperature=1e39)
 
 
 # a step in uniform mode
