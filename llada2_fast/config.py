@@ -47,6 +47,7 @@ _FP8 = {
 }
 _INT_MAX = 2**31 - 1  # counts, lengths and ids end up in int32 tensors
 _INT64 = 2**63
+_FLOAT32 = torch.finfo(torch.float32)  # what numbers of a request end up in
 
 
 def _bad(name, value, allowed):
@@ -55,17 +56,33 @@ def _bad(name, value, allowed):
 
 def _int(name, value, low, high=_INT_MAX):
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not low <= value <= high:
-        limits = f">= {low}" if high == _INT_MAX else f"in {low}..{high}"
+        too_large = isinstance(value, numbers.Integral) and value > high
+        limits = f">= {low}" if high == _INT_MAX and not too_large else f"in {low}..{high}"
         raise _bad(name, value, f"an integer {limits}")
     return int(value)
 
 
 def _float(name, value, allowed, ok):
-    """`value` as a float for which `ok(value)` holds; `ok` is a comparison, so that NaN always fails it."""
-    too_large = isinstance(value, int) and abs(value) >= _INT64  # float() would overflow
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or too_large or not ok(value):
+    """`value` as a float for which `ok` holds; `ok` is a comparison, so that NaN always fails it."""
+    number = math.nan
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except OverflowError:  # an integer above 1e308
+            number = math.inf if value > 0 else -math.inf
+    if not ok(number):
         raise _bad(name, value, f"a number {allowed}")
-    return float(value)
+    return number
+
+
+def as_float32(value):
+    """A number >= 0 as a float32 tensor can hold it: infinity where it is larger than all float32."""
+    return math.inf if value > _FLOAT32.max else value
+
+
+def as_temperature(value):
+    """A temperature as a float32 tensor can hold it: what is above 0 stays so, and does not become greedy."""
+    return max(value, _FLOAT32.tiny) if value > 0 else value
 
 
 def _choice(name, value, allowed):
@@ -410,10 +427,13 @@ class DecodeParams:
             if getattr(self, name) is not None:
                 _check(self, name, _int, low)
         _set(self, "top_k", self.top_k or None)
-        _check(self, "temperature", _float, ">= 0 and finite", lambda x: 0 <= x < math.inf)
+        _check(self, "temperature", _float, f">= 0 and at most {_FLOAT32.max:.4g}", lambda x: 0 <= x <= _FLOAT32.max)
+        _set(self, "temperature", as_temperature(self.temperature))
         _check(self, "threshold", _float, ">= 0", lambda x: x >= 0)
+        _set(self, "threshold", as_float32(self.threshold))
         if self.editing_threshold is not None:
             _check(self, "editing_threshold", _float, ">= 0, or None for off", lambda x: x >= 0)
+            _set(self, "editing_threshold", as_float32(self.editing_threshold))
         if self.top_p is not None:
             _check(self, "top_p", _float, "above 0, or None for off", lambda x: x > 0)
             _set(self, "top_p", self.top_p if self.top_p < 1 else None)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from .config import SAMPLING_METHODS, parse_json
+from .config import SAMPLING_METHODS, as_float32, as_temperature, parse_json
 from .kernels import refine
 from .kernels.refine import BlockState, RefineParams, refine_step
 from .model import seen_block_length
@@ -207,7 +207,7 @@ class BlockRefinementScheduler:
         schedule = self._transfer_schedule
         if schedule is None:
             schedule = self.get_num_transfer_tokens(self.config.block_length, self.num_inference_steps)
-        return schedule[min(step_index, len(schedule) - 1)].clamp(min=minimal_topk)
+        return schedule[min(step_index, len(schedule) - 1)].clamp(min=min(minimal_topk, _NO_STEPS))
 
     def _uniform_step(self, logits, step_index, sample, threshold, editing_threshold, sampling, generator):
         """No mask token: what is committed is remembered in `_committed`, the rest is drawn anew uniformly.
@@ -340,12 +340,12 @@ def _mask_step(
     seeds = row_seeds(None, generator, rows) if temperature > 0 else [0] * rows
     editing = editing_threshold is not None
     params = RefineParams(
-        temperature=per_row(temperature, torch.float32),
-        top_k=per_row(max(top_k or 0, 0)),
+        temperature=per_row(as_temperature(temperature), torch.float32),
+        top_k=per_row(min(max(top_k or 0, 0), logits.shape[-1])),
         top_p=per_row(1.0 if top_p is None else top_p, torch.float32),
         seed=torch.tensor(seeds, dtype=torch.int64, device=device),
-        threshold=per_row(threshold, torch.float32),
-        edit_threshold=per_row(editing_threshold if editing else 0.0, torch.float32),
+        threshold=per_row(as_float32(threshold), torch.float32),
+        edit_threshold=per_row(as_float32(editing_threshold) if editing else 0.0, torch.float32),
         steps=per_row(_NO_STEPS),
         min_transfer=quota.expand(rows).contiguous(),
         max_steps=per_row(_NO_STEPS),
@@ -371,7 +371,7 @@ def _positive(name, value):
 
 
 def _check_temperature(temperature):
-    if not 0 <= temperature < math.inf:
+    if not 0 <= temperature or as_float32(temperature) == math.inf:
         raise ValueError(f"`temperature` must be >= 0, got {temperature}.")
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import threading
 import time
 
@@ -39,6 +40,50 @@ def test_many_at_once_give_what_they_give_alone():
         outputs = await asyncio.gather(*(serving.generate(*job) for job in jobs))
         for output, (prompt, params) in zip(outputs, jobs, strict=True):
             assert_as_alone(output, random_model(), prompt, params)
+
+    with_engine(test)
+
+
+EXTREMES = [
+    dict(threshold=1e39), dict(threshold=10**400), dict(threshold=1e-60), dict(editing_threshold=1e39),
+    dict(editing_threshold=1e-60, max_post_steps=3), dict(temperature=3.4e38), dict(temperature=1e-60),
+    dict(temperature=1.0, top_p=1e-60), dict(temperature=1.0, top_p=1 - 1e-16), dict(temperature=1.0, top_k=2**31 - 1),
+    dict(steps=2**31 - 1), dict(minimal_topk=2**31 - 1), dict(editing_threshold=0.9, max_post_steps=2**31 - 1),
+    dict(profile="hf-2.1", num_to_transfer=2**31 - 1), dict(eos_ids=(2**63 - 1, -(2**63))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("extreme", EXTREMES, ids=str)
+def test_the_largest_and_least_numbers_do_what_they_say_and_hurt_nobody(extreme):
+    params = DecodeParams(**{"gen_length": 9, "threshold": 0.4, "seed": -(2**63)} | extreme)
+
+    async def test(serving):
+        jobs = [(prompt_of(5), PARAMS[0]), (prompt_of(6), params), (prompt_of(7), PARAMS[3])]
+        outputs = await asyncio.gather(*(serving.generate(*job) for job in jobs))
+        for output, (prompt, its) in zip(outputs, jobs, strict=True):
+            assert_as_alone(output, random_model(), prompt, its)
+
+    with_engine(test)
+
+
+def test_thresholds_beyond_float32_are_never_reached():
+    outputs = small_engine().generate(
+        [prompt_of(5)] * 3, [DecodeParams(gen_length=9, threshold=threshold) for threshold in (1.0, 1e39, math.inf)]
+    )
+    assert all(output.trace == outputs[0].trace for output in outputs)
+
+
+@pytest.mark.parametrize("params", [None, {"gen_length": 8}, "speed"], ids=repr)
+def test_params_that_are_none_hurt_their_caller_alone(params):
+    async def test(serving):
+        other = asyncio.create_task(serving.generate(prompt_of(7), PARAMS[1]))
+        await until(lambda: serving.engine.requests)
+        with pytest.raises(ValueError, match="^params=.*: expected DecodeParams"):
+            await serving.generate([1, 2], params)
+        with pytest.raises(ValueError, match="^params=.*: expected DecodeParams"):
+            await anext(serving.stream([1, 2], params))
+        assert_as_alone(await other, random_model(), prompt_of(7), PARAMS[1])
+        assert_as_alone(await serving.generate([1, 2], PARAMS[0]), random_model(), [1, 2], PARAMS[0])
 
     with_engine(test)
 
