@@ -14,7 +14,7 @@ from contextlib import aclosing
 from typing import NamedTuple
 
 from .engine import FAULTS
-from .request import Request
+from .request import DEFAULTS, Request
 
 
 class Call(NamedTuple):
@@ -54,7 +54,7 @@ class AsyncEngine:
     async def __aexit__(self, *_):
         await self.aclose()
 
-    async def stream(self, prompt_ids, params=None, *, drafts=False, wait=False, **options):
+    async def stream(self, prompt_ids, params=DEFAULTS, *, drafts=False, wait=False, **options):
         """Events of a new request as they come, the last one "finish". Arguments and errors: Engine.add_request.
 
         Leaving the iteration, or cancelling its task, cancels the request. wait: where too many requests wait, suspend
@@ -82,7 +82,7 @@ class AsyncEngine:
         finally:
             self._send(Call(Future(), lambda: [self._leave(request) for request in opened]))
 
-    async def generate(self, prompt_ids, params=None, **options):
+    async def generate(self, prompt_ids, params=DEFAULTS, **options):
         """The RequestOutput of a new request; arguments as of `stream`."""
         async with aclosing(self.stream(prompt_ids, params, **options)) as events:
             async for event in events:

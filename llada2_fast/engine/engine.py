@@ -8,7 +8,7 @@ from ..config import DecodeParams, EngineConfig
 from ..decoder import BlockDecoder, CachedForward, GraphedForward, row_rules
 from ..requests import check_fit, resolve_ids, row_seeds, split_prompts
 from .delivery import commit_block, draft_block, make_output, stops_inside
-from .request import FINISHED, Event, Request
+from .request import DEFAULTS, FINISHED, Event, Request
 from .scheduler import Scheduler
 from .text import TextStream
 
@@ -52,7 +52,7 @@ class Engine:
         """Some request is not finished."""
         return bool(self.requests)
 
-    def add_request(self, prompt_ids, params=None, *, request_id=None, priority=0, stop=(), stop_token_ids=()):
+    def add_request(self, prompt_ids, params=DEFAULTS, *, request_id=None, priority=0, stop=(), stop_token_ids=()):
         """Let a request wait for its turn; returns its handle, a Request.
 
         prompt_ids: ints, or a tensor or array [n] of them; params: DecodeParams; priority: higher goes first; stop: a
@@ -61,8 +61,9 @@ class Engine:
         ends.
         Raises ValueError for what can never be done, QueueFull if too many requests wait.
         """
+        if not isinstance(params, DecodeParams):
+            raise ValueError(f"params={params!r:.80}: expected DecodeParams")
         self._arrivals += 1
-        params = params or DecodeParams()
         request_id = f"request-{self._arrivals}" if request_id is None else request_id
         if request_id in self.requests:
             raise ValueError(f"request_id={request_id!r:.80}: expected another id than those of unfinished requests")
@@ -127,7 +128,7 @@ class Engine:
             if request.output is None:
                 self.cancel(request.request_id)
 
-    def generate(self, prompts, params=None, **options):
+    def generate(self, prompts, params=DEFAULTS, **options):
         """RequestOutputs of several prompts, in their order; one that failed has its `error` set.
 
         params: one DecodeParams for all or a list of them; options: as of add_request. More prompts than may wait are

@@ -11,6 +11,7 @@ from ..trace import Trace
 from .text import TextStream
 
 WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
+DEFAULTS = DecodeParams()
 
 
 class QueueFull(RuntimeError):

@@ -337,6 +337,32 @@ def test_what_can_never_be_done_is_refused(prompt, params, options, message):
     assert_empty(engine)
 
 
+NO_PARAMS = [None, {}, {"gen_length": 8}, (), [], 0, "", "speed", False, DecodeParams, EngineConfig()]
+
+
+@pytest.mark.parametrize("params", NO_PARAMS, ids=repr)
+def test_params_that_are_none_are_refused_by_name(params):
+    engine = small_engine()
+    taken = engine.add_request([1, 2], PARAMS[0])
+    with pytest.raises(ValueError, match="^params=.*: expected DecodeParams"):
+        engine.add_request([3, 4], params)
+    with pytest.raises(ValueError, match="^params=.*: expected DecodeParams"):
+        engine.generate([[3, 4], [5, 6]], params)
+    with pytest.raises(ValueError, match="^params=.*: expected DecodeParams"):
+        engine.generate([[3, 4], [5, 6]], [PARAMS[0], params])
+    assert list(engine.requests.values()) == [taken]
+    while engine.has_work:
+        engine.step()
+    assert_as_alone(taken.output, random_model(), [1, 2], PARAMS[0])
+    assert_empty(engine)
+
+
+def test_a_list_of_params_has_one_for_each_prompt():
+    for params in (PARAMS[:1], PARAMS[:3]):
+        with pytest.raises(ValueError, match="^params=.*: expected DecodeParams, or one for each of 2 prompts"):
+            small_engine().generate([[3, 4], [5, 6]], params)
+
+
 def test_graphs_need_a_gpu():
     with pytest.raises(ValueError, match="graphs=True: expected a model on a GPU"):
         small_engine(graphs=True)
