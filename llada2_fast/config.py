@@ -395,9 +395,9 @@ class DecodeParams:
     `editing_threshold` None = off, 0.0 = edit whenever the candidate differs (under `hf-2.1` None = the card's 0.9,
     under `sglang-joint` SGLang's 0.0); `top_k` None or 0 and `top_p` None or >= 1 = off (kept as None);
     `eos_ids` None = the checkpoint's, () = none, an id outside the vocabulary never occurs; `seed` is an int64,
-    None = drawn from torch's generator; `attend_tail` denoises the last block whole; `num_to_transfer` belongs to
-    `hf-2.1` alone. The `sglang` profiles, SGLang's LowConfidence and JointThreshold, read neither `steps` nor
-    `minimal_topk`."""
+    None = drawn from torch's generator where tokens are drawn; `attend_tail` denoises the last block whole;
+    `num_to_transfer` belongs to `hf-2.1` alone. The `sglang` profiles, SGLang's LowConfidence and JointThreshold, read
+    neither `steps` nor `minimal_topk`."""
 
     gen_length: int = 2048
     block_length: int | None = None
@@ -446,6 +446,11 @@ class DecodeParams:
         _check(self, "sampling_method", _choice, SAMPLING_METHODS)
         _check(self, "profile", _choice, PROFILES)
         self._check_profile()
+
+    @property
+    def draws(self) -> bool:
+        """Tokens are drawn at random, not the most likely ones."""
+        return self.temperature > 0 and self.sampling_method != "greedy"
 
     @classmethod
     def preset(cls, name, **changes) -> "DecodeParams":

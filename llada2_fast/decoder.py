@@ -124,7 +124,7 @@ def row_rules(params, length):
         if params.eos_early_stop:
             flags |= refine.EOS_END if editing or sglang else refine.EOS_STEP
     return {
-        "temperature": 0.0 if params.sampling_method == "greedy" else params.temperature,
+        "temperature": params.temperature if params.draws else 0.0,
         "top_k": params.top_k or 0,
         "top_p": 1.0 if params.top_p is None else params.top_p,
         "threshold": params.threshold,

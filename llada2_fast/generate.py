@@ -72,8 +72,10 @@ def generate(
     inputs: int64 [P]; [B, P], with attention_mask [B, P] where padded (either side); or a list of lists of ids. Other
     integers, NumPy's arrays, and lists of tensors or arrays will do.
     Sampling, thresholds, steps: see DecodeParams. eos_id: one id, several, or None = the checkpoint's; mask_id, pad_id:
-    None = the checkpoint's. seed: one int64 for every row as it is, or one per row; without it each row's seed is drawn
-    from `generator` (one torch.Generator, or one per row; default: torch's own). trace: record every commit and edit.
+    None = the checkpoint's. seed: an int64, which the first row takes as it is and each other one mixes with its number
+    (equal prompts get answers of their own), or one per row; without it each row's seed is drawn from `generator` (one
+    torch.Generator, or one per row; default: torch's own, which greedy decoding leaves alone). trace: record every
+    commit and edit.
     progress: a tqdm bar over generated blocks. use_cache=False recomputes the prefix at every step; settle: "carry" or
     "separate" (decoder.CachedForward). graphs=True (on a GPU) replays each step as a CUDA graph; graphs and cache stay
     with the model for its next call. on_step(decoder, output): called after every step. others: arguments of
@@ -98,7 +100,7 @@ def generate(
     habits.refuse("generate", others, habits.GENERATING | {"do_sample": (params.temperature > 0,)})
     mask, eos, pad = resolve_ids(model, params)
     check_fit(model.config, prompts, params)
-    seeds = row_seeds(plain_integers(seed), generator, len(prompts))
+    seeds = row_seeds(plain_integers(seed), generator, len(prompts), params.draws)
     length = params.block_length or model.block_length
     blocks = [-(-(len(p) + gen_length) // length) for p in prompts]
     if graphs:

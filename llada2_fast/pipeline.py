@@ -372,7 +372,7 @@ class LLaDA2Pipeline:
             forward = CachedForward(model, PagedKVCache(config, pages, length, model.dtype, model.device))
         else:
             forward = WindowForward(model, prompt_mask) if padded else BlockCausalForward(model)
-        seeds = row_seeds(None, generator, len(prompts))
+        seeds = row_seeds(None, generator, len(prompts), params.draws)
         slots, eos = len(prompts), params.eos_ids
         forward.all_logits = all_logits
         decoder = BlockDecoder(forward, slots, length, params.mask_id, ids.device, max(1, len(eos)))

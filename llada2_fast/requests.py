@@ -116,19 +116,38 @@ def check_prompts(prompts, gen_length, vocab_size, max_positions, name="inputs")
             )
 
 
-def row_seeds(seed, generator, count):
-    """One int64 seed per row: given, or drawn once per call in row order."""
+def row_seeds(seed, generator, count, draws=True):
+    """One int64 seed per row: those of row_seed, a list's as they are, or drawn once per call in row order.
+
+    draws=False, no row draws a token: torch's own generator is left alone, and the seeds are 0.
+    """
     if seed is not None:
-        seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed] * count
+        given = seed.tolist() if hasattr(seed, "tolist") else seed  # of NumPy or torch
+        several = isinstance(given, (list, tuple))
+        seeds = list(given) if several else [given]
         fit = all(type(s) is int and -(2**63) <= s < 2**63 for s in seeds)
-        if generator is not None or len(seeds) != count or not fit:
+        if generator is not None or (several and len(seeds) != count) or not fit:
             raise ValueError(f"seed={seed!r}: expected one int64, or one for each of {count} rows, and no generator")
-        return seeds
+        return seeds if several else [row_seed(given, i) for i in range(count)]
+    if generator is None and not draws:
+        return [0] * count
     several = isinstance(generator, (list, tuple))
     given = generator if several else [] if generator is None else [generator]
     if (several and len(given) != count) or not all(isinstance(g, torch.Generator) for g in given):
         raise ValueError(f"generator={generator!r}: expected a torch.Generator, or one for each of {count} rows")
     return [_draw(g, 1)[0] for g in given] if several else _draw(generator, count)
+
+
+def row_seed(seed, i):
+    """The int64 seed of row i of a call with one seed: for row 0 the seed itself, so that a prompt alone gets the same
+    with [seed]; for the others output i of SplitMix64, so that equal prompts differ."""
+    if i == 0:
+        return seed
+    x = (seed + i * 0x9E3779B97F4A7C15) % 2**64
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    x ^= x >> 31
+    return x - 2**64 if x >= 2**63 else x
 
 
 def _draw(generator, count):

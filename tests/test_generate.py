@@ -5,6 +5,7 @@ import functools
 import inspect
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -330,9 +331,44 @@ def test_the_same_seed_gives_the_same_tokens_and_another_seed_others():
     assert len({tuple(t.flatten().tolist()) for t in (first, *others)}) == 5
 
 
-def test_one_seed_is_every_row_s_seed_as_it_is():
-    rows = generate(load(), [prompt_of(5)] * 3, seed=3, **SAMPLING)
-    assert all(torch.equal(row, generate(load(), prompt_of(5), seed=3, **SAMPLING)[0]) for row in rows)
+def splitmix64(seed, i):
+    """Output i, from 1 on, of SplitMix64 (Steele, Lea and Flood 2014), as an int64."""
+    ones = 2**64 - 1
+    z = (seed + i * 0x9E3779B97F4A7C15) & ones
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & ones
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & ones
+    return struct.unpack("q", struct.pack("Q", z ^ (z >> 31)))[0]
+
+
+def test_rows_of_one_seed_draw_from_it_and_their_number():
+    assert splitmix64(1234567, 1) % 2**64 == 6457827717110365317  # a published output
+    for seed in (3, 0, -1, 2**63 - 1, -(2**63)):
+        seeds = [seed, *(splitmix64(seed, i) for i in range(1, 4))]
+        rows = generate(load(), [prompt_of(5)] * 4, seed=seed, **SAMPLING)
+        assert torch.equal(rows, generate(load(), [prompt_of(5)] * 4, seed=seeds, **SAMPLING))
+        assert len({tuple(row.tolist()) for row in rows}) == 4  # equal prompts differ
+        assert torch.equal(rows[:1], generate(load(), prompt_of(5), seed=seed, **SAMPLING))
+        assert torch.equal(rows[:2], generate(load(), [prompt_of(5)] * 2, seed=seed, **SAMPLING))
+
+
+def test_seeds_of_a_list_are_as_they_are():
+    rows = generate(load(), [prompt_of(5)] * 3, seed=[3, 3, 4], **SAMPLING)
+    assert torch.equal(rows[0], rows[1]) and not torch.equal(rows[0], rows[2])
+    for seeds in ((3, 3, 4), torch.tensor([3, 3, 4]), np.array([3, 3, 4])):
+        assert torch.equal(rows, generate(load(), [prompt_of(5)] * 3, seed=seeds, **SAMPLING))
+    one = generate(load(), prompt_of(5), seed=np.int64(4), **SAMPLING)
+    assert torch.equal(one, rows[2:])
+
+
+@pytest.mark.parametrize(
+    "greedy", [dict(), dict(temperature=0.7, sampling_method="greedy"), dict(profile="hf-2.0")], ids=str
+)
+def test_greedy_decoding_leaves_torch_s_generator_alone(greedy):
+    before = torch.get_rng_state()
+    generate(load(), [prompt_of(5), prompt_of(9)], **SHORT | greedy)
+    assert torch.equal(before, torch.get_rng_state())
+    generate(load(), [prompt_of(5), prompt_of(9)], **SHORT | dict(temperature=1.0))
+    assert not torch.equal(before, torch.get_rng_state())
 
 
 def test_one_generator_draws_one_seed_per_row_in_row_order_once_per_call():

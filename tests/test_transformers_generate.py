@@ -222,6 +222,9 @@ def test_seeds(tiny):
     assert len({tuple(row) for row in several.tolist()}) == 3
     named = draw(num_return_sequences=2, seed=[1, 2])
     assert [[row] for row in named] == [draw(seed=1), draw(seed=2)]
+    mixed = draw(num_return_sequences=3, seed=1)
+    assert mixed == tiny.generate(ids.expand(3, -1), max_new_tokens=24, do_sample=True, seed=1).tolist()
+    assert [mixed[0]] == draw(seed=1) and len({tuple(row) for row in mixed}) == 3
 
 
 def test_what_the_checkpoint_says_is_the_default(golden, tmp_path):
@@ -286,7 +289,6 @@ def test_neutral_values_are_accepted_and_nothing_is_changed(tiny):
     ({"temperature": "warm"}, "temperature='warm'"),
     ({"num_return_sequences": 2}, "`num_return_sequences` different than 1"),
     ({"num_return_sequences": 0}, "num_return_sequences=0"),
-    ({"num_return_sequences": 2, "do_sample": True, "seed": 1}, "seed=1: with num_return_sequences=2"),
     ({"stop_strings": ["x"]}, r"stop_strings=\['x'\]: needs the argument tokenizer"),
     ({"threshold": -1}, "threshold=-1"),
     ({"input_ids": torch.ones(1, 2, dtype=torch.int64)}, "input_ids: give it or inputs"),

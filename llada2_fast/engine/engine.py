@@ -2,11 +2,12 @@
 
 import time
 from collections import Counter
+from dataclasses import replace
 
 from ..cache import PagedKVCache, content_keys
 from ..config import DecodeParams, EngineConfig
 from ..decoder import BlockDecoder, CachedForward, GraphedForward, row_rules
-from ..requests import check_fit, resolve_ids, row_seeds, split_prompts
+from ..requests import check_fit, resolve_ids, row_seed, row_seeds, split_prompts
 from .delivery import commit_block, draft_block, make_output, stops_inside
 from .request import DEFAULTS, FINISHED, Event, Request
 from .scheduler import Scheduler
@@ -83,8 +84,8 @@ class Engine:
             )
         now = self.clock()
         request = Request(
-            request_id, prompt, params, row_seeds(params.seed, None, 1)[0], eos_ids, self.block_length, priority,
-            (now - priority * self.config.priority_s, self._arrivals), now, frozenset(stop_token_ids),
+            request_id, prompt, params, row_seeds(params.seed, None, 1, params.draws)[0], eos_ids, self.block_length,
+            priority, (now - priority * self.config.priority_s, self._arrivals), now, frozenset(stop_token_ids),
             self._text_stream(stop),
         )  # fmt: skip
         if request.num_blocks > self.cache.num_pages:
@@ -131,10 +132,10 @@ class Engine:
     def generate(self, prompts, params=DEFAULTS, **options):
         """RequestOutputs of several prompts, in their order; one that failed has its `error` set.
 
-        params: one DecodeParams for all or a list of them; options: as of add_request. More prompts than may wait are
-        added as there is room.
+        params: one DecodeParams for all, whose seed each prompt but the first mixes with its number, or one for each;
+        options: as of add_request. More prompts than may wait are added as there is room.
         """
-        each = params if isinstance(params, (list, tuple)) else [params] * len(prompts)
+        each = self._params_of_each(params, len(prompts))
         handles = []
         try:
             while len(handles) < len(prompts) or any(handle.output is None for handle in handles):
@@ -215,6 +216,16 @@ class Engine:
         event = Event(request.request_id, "finish", now, text=tail, output=request.output)
         request.events.append(event)
         return event
+
+    @staticmethod
+    def _params_of_each(params, count):
+        several = isinstance(params, (list, tuple))
+        each = list(params) if several else [params] * count
+        if len(each) != count or not all(isinstance(one, DecodeParams) for one in each):
+            raise ValueError(f"params={params!r:.80}: expected DecodeParams, or one for each of {count} prompts")
+        if several or params.seed is None:
+            return each
+        return [replace(params, seed=row_seed(params.seed, i)) for i in range(count)]
 
     def _check_prompt(self, prompt_ids, params):
         prompts = split_prompts(prompt_ids if hasattr(prompt_ids, "ndim") else [list(prompt_ids)])

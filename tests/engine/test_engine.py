@@ -377,6 +377,25 @@ def test_prompts_are_lists_tensors_or_arrays():
     assert all(output.token_ids == first.token_ids and output.prompt_length == 3 for output in others)
 
 
+def test_prompts_of_a_call_with_one_seed_draw_as_rows_of_generate_do():
+    params = DecodeParams(gen_length=8, temperature=1.5, seed=42, eos_ids=())
+    prompts = [[1, 2]] * 4
+    wanted = random_model().generate(prompts, gen_length=8, temperature=1.5, seed=42, eos_id=(), block_length=4)
+    outputs = small_engine(max_running=2).generate(prompts, params)
+    assert [output.token_ids for output in outputs] == wanted.tolist()
+    assert len({tuple(output.token_ids) for output in outputs}) == 4
+    assert small_engine().generate(prompts[:1], params)[0].token_ids == outputs[0].token_ids
+    as_they_are = small_engine().generate(prompts, [params] * 4)
+    assert all(output.token_ids == outputs[0].token_ids for output in as_they_are)
+
+
+def test_greedy_requests_leave_torch_s_generator_alone():
+    before = torch.get_rng_state()
+    small_engine().generate([[1, 2]] * 2, DecodeParams(gen_length=8))
+    small_engine().generate([[1, 2]] * 2, DecodeParams(gen_length=8, temperature=1.0, sampling_method="greedy"))
+    assert torch.equal(before, torch.get_rng_state())
+
+
 def test_an_unseeded_request_draws_its_seed_from_torch():
     params = DecodeParams(gen_length=8, temperature=1.0)
     torch.manual_seed(3)

@@ -193,8 +193,6 @@ def _prompts(inputs, input_ids, attention_mask, config):
         raise ValueError(f"num_return_sequences={copies!r:.80}: expected an integer >= 1")
     if copies == 1:
         return ids, attention_mask
-    if isinstance(getattr(config, "seed", None), int):
-        raise ValueError(f"seed={config.seed}: with num_return_sequences={copies} expected a seed for each row")
     mask = attention_mask if attention_mask is None else attention_mask.repeat_interleave(copies, 0)
     return ids.repeat_interleave(copies, 0), mask
 
