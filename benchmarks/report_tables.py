@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from . import sampling
 from .gpu_goals import judge
 
 COMMANDS = {  # benchmark -> the module that makes its lines
@@ -14,6 +15,7 @@ COMMANDS = {  # benchmark -> the module that makes its lines
     "bench_refine": "kernels.bench_refine",
     "kernels": "kernels",
     "quality": "quality",
+    "sampling": "sampling",
     "counts": "counts",
     "gpu": "gpu",
 }
@@ -165,6 +167,15 @@ def quality_settings(line):
     ], line.data["settings"])  # fmt: skip
 
 
+def sampling_draws(line):
+    columns = [
+        (f"{title}: {what}", lambda entry, rule=rule, key=key: entry[rule][key], form)
+        for rule, title in sampling.TITLES.items()
+        for key, what, form in (("accuracy", "exact match", "{:.3f}"), ("tpf", "TPF", "{:.2f}"))
+    ]
+    return table([("model", "model", "{}"), ("draw", sampling.draw_of, "{}"), *columns], line.data["draws"])
+
+
 def refine_points(line):
     return table([
         ("rows", "rows", "{}"), ("vocabulary", "vocab", "{}"), ("mode", "mode", "{}"), ("µs", "ours_us", "{:.0f}"),
@@ -261,7 +272,27 @@ def short_quality(line):
         )
 
 
-SHORT = {"decode": short_decode, "engine": short_engine, "bench_refine": short_refine, "quality": short_quality}
+def short_sampling(line):
+    by_model = {}
+    for entry in line.data["draws"]:
+        by_model.setdefault(entry["model"], {})[sampling.draw_of(entry)] = entry
+    for model, draws in by_model.items():
+        greedy, cold = draws["temperature 0"], draws["temperature 0.1"]
+        told = [
+            f"{title}: {cold[rule]['accuracy']:.3f} at TPF {cold[rule]['tpf']:.2f}"
+            for rule, title in sampling.TITLES.items()
+        ]
+        yield (
+            f"{model} model, {line.data['prompts_per_task']} unseen prompts for each of five tasks, temperature 0.1: "
+            f"exact match by confidence",
+            f"{'; '.join(told)} (greedy: {greedy['own']['accuracy']:.3f} at {greedy['own']['tpf']:.2f})",
+        )
+
+
+SHORT = {
+    "decode": short_decode, "engine": short_engine, "bench_refine": short_refine, "quality": short_quality,
+    "sampling": short_sampling,
+}  # fmt: skip
 
 
 def short_table(lines):
@@ -342,6 +373,7 @@ BLOCKS = {
     "throughput": each_machine("throughput", "output_throughput", waits),
     "latency": each_machine("latency", "iterations", waits),
     "quality-settings": each_machine("quality", "settings", quality_settings),
+    "sampling": each_machine("sampling", "draws", sampling_draws),
     "refine-points": each_machine("bench_refine", "points", refine_points),
     "kernel-ops": each_machine("kernels", "ops", kernel_ops),
     "counts": each_machine("counts", "kernels", counted),

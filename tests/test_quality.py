@@ -7,7 +7,7 @@ from argparse import Namespace
 import pytest
 import torch
 
-from benchmarks import harness, quality
+from benchmarks import harness, quality, sampling
 from llada2_fast import DecodeParams, LLaDA2Model, demo
 from llada2_fast.demo import tasks
 from llada2_fast.tokens import load_tokenizer
@@ -75,6 +75,30 @@ def test_benchmark_ends_with_its_json_line(capsys, tmp_path):
     assert all(entry["tok_s"] > 0 for entry in entries.values())
     assert len(table.splitlines()) == 1 + len(entries)
     assert (tmp_path / "results" / "quality.jsonl").read_text("utf-8") == line + "\n"
+
+
+def test_a_low_temperature_costs_the_less_trained_model_no_accuracy():
+    settings = [sampling.Setting(t, None, None, rule) for t in (0.0, 0.1) for rule in sampling.RULES]
+    settings.append(sampling.Setting(1.0, 1, None, "own"))
+    greedy, cold, narrow = sampling.entries(sampling.SIBLING, 24, settings)
+    assert greedy["own"]["accuracy"] == greedy["drawn"]["accuracy"] > 0.6
+    assert cold["own"]["accuracy"] > greedy["own"]["accuracy"] - 0.06  # 120 prompts
+    assert cold["own"]["tpf"] < 1.1 * greedy["own"]["tpf"]
+    assert cold["drawn"]["accuracy"] < greedy["own"]["accuracy"] - 0.1  # the trap
+    assert cold["drawn"]["tpf"] > 1.4 * greedy["own"]["tpf"]
+    assert narrow["own"] == greedy["own"]
+
+
+def test_drawn_tokens_end_with_their_json_line(capsys, tmp_path):
+    sampling.main(["--quick", "--n", "2", "--json", "--save", str(tmp_path), "--model", demo.path()])
+    table, line = capsys.readouterr().out.rstrip("\n").rsplit("\n", 1)
+    result = json.loads(line)
+    assert [entry["model"] for entry in result["draws"]] == ["embedded"] * len(sampling.QUICK_DRAWS)
+    drawn = [(entry["temperature"], entry["top_k"], entry["top_p"]) for entry in result["draws"]]
+    assert drawn == list(sampling.QUICK_DRAWS)
+    assert all(0 <= entry[rule]["accuracy"] <= 1 for entry in result["draws"] for rule in sampling.RULES)
+    assert len(table.splitlines()) == 1 + len(result["draws"])
+    assert (tmp_path / "sampling.jsonl").read_text("utf-8") == line + "\n"
 
 
 def test_the_picture_has_a_line_per_mode_and_all_labels(scores):

@@ -25,6 +25,17 @@ OLD_DECODE = {
     "benchmark": "decode", "time": "2025-01-01T00:00:00+00:00", "quick": False, **CARD, "device": "Old CPU",
     "points": [{"prompt": 512, "generated": 512, "tok_s": 400.0, "diffusers_tok_s": 40.0, "ratio_vs_diffusers": 10.0}],
 }  # fmt: skip
+SAMPLING = {
+    "benchmark": "sampling", "time": "2026-01-02T03:04:05+00:00", "quick": False, **CARD, "prompts_per_task": 120,
+    "draws": [
+        {"model": "m", "temperature": 0.0, "top_k": None, "top_p": None,
+         "own": {"accuracy": 0.7, "tpf": 4.5}, "drawn": {"accuracy": 0.7, "tpf": 4.4}},
+        {"model": "m", "temperature": 0.1, "top_k": None, "top_p": None,
+         "own": {"accuracy": 0.69, "tpf": 4.6}, "drawn": {"accuracy": 0.5, "tpf": 8.0}},
+        {"model": "m", "temperature": 1.0, "top_k": 1, "top_p": 0.5,
+         "own": {"accuracy": 0.7, "tpf": 4.5}, "drawn": {"accuracy": 0.4, "tpf": 8.25}},
+    ],
+}  # fmt: skip
 README = """# A project
 
 3.5x is history here.
@@ -98,6 +109,20 @@ def check(root, capsys):
 
 def test_the_committed_texts_and_plots_are_what_the_lines_give():
     assert report.faults(ROOT, report_tables.read(ROOT / "benchmarks" / "results")) == []
+
+
+def test_both_rules_of_drawn_tokens_stand_side_by_side():
+    line = report_tables.Line("sampling.jsonl", SAMPLING)
+    assert report_tables.sampling_draws(line).splitlines()[2:] == [
+        "| m | temperature 0 | 0.700 | 4.50 | 0.700 | 4.40 |",
+        "| m | temperature 0.1 | 0.690 | 4.60 | 0.500 | 8.00 |",
+        "| m | temperature 1, top_k 1, top_p 0.5 | 0.700 | 4.50 | 0.400 | 8.25 |",
+    ]
+    ((what, result),) = report_tables.short_sampling(line)
+    assert what.startswith("m model, 120 unseen prompts for each of five tasks, temperature 0.1")
+    assert result == (
+        "the model's own softmax: 0.690 at TPF 4.60; probability of the draw: 0.500 at TPF 8.00 (greedy: 0.700 at 4.50)"
+    )
 
 
 def test_every_block_there_is_stands_in_a_file():
