@@ -169,9 +169,13 @@ def quality_settings(line):
 
 def sampling_draws(line):
     columns = [
-        (f"{title}: {what}", lambda entry, rule=rule, key=key: entry[rule][key], form)
+        (f"{title}: {what}", lambda entry, rule=rule, of=of: of(entry[rule]), form)
         for rule, title in sampling.TITLES.items()
-        for key, what, form in (("accuracy", "exact match", "{:.3f}"), ("tpf", "TPF", "{:.2f}"))
+        for what, of, form in (
+            ("exact match", lambda found: found["accuracy"], "{:.3f}"),
+            ("worst task", lambda found: min(found["tasks"].values()), "{:.3f}"),
+            ("TPF", lambda found: found["tpf"], "{:.2f}"),
+        )
     ]
     return table([("model", "model", "{}"), ("draw", sampling.draw_of, "{}"), *columns], line.data["draws"])
 

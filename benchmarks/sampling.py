@@ -67,14 +67,17 @@ def main(argv=None):
 
 
 def entries(path, n, settings):
-    """A dict for each draw of the settings: the model's name, the draw, and {rule: {"accuracy", "tpf"}}."""
+    """A dict for each draw of the settings: the model's name, the draw, and {rule: {"accuracy", "tpf", "tasks"}}, where
+    tasks has the accuracy of each."""
     model = LLaDA2Model.from_pretrained(path, dtype=torch.float32, progress=False)
     found = {}
     for setting, by_task in quality.measure(model, load_tokenizer(path), n, settings).items():
         accuracy, tpf = quality.mean(by_task)
-        draw = found.setdefault(setting[:-1], {"model": name_of(path)} | setting._asdict())
-        draw.pop("rule", None)
-        draw[setting.rule] = {"accuracy": round(accuracy, 4), "tpf": round(tpf, 3)}
+        how = setting._asdict()
+        del how["rule"]
+        draw = found.setdefault(setting[:-1], {"model": name_of(path)} | how)
+        tasks_of = {task: round(score[0], 4) for task, score in by_task.items()}
+        draw[setting.rule] = {"accuracy": round(accuracy, 4), "tpf": round(tpf, 3), "tasks": tasks_of}
     return list(found.values())
 
 
