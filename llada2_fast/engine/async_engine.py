@@ -14,7 +14,7 @@ from contextlib import aclosing
 from typing import NamedTuple
 
 from .engine import FAULTS
-from .request import DEFAULTS, Request
+from .request import DEFAULTS, Request, check_params
 
 
 class Call(NamedTuple):
@@ -60,6 +60,7 @@ class AsyncEngine:
         Leaving the iteration, or cancelling its task, cancels the request. wait: where too many requests wait, suspend
         the caller until there is room instead of raising QueueFull.
         """
+        check_params(params)
         loop, news, opened = asyncio.get_running_loop(), asyncio.Event(), []
 
         def open_request():

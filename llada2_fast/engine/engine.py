@@ -9,7 +9,7 @@ from ..config import DecodeParams, EngineConfig
 from ..decoder import BlockDecoder, CachedForward, GraphedForward, row_rules
 from ..requests import check_fit, resolve_ids, row_seed, row_seeds, split_prompts
 from .delivery import commit_block, draft_block, make_output, stops_inside
-from .request import DEFAULTS, FINISHED, Event, Request
+from .request import DEFAULTS, FINISHED, Event, Request, check_params
 from .scheduler import Scheduler
 from .text import TextStream
 
@@ -62,8 +62,7 @@ class Engine:
         ends.
         Raises ValueError for what can never be done, QueueFull if too many requests wait.
         """
-        if not isinstance(params, DecodeParams):
-            raise ValueError(f"params={params!r:.80}: expected DecodeParams")
+        check_params(params)
         self._arrivals += 1
         request_id = f"request-{self._arrivals}" if request_id is None else request_id
         if request_id in self.requests:

@@ -14,6 +14,12 @@ WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
 DEFAULTS = DecodeParams()
 
 
+def check_params(params):
+    """ValueError for what is no DecodeParams."""
+    if not isinstance(params, DecodeParams):
+        raise ValueError(f"params={params!r:.80}: expected DecodeParams")
+
+
 class QueueFull(RuntimeError):
     """As many requests are waiting as may wait; this one was not taken."""
 

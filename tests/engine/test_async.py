@@ -88,6 +88,22 @@ def test_params_that_are_none_hurt_their_caller_alone(params):
     with_engine(test)
 
 
+def test_params_that_are_none_are_refused_though_the_queue_is_full():
+    async def test(serving):
+        scheduler, others = serving.engine.scheduler, []
+        for queue in ("running", "waiting"):
+            others.append(asyncio.create_task(serving.generate(prompt_of(7), LONG)))
+            await until(lambda queue=queue: getattr(scheduler, queue))
+        with pytest.raises(ValueError, match="^params=.*: expected DecodeParams"):
+            await serving.generate([1, 2], {}, wait=True)
+        assert not any(other.done() for other in others)
+        for other in others:
+            other.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
+    with_engine(test, max_running=1, max_waiting=1)
+
+
 def test_a_stream_tells_everything_in_order():
     async def test(serving):
         events = [event async for event in serving.stream(prompt_of(9), SLOW, drafts=True, request_id="x")]
