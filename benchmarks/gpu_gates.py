@@ -56,8 +56,8 @@ def refine_case(machine, modes):
     tokens = torch.full((rows, BLOCK), mask_id, device=device)
     kind = torch.full_like(tokens, refine.VALID, dtype=torch.int8)
     state = refine.BlockState.start_block(tokens, kind, torch.full((rows,), 1024, device=device))
-    params = each_row(rows, device, threshold=2.0, edit_threshold=2.0, max_steps=_NEVER)
-    params.flags.fill_(refine.BAN_MASK | refine.OWN_SOFTMAX)
+    flags = refine.BAN_MASK | refine.OWN_SOFTMAX
+    params = each_row(rows, device, threshold=2.0, edit_threshold=2.0, max_steps=_NEVER, flags=flags)
     params.temperature.copy_(torch.tensor([float(mode != "greedy") for mode in modes]))
     params.top_k.copy_(torch.tensor([50 * (mode == "filters") for mode in modes]))
     params.top_p.copy_(torch.tensor([0.95 if mode == "filters" else 1.0 for mode in modes]))

@@ -288,7 +288,7 @@ def short_sampling(line):
         ]
         yield (
             f"{model} model, {line.data['prompts_per_task']} unseen prompts for each of five tasks, temperature 0.1: "
-            f"exact match by confidence",
+            "exact match by confidence",
             f"{'; '.join(told)} (greedy: {greedy['own']['accuracy']:.3f} at {greedy['own']['tpf']:.2f})",
         )
 

@@ -21,7 +21,7 @@ DECODING = {
     "top_k": _COUNT | {"help": "sample among the k likeliest tokens"},
     "top_p": _NUMBER | {"help": "sample among the likeliest tokens of this mass"},
     "sampling_method": {"metavar": "NAME", "help": "auto, greedy or multinomial"},
-    "seed": _COUNT | {"help": "of the draws; drawn itself unless given"},
+    "seed": _COUNT | {"help": "of the draws, with the number of the prompt; drawn itself unless given"},
     "profile": {"metavar": "NAME", "help": "whose rules: default, hf-2.0, hf-2.1, sglang-lowconf or sglang-joint"},
     "eos_early_stop": _SWITCH | {"help": "stop at the first end token (on)"},
     "attend_tail": _SWITCH | {"help": "denoise the last block whole"},
