@@ -1,8 +1,9 @@
-"""Exact match and tokens per forward (TPF) where tokens are drawn, by both rules of how sure a drawn token is:
+"""Exact match and tokens per forward (TPF) where tokens are drawn, by the rules of how sure a drawn token is:
 
     own     its probability in the model's own softmax, at temperature 1 among all tokens: what generate() does
     drawn   its probability among what it is drawn from, after temperature, top-k and top-p: the model cards' and
             diffusers' rule, here by profile hf-2.0
+    single  own, with one token a step: what the draws cost by themselves, whatever the rule
 
     python -m benchmarks.sampling [--model PATH ...] [--n PROMPTS] [--json] [--save]
 
@@ -23,8 +24,8 @@ from llada2_fast.tokens import load_tokenizer
 
 from . import harness, quality
 
-RULES = {"own": "default", "drawn": "hf-2.0"}  # rule -> profile
-TITLES = {"own": "the model's own softmax", "drawn": "probability of the draw"}
+RULES = {"own": {}, "drawn": {"profile": "hf-2.0"}, "single": {"threshold": quality.NEVER}}  # -> arguments
+TITLES = {"own": "the model's own softmax", "drawn": "probability of the draw", "single": "one token a step"}
 THRESHOLD = 0.9
 DRAWS = (  # temperature, top_k, top_p
     (0.0, None, None), (0.1, None, None), (0.3, None, None), (0.7, None, None), (1.0, None, None), (1.0, 1, None),
@@ -46,7 +47,7 @@ class Setting(NamedTuple):
         """Arguments of generate()."""
         own = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "seed": tasks.SEED}
         fixed = {"threshold": THRESHOLD, "gen_length": quality.GEN_LENGTH, "eos_early_stop": True, "return_dict": True}
-        return own | fixed | {"profile": RULES[self.rule]}
+        return own | fixed | RULES[self.rule]
 
 
 def main(argv=None):

@@ -78,7 +78,7 @@ def test_benchmark_ends_with_its_json_line(capsys, tmp_path):
 
 
 def test_a_low_temperature_costs_the_less_trained_model_no_accuracy():
-    settings = [sampling.Setting(t, None, None, rule) for t in (0.0, 0.1) for rule in sampling.RULES]
+    settings = [sampling.Setting(t, None, None, rule) for t in (0.0, 0.1) for rule in ("own", "drawn")]
     settings.append(sampling.Setting(1.0, 1, None, "own"))
     greedy, cold, narrow = sampling.entries(sampling.SIBLING, 24, settings)
     assert greedy["own"]["accuracy"] == greedy["drawn"]["accuracy"] > 0.6

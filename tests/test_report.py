@@ -30,13 +30,16 @@ SAMPLING = {
     "draws": [
         {"model": "m", "temperature": 0.0, "top_k": None, "top_p": None,
          "own": {"accuracy": 0.7, "tpf": 4.5, "tasks": {"a": 0.8, "b": 0.6}},
-         "drawn": {"accuracy": 0.7, "tpf": 4.4, "tasks": {"a": 0.7, "b": 0.7}}},
+         "drawn": {"accuracy": 0.7, "tpf": 4.4, "tasks": {"a": 0.7, "b": 0.7}},
+         "single": {"accuracy": 0.75, "tpf": 0.9, "tasks": {"a": 1.0, "b": 0.5}}},
         {"model": "m", "temperature": 0.1, "top_k": None, "top_p": None,
          "own": {"accuracy": 0.69, "tpf": 4.6, "tasks": {"a": 0.88, "b": 0.5}},
-         "drawn": {"accuracy": 0.5, "tpf": 8.0, "tasks": {"a": 0.25, "b": 0.75}}},
-        {"model": "m", "temperature": 1.0, "top_k": 1, "top_p": 0.5,
+         "drawn": {"accuracy": 0.5, "tpf": 8.0, "tasks": {"a": 0.25, "b": 0.75}},
+         "single": {"accuracy": 0.75, "tpf": 0.9, "tasks": {"a": 1.0, "b": 0.5}}},
+        {"model": "m", "temperature": 1.0, "top_k": 1, "top_p": None,
          "own": {"accuracy": 0.7, "tpf": 4.5, "tasks": {"a": 0.8, "b": 0.6}},
-         "drawn": {"accuracy": 0.4, "tpf": 8.25, "tasks": {"a": 0.3, "b": 0.5}}},
+         "drawn": {"accuracy": 0.4, "tpf": 8.25, "tasks": {"a": 0.3, "b": 0.5}},
+         "single": {"accuracy": 0.75, "tpf": 0.9, "tasks": {"a": 1.0, "b": 0.5}}},
     ],
 }  # fmt: skip
 README = """# A project
@@ -117,14 +120,15 @@ def test_the_committed_texts_and_plots_are_what_the_lines_give():
 def test_both_rules_of_drawn_tokens_stand_side_by_side():
     line = report_tables.Line("sampling.jsonl", SAMPLING)
     assert report_tables.sampling_draws(line).splitlines()[2:] == [
-        "| m | temperature 0 | 0.700 | 0.600 | 4.50 | 0.700 | 0.700 | 4.40 |",
-        "| m | temperature 0.1 | 0.690 | 0.500 | 4.60 | 0.500 | 0.250 | 8.00 |",
-        "| m | temperature 1, top_k 1, top_p 0.5 | 0.700 | 0.600 | 4.50 | 0.400 | 0.300 | 8.25 |",
+        "| m | temperature 0 | 0.700 | 0.600 | 4.50 | 0.700 | 0.700 | 4.40 | 0.750 | 0.500 | 0.90 |",
+        "| m | temperature 0.1 | 0.690 | 0.500 | 4.60 | 0.500 | 0.250 | 8.00 | 0.750 | 0.500 | 0.90 |",
+        "| m | temperature 1, top_k 1 | 0.700 | 0.600 | 4.50 | 0.400 | 0.300 | 8.25 | 0.750 | 0.500 | 0.90 |",
     ]
     ((what, result),) = report_tables.short_sampling(line)
     assert what.startswith("m model, 120 unseen prompts for each of five tasks, temperature 0.1")
     assert result == (
-        "the model's own softmax: 0.690 at TPF 4.60; probability of the draw: 0.500 at TPF 8.00 (greedy: 0.700 at 4.50)"
+        "the model's own softmax: 0.690 at TPF 4.60; probability of the draw: 0.500 at TPF 8.00; "
+        "one token a step: 0.750 at TPF 0.90 (greedy: 0.700 at 4.50)"
     )
 
 
