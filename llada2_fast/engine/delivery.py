@@ -46,16 +46,9 @@ def commit_block(request, tokens, steps, confidences, now):
     start, count = request.delivered, len(fresh)
     request.delivered += count
     event = Event(
-        request.request_id,
-        "commit",
-        now,
-        start,
-        fresh,
-        confidences[:count],
-        steps[:count],
-        _edits(row, request.delivered),
-        text,
-    )
+        request.request_id, "commit", now, start, fresh, confidences[:count], steps[:count],
+        _edits(row, request.delivered), text,
+    )  # fmt: skip
     return event, stopped
 
 
