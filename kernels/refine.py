@@ -410,6 +410,11 @@ _op = register_op(
 )
 
 
+def _values(of):
+    """The fields of a dataclass, in order; torch.compile of PyTorch 2.11 cannot trace vars()."""
+    return [getattr(of, field.name) for field in fields(of)]
+
+
 def refine_step(logits, state, params, mask_id, index=None, filters=True, only_needed=False):
     """One refinement step of R rows; updates `state` in place.
 
@@ -426,5 +431,5 @@ def refine_step(logits, state, params, mask_id, index=None, filters=True, only_n
     if index is not None and (logits.ndim != 2 or index.shape != (rows, length)):
         raise ValueError(f"logits, index: expected [M, V], [{rows}, {length}], got {tuple(logits.shape)}, "
                          f"{tuple(index.shape)}")  # fmt: skip
-    tensors = (logits, *vars(state).values(), *vars(params).values())
+    tensors = (logits, *_values(state), *_values(params))
     return RefineOutput(*_op(*tensors, mask_id, index, filters, only_needed))
