@@ -10,12 +10,16 @@ hold says so when it fails and why (gfx942).
 
 import argparse
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from importlib import import_module
+from itertools import starmap
 from typing import NamedTuple
 from unittest import mock
 
@@ -52,6 +56,14 @@ class Launch(NamedTuple):
     constants: dict
     attributes: dict
     options: dict
+
+    def __reduce__(self):
+        """Pickled, it names its kernel."""
+        return _named_launch, (self.kernel.__module__, self.kernel.__name__, *self[1:])
+
+
+def _named_launch(module, name, *rest):
+    return Launch(getattr(import_module(module), name), *rest)
 
 
 class Result(NamedTuple):
@@ -267,6 +279,26 @@ def compile_launch(launch, scenario, target):
     return Result(*head, *usage(compiled, target), compiled.metadata.shared, None)
 
 
+def compile_each(work, processes=None):
+    """Yields compile_launch(*arguments) for each of `work`, in order; all of it is compiled side by side.
+
+    processes: at most so many, by default one per core. Not threads: Triton compiles in Python, where threads take
+    turns, and Python 3.11's ast.parse fails in them (SystemError: AST constructor recursion depth mismatch). Whoever
+    stops early waits for nothing that has not begun.
+    """
+    processes = min(len(work), processes or len(os.sched_getaffinity(0)))
+    if processes < 2:
+        yield from starmap(compile_launch, work)
+        return
+    context = multiprocessing.get_context("forkserver")  # the caller's process may hold a GPU and threads: no fork
+    context.set_forkserver_preload(["torch", "triton"])
+    pool = ProcessPoolExecutor(processes, context)
+    try:
+        yield from pool.map(compile_launch, *zip(*work, strict=True))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
 def _nvidia_usage(compiled, target):
     """Registers per thread and bytes spilled, from ptxas itself."""
     arch = TARGETS[target].arch
@@ -286,16 +318,17 @@ def _amd_usage(compiled, target):
     return int(found["vgpr_count"]), 4 * int(found["vgpr_spill_count"])
 
 
-def compile_all(targets=tuple(TARGETS), names=None, report=lambda result: None):
+def compile_all(targets=tuple(TARGETS), names=None, report=lambda result: None, processes=1):
     """Compile the scenarios whose names contain one of `names` (all if None); a list of Results.
 
-    One kernel in one specialisation is compiled once per target, however many scenarios launch it. report(result) is
-    called as each is done. Raises ValueError on unknown targets and on names that match nothing.
+    One kernel in one specialisation is compiled once per target, however many scenarios launch it, in as many
+    processes as compile_each is told. report(result) is called as each is done. Raises ValueError on unknown targets
+    and on names that match nothing.
     """
     for target in targets:
         if target not in TARGETS:
             raise ValueError(f"targets: expected some of {', '.join(TARGETS)}, got {target!r}")
-    results, seen = [], set()
+    work, seen = [], set()
     for scenario, call in SCENARIOS.items():
         if names is not None and not any(name in scenario for name in names):
             continue
@@ -305,13 +338,15 @@ def compile_all(targets=tuple(TARGETS), names=None, report=lambda result: None):
             key = repr((launch.kernel.__name__, *launch[1:]))
             float8 = any("fp8" in kind for kind in launch.signature.values())
             for target in targets if key not in seen else ():
-                if float8 and target in NO_FLOAT8:
-                    continue
-                results.append(compile_launch(launch, scenario, target))
-                report(results[-1])
+                if not (float8 and target in NO_FLOAT8):
+                    work.append((launch, scenario, target))
             seen.add(key)
-    if not results:
+    if not work:
         raise ValueError(f"names: expected parts of {', '.join(SCENARIOS)}, got {names}")
+    results = []
+    for result in compile_each(work, processes):
+        report(result)
+        results.append(result)
     return results
 
 
@@ -334,6 +369,7 @@ def main(arguments=None):
         options.targets.split(","),
         options.names and options.names.split(","),
         lambda result: print(_line(result), flush=True),
+        processes=None,
     )
     faults = [result for result in results if result.fault]
     print(f"{len(results)} compiled, {len(faults)} at fault")

@@ -19,10 +19,8 @@ benchmarks.gpu; a dry run writes tables only into --tables.
 
 import argparse
 import json
-import os
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -66,12 +64,8 @@ def faults(tries, calls, target):
                 call(parameters)
         needed.append({repr((launch.kernel.__name__, *launch[1:])) for launch in noted})
         launches |= {repr((launch.kernel.__name__, *launch[1:])): launch for launch in noted}
-    pool = ThreadPoolExecutor(os.cpu_count())
-    try:
-        results = pool.map(partial(aot.compile_launch, scenario="tune", target=target), launches.values())
-        fault = {key: result.fault for key, result in zip(launches, results, strict=True)}
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # out of time: do not wait for what has not begun
+    work = [(launch, "tune", target) for launch in launches.values()]
+    fault = {key: result.fault for key, result in zip(launches, aot.compile_each(work), strict=True)}
     found = {i: sorted(fault[key] for key in keys if fault[key]) for i, keys in enumerate(needed)}
     return {i: reasons[0] for i, reasons in found.items() if reasons}
 

@@ -1,5 +1,8 @@
 """Every kernel compiles for an H100, without a spill; `python -m benchmarks.aot` does all specialisations and GPUs."""
 
+import multiprocessing
+from itertools import starmap
+
 import pytest
 
 from benchmarks import aot
@@ -14,3 +17,14 @@ def test_compiles_without_spills(scenario):
     results = aot.compile_all(["sm_90"], [scenario])
     assert [(result.kernel, result.fault) for result in results if result.fault] == []
     assert all(result.registers > 0 and result.shared >= 0 for result in results)
+
+
+def test_side_by_side_is_as_one_after_the_other_and_in_processes():
+    scenario = "attention fp32 D=16"
+    with aot.recorded() as launches:
+        aot.SCENARIOS[scenario]()
+    work = [(launch, scenario, target) for launch in launches for target in ("sm_90", "sm_80")]
+    results = aot.compile_each(work, processes=2)
+    first = next(results)
+    assert multiprocessing.active_children()
+    assert [first, *results] == list(starmap(aot.compile_launch, work))
