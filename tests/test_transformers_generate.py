@@ -4,7 +4,6 @@ import inspect
 import json
 import shutil
 import threading
-import time
 
 import pytest
 import torch
@@ -460,11 +459,10 @@ def test_the_stream_ends_with_an_error_too(tiny, streamer, kwargs, error):
 
 
 def test_a_reader_does_not_wait_for_a_failed_generate(tiny, tokenizer):
-    streamer = TextIteratorStreamer(tokenizer, timeout=60)
-    begin = time.monotonic()
+    streamer = TextIteratorStreamer(tokenizer, timeout=1)  # then queue.Empty
     with pytest.raises(ValueError, match="num_beams=3"):
         tiny.generate(random_ids(1, 4), streamer=streamer, num_beams=3)
-    assert "".join(streamer) == "" and time.monotonic() - begin < 30
+    assert "".join(streamer) == ""
 
 
 def test_streamers_that_cannot_be_served_are_refused(tiny, tokenizer):

@@ -10,10 +10,25 @@ import pytest
 
 from llada2_fast.config import DecodeParams
 from llada2_fast.engine import AsyncEngine, QueueFull
+from llada2_fast.model import LLaDA2Model
 from tests.engine.common import PARAMS, assert_as_alone, assert_empty, prompt_of, random_model, small_engine
 from tests.engine.test_faults import SLOW, failing_model
 
 LONG = DecodeParams(gen_length=400, threshold=2.0, steps=4, eos_ids=())
+
+
+class Unhurried(LLaDA2Model):
+    """LONG takes it eight seconds, so that it still runs when a busy machine comes back to the test."""
+
+    def forward_blocks(self, *args):
+        time.sleep(0.02)
+        return super().forward_blocks(*args)
+
+
+def unhurried_model():
+    model = Unhurried(random_model().config)
+    model.load_state_dict(random_model().state_dict())
+    return model
 
 
 def with_engine(test, **config):
@@ -24,7 +39,7 @@ def with_engine(test, **config):
         async with AsyncEngine(engine) as serving:
             await test(serving)
 
-    asyncio.run(asyncio.wait_for(main(), 60))
+    asyncio.run(asyncio.wait_for(main(), 200))
     assert_empty(engine)
     assert not any(thread.name == "llada2-engine" for thread in threading.enumerate())
 
@@ -141,7 +156,7 @@ def test_leaving_a_stream_cancels_its_request(how):
         assert engine.finished["cancelled"] == 1
         assert_as_alone(await other, random_model(), prompt_of(7), PARAMS[1])
 
-    with_engine(test)
+    with_engine(test, model=unhurried_model())
 
 
 def test_a_caller_that_leaves_before_it_is_added_leaves_nothing():
@@ -154,7 +169,7 @@ def test_a_caller_that_leaves_before_it_is_added_leaves_nothing():
         assert all(isinstance(result, asyncio.CancelledError) for result in results)
         await until(lambda: not serving.engine.has_work)
 
-    with_engine(test)
+    with_engine(test, model=unhurried_model())
 
 
 def test_cancel_by_id_ends_the_stream():
@@ -164,7 +179,7 @@ def test_cancel_by_id_ends_the_stream():
         assert await serving.cancel("x") and not await serving.cancel("x")
         assert (await task).finish_reason == "cancelled"
 
-    with_engine(test)
+    with_engine(test, model=unhurried_model())
 
 
 def test_errors_reach_the_caller():
@@ -180,7 +195,7 @@ def test_errors_reach_the_caller():
         assert "x" in serving.engine.requests  # the refused one must not take the first with it
         holder.cancel()
 
-    with_engine(test)
+    with_engine(test, model=unhurried_model())
 
 
 def test_a_full_queue_refuses_or_lets_wait():
@@ -201,7 +216,7 @@ def test_a_full_queue_refuses_or_lets_wait():
                 assert_as_alone(await task, random_model(), prompt_of(n), PARAMS[0])
         await asyncio.gather(*waiting)
 
-    with_engine(test, max_running=1, max_waiting=2)
+    with_engine(test, model=unhurried_model(), max_running=1, max_waiting=2)
 
 
 def test_a_reader_that_is_slow_misses_drafts_but_no_commit():
@@ -210,7 +225,9 @@ def test_a_reader_that_is_slow_misses_drafts_but_no_commit():
         async for event in serving.stream(prompt_of(5), LONG, drafts=True):
             kinds.append(event.kind)
             if event.kind == "draft":
-                time.sleep(0.02)  # blocks the loop: the engine's thread goes on
+                step = serving.engine.num_steps
+                while serving.engine.has_work and serving.engine.num_steps < step + 4:
+                    time.sleep(0.001)  # blocks the loop: the engine's thread goes on
         assert kinds.count("commit") == 101 and kinds.count("draft") < 200 and kinds[-1] == "finish"
 
     with_engine(test)
@@ -239,11 +256,11 @@ def test_a_broken_invariant_ends_the_thread_and_every_caller_hears_of_it():
             await serving.generate([1], SLOW)
         await serving.aclose()
 
-    asyncio.run(asyncio.wait_for(main(), 30))
+    asyncio.run(asyncio.wait_for(main(), 200))
 
 
 def test_closing_ends_what_runs():
-    engine = small_engine(cache_tokens=2048)
+    engine = small_engine(model=unhurried_model(), cache_tokens=2048)
 
     async def main():
         serving = AsyncEngine(engine)
@@ -253,7 +270,7 @@ def test_closing_ends_what_runs():
         assert {(await task).finish_reason for task in tasks} == {"cancelled"}
         await serving.aclose()
 
-    asyncio.run(asyncio.wait_for(main(), 30))
+    asyncio.run(asyncio.wait_for(main(), 200))
     assert_empty(engine)
 
 
