@@ -14,13 +14,22 @@ torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True
 
-hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
+# A busy machine fails no test: there is no deadline for an example, nor for the making of it.
+hypothesis.settings.register_profile(
+    "repeatable", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_configure(config):
     # pytest-timeout's own marker: without it the tests still run, and only the limits are gone.
     config.addinivalue_line("markers", "timeout(seconds): how long a test may take")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """Ahead of all fixtures: what a test draws depends on no test before it."""
+    torch.manual_seed(0)
 
 
 def pytest_collection_modifyitems(items):
