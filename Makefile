@@ -1,26 +1,31 @@
 # `make demo` and `make test` are all the set-up there is. Variables:
 #   PYTHON       the interpreter that creates the environment
 #   VENV         where the environment lives
+#   CONSTRAINTS  file of the versions to install, empty for the newest
 #   TORCH_INDEX  a package index to take torch from, e.g. https://download.pytorch.org/whl/cpu (default: pip's own)
 #   PYTEST_ARGS  replaces the default arguments of `make test`
+#   PYTHON_OLDEST, PYTHON_NEWEST  in place of PYTHON for `make test-oldest`, `make test-newest`
 #   BENCH_ARGS   given to every benchmark of `make bench`, e.g. --quick
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+PYTHON_OLDEST ?= $(PYTHON)
+PYTHON_NEWEST ?= $(PYTHON)
 TORCH_INDEX ?=
 PYTEST_ARGS ?= -q -n 2 --dist loadfile
 BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
-.PHONY: help demo test test-slow test-hosts test-gpu sanitize check aot bench clean
+.PHONY: help demo test test-oldest test-newest test-slow test-hosts test-gpu sanitize check aot bench clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo | test | test-slow | test-hosts | test-gpu | sanitize | check | aot | bench | clean"
+	@echo "make demo | test | test-oldest | test-newest | test-slow | test-hosts | test-gpu | sanitize | check | aot | bench | clean"
 
 # torch goes first and alone: with a CPU build already there, nothing later asks for CUDA packages.
-$(VENV)/.installed: setup.py constraints.txt
+$(VENV)/.installed: setup.py $(CONSTRAINTS)
 	@echo "Installing into $(VENV) (once; a few minutes)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
@@ -45,6 +50,17 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The ends of setup.py's ranges, each in an environment of its own; the newest is what it was when that was made.
+.venv-oldest/constraints.txt: setup.py
+	@mkdir -p $(@D)
+	@grep -oE '(torch|triton|transformers)>=[0-9.]+' $< | sed 's/>=/==/' > $@
+
+test-oldest: .venv-oldest/constraints.txt
+	@$(MAKE) test VENV=.venv-oldest CONSTRAINTS=$< PYTHON=$(PYTHON_OLDEST)
+
+test-newest:
+	@$(MAKE) test VENV=.venv-newest CONSTRAINTS= PYTHON=$(PYTHON_NEWEST)
 
 test-slow: $(VENV)/.installed-test
 	@$(BIN)/python -m pytest -q -m slow --timeout 3600
@@ -86,5 +102,5 @@ bench: $(VENV)/.installed-test
 	@$(BIN)/python -m benchmarks.report
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv .venv-oldest .venv-newest build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -79,6 +79,19 @@ def test_wheel_contents(wheel):
     assert "llada2-fast = llada2_fast.cli:main" in scripts
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_the_oldest_versions_are_the_lower_bounds(wheel, tmp_path):
+    for name in ("Makefile", "setup.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    made = ".venv-oldest/constraints.txt"
+    subprocess.run(["make", "--silent", made], cwd=tmp_path, check=True)
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = archive.read(next(name for name in archive.namelist() if name.endswith("/METADATA"))).decode()
+    bounds = re.findall(r"^Requires-Dist: ([a-z]+>=[\d.]+)(?!.*extra ==)", metadata, re.M)
+    assert (tmp_path / made).read_text("utf-8").splitlines() == [bound.replace(">=", "==") for bound in bounds]
+    assert len(bounds) == 3
+
+
 @pytest.fixture(scope="module")
 def site(wheel, tmp_path_factory):
     """The folder that the wheel is installed into."""
