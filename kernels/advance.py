@@ -95,8 +95,8 @@ def _advance_kernel(
     # the next blocks
     holds_mask = tl.sum((inside & (tokens == mask_id) & (kind != _PROMPT)).to(tl.int32), 1) > 0
     start = tl.where(going, start + L, start)
-    position = start[:, None] + lane[None, :]
-    fresh = tl.where(position < total[:, None], _VALID, tl.where(position < limit[:, None], _TAIL, _ABSENT))
+    text, tail = (total - start).to(tl.int32)[:, None], (limit - start).to(tl.int32)[:, None]  # lanes before their ends
+    fresh = tl.where(lane[None, :] < text, _VALID, tl.where(lane[None, :] < tail, _TAIL, _ABSENT))
     tokens = tl.where(going[:, None], mask_id, tokens)
     new = inside & going[:, None]
     tl.debug_barrier()  # every thread has read the state

@@ -283,8 +283,9 @@ def _select_kernel(
             best = tl.max(key, 1)
             hit = key == best[:, None]
             key = tl.where(hit, _LOWEST, key)
-            chosen += (hit & (t < end)[:, None]).to(tl.int32)
+            chosen += hit.to(tl.int32)
             columns = tl.where(k_column == k, C - 1 - (best & 0xFFFFFFFF).to(tl.int32)[:, None], columns)
+        chosen = tl.where((t < end)[:, None], chosen, 0)
         inside = (t < end)[:, None] & (k_column < K)
         ids = _expert(columns, E, G, GROUPS, WIDTH)
         # read again rather than kept for all experts: half the registers
