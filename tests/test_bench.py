@@ -192,7 +192,8 @@ def test_the_card_has_the_process_and_its_memory():
     before = harness.peak_memory()
     block = torch.ones(2**27, dtype=torch.uint8)
     assert harness.peak_memory() >= before and harness.peak_memory() > block.numel()
-    assert harness.card()["cores"] >= 1 and harness.card()["versions"]["torch"] == torch.__version__
+    card = harness.card()
+    assert card["cores"] >= 1 and torch.__version__.startswith(card["versions"]["torch"])  # PyPI's adds "+cu130"
 
 
 def test_iterations_see_the_end_of_every_block():

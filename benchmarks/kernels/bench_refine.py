@@ -45,8 +45,8 @@ class Step:
         self.mask_id = vocab - 289
         generator = None if device == "meta" else torch.Generator(device).manual_seed(rows)
         self.logits = torch.empty(rows, LENGTH, vocab, dtype=dtype, device=device)
-        if generator is not None:
-            self.logits.normal_(std=4.0, generator=generator)
+        if generator is not None:  # drawn in float32, which is the same in every PyTorch; bfloat16 is not in 2.11
+            self.logits.copy_(torch.empty_like(self.logits, dtype=torch.float32).normal_(std=4.0, generator=generator))
             self.logits[..., self.mask_id] = -20.0  # diffusers would commit it
             best = torch.rand(rows, LENGTH, 1, device=device, generator=generator)  # one each, from unlikely to sure
             self.logits.scatter_(2, (best * vocab).long() // 2, (16 + 10 * best).to(dtype))
