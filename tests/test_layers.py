@@ -317,7 +317,7 @@ OUTSIDE = re.compile(rb"\.\./sha" rb"red|(?<![\w./-])/(?:wo" rb"rk|tm" rb"p|ho" 
 
 
 def text_files():
-    """Every file of the checkout but environments, caches and weights."""
+    """Every file of the checkout but environments, caches, weights and git's own."""
     for folder, folders, names in os.walk(ROOT):
         if "pyvenv.cfg" in names:
             folders.clear()
@@ -325,7 +325,8 @@ def text_files():
         folders[:] = [
             name for name in folders if not re.fullmatch(r"\.(?!ci$).*|build|dist|.*\.egg-info|__pycache__", name)
         ]
-        yield from (Path(folder, name) for name in names if not name.endswith((".safetensors", ".png")))
+        # .git: in a worktree of git's a file that says where the repository is
+        yield from (Path(folder, name) for name in names if not name.endswith((".git", ".safetensors", ".png")))
 
 
 def test_no_file_mentions_a_path_outside_the_repository():
