@@ -27,6 +27,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import triton.experimental.gluon  # noqa: F401  a first launch would import it while the language is swapped
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
