@@ -13,7 +13,9 @@ EVAL = ["lm-eval>=0.4.13"]
 PLOT = ["matplotlib>=3.8"]
 TEST = [
     *PLOT,
-    "diffusers==0.42.1",  # the oracle of the drop-in tests: its exact behaviour is what they compare with
+    # the oracle of the drop-in tests: its exact behaviour is what they compare with
+    "diffusers==0.42.1; python_version >= '3.11'",
+    "diffusers==0.41.0; python_version < '3.11'",  # the last for Python 3.10
     "hypothesis>=6.100",
     "pytest>=8",
     "pytest-benchmark>=5",
