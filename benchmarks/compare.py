@@ -36,7 +36,7 @@ HIGHER = re.compile(r"(^|_)(tok_s|tok_s_tpf_.*|gb_s|throughput|throughput_rounds
 LOWER = re.compile(r"(^|_)(us|ms)(_per_\w+)?$|^p\d+$|^over_|^block_\d+_over_")
 # Of others than ourselves, of the machine, or no measure of speed: neither what is measured nor how well.
 IGNORED = re.compile(
-    r"^(diffusers|card|serial|ref|reference|peer|eager|copy|floor|std|p10|p90|tokens_agreeing|experts)(_|$)"
+    r"^(diffusers|card|serial|ref|reference|peer|eager|copy|floor|std|p10|p90|tokens_agreeing|experts|tasks)(_|$)"
     r"|_reference$|_default$|_in_cache$|_iqr$"
     r"|^(time|commit|versions|cores|goals|seconds|sources|peak_memory_bytes|r2|gb|peak_gb|compiled_us)$|^(duration|steps_per_block|total_.*_tokens)$"
 )

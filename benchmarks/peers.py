@@ -147,7 +147,7 @@ def masked_experts(h, routing, gate_up, down, shared=None):
     for e in range(len(gate_up.values)):
         chosen = expert == e
         y[chosen] = F.linear(gated(F.linear(pairs[chosen], gate_up.values[e])), down.values[e])
-    y = (y.view(*routing.ids.shape, -1) * routing.weights[..., None]).sum(1).to(h.dtype)
+    y = (y.unflatten(0, routing.ids.shape) * routing.weights[..., None]).sum(1).to(h.dtype)
     return y if shared is None else y + mlp(h, *shared)
 
 

@@ -60,9 +60,11 @@ class StandIn:
         self.cost, self.clock, self.forwards = cost, clock, 0
         self.generator = torch.Generator().manual_seed(seed)
 
-    def forward_blocks(self, tokens, positions, runs, cache):
+    def forward_blocks(self, tokens, positions, runs, cache, read=None):
         self.forwards += 1
         self.clock.now += self.cost(len(tokens), sum(pairs(run.first_block, run.num_blocks) for run in runs))
+        if read is not None:
+            tokens = tokens.view(-1, LENGTH)[read.blocks].flatten()[read.rows]
         return tokens[:, None].float()
 
     def lm_logits(self, hidden):

@@ -84,8 +84,8 @@ def linear(x, weight, bias=None):
 
 def rows_of(weight, dtype=None):
     """Rows for products with weight [.., N, K] in `dtype`, None = its own, with as many threads as now. On a GPU
-    nothing is known and nothing padded."""
-    if weight.device.type != "cpu" or _plain:
+    and under torch.compile nothing is known and nothing padded."""
+    if weight.device.type != "cpu" or _plain or torch.compiler.is_compiling():
         return _UNKNOWN
     return _rows(*weight.shape[-2:], dtype or weight.dtype, torch.get_num_threads(), torch.backends.mkldnn.enabled)
 
