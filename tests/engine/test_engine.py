@@ -78,9 +78,10 @@ def test_recorded_decodings_of_the_model_cards(name):
         assert_empty(engine)
 
 
-@pytest.mark.parametrize("length", [4, 8, 12, 20])
-def test_it_is_exact_at_every_block_length_that_is_a_multiple_of_4(length):
-    """Elsewhere a CPU's products round a row by how many there are (kernels/moe.py, ROWS), and exactness is luck."""
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 12, 20])
+def test_it_is_exact_at_every_block_length(length):
+    if not random_model().exact_rows:
+        pytest.skip("this machine's libraries round a row by its batch, at any height: nothing is promised")
     jobs = [
         (prompt_of(n, n), replace(params, block_length=length))
         for n, params in zip(range(3, 43, 5), PARAMS, strict=True)
