@@ -5,7 +5,8 @@
 On an idle core about 12 minutes; with --quick one, with --full most of an hour.
 
 All of them (peers.py) run our LLaDA2Model on one thread in float32: ours, which is generate(); diffusers' pipeline and
-the model card's loop, both without a cache; and ours with one part removed at a time. Each first decodes once, metered:
+the model card's loop, both without a cache; and ours with one part removed at a time. At the base diffusers' pipeline
+runs once more, on the network with PyTorch's own products. Each first decodes once, metered:
 its tokens must be ours, and its peak of tensor bytes is taken (memory.py). Only then rounds are timed, in which ours
 runs before and after every other one. One factor at a time is varied around the base. A peer that would take too long
 at a point is left out there (null in the result); --full leaves nobody out and adds the largest points.
@@ -28,7 +29,7 @@ from tqdm import tqdm
 from .harness import add_options, add_plot_option, drawing, finish
 from .memory import peak_bytes
 from .models import SMALL, random_model
-from .peers import ABLATIONS, BLOCK, PEERS, Task, ours
+from .peers import ABLATIONS, AT_THE_BASE, BLOCK, PEERS, Task, ours
 from .report_plots import draw_cost
 
 STEPS = 8
@@ -105,7 +106,7 @@ def task_of(point):
 def runners(plan, point):
     """{name: function of (model, task)} of those who run at a point, ours first."""
     if point == plan.base:
-        return PEERS | ABLATIONS
+        return PEERS | AT_THE_BASE | ABLATIONS
     most = plan.work | ({} if point.batch == 1 else {"card": 0})  # the card's loop knows no batches
     return {name: make for name, make in PEERS.items() if point.work <= most.get(name, point.work)}
 
@@ -161,7 +162,7 @@ def measure(model, plan, point, progress):
                 **counted, "peak_bytes": peaks[name]}  # fmt: skip
 
     record = point._asdict() | figures("ours") | {"tpf": point.generated / forwards["ours"]["denoise"]}
-    for peer in ("diffusers", "card"):
+    for peer in ("diffusers", "card", *(name for name in AT_THE_BASE if name in calls)):
         record |= {
             f"{peer}_tok_s": rates.get(peer),
             f"{peer}_std_tok_s": stds.get(peer),
@@ -222,8 +223,12 @@ def judged(points):
     def speed(point):
         return point["ratio_vs_diffusers"]
 
+    def plain_speed(point):
+        return point.get("ratio_vs_diffusers_plain")
+
     values = {
         "ratio_vs_diffusers_512_512": (at(512, speed), "at_least", 10),
+        "ratio_vs_diffusers_plain_512_512": (at(512, plain_speed), "at_least", 12),
         "ratio_vs_diffusers_2048_512": (at(2048, speed), "at_least", 30),
         "peak_bytes_over_diffusers_512_512": (
             at(512, lambda point: point["peak_bytes"] / point["diffusers_peak_bytes"]),
@@ -246,8 +251,8 @@ def show(points, ablations, costs, goals):
             f"threshold {p['threshold']:<4g} {p['tok_s']:7.1f} +- {p['std_tok_s']:4.1f} tok/s, TPF {p['tpf']:5.2f}, "
             f"{peak:5.1f} MB"
         )
-        for peer in ("diffusers", "card"):
-            if p[f"{peer}_tok_s"]:
+        for peer in ("diffusers", "card", *AT_THE_BASE):
+            if p.get(f"{peer}_tok_s"):
                 share = p["peak_bytes"] / p[f"{peer}_peak_bytes"]
                 text += f"; {peer} {p[f'{peer}_tok_s']:.1f}: {p[f'ratio_vs_{peer}']:.1f}x, {share:.2f} of its memory"
         print(text)

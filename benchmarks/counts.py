@@ -33,7 +33,7 @@ from llada2_fast.config import DecodeParams
 from llada2_fast.decoder import BlockDecoder, GraphedForward, run
 from llada2_fast.graphs import StepGraph
 from llada2_fast.kernels._triton import force_ops
-from llada2_fast.kernels.product import plain
+from llada2_fast.kernels.product import torch_products
 from llada2_fast.tokens import load_tokenizer
 
 from . import compare, harness
@@ -111,7 +111,7 @@ def decodings():
     """(forwards of each decoding, calls of operators of each)."""
     forwards, calls = [], []
     for name, call in cases():
-        with plain(), Calls() as counted:
+        with torch_products(padded=False), Calls() as counted:
             counters = call().counters
         kinds = ("denoise_forwards", "prefill_forwards", "settle_forwards")
         forwards.append({"decoding": name} | {kind: sum(getattr(c, kind) for c in counters) for kind in kinds})
@@ -139,7 +139,7 @@ def around_the_graph():
         return result
 
     replayed = mock.patch.object(StepGraph, "replay", apart)
-    with torch.inference_mode(), plain(), replayed, Calls() as all_calls:
+    with torch.inference_mode(), torch_products(padded=False), replayed, Calls() as all_calls:
         cache = PagedKVCache(model.config, blocks, length, model.dtype, "cpu")
         decoder = BlockDecoder(GraphedForward(model, cache, 1, blocks), 1, length, mask_id=255)
         decoder.open(0, torch.arange(40), params, 0, (252,))

@@ -3,6 +3,7 @@
     ours        generate()
     hf-2.0      generate(profile="hf-2.0"): what the card's loop is held against
     diffusers   the diffusers package's LLaDA2Pipeline with its BlockRefinementScheduler: the whole window at every step
+    diffusers_plain   the same, of a network whose products are PyTorch's own and not those of kernels/product.py
     card        the loop of LLaDA2.0's model card, written from its rule: likewise
     without     ours, but for one part: see ABLATIONS
 
@@ -22,6 +23,7 @@ import llada2_fast.decoder
 import llada2_fast.model
 from llada2_fast.kernels import refine
 from llada2_fast.kernels.moe import gated, mlp
+from llada2_fast.kernels.product import torch_products
 
 BLOCK = 32
 
@@ -96,6 +98,18 @@ def diffusers(model, task, on_step=None):
         return Outcome(sequences, _only_denoise(network.calls))
 
     return call
+
+
+def diffusers_plain(model, task):
+    return _plainly(diffusers(model, task))
+
+
+def _plainly(call):
+    def plain():
+        with torch_products():
+            return call()
+
+    return plain
 
 
 def card(model, task):
@@ -186,6 +200,10 @@ def _without_experts(model, task):
     return patched
 
 
+def _without_products(model, task):
+    return _plainly(ours(model, task))
+
+
 def _without_refine(model, task):
     from diffusers import BlockRefinementScheduler
 
@@ -201,9 +219,11 @@ def _without_refine(model, task):
 
 
 PEERS: dict[str, Callable] = {"ours": ours, "diffusers": diffusers, "card": card}
+AT_THE_BASE = {"diffusers_plain": diffusers_plain}  # peers of one point alone
 ABLATIONS: dict[str, Callable] = {
     "cache": partial(ours, use_cache=False),
     "carried-along settling": partial(ours, settle="separate"),
     "grouped experts": _without_experts,
+    "products of oneDNN's": _without_products,
     "fused refinement": _without_refine,
 }

@@ -105,6 +105,8 @@ def decode_points(line):
         ("diffusers tok/s", "diffusers_tok_s", "{:.1f}"), ("ours / diffusers", "ratio_vs_diffusers", "{:.1f}x"),
         ("peak MB, diffusers", mega("diffusers_peak_bytes"), "{:.1f}"),
         ("card's loop tok/s", "card_tok_s", "{:.1f}"), ("ours / card's loop", "ratio_vs_card", "{:.1f}x"),
+        ("diffusers with PyTorch's products tok/s", "diffusers_plain_tok_s", "{:.1f}"),
+        ("ours / those", "ratio_vs_diffusers_plain", "{:.1f}x"),
     ], line.data["points"])  # fmt: skip
 
 
@@ -225,6 +227,8 @@ def short_decode(line):
             f"{of}: against diffusers' pipeline driving the same network, tokens equal",
             f"{point['ratio_vs_diffusers']:.1f}x {speeds}",
         )
+        if point.get("ratio_vs_diffusers_plain"):
+            yield "the same, of the network with PyTorch's own products", f"{point['ratio_vs_diffusers_plain']:.1f}x"
         if point.get("ratio_vs_card"):
             yield "the same against the model card's loop", f"{point['ratio_vs_card']:.1f}x"
         if peak_share(point) is not None:

@@ -62,18 +62,18 @@ def _onednn(x, weight, bias):
 
 
 _UNKNOWN = Rows("torch", F.linear, None, ())
-_plain = False
+_forced = None  # "padded" or "as they are": PyTorch's own products
 
 
 @contextmanager
-def plain():
-    """For counts that are to be the same on every machine: within it products are torch's own and nothing is padded."""
-    global _plain
-    before, _plain = _plain, True
+def torch_products(padded=True):
+    """For comparisons: within it all products are PyTorch's own; unpadded they make the same calls on every machine."""
+    global _forced
+    before, _forced = _forced, "padded" if padded else "as they are"
     try:
         yield
     finally:
-        _plain = before
+        _forced = before
 
 
 def linear(x, weight, bias=None):
@@ -85,9 +85,10 @@ def linear(x, weight, bias=None):
 def rows_of(weight, dtype=None):
     """Rows for products with weight [.., N, K] in `dtype`, None = its own, with as many threads as now. On a GPU
     and under torch.compile nothing is known and nothing padded."""
-    if weight.device.type != "cpu" or _plain or torch.compiler.is_compiling():
+    if weight.device.type != "cpu" or _forced == "as they are" or torch.compiler.is_compiling():
         return _UNKNOWN
-    return _rows(*weight.shape[-2:], dtype or weight.dtype, torch.get_num_threads(), torch.backends.mkldnn.enabled)
+    onednn = torch.backends.mkldnn.enabled and _forced is None
+    return _rows(*weight.shape[-2:], dtype or weight.dtype, torch.get_num_threads(), onednn)
 
 
 @cache
