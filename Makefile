@@ -96,7 +96,7 @@ bench: $(VENV)/.installed-test
 		echo "llada2-fast bench $$name"; \
 		$(BIN)/llada2-fast bench $$name --save $(BENCH_ARGS) || exit 1; \
 	done
-	@for name in bench_engine kernels.bench_refine; do \
+	@for name in bench_engine bench_layer kernels.bench_refine; do \
 		$(BIN)/python -m benchmarks.$$name --save $(BENCH_ARGS) || exit 1; \
 	done
 	@$(BIN)/python -m benchmarks.report

@@ -32,11 +32,13 @@ COUNTED = re.compile(
     r"(^|_)(launches|syncs|forwards|bytes|operations|passes|registers|spilled|shared|instructions|calls|pages)(_|$)"
 )
 EXACT_HIGHER = re.compile(r"^(accuracy|tpf|tokens_per_forward|equal_tokens)$")
-HIGHER = re.compile(r"(^|_)(tok_s|tok_s_tpf_.*|gb_s|throughput|throughput_rounds|percent_of_copy)$|^(ratio|speedup)")
+HIGHER = re.compile(
+    r"(^|_)(tok_s|tok_s_tpf_.*|gb_s|throughput|throughput_rounds|percent_of_(copy|read))$|^(ratio|speedup)"
+)
 LOWER = re.compile(r"(^|_)(us|ms)(_per_\w+)?$|^p\d+$|^over_|^block_\d+_over_")
 # Of others than ourselves, of the machine, or no measure of speed: neither what is measured nor how well.
 IGNORED = re.compile(
-    r"^(diffusers|card|serial|ref|reference|peer|eager|copy|floor|std|p10|p90|tokens_agreeing|experts|tasks)(_|$)"
+    r"^(diffusers|card|serial|ref|reference|peer|eager|copy|floor|std|p10|p90|tokens_agreeing|experts|tasks|read)(_|$)"
     r"|_reference$|_default$|_in_cache$|_iqr$"
     r"|^(time|commit|versions|cores|goals|seconds|sources|peak_memory_bytes|r2|gb|peak_gb|compiled_us)$|^(duration|steps_per_block|total_.*_tokens)$"
 )

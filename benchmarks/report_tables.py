@@ -9,6 +9,7 @@ from .gpu_goals import judge
 
 COMMANDS = {  # benchmark -> the module that makes its lines
     "decode": "bench_decode",
+    "layer": "bench_layer",
     "engine": "bench_engine",
     "throughput": "bench_throughput",
     "latency": "bench_latency",
@@ -115,6 +116,14 @@ def decode_ablations(line):
         ("without", "without", "{}"), ("tok/s", "tok_s", "{:.0f}"), ("forwards", "forwards", "{}"),
         ("peak MB", mega("peak_bytes"), "{:.1f}"), ("whole / without", "ratio", "{:.2f}x"),
     ], line.data["ablations"])  # fmt: skip
+
+
+def layer_share(line):
+    return table([
+        ("weights", "dtype", "{}"), ("experts read", "experts", "{}"), ("MB", mega("bytes"), "{:.0f}"),
+        ("ms", "ms", "{:.1f}"), ("GB/s", "gb_s", "{:.1f}"), ("GB/s of a sum", "read_gb_s", "{:.1f}"),
+        ("share", "percent_of_read", "{:.0f}%"),
+    ], line.data["layers"])  # fmt: skip
 
 
 def decode_cost(line):
@@ -377,6 +386,7 @@ BLOCKS = {
     "decode-points": each_machine("decode", "points", decode_points),
     "decode-ablations": each_machine("decode", "ablations", decode_ablations),
     "decode-cost": each_machine("decode", "cost", decode_cost),
+    "layer": each_machine("layer", "layers", layer_share),
     "engine-load": each_machine("engine", "in_flight", engine_load),
     "throughput": each_machine("throughput", "output_throughput", waits),
     "latency": each_machine("latency", "iterations", waits),
