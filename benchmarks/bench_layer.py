@@ -78,7 +78,7 @@ def main(argv=None):
     torch.set_num_threads(options.threads)
     layers = [measure(DTYPES[name], 3 if options.quick else 15) for name in tqdm(DTYPES)]
     for p in layers:
-        print(f"{p['dtype']:>8}: {p['ms']:6.1f} ms, {p['experts']} experts, {p['bytes'] / 1e6:.0f} MB at {p['gb_s']:.1f} "
+        print(f"{p['dtype']:>8}: {p['ms']:6.1f} ms, {p['experts']} experts, {p['bytes'] / 1e6:.0f} MB, {p['gb_s']:.1f} "
               f"GB/s, {p['percent_of_read']:.0f}% of the {p['read_gb_s']:.1f} GB/s that a sum reads")  # fmt: skip
     harness.finish("layer", options, {"layers": layers})
 
