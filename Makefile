@@ -92,12 +92,9 @@ aot: $(VENV)/.installed-test
 
 # This machine's numbers: lines are added to benchmarks/results/, README's tables and plots are made from them.
 bench: $(VENV)/.installed-test
-	@for name in decode throughput latency kernels quality; do \
+	@for name in decode layer throughput latency kernels quality engine refine; do \
 		echo "llada2-fast bench $$name"; \
 		$(BIN)/llada2-fast bench $$name --save $(BENCH_ARGS) || exit 1; \
-	done
-	@for name in bench_engine bench_layer kernels.bench_refine; do \
-		$(BIN)/python -m benchmarks.$$name --save $(BENCH_ARGS) || exit 1; \
 	done
 	@$(BIN)/python -m benchmarks.report
 

@@ -23,7 +23,11 @@ BENCHMARKS = {
     "latency": ("bench_latency", "one batch through generate(): time to the first block, per block, per forward"),
     "kernels": ("kernels.__main__", "every op against its reference"),
     "quality": ("quality", "the embedded model's right answers against its tokens per forward"),
+    "sampling": ("sampling", "the embedded model's right answers when tokens are drawn"),
     "decode": ("bench_decode", "side by side with diffusers on the same weights"),
+    "layer": ("bench_layer", "one layer of LLaDA2-mini's shape on a CPU, against its memory's bandwidth"),
+    "engine": ("bench_engine", "the engine against one request after the other"),
+    "refine": ("kernels.bench_refine", "the refinement step against diffusers' scheduler"),
 }
 
 

@@ -6,6 +6,7 @@ import platform
 import time
 
 from . import __version__
+from .machine import choose_threads, processor, processors, wanted
 from .options import encode
 
 QUESTION, ANSWER = "Add 847 and 96.", "7+6+0=13\n4+9+1=14\n8+0+1=09\nThe answer is 943."
@@ -56,8 +57,6 @@ def _devices():
 
 def _process():
     """What machine.prepare asked of the libraries, here or by whoever set it before."""
-    from .machine import processor, processors, wanted
-
     found = {"processors": f"{processors()} for this process"}
     for name in wanted(*processor()):
         found[name] = os.environ.get(name, "not set")
@@ -97,6 +96,7 @@ def _try_embedded_model(device):
     from .tokens import load_tokenizer
 
     model = LLaDA2Model.from_pretrained(demo.path(), dtype=torch.float32, device=device, progress=False)
+    choose_threads(model)
     tokenizer = load_tokenizer(demo.path())
     ids = encode(tokenizer, [{"role": "user", "content": QUESTION}])
     started = time.perf_counter()
@@ -107,6 +107,7 @@ def _try_embedded_model(device):
         "folder": demo.path(),
         "question": QUESTION,
         "answer": "right" if text == ANSWER else f"wrong: {text!r}, expected {ANSWER!r}",
+        "threads": torch.get_num_threads(),
         "exact rows": _exactness(model),
         "speed": f"{output.num_tokens[0]} tokens in {seconds:.2f} s, {output.tokens_per_forward:.1f} per forward",
     }

@@ -3,10 +3,11 @@
 A library call changes nothing of its host's process; a program of ours, which is the whole process, does. What is set
 in the environment already stays as it is.
 
-    OMP_NUM_THREADS      as many as there are processors for this process: affinity and a container's quota count
+    OMP_NUM_THREADS      as many as there are processors for this process: affinity and a container's quota count; one
+                         for a small network (choose_threads)
     OMP_WAIT_POLICY      passive: threads that wait for one another sleep. Spinning ones hold a processor that the one
-                         they wait for may need: on a busy two-core machine the command line fell from 460 to 20
-                         tokens/s, and stays at 478 with this; an idle machine loses nothing
+                         they wait for may need: with two busy cores the command line gave 32 tokens/s on two spinning
+                         threads, 384 on two that sleep
     MKL_CBWR             AVX512,STRICT on an Intel processor that has it: a row's bits then do not depend on the rows
                          beside it (kernels/product.py), at the same speed
     ONEDNN_MAX_CPU_ISA   AVX512_CORE_BF16 on a processor with AMX, whose products of bfloat16 round a row by its batch
@@ -17,14 +18,25 @@ import os
 import sys
 from pathlib import Path
 
+SMALL = 2**26  # parameters. Measured at batch 1: of 1 M 737 tokens/s on one thread, 296 to 472 on two; of 109 M as many
+_set = {}  # by prepare, in this process
+
 
 def prepare(environment=os.environ):
     """Set the variables that are not set; nothing once torch has been imported. Returns those that were set."""
     if "torch" in sys.modules:
         return {}
-    new = {name: value for name, value in wanted(*processor()).items() if name not in environment}
-    environment.update(new)
-    return new
+    _set.update({name: value for name, value in wanted(*processor()).items() if name not in environment})
+    environment.update(_set)
+    return _set
+
+
+def choose_threads(model):
+    """One thread for a network so small that two would mostly wait for each other, if `prepare` chose their number."""
+    if "OMP_NUM_THREADS" in _set and sum(p.numel() for p in model.parameters()) < SMALL:
+        import torch
+
+        torch.set_num_threads(1)
 
 
 def wanted(vendor, flags):

@@ -2,6 +2,8 @@
 
 import argparse
 
+from .machine import choose_threads
+
 GEN_LENGTH = 256  # when neither an option nor the model's positions say less
 
 # Parameters of generate() that the command line offers. Left out, they keep the defaults of DecodeParams, but for
@@ -98,6 +100,7 @@ def load_model(args):
     device = find_device(args.device)
     folder = resolve(demo.path() if args.model is None else args.model, args.revision)
     model = LLaDA2Model.from_pretrained(folder, DTYPES.get(dtype), device, args.progress, args.quantization)
+    choose_threads(model)
     return model, folder
 
 

@@ -64,6 +64,18 @@ def test_a_library_call_changes_nothing_of_its_host():
     assert run(code) == [True, True]
 
 
+def test_a_small_network_gets_one_thread_unless_the_number_is_given():
+    code = (
+        "from llada2_fast.cli import main; main(['generate', '--no-progress', '--max-tokens', '4', '--json', 'x']); "
+        "import torch; print(torch.get_num_threads())"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in NAMES}
+    for given, threads in (({}, "1"), ({"OMP_NUM_THREADS": "2"}, "2")):
+        command = [sys.executable, "-c", code]
+        said = subprocess.run(command, env=environment | given, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert said.stdout.splitlines()[-1] == threads
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
 def test_no_more_threads_than_processors():
     one = f"os.sched_setaffinity(0, {{{min(os.sched_getaffinity(0))}}})"
