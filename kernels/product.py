@@ -57,8 +57,14 @@ class Rows(NamedTuple):
             out.copy_(self(x, weight))
 
 
+def _onednn_takes(dtype):
+    if dtype == torch.bfloat16:
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32 and torch.backends.mkldnn.is_available()
+
+
 def _onednn(x, weight, bias):
-    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 _UNKNOWN = Rows("torch", F.linear, None, ())
@@ -78,7 +84,7 @@ def torch_products(padded=True):
 
 def linear(x, weight, bias=None):
     """x [.., K], weight [N, K], bias [N] or None, all of one float type -> x W^T (+ b) [.., N]."""
-    y = rows_of(weight)(x.reshape(-1, x.shape[-1]), weight, bias)
+    y = rows_of(weight)(x.reshape(-1, x.shape[-1]).contiguous(), weight, bias)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -88,17 +94,19 @@ def rows_of(weight, dtype=None):
     if weight.device.type != "cpu" or _forced == "as they are" or torch.compiler.is_compiling():
         return _UNKNOWN
     onednn = torch.backends.mkldnn.enabled and _forced is None
-    return _rows(*weight.shape[-2:], dtype or weight.dtype, torch.get_num_threads(), onednn)
+    setting = torch.get_num_threads(), torch.get_float32_matmul_precision(), onednn
+    return _rows(*weight.shape[-2:], dtype or weight.dtype, *setting)
 
 
 @cache
-def _rows(width, depth, dtype, threads, onednn):
+def _rows(width, depth, dtype, threads, precision, onednn):
     """The first library that needs next to no padding, else the one that needs the least.
 
-    In 16 bits there is no choice: torch asks oneDNN by itself where the processor can."""
+    In 16 bits PyTorch asks oneDNN by itself, but for the smallest products, which is what makes their rows differ."""
     libraries = [("torch", F.linear)]
-    if onednn and dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        libraries.insert(width * depth <= _LITTLE, ("onednn", _onednn))
+    if onednn and _onednn_takes(dtype):
+        first = dtype == torch.float32 and width * depth > _LITTLE
+        libraries.insert(0 if first else 1, ("onednn", _onednn))
     tried = []
     for library, product in libraries:
         tried.append(Rows(library, product, *_probe(product, width, depth, dtype)))
@@ -109,15 +117,22 @@ def _rows(width, depth, dtype, threads, onednn):
 
 @torch.no_grad()
 def _probe(product, width, depth, dtype):
-    """(least, padded) of Rows for products of this shape."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = (TALL, depth), (min(width, max(1, _SIZE // depth)), depth)
+    """(least, padded) of Rows for products of this shape.
+
+    Half of a row's terms cancel the other half, so that what is left is what rounding has made: of random rows, 16 bits
+    hide nearly every difference.
+    """
+    generator, half = torch.Generator().manual_seed(0), depth // 2
+    order = torch.randperm(depth, generator=generator, device="cpu")
     x, weight = (
-        torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(dtype) for shape in shapes
+        torch.randn(rows, depth, generator=generator, dtype=torch.float32, device="cpu")
+        for rows in (TALL, min(width, max(1, _SIZE // max(1, depth))))
     )
+    x[:, half : 2 * half], weight[:, half : 2 * half] = -x[:, :half], weight[:, :half]
+    x, weight = (rows[:, order].to(dtype) for rows in (x, weight))
     tall = product(x, weight, None)
 
-    def alike(height):  # of 64 rows or more: the last bits of 16 hide most of a difference
+    def alike(height):
         begins = range((TALL - height) % 3 + 1, TALL - height, max(height, TALL // max(1, 64 // height)))
         return all(torch.equal(product(x[i : i + height].clone(), weight, None), tall[i : i + height]) for i in begins)
 

@@ -16,7 +16,7 @@ from llada2_fast.kernels.moe import gated
 from llada2_fast.kernels.product import linear, rows_of
 from llada2_fast.model import LLaDA2Model
 
-SHAPES = [(N, K) for K in (10, 64, 512, 2048) for N in (16, 461)]
+SHAPES = [(N, K) for K in (10, 16, 64, 512, 2048) for N in (16, 64, 461)]
 DTYPES = (torch.float32, torch.bfloat16)
 WIDE = ModelConfig(  # K up to 2048, experts that few rows share, odd widths
     vocab_size=61, hidden_size=512, num_hidden_layers=2, intermediate_size=2048, moe_intermediate_size=20,
@@ -28,14 +28,23 @@ WIDE = ModelConfig(  # K up to 2048, experts that few rows share, odd widths
 
 def unlike(width, depth, dtype, heights=(*range(1, 35), 47, 64, 97, 200)):
     """Heights at which some row of a product comes out otherwise than among 300."""
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(300, depth, generator=generator).to(dtype)
-    weight = torch.randn(width, depth, generator=generator).to(dtype)
+    x, weight = cancelling(300, width, depth, dtype)
     tall = linear(x, weight)
     begins = {height: (0, 3, 300 - height) for height in heights}
     return [
         h for h, begin in begins.items() if any(unequal(linear(x[i : i + h], weight), tall[i : i + h]) for i in begin)
     ]
+
+
+def cancelling(count, width, depth, dtype):
+    """x [count, depth] and a weight [width, depth] whose products are next to nothing but roundings."""
+    generator, pairs = torch.Generator().manual_seed(1), depth // 2
+    x = torch.randn(count, pairs, generator=generator)
+    weight = torch.randn(width, pairs, generator=generator)
+    order = torch.randperm(2 * pairs, generator=generator)
+    x, weight = torch.cat((x, -x), 1)[:, order], torch.cat((weight, weight), 1)[:, order]
+    rest = torch.full((1, depth - 2 * pairs), 1e-3)
+    return tuple(torch.cat((t, rest.expand(len(t), -1)), 1).to(dtype) for t in (x, weight))
 
 
 def unequal(a, b):

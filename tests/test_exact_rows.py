@@ -115,6 +115,19 @@ def test_what_the_probe_says_holds_under_other_settings(threads, settings):
     assert json.loads(run.stdout)["broken"] == []
 
 
+def test_rows_that_share_an_expert_in_16_bits():
+    """Experts of 16 inputs, of which a few rows were once computed unlike many: 16 bits hid it from the probe."""
+    model = rows.LLaDA2Model.from_pretrained(ROOT / "tests/golden/tiny", dtype=torch.bfloat16, progress=False)
+    if not model.exact_rows:
+        pytest.skip(NEVER)
+    generator = torch.Generator().manual_seed(5)
+    kw = {"gen_length": 6, "mask_id": 255, "eos_id": [], "block_length": 8, "trace": True, "return_dict": True}
+    for _ in range(12):
+        batch = [torch.randint(0, 252, (20,), generator=generator).tolist() for _ in range(2)]
+        together = model.generate(batch, **kw).trace
+        assert [trace.events for trace in together] == [model.generate([p], **kw).trace[0].events for p in batch]
+
+
 def test_a_model_says_what_holds():
     model = rows.model()
     found = model.products()
