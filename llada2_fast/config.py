@@ -62,7 +62,7 @@ def _int(name, value, low, high=_INT_MAX):
     return int(value)
 
 
-def _float(name, value, allowed, ok):
+def as_float(name, value, allowed, ok):
     """`value` as a float for which `ok` holds; `ok` is a comparison, so that NaN always fails it."""
     number = math.nan
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
@@ -195,7 +195,7 @@ class ModelConfig:
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "block_size"):
             _check(self, name, _int, 1)
         for name in ("routed_scaling_factor", "rms_norm_eps", "rope_theta", "rope_factor"):
-            _check(self, name, _float, "above 0 and finite", lambda x: 0 < x < math.inf)
+            _check(self, name, as_float, "above 0 and finite", lambda x: 0 < x < math.inf)
         if self.dtype is not None:
             _check(self, "dtype", _choice, tuple(DTYPES))
         if self.quantization is not None:
@@ -227,7 +227,7 @@ class ModelConfig:
                 raise _bad("num_attention_heads", heads, f"a divisor of hidden_size={self.hidden_size}, or a head_dim")
             _set(self, "head_dim", self.hidden_size // heads)
         _check(self, "head_dim", _int, 1)
-        _check(self, "partial_rotary_factor", _float, "in (0, 1]", lambda x: 0 < x <= 1)
+        _check(self, "partial_rotary_factor", as_float, "in (0, 1]", lambda x: 0 < x <= 1)
         if self.rotary_dim < 2 or self.rotary_dim % 2:
             allowed = f"an even number >= 2 of the head_dim={self.head_dim} dimensions, not {self.rotary_dim}"
             raise _bad("partial_rotary_factor", self.partial_rotary_factor, allowed)
@@ -256,7 +256,7 @@ class ModelConfig:
             if getattr(self, name) is not None:
                 _check(self, name, _int, 0, self.vocab_size - 1)
         if self.eos_token_id is not None:
-            ids = _ids("eos_token_id", self.eos_token_id)
+            ids = as_ids("eos_token_id", self.eos_token_id)
             _set(self, "eos_token_id", tuple(i for i in ids if 0 <= i < self.vocab_size) or None)
 
     @property
@@ -344,7 +344,7 @@ def _quantization(table):
     return table["quant_method"]
 
 
-def _ids(name, value):
+def as_ids(name, value):
     """A tuple of ints from one int or a sequence, array or tensor of them."""
     value = value.tolist() if hasattr(value, "tolist") else value
     values = value if isinstance(value, (tuple, list)) else (value,)
@@ -374,7 +374,7 @@ def _rope(raw):
         if kind is None and table.get("factor") is not None:
             raise _bad(f"{name}.rope_type", kind, "default or linear beside a factor")
         own = table.get("factor") if kind == "linear" else 1.0
-        own = _float(f"{name}.factor", own, "above 0 and finite", lambda x: 0 < x < math.inf)
+        own = as_float(f"{name}.factor", own, "above 0 and finite", lambda x: 0 < x < math.inf)
         factor = _merge(f"{name}.factor", own, "rope_scaling.factor", factor)
     for key in ("rope_theta", "partial_rotary_factor"):
         value = _merge(key, raw.get(key), f"rope_parameters.{key}", (parameters or {}).get(key))
@@ -427,20 +427,20 @@ class DecodeParams:
             if getattr(self, name) is not None:
                 _check(self, name, _int, low)
         _set(self, "top_k", self.top_k or None)
-        _check(self, "temperature", _float, f">= 0 and at most {_FLOAT32.max:.4g}", lambda x: 0 <= x <= _FLOAT32.max)
+        _check(self, "temperature", as_float, f">= 0 and at most {_FLOAT32.max:.4g}", lambda x: 0 <= x <= _FLOAT32.max)
         _set(self, "temperature", as_temperature(self.temperature))
-        _check(self, "threshold", _float, ">= 0", lambda x: x >= 0)
+        _check(self, "threshold", as_float, ">= 0", lambda x: x >= 0)
         _set(self, "threshold", as_float32(self.threshold))
         if self.editing_threshold is not None:
-            _check(self, "editing_threshold", _float, ">= 0, or None for off", lambda x: x >= 0)
+            _check(self, "editing_threshold", as_float, ">= 0, or None for off", lambda x: x >= 0)
             _set(self, "editing_threshold", as_float32(self.editing_threshold))
         if self.top_p is not None:
-            _check(self, "top_p", _float, "above 0, or None for off", lambda x: x > 0)
+            _check(self, "top_p", as_float, "above 0, or None for off", lambda x: x > 0)
             _set(self, "top_p", self.top_p if self.top_p < 1 else None)
         for name in ("eos_early_stop", "attend_tail"):
             _check(self, name, _bool)
         if self.eos_ids is not None:
-            _set(self, "eos_ids", _ids("eos_ids", self.eos_ids))
+            _set(self, "eos_ids", as_ids("eos_ids", self.eos_ids))
         if self.seed is not None:
             _check(self, "seed", _int, -_INT64, _INT64 - 1)
         _check(self, "sampling_method", _choice, SAMPLING_METHODS)
@@ -503,4 +503,4 @@ class EngineConfig:
             _set(self, "trace", not self.graphs)
         for name in ("share_prefixes", "trace", "graphs"):
             _check(self, name, _bool)
-        _check(self, "priority_s", _float, ">= 0 and finite", lambda x: 0 <= x < math.inf)
+        _check(self, "priority_s", as_float, ">= 0 and finite", lambda x: 0 <= x < math.inf)

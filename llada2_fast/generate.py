@@ -102,7 +102,7 @@ def generate(
     check_fit(model.config, prompts, params)
     seeds = row_seeds(plain_integers(seed), generator, len(prompts), params.draws)
     length = params.block_length or model.block_length
-    blocks = [-(-(len(p) + gen_length) // length) for p in prompts]
+    blocks = [-(-(len(p) + params.gen_length) // length) for p in prompts]
     if graphs:
         decoder = _graphed_decoder(model, blocks, length, mask, len(eos))
         decoder.forward.lag = 0 if trace or on_step else 1

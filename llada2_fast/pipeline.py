@@ -23,7 +23,14 @@ from .foreign import BlockCausalForward, WindowForward, model_device
 from .kernels import refine
 from .model import LLaDA2Model
 from .outputs import Output
-from .requests import check_fit, check_prompts, row_seeds, sharpened
+from .requests import (
+    check_fit,
+    check_prompts,
+    checked_sampling,
+    checked_thresholds,
+    row_seeds,
+    sharpened,
+)  # fmt: skip
 from .tokens import load_tokenizer
 
 
@@ -229,8 +236,7 @@ class LLaDA2Pipeline:
                 raise ValueError(f"`{name}` must be an integer, got {value!r:.80}.")
             if value <= 0:
                 raise ValueError(f"`{name}` must be > 0, got {value}.")
-        if not threshold >= 0:
-            raise ValueError(f"`threshold` must be in [0, 1] (or > 1 to force top-k commits), got {threshold}.")
+        checked_thresholds(threshold, None)
         if sampling_method not in SAMPLING_METHODS:
             raise ValueError(
                 f"`sampling_method` must be one of {{'auto','greedy','multinomial'}}, got {sampling_method!r:.80}."
@@ -305,16 +311,16 @@ class LLaDA2Pipeline:
             sampling_method, output_type, callback_on_step_end, names,
         )  # fmt: skip
         eos, mask_id = self._special_ids(eos_token_id, mask_token_id)
-        _check_sampling(temperature, top_p)
+        sampling = checked_sampling(temperature, top_k, top_p)
+        threshold, editing_threshold = checked_thresholds(threshold, editing_threshold)
         off = editing_threshold is None or editing_threshold <= 0
         params = DecodeParams(
-            gen_length=gen_length, block_length=block_length, steps=num_inference_steps, temperature=temperature,
-            top_k=None if top_k is None or top_k <= 0 else top_k, top_p=top_p, sampling_method=sampling_method,
-            threshold=threshold, editing_threshold=None if off else editing_threshold, max_post_steps=max_post_steps,
-            minimal_topk=minimal_topk, eos_early_stop=eos_early_stop, eos_ids=eos, mask_id=mask_id,
-            attend_tail=False,
+            gen_length=gen_length, block_length=block_length, steps=num_inference_steps, **sampling,
+            sampling_method=sampling_method, threshold=threshold, editing_threshold=None if off else editing_threshold,
+            max_post_steps=max_post_steps, minimal_topk=minimal_topk, eos_early_stop=eos_early_stop, eos_ids=eos,
+            mask_id=mask_id, attend_tail=False,
         )  # fmt: skip
-        if params.draws and (warning := sharpened(temperature, params.top_k, params.top_p)):
+        if params.draws and (warning := sharpened(**sampling)):
             warnings.warn(warning, stacklevel=3)  # torch.no_grad lies between
         ids, prompt_mask = self._prepare_input_ids(
             prompt=prompt, messages=messages, input_ids=input_ids, attention_mask=attention_mask,
@@ -413,13 +419,6 @@ class LLaDA2Pipeline:
 
 def _is_int(value):
     return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _check_sampling(temperature, top_p):
-    if not temperature >= 0:
-        raise ValueError(f"`temperature` must be >= 0, got {temperature}.")
-    if top_p is not None and not top_p > 0:
-        raise ValueError(f"`top_p` must be in (0, 1], got {top_p}.")
 
 
 def _check_ids(input_ids):

@@ -1,8 +1,12 @@
 """What a face is given -> what a decoder takes: prompts, special ids, seeds; all checks that need the model."""
 
+import math
+from numbers import Integral
+
 import numpy as np
 import torch
 
+from .config import as_float, as_float32, as_temperature
 from .habits import holds_ids, token_ids
 
 
@@ -166,3 +170,41 @@ def sharpened(temperature, top_k, top_p):
         "it is drawn from. It nears 1 as they get fewer or the temperature lower, and whole blocks are then committed "
         "at once, whatever the threshold; llada2_fast.generate judges by the model's own distribution."
     )
+
+
+# Numbers of the diffusers-shaped face, in whose words they are refused.
+
+
+def _number(name, value, allowed, ok):
+    """`value` as a float for which `ok` holds. ValueError, in the words of diffusers, for others and what is none."""
+    try:
+        return as_float(name, value, allowed, ok)
+    except ValueError:
+        raise ValueError(f"`{name}` must be {allowed}, got {value!r:.80}.") from None
+
+
+def check_temperature(temperature):
+    """A temperature as a float. ValueError for what it cannot be."""
+    return _number("temperature", temperature, ">= 0", lambda x: x >= 0 and as_float32(x) < math.inf)
+
+
+def checked_sampling(temperature, top_k, top_p):
+    """{temperature, top_k, top_p} as a step takes them, None for what is off. ValueError for what they cannot be."""
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, Integral)):
+        raise ValueError(f"`top_k` must be an integer or None, got {top_k!r:.80}.")
+    if top_p is not None:
+        top_p = _number("top_p", top_p, "in (0, 1]", lambda x: x > 0)
+    return {
+        "temperature": as_temperature(check_temperature(temperature)),
+        "top_k": None if top_k is None or top_k <= 0 else int(top_k),
+        "top_p": None if top_p is None or top_p >= 1 else top_p,
+    }
+
+
+def checked_thresholds(threshold, editing_threshold):
+    """Both as floats, the second maybe None. ValueError for what they cannot be."""
+    allowed = "in [0, 1] (or > 1 to force top-k commits)"
+    threshold = _number("threshold", threshold, allowed, lambda x: x >= 0)
+    if editing_threshold is not None:
+        editing_threshold = _number("editing_threshold", editing_threshold, "a number or None", lambda x: x == x)
+    return threshold, editing_threshold

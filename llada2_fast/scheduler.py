@@ -19,8 +19,9 @@ from .kernels import refine
 from .kernels.refine import BlockState, RefineParams, refine_step
 from .model import seen_block_length
 from .outputs import Output
-from .requests import row_seeds, sharpened
+from .requests import check_temperature, checked_sampling, checked_thresholds, row_seeds, sharpened
 
+_MOST_STEPS = 2**20  # of a schedule, which is a tensor
 _NO_STEPS = 2**30  # as RefineParams.steps: the built-in quota is then at most one, ours comes as min_transfer
 
 
@@ -90,9 +91,10 @@ class BlockRefinementScheduler:
     def register_to_config(self, **settings):
         """Replace some settings. ValueError for values out of range."""
         config = SchedulerConfig({**getattr(self, "_config", {}), **settings})
-        for name in ("block_length", "num_inference_steps", "minimal_topk"):
-            _positive(name, config[name])
-        _check_thresholds(config["threshold"], config["editing_threshold"])
+        for name in ("block_length", "num_inference_steps"):
+            _positive(name, config[name], _MOST_STEPS)
+        _positive("minimal_topk", config["minimal_topk"])
+        checked_thresholds(config["threshold"], config["editing_threshold"])
         self._config = config
 
     def to_json_string(self):
@@ -139,7 +141,7 @@ class BlockRefinementScheduler:
 
     def set_timesteps(self, num_inference_steps, device=None, block_length=None):
         """Spread the commits of a block (default: the config's block_length) over num_inference_steps steps."""
-        _positive("num_inference_steps", num_inference_steps)
+        _positive("num_inference_steps", num_inference_steps, _MOST_STEPS)
         block_length = self.config.block_length if block_length is None else block_length
         _positive("block_length", block_length)
         self.num_inference_steps = num_inference_steps
@@ -177,15 +179,17 @@ class BlockRefinementScheduler:
         threshold = config.threshold if threshold is None else threshold
         editing_threshold = config.editing_threshold if editing_threshold is None else editing_threshold
         minimal_topk = config.minimal_topk if minimal_topk is None else minimal_topk
-        step_index = int(timestep)
-        _check_blocks(model_output, sample, prompt_mask, step_index)
+        step_index = _step_index(timestep)
+        _check_blocks(model_output, sample, prompt_mask)
         _check_block_length(model_output, sample)
-        _check_numbers(threshold, editing_threshold, minimal_topk, temperature, top_p, sampling_method)
+        threshold, editing_threshold = checked_thresholds(threshold, editing_threshold)
+        _positive("minimal_topk", minimal_topk)
+        sampling = checked_sampling(temperature, top_k, top_p)
+        _check_method(sampling_method)
         if editing_threshold is not None and editing_threshold <= 0:
             editing_threshold = None
         if sampling_method == "greedy":
-            temperature = 0.0
-        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+            sampling["temperature"] = 0.0
         if not self._warned and (warning := sharpened(**sampling)):
             self._warned = True
             warnings.warn(warning, stacklevel=2)
@@ -249,9 +253,9 @@ class BlockRefinementScheduler:
     @staticmethod
     def _top_p_filtering(logits, top_p):
         """A logit stays iff the mass of what is larger is at most top_p; ties at the cut are kept."""
-        if top_p is None or top_p >= 1.0:
+        top_p = checked_sampling(0, None, top_p)["top_p"]
+        if top_p is None:
             return logits
-        _check_top_p(top_p)
         ordered = torch.sort(logits, descending=True, dim=-1).values
         mass = torch.softmax(ordered.float(), dim=-1)
         stays = mass.cumsum(-1) - mass <= top_p
@@ -262,12 +266,13 @@ class BlockRefinementScheduler:
     @staticmethod
     def _sample_from_logits(logits, *, temperature, top_k, top_p, generator, use_multinomial):
         """(token, its probability after temperature and filters), [...] int64 and float32, by torch.multinomial."""
-        _check_temperature(temperature)
+        temperature = check_temperature(temperature)
         if temperature == 0.0 or not use_multinomial:
             probability = torch.softmax(logits.float(), dim=-1)
             token = logits.argmax(dim=-1)
         else:
-            filtered = BlockRefinementScheduler._top_k_filtering(logits / temperature, top_k)
+            scaled = logits / max(temperature, 1e-30)  # below that quotients leave float32
+            filtered = BlockRefinementScheduler._top_k_filtering(scaled, top_k)
             filtered = BlockRefinementScheduler._top_p_filtering(filtered, top_p)
             probability = torch.softmax(filtered.float(), dim=-1)
             token = _multinomial(probability, generator)
@@ -363,41 +368,34 @@ def _mask_step(
     return state.tokens, output.commit, output.edit, output.token, output.confidence
 
 
-def _positive(name, value):
+def _positive(name, value, most=math.inf):
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise ValueError(f"`{name}` must be an integer, got {value!r:.80}.")
     if value <= 0:
         raise ValueError(f"`{name}` must be > 0, got {value}.")
+    if value > most:
+        raise ValueError(f"`{name}` must be <= {most}, got {value!r:.80}.")
 
 
-def _check_temperature(temperature):
-    if not 0 <= temperature or as_float32(temperature) == math.inf:
-        raise ValueError(f"`temperature` must be >= 0, got {temperature}.")
-
-
-def _check_top_p(top_p):
-    if top_p is not None and not top_p > 0:
-        raise ValueError(f"`top_p` must be in (0, 1], got {top_p}.")
-
-
-def _check_thresholds(threshold, editing_threshold):
-    if not threshold >= 0:
-        raise ValueError(f"`threshold` must be in [0, 1] (or > 1 to force top-k commits), got {threshold}.")
-    if editing_threshold is not None and math.isnan(editing_threshold):
-        raise ValueError(f"`editing_threshold` must be a number or None, got {editing_threshold}.")
-
-
-def _check_numbers(threshold, editing_threshold, minimal_topk, temperature, top_p, sampling_method):
-    _check_thresholds(threshold, editing_threshold)
-    _positive("minimal_topk", minimal_topk)
-    _check_temperature(temperature)
-    _check_top_p(top_p)
-    if sampling_method not in SAMPLING_METHODS:
+def _check_method(sampling_method):
+    if not isinstance(sampling_method, str) or sampling_method not in SAMPLING_METHODS:
         allowed = "{'auto','greedy','multinomial'}"
         raise ValueError(f"`sampling_method` must be one of {allowed}, got {sampling_method!r:.80}.")
 
 
-def _check_blocks(logits, sample, prompt_mask, step_index):
+def _step_index(timestep):
+    try:
+        index = int(timestep)
+    except (TypeError, ValueError, OverflowError):
+        index = -1
+    if index < 0:
+        raise ValueError(f"`timestep` must be >= 0, got {timestep!r:.80}.")
+    if index > _NO_STEPS:
+        raise ValueError(f"`timestep` must be <= {_NO_STEPS}, got {timestep!r:.80}.")
+    return index
+
+
+def _check_blocks(logits, sample, prompt_mask):
     if sample.ndim != 2 or sample.dtype != torch.int64:
         raise ValueError(f"`sample` must be int64 [R, L], got {sample.dtype} {list(sample.shape)}.")
     if logits.ndim != 3 or logits.shape[:2] != sample.shape:
@@ -405,8 +403,6 @@ def _check_blocks(logits, sample, prompt_mask, step_index):
     if prompt_mask is not None and prompt_mask.shape not in (sample.shape[1:], sample.shape):
         expected = f"{list(sample.shape[1:])} or {list(sample.shape)}"
         raise ValueError(f"`prompt_mask` must be {expected}, got {list(prompt_mask.shape)}.")
-    if step_index < 0:
-        raise ValueError(f"`timestep` must be >= 0, got {step_index}.")
 
 
 def _check_block_length(logits, sample):

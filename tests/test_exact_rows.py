@@ -24,8 +24,8 @@ def library(same_bits):
     """A product that rounds its rows in one way at heights for which same_bits(height), and in another elsewhere."""
 
     def multiply(x, weight, bias):
-        y = F.linear(x.double(), weight.double())
-        return (y if same_bits(len(x)) else y * (1 + 1e-6 * len(x))).to(x.dtype)
+        y = (x.double()[:, None] * weight.double()).sum(-1)  # each element by itself
+        return (y if same_bits(len(x)) else y + 1e-3 * len(x)).to(x.dtype)
 
     return multiply
 

@@ -742,3 +742,10 @@ def test_nan_logits_are_an_error_naming_row_and_step():
     assert torch.equal(
         generate(model, prompts[::2], eos_id=-1, **SHORT), generate(load(), prompts[::2], eos_id=-1, **SHORT)
     )
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.uint64, np.int32])
+def test_lengths_of_numpy(dtype):
+    model, options = load(), {"block_length": 8, "mask_id": 255, "eos_id": -1, "return_dict": True}
+    wanted = generate(model, [list(range(100))], gen_length=64, **options)
+    assert torch.equal(generate(model, [list(range(100))], gen_length=dtype(64), **options).sequences, wanted.sequences)

@@ -694,7 +694,7 @@ IDS = torch.tensor([[1, 2, 3]])
         ({"editing_threshold": float("nan")}, "editing_threshold"),
         ({"temperature": -1.0}, "`temperature` must be >= 0, got -1.0."),
         ({"temperature": float("nan")}, "`temperature` must be >= 0, got nan."),
-        ({"temperature": float("inf")}, "temperature=inf"),
+        ({"temperature": float("inf")}, "`temperature`"),
         ({"top_p": 0.0}, r"`top_p` must be in \(0, 1\], got 0.0."),
         ({"max_post_steps": -1}, "max_post_steps"),
         ({"sampling_method": "beam"}, "`sampling_method` must be one of .* got 'beam'."),

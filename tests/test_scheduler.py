@@ -2,10 +2,12 @@
 
 import copy
 import json
+import math
 import pickle
 import subprocess
 import sys
 import warnings
+from fractions import Fraction
 
 import pytest
 import torch
@@ -641,3 +643,40 @@ def test_add_noise():
     assert masked.any() and masked_rev.any()
     with pytest.raises(ValueError, match="`block_length` must be > 0"):
         made.add_noise(clean, valid, prompt_length=0, block_length=0, mask_token_id=99)
+
+
+HUGE = 10**400
+
+
+@pytest.mark.parametrize("mask_id", [31, None], ids=["masks", "uniform"])
+@pytest.mark.parametrize(
+    ("name", "value", "taken"),
+    [
+        ("top_p", 1e39, True), ("threshold", HUGE, True), ("editing_threshold", HUGE, True),
+        ("temperature", 1e-50, True), ("temperature", 5e-324, True),
+        ("threshold", Fraction(1, 2), True), ("top_p", Fraction(1, 2), True),
+        ("temperature", HUGE, False), ("temperature", "x", False), ("threshold", [1], False), ("top_p", 1j, False),
+        ("top_k", math.nan, False), ("top_k", "x", False), ("editing_threshold", "x", False),
+        ("sampling_method", ["greedy"], False), ("timestep", 2**31, False), ("timestep", math.inf, False),
+    ],
+)  # fmt: skip
+def test_numbers_of_a_step_are_taken_or_refused_by_name(mask_id, name, value, taken):
+    scheduler = BlockRefinementScheduler(block_length=8, num_inference_steps=4)
+    logits = torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(0))
+    kwargs = {"timestep": 0, "temperature": 1.0, "mask_token_id": mask_id} | {name: value}
+    sample = torch.full((2, 8), 31)
+    if taken:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert scheduler.step(logits, sample=sample, **kwargs).prev_sample.shape == (2, 8)
+    else:
+        with pytest.raises(ValueError, match=f"`{name}`"):
+            scheduler.step(logits, sample=sample, **kwargs)
+
+
+@pytest.mark.parametrize("name", ["editing_threshold", "threshold", "num_inference_steps", "block_length"])
+def test_settings_that_are_no_numbers_or_too_many_are_refused(name):
+    for value in ("x", [1], *([HUGE] if name in ("num_inference_steps", "block_length") else [])):
+        with pytest.raises(ValueError, match=f"`{name}`"):
+            BlockRefinementScheduler(**{name: value})
+    assert BlockRefinementScheduler(editing_threshold=0.5).config.editing_threshold == 0.5

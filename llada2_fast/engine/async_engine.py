@@ -13,7 +13,6 @@ from concurrent.futures import Future
 from contextlib import aclosing
 from typing import NamedTuple
 
-from .engine import FAULTS
 from .request import DEFAULTS, Request, check_params
 
 
@@ -28,7 +27,7 @@ class Call(NamedTuple):
         if self.future.set_running_or_notify_cancel():
             try:
                 self.future.set_result(self.function())
-            except FAULTS as error:
+            except BaseException as error:  # whatever a caller's function raises is that caller's
                 self.future.set_exception(error)
 
     def refuse(self):

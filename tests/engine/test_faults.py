@@ -1,8 +1,13 @@
 """What goes wrong hits the request it belongs to, by name; others finish with unchanged tokens, the pages come back."""
 
+import asyncio
+import math
+
+import numpy as np
 import pytest
 import torch
 
+from llada2_fast import AsyncEngine
 from llada2_fast.config import DecodeParams
 from llada2_fast.model import LLaDA2Model
 from tests.engine.common import (
@@ -183,3 +188,38 @@ def test_a_model_that_always_predicts_the_mask_ends():
         assert MASK not in output.token_ids
         assert_as_alone(output, model, prompt, params)
     assert_empty(engine)
+
+
+@pytest.mark.parametrize("error", [AttributeError, NotImplementedError, AssertionError])
+def test_what_a_call_raises_is_its_callers_alone(error):
+    def fail(engine):
+        raise error("mine")
+
+    async def main():
+        async with AsyncEngine(small_engine()) as engine:
+            bystander = asyncio.create_task(engine.generate(prompt_of(5), PARAMS[0]))
+            with pytest.raises(error, match="mine"):
+                await asyncio.wait_for(engine.call(fail), 30)
+            return await bystander, await engine.generate(prompt_of(5), PARAMS[0])
+
+    for output in asyncio.run(main()):
+        assert output.token_ids == tokens_alone(random_model(), prompt_of(5), PARAMS[0])
+
+
+@pytest.mark.parametrize("ids", [["x"], [math.nan], 1.5, None, [[1]], [torch.tensor(3)], [True]], ids=repr)
+def test_stop_ids_that_are_none_are_refused(ids):
+    with pytest.raises(ValueError, match="stop_token_ids"):
+        small_engine().add_request(prompt_of(5), PARAMS[0], stop_token_ids=ids)
+
+
+def test_stop_ids_in_any_form():
+    engine = small_engine()
+    plain = engine.generate([prompt_of(5)], PARAMS[0])[0].token_ids
+    stop = plain[len(plain) // 2]
+    outputs = []
+    for ids in ([stop], {stop}, torch.tensor([stop]), np.array([stop], dtype=np.int32), stop):
+        request = engine.add_request(prompt_of(5), PARAMS[0], stop_token_ids=ids)
+        while engine.has_work:
+            engine.step()
+        outputs.append((request.output.token_ids, request.output.finish_reason))
+    assert outputs == [(plain[: plain.index(stop) + 1], "stop")] * 5
