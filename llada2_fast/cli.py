@@ -5,6 +5,8 @@ torch and the model are imported when a command runs, so that mistakes in the ar
 """
 
 import argparse
+import codecs
+import contextlib
 import json
 import os
 import sys
@@ -35,17 +37,27 @@ def main(argv=None) -> int:
     """Run one command (argv: sys.argv[1:] unless given); returns the exit code."""
     prepare()
     _never_lose_output()
+    with contextlib.redirect_stderr(_Aside(sys.stderr)):
+        if sys.stdout is None:
+            return _error("stdout is closed: expected a file, a pipe or a terminal for the text", 2)
+        code = _run(argv)
+        try:
+            sys.stdout.flush()
+        except OSError as error:  # what is still in its buffer would fail once more when Python ends
+            _discard(sys.stdout)
+            return code or (1 if isinstance(error, BrokenPipeError) else _error(error, 1))
+        return code
+
+
+def _run(argv):
     try:
         args = _parser().parse_args(argv)
-        code = args.run(args)
-        sys.stdout.flush()
-        return code
+        return args.run(args)
     except SystemExit as done:  # --help, --version, and what a benchmark says when it stops
         return _error(done.code, 1) if isinstance(done.code, str) else done.code or 0
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output has gone: nothing can be said there any more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except ValueError as error:
         return _error(error, 2)
@@ -57,6 +69,33 @@ def _never_lose_output():
     """Write what stdout's encoding lacks as "?". stderr does as much by itself."""
     if getattr(sys.stdout, "errors", None) in ("strict", "surrogateescape") and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
+
+
+class _Aside:
+    """stderr; nothing where it is closed or nobody takes what is written. That must not cost an answer."""
+
+    def __init__(self, stream):
+        self._stream = open(os.devnull, "w", encoding="utf-8") if stream is None else stream
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text):
+        return self._try(self._stream.write, text)
+
+    def flush(self):
+        return self._try(self._stream.flush)
+
+    def _try(self, act, *text):
+        try:
+            return act(*text)
+        except OSError:
+            _discard(self._stream)
+
+
+def _discard(stream):
+    """Let what is written to a broken stream vanish from now on, what it still holds included."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _error(error, code):
@@ -115,9 +154,9 @@ def _generate(args):
 
 
 def _chat(args):
-    options, messages = decoding(args), []
+    options, messages, lines = decoding(args), [], _turns(_stdin())
     model, tokenizer = _load(args)
-    while line := _read_turn():
+    for line in lines:
         try:
             text = _decoded(line).strip()
         except ValueError as error:
@@ -173,18 +212,32 @@ def _decoded(data):
 
 
 def _stdin():
-    """stdin's bytes, whatever encoding Python has chosen for them."""
+    """stdin's bytes, whatever encoding Python has chosen for them. ValueError if it is closed."""
+    if sys.stdin is None:
+        raise ValueError("stdin is closed: expected text there")
     return getattr(sys.stdin, "buffer", sys.stdin)
 
 
 def _read_stdin():
-    return _decoded(_stdin().read()).replace("\r\n", "\n").rstrip("\n")
+    return _decoded(_unmarked(_stdin().read())).replace("\r\n", "\n").rstrip("\n")
 
 
-def _read_turn():
-    if sys.stdin.isatty():
-        print("> ", end="", file=sys.stderr, flush=True)
-    return _stdin().readline()
+def _turns(stdin):
+    """Its lines, as bytes or text."""
+    first = True
+    while True:
+        if stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = stdin.readline()
+        if not line:
+            return
+        yield _unmarked(line) if first else line
+        first = False
+
+
+def _unmarked(data):
+    """The beginning of a file, bytes or text, without the byte order mark that some programs put there."""
+    return data.removeprefix("\ufeff" if isinstance(data, str) else codecs.BOM_UTF8)
 
 
 def _load(args):

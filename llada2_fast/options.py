@@ -90,16 +90,18 @@ def load_model(args):
     """(LLaDA2Model, its folder) as the options say. ValueError if there is no such checkpoint, dtype or device."""
     from . import demo
     from .checkpoint import resolve
-    from .config import DTYPES, QUANTIZATIONS, find_device
+    from .config import QUANTIZATIONS, find_device
+    from .habits import find_dtype
     from .model import LLaDA2Model
 
-    dtype = "float32" if args.dtype is None and args.model is None else args.dtype
-    for name, value, allowed in (("dtype", dtype, DTYPES), ("quantization", args.quantization, QUANTIZATIONS)):
-        if value is not None and value not in allowed:
-            raise ValueError(f"{name}={value!r:.80}: expected one of {', '.join(allowed)}")
+    dtype = find_dtype("float32" if args.dtype is None and args.model is None else args.dtype)
+    if args.quantization not in (None, *QUANTIZATIONS):
+        raise ValueError(f"quantization={args.quantization!r:.80}: expected one of {', '.join(QUANTIZATIONS)}")
+    if args.revision is not None and args.model is None:
+        raise ValueError(f"revision={args.revision!r:.80}: expected --model with the hub id whose revision it is")
     device = find_device(args.device)
     folder = resolve(demo.path() if args.model is None else args.model, args.revision)
-    model = LLaDA2Model.from_pretrained(folder, DTYPES.get(dtype), device, args.progress, args.quantization)
+    model = LLaDA2Model.from_pretrained(folder, dtype, device, args.progress, args.quantization)
     choose_threads(model)
     return model, folder
 

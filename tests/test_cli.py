@@ -101,6 +101,7 @@ def test_raw_prompts_get_no_chat_template(call):
     (["--profile", "hf-2.0", "--steps", "8"], 36, "eos"),
     (["--editing-threshold", "0.9", "--max-post-steps", "2"], 36, "eos"),
     (["--dtype", "bfloat16", "--device", "cpu"], 36, "eos"),
+    (["--dtype", "torch.bfloat16"], 36, "eos"),
     (["--quantization", "fp8"], 36, "eos"),
 ])  # fmt: skip
 def test_options_reach_generate(call, options, tokens, reason):
@@ -153,6 +154,7 @@ def test_version(call):
     (["generate", "x", "--device", "toaster"], ["device='toaster'"]),
     (["generate", "x", "--device", "cuda:99"], ["device='cuda:99'"]),
     (["generate", "-", "-"], ["stdin"]),
+    (["generate", "x", "--revision", "v2"], ["revision='v2'", "--model"]),
     (["generate", "red " * 5000], ["4096 positions"]),
     (["generate", "x", "--model", "no/such/folder"], ["no/such/folder"]),
     (["generate", "x", "--model", ""], ["no such folder"]),
@@ -224,6 +226,35 @@ def test_reader_of_stdout_that_goes_away():
     done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("arguments, closed, code, said", [
+    (f"generate '{QUESTION}'", ">&-", 2, "stdout is closed"),
+    ("doctor", ">/dev/full", 1, "No space left"),
+    (f"generate '{QUESTION}'", "2>&-", 0, ""),
+    (f"generate '{QUESTION}'", "2>/dev/full", 0, ""),
+])  # fmt: skip
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+def test_streams_that_are_closed_or_full(arguments, closed, code, said):
+    command = f"'{sys.executable}' -m llada2_fast {arguments} {closed}"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (code, "" if code else ANSWER + "\n")
+    assert done.stderr.count("\n") == bool(said) and said in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["generate", "-"], ["chat"]])
+def test_a_closed_stdin_is_one_line(capsys, monkeypatch, arguments):
+    monkeypatch.setattr(sys, "stdin", None)  # as Python has it then
+    assert_refused((cli.main(arguments), *capsys.readouterr()), "stdin is closed")
+
+
+def test_a_byte_order_mark_on_stdin_is_no_text(call):
+    code, out, _ = call("generate", "-", "--json", QUIET, stdin=f"\ufeff{QUESTION}\n")
+    assert (code, json.loads(out)["prompt"]) == (0, QUESTION)
+    code, out, _ = call("chat", "--json", QUIET, stdin=f"\ufeff{QUESTION}\n/reset\n\ufeff{QUESTION}\n")
+    assert [json.loads(line)["prompt"] for line in out.splitlines()] == [QUESTION, f"\ufeff{QUESTION}"]
+    done = run_bytes(b"generate", b"-", b"--json", b"--no-progress", stdin=b"\xef\xbb\xbf" + QUESTION.encode())
+    assert json.loads(done.stdout)["prompt"] == QUESTION
 
 
 def test_chat_remembers_until_reset(call):
