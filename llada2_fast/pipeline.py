@@ -159,10 +159,10 @@ class LLaDA2Pipeline:
         folder.mkdir(parents=True, exist_ok=True)
         index = {"_class_name": type(self).__name__}
         for name, part in self.components.items():
-            index[name] = [None, None]
             if part is not None:
                 part.save_pretrained(folder / name, **(shards if name == "model" else {}))
                 index[name] = [type(part).__module__.partition(".")[0], type(part).__name__]
+        index.pop("tokenizer", None)  # we find its folder, and diffusers' class fails where it is listed (0.42.1)
         (folder / self.config_name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     # prompts
