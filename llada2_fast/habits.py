@@ -8,36 +8,45 @@ import torch
 
 from .config import DTYPES, find_device
 
-HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download")  # of checkpoint.resolve
+HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")  # of checkpoint.resolve
 
 ANY = object()
 # Argument -> the values, beside None and empty collections, at which it changes nothing.
 LOADING = {
+    "_fast_init": (True, False),
     "adapter_kwargs": (),
     "attn_implementation": ("eager", "sdpa", "flash_attention_2"),  # attention is ours, whatever it is called
     "code_revision": ANY,  # no code of a checkpoint is ever run
+    "disable_mmap": (False,),
+    "from_flax": (False,),
+    "from_tf": (False,),
     "ignore_mismatched_sizes": (False,),
     "load_in_4bit": (False,),
     "load_in_8bit": (False,),
     "low_cpu_mem_usage": (True, False),  # it always is
+    "offload_buffers": (False,),
     "offload_state_dict": (False,),
     "output_loading_info": (False,),
     "proxies": (),
     "resume_download": (True, False),  # it always is
     "return_dict": (True,),
-    "subfolder": ("",),
     "trust_remote_code": (True, False),  # no code of a checkpoint is ever run
+    "use_auth_token": (False,),
     "use_cache": (True, False),  # of the network's config; generate() has an argument of its own
+    "use_kernels": (False,),
     "use_safetensors": (True,),
     "weights_only": (True,),
 }
+# Of from_pretrained where no weights are loaded: tokenizers and schedulers.
+NO_WEIGHTS = LOADING | {"device": ANY, "device_map": ANY, "dtype": ANY, "torch_dtype": ANY}
 SAVING = {
+    "create_pr": ANY,  # of use to push_to_hub alone
     "is_main_process": (True,),
     "push_to_hub": (False,),
     "safe_serialization": (True,),
     "save_original_format": (True, False),
     "save_peft_format": (True, False),
-    "token": ANY,  # of use to push_to_hub alone
+    "token": ANY,  # as create_pr
 }
 GENERATING = {
     "min_length": (0,), "min_new_tokens": (0,), "no_repeat_ngram_size": (0,), "encoder_no_repeat_ngram_size": (0,),
@@ -46,6 +55,7 @@ GENERATING = {
     "length_penalty": (1,), "guidance_scale": (1,), "num_return_sequences": (1,), "synced_gpus": (False,),
     "output_scores": (False,), "output_logits": (False,), "output_attentions": (False,),
     "output_hidden_states": (False,), "return_dict_in_generate": (False,), "logits_processor": (),
+    "early_stopping": (False,), "renormalize_logits": (False,),
     "stopping_criteria": (), "bad_words_ids": (), "suppress_tokens": (), "begin_suppress_tokens": (),
 }  # fmt: skip
 FORWARD = {
@@ -143,7 +153,9 @@ def token_ids(name, ids):
 
 
 def shard_bytes(size):
-    """Bytes of "5GB", "500MiB", ... or of an int, as save_pretrained takes them. ValueError for anything else."""
+    """Bytes of "5GB", "500MiB", ... or of an int, as save_pretrained takes them; None = 5 GB. ValueError for anything
+    else."""
+    size = "5GB" if size is None else size
     if isinstance(size, str):
         number = re.fullmatch(r"(\d+) ?([KMGT]I?B)", size.upper())
         size = int(number[1]) * _UNITS[number[2]] if number else size

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from . import checkpoint, habits
 from .config import SAMPLING_METHODS, as_float32, as_temperature, parse_json
 from .kernels import refine
 from .kernels.refine import BlockState, RefineParams, refine_step
@@ -111,9 +112,16 @@ class BlockRefinementScheduler:
     save_pretrained = save_config
 
     @classmethod
-    def load_config(cls, pretrained_model_name_or_path, subfolder=None):
-        """The settings in a folder's scheduler_config.json, a dict. OSError if there is none."""
-        path = Path(pretrained_model_name_or_path, subfolder or "", cls.config_name)
+    def load_config(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):
+        """The settings in the scheduler_config.json of a folder or hub id, a dict.
+
+        kwargs: as of LLaDA2Model.from_pretrained, from torch_dtype on. OSError if there is no such file,
+        CheckpointError if there is no such folder or hub id, ValueError naming an argument that cannot be honoured.
+        """
+        hub, others = habits.split_hub(kwargs)
+        habits.refuse("from_pretrained", others, habits.NO_WEIGHTS | {"return_unused_kwargs": (False,)})
+        folder = checkpoint.resolve(pretrained_model_name_or_path, subfolder=subfolder, patterns=("*.json",), **hub)
+        path = folder / cls.config_name
         if not path.is_file():
             raise OSError(f"Error no file named {cls.config_name} found in directory {path.parent}.")
         return parse_json(path.read_bytes(), path)
@@ -134,8 +142,9 @@ class BlockRefinementScheduler:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):
-        """A scheduler with the settings of a folder's scheduler_config.json, those in kwargs replaced."""
-        return cls.from_config(cls.load_config(pretrained_model_name_or_path, subfolder), **kwargs)
+        """A scheduler with the settings that `load_config` finds, those in kwargs replaced; other kwargs are its."""
+        settings = {name: kwargs.pop(name) for name in cls().config if name in kwargs}
+        return cls.from_config(cls.load_config(pretrained_model_name_or_path, subfolder, **kwargs), **settings)
 
     # schedule
 

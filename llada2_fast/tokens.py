@@ -8,6 +8,8 @@ from .checkpoint import resolve
 from .config import parse_json
 
 NAMES = ("mask_token_id", "eos_token_id", "pad_token_id")
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TEMPLATE = "chat_template.jinja"
 
 
 def special_ids(folder, vocab_size):
@@ -85,19 +87,38 @@ def _from_tokenizer(folder):
 def load_tokenizer(path, *, padding_side=None, **kwargs):
     """The tokenizer.json of a folder or hub id as a transformers tokenizer; no file of the checkpoint is ever run.
 
-    padding_side: "left" or "right", None = what the checkpoint says; kwargs: as of LLaDA2Model.from_pretrained, from
-    revision on. CheckpointError where there is no such folder or hub id, ValueError without a tokenizer.json and for
-    arguments that cannot be honoured.
+    padding_side: "left" or "right", None = what the checkpoint says; kwargs: as of LLaDA2Model.from_pretrained.
+    CheckpointError where there is no such folder or hub id, ValueError without a tokenizer.json, for files that make no
+    tokenizer and for arguments that cannot be honoured.
     The generic fast class, not AutoTokenizer: that one looks at auto_map and may ask to run the checkpoint's own code.
     """
     hub, others = habits.split_hub(kwargs)
-    habits.refuse("load_tokenizer", others, habits.LOADING | {"use_fast": (True,)})
+    habits.refuse("load_tokenizer", others, habits.NO_WEIGHTS | {"use_fast": (True,)})
     if padding_side not in (None, "left", "right"):
         raise ValueError(f"padding_side={padding_side!r:.80}: expected 'left' or 'right'")
     folder = resolve(path, **hub, patterns=("*.json", "*.jinja"))
     if not (folder / "tokenizer.json").is_file():
         raise ValueError(f"{folder}: no tokenizer.json; give token ids instead of text")
+    for name in FILES:
+        _read(folder, name)  # transformers does not say which file it could not read
     from transformers import PreTrainedTokenizerFast  # half a second of import time, needed for text only
 
     asked = {} if padding_side is None else {"padding_side": padding_side}
-    return PreTrainedTokenizerFast.from_pretrained(folder, **asked)
+    with _Naming(folder):
+        return PreTrainedTokenizerFast.from_pretrained(folder, **asked)
+
+
+class _Naming:
+    """Errors of tokenizer libraries, which raise a bare Exception or whatever comes, as a ValueError naming files."""
+
+    def __init__(self, folder):
+        self._folder = folder
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if kind is Exception or isinstance(error, (ValueError, TypeError, AttributeError, LookupError)):
+            files = ", ".join(path.name for path in sorted(self._folder.iterdir()) if path.name in (*FILES, TEMPLATE))
+            said = " ".join(str(error).split())
+            raise ValueError(f"{self._folder}: no tokenizer in {files}: {kind.__name__}: {said:.200}") from error

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from llada2_fast import demo
+from llada2_fast import BlockRefinementScheduler, demo
 from tests import hub
 
 ROOT = Path(__file__).parent.parent
@@ -21,6 +22,10 @@ OTHER = "f" * 40  # a commit that is not in the cache
 def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("home")
     hub.put(folder, "org/demo", demo.path())
+    for name in ("model", "tokenizer"):
+        shutil.copytree(demo.path(), folder / "pipe" / name)
+    BlockRefinementScheduler(block_length=24).save_pretrained(folder / "pipe" / "scheduler")
+    hub.put(folder, "org/pipe", folder / "pipe")
     return folder
 
 
@@ -58,7 +63,7 @@ def run(home, code, *arguments, **env):
 
 EVERYTHING = """
 import torch
-from llada2_fast import LLaDA2Model, LLaDA2Pipeline, load_tokenizer
+from llada2_fast import BlockRefinementScheduler, LLaDA2Model, LLaDA2Pipeline, load_tokenizer
 from transformers import AutoModelForCausalLM
 sha, cache = "0123456789abcdef0123456789abcdef01234567", __import__("sys").argv[1]
 for given in ({}, {"revision": "main"}, {"revision": sha}, {"revision": sha, "local_files_only": True},
@@ -69,6 +74,11 @@ for given in ({}, {"revision": "main"}, {"revision": sha}, {"revision": sha, "lo
     auto = AutoModelForCausalLM.from_pretrained("org/demo", progress=False, **given)
     same = all(torch.equal(a, b) for m in (pipe.model, auto) for a, b in zip(m.parameters(), model.parameters()))
     print(model.special_ids["mask_token_id"] == tokenizer.mask_token_id == pipe.mask_token_id, same)
+    parts = (LLaDA2Model, "model"), (AutoModelForCausalLM, "model"), (BlockRefinementScheduler, "scheduler")
+    model, auto, scheduler = (part.from_pretrained("org/pipe", subfolder=name, **given) for part, name in parts)
+    tokenizer = load_tokenizer("org/pipe", subfolder="tokenizer", **given)
+    same = all(torch.equal(a, b) for a, b in zip(auto.parameters(), model.parameters()))
+    print(same, scheduler.config.block_length == 24, tokenizer.mask_token_id == auto.special_ids["mask_token_id"])
 print(load_tokenizer("org/demo", padding_side="left").padding_side)
 """
 
@@ -76,7 +86,7 @@ print(load_tokenizer("org/demo", padding_side="left").padding_side)
 def test_everything_takes_an_id_offline(home):
     done = run(home, EVERYTHING, str(home / "hub"), HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["True True"] * 6 + ["left"]
+    assert done.stdout.splitlines() == ["True True", "True True True"] * 6 + ["left"]
 
 
 CACHED = """

@@ -99,6 +99,22 @@ def test_config_files(tmp_path):
         BlockRefinementScheduler.from_pretrained(tmp_path / "a")
 
 
+def test_arguments_by_habit(tmp_path):
+    scheduler(block_length=64).save_pretrained(tmp_path / "scheduler")
+    habits = {
+        "local_files_only": True, "cache_dir": "hub", "token": "x", "revision": "main", "force_download": False,
+        "torch_dtype": torch.bfloat16, "dtype": "auto", "device_map": {"": 0}, "trust_remote_code": True,
+        "low_cpu_mem_usage": True, "use_safetensors": True, "return_unused_kwargs": False, "variant": None,
+    }  # fmt: skip
+    loaded = BlockRefinementScheduler.from_pretrained(tmp_path, subfolder="scheduler", threshold=0.5, **habits)
+    assert (loaded.config.block_length, loaded.config.threshold) == (64, 0.5)
+    for name, value in (("beta_end", 1), ("return_unused_kwargs", True), ("variant", "fp16"), ("subfolder", "../x")):
+        with pytest.raises(ValueError, match=name):
+            BlockRefinementScheduler.from_pretrained(**{"pretrained_model_name_or_path": tmp_path, name: value})
+    with pytest.raises(ValueError, match="none: no such folder"):
+        BlockRefinementScheduler.from_pretrained(tmp_path, subfolder="none")
+
+
 def test_from_config():
     made = scheduler(block_length=16, threshold=0.7)
     again = BlockRefinementScheduler.from_config(made.config, minimal_topk=3)

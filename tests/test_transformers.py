@@ -103,6 +103,8 @@ def test_dtype(checkpoint, kwargs, dtype):
     {"local_files_only": True}, {"cache_dir": "hub"}, {"token": "x"}, {"revision": "main"}, {"force_download": False},
     {"use_cache": True}, {"use_cache": False}, {"attn_implementation": "sdpa"}, {"attn_implementation": "eager"},
     {"attn_implementation": "flash_attention_2"}, {"low_cpu_mem_usage": True}, {"use_safetensors": True},
+    {"from_tf": False}, {"from_flax": False}, {"_fast_init": True}, {"use_auth_token": False}, {"disable_mmap": False},
+    {"offload_buffers": False}, {"use_kernels": False},
     {"load_in_8bit": False}, {"quantization_config": None}, {"output_loading_info": False}, {"return_dict": True},
 ], ids=str)  # fmt: skip
 def test_arguments_by_habit(checkpoint, cls, kwargs):
@@ -112,6 +114,14 @@ def test_arguments_by_habit(checkpoint, cls, kwargs):
 def test_saving_by_habit(checkpoint, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     model.save_pretrained(tmp_path / "new", safe_serialization=True, max_shard_size="100KB", push_to_hub=False)
+    model.save_pretrained(tmp_path / "whole" / "model", max_shard_size=None, create_pr=False)
+    assert [path.name for path in (tmp_path / "whole" / "model").glob("*.safetensors")] == ["model.safetensors"]
+    for cls in (AutoModelForCausalLM, LLaDA2Model):
+        there = cls.from_pretrained(tmp_path / "whole", subfolder="model")
+        there.save_pretrained(tmp_path / "whole" / "again", max_shard_size=None, create_pr=False)
+    for path in ("../x", str(tmp_path), 5):
+        with pytest.raises(ValueError, match="subfolder="):
+            LLaDA2Model.from_pretrained(checkpoint, subfolder=path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
     assert len(list((tmp_path / "new").glob("model-*"))) > 1
@@ -384,6 +394,30 @@ def test_the_tokenizer_runs_no_code_of_the_checkpoint(tmp_path):
     (tmp_path / "tokenization_x.py").write_text(REMOTE, encoding="utf-8")
     code = f"from llada2_fast.tokens import load_tokenizer; print(load_tokenizer({str(tmp_path)!r}).mask_token)"
     assert run(code, input="y\n") == ["<|mask|>"]
+
+
+def test_tokenizers_by_habit(tmp_path):
+    shutil.copytree(llada2_fast.demo.path(), tmp_path / "tokenizer")
+    shared = {"device_map": "auto", "dtype": "auto", "torch_dtype": torch.bfloat16, "trust_remote_code": True}
+    assert llada2_fast.load_tokenizer(tmp_path, subfolder="tokenizer", **shared).mask_token == "<|mask|>"
+    with pytest.raises(ValueError, match="load_in_8bit"):
+        llada2_fast.load_tokenizer(tmp_path, subfolder="tokenizer", load_in_8bit=True)
+
+
+@pytest.mark.parametrize("name, content", [
+    ("tokenizer.json", b""), ("tokenizer.json", b"[]"), ("tokenizer.json", b"null"), ("tokenizer.json", b'{"a": 1}'),
+    ("tokenizer.json", b'{"added_tokens": [], "model": null}'), ("tokenizer.json", b"\xff"),
+    ("tokenizer_config.json", b"[]"), ("tokenizer_config.json", b"null"), ("tokenizer_config.json", b"\xef\xbb\xbf{}"),
+    ("tokenizer_config.json", b"\xff"), ("tokenizer_config.json", b'{"mask_token": 5}'),
+    ("special_tokens_map.json", b"[]"), ("added_tokens.json", b'{"a": "b"}'), ("chat_template.jinja", b"\xff"),
+])  # fmt: skip
+def test_damaged_tokenizers_are_told_by_file(tmp_path, name, content):
+    shutil.copytree(llada2_fast.demo.path(), tmp_path / "model")
+    (tmp_path / "model" / name).write_bytes(content)
+    with pytest.raises(ValueError) as told:
+        llada2_fast.load_tokenizer(tmp_path / "model")
+    message = str(told.value)
+    assert message.startswith(str(tmp_path / "model")) and name in message and "\n" not in message
 
 
 def test_public_names():
