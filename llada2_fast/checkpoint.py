@@ -112,9 +112,9 @@ def _hub_reason(error, revision, errors):
     if isinstance(error, errors.RepositoryNotFoundError):
         return "no such repository, or a private one: check the id, log in or give token"
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"the repository has no revision {revision!r}"
+        return f"the repository has no revision {revision!r:.80}"
     if isinstance(error, errors.LocalEntryNotFoundError) and revision is not None:
-        return f"revision {revision!r}: {_first_line(error)}"
+        return f"revision {revision!r:.80}: {_first_line(error)}"
     return _first_line(error)
 
 
@@ -233,7 +233,7 @@ def save(
     if dtype is not None and dtype not in DTYPES.values():
         raise ValueError(f"dtype={dtype}: expected one of {', '.join(DTYPES)}")
     if isinstance(max_shard_bytes, bool) or not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
-        raise ValueError(f"max_shard_bytes={max_shard_bytes!r}: expected an integer >= 1")
+        raise ValueError(f"max_shard_bytes={max_shard_bytes!r:.80}: expected an integer >= 1")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     slots = {name: slot for name, slot in rename_table(config).items() if slot.covers == (name,)}
@@ -313,7 +313,9 @@ def _weight_map(path) -> dict[str, str]:
         raise CheckpointError(f"{path}: weight_map is missing or empty; expected tensor names and their shards")
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str) or not re.fullmatch(r"\w[\w.-]*\.safetensors", shard, re.ASCII):
-            raise CheckpointError(f"{path}: tensor {tensor} is in {shard!r}: expected a plain *.safetensors file name")
+            raise CheckpointError(
+                f"{path}: tensor {tensor} is in {shard!r:.80}: expected a plain *.safetensors file name"
+            )
         if not (path.parent / shard).is_file():
             raise CheckpointError(f"{path}: tensor {tensor} is in {shard}, which does not exist")
     return weight_map
@@ -363,9 +365,9 @@ def _entry(path, name, fields, data_begin) -> Entry:
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     for key, numbers in (("shape", shape), ("data_offsets", offsets)):
         if not isinstance(numbers, list) or not all(type(n) is int and n >= 0 for n in numbers):
-            raise CheckpointError(f"{what} has {key}={numbers!r}: expected a list of integers >= 0")
+            raise CheckpointError(f"{what} has {key}={numbers!r:.80}: expected a list of integers >= 0")
     if not isinstance(dtype, str):
-        raise CheckpointError(f"{what} has dtype={dtype!r}: expected a name")
+        raise CheckpointError(f"{what} has dtype={dtype!r:.80}: expected a name")
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(f"{what} has data_offsets={offsets}: expected a begin and an end")
     if dtype in STORED and math.prod(shape) * STORED[dtype].itemsize != offsets[1] - offsets[0]:

@@ -129,7 +129,7 @@ def parse_json(data: bytes, source) -> dict:
         found = {}
         for key, value in pairs:
             if key in found:
-                raise ValueError(f"duplicate key {key!r}")
+                raise ValueError(f"duplicate key {key!r:.80}")
             found[key] = value
         return found
 
@@ -354,7 +354,7 @@ def as_ids(name, value):
 def _merge(name, value, other_name, other):
     """One setting spelled in two places: either may be absent, both must not differ."""
     if value is not None and other is not None and value != other:
-        raise ValueError(f"{name}={value!r} contradicts {other_name}={other!r}: expected equal values")
+        raise ValueError(f"{name}={value!r:.80} contradicts {other_name}={other!r:.80}: expected equal values")
     return other if value is None else value
 
 

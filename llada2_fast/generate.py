@@ -87,7 +87,7 @@ def generate(
     sglang-lowconf and sglang-joint those of SGLang's LowConfidence and JointThreshold).
     """
     if settle not in ("carry", "separate"):
-        raise ValueError(f"settle={settle!r}: expected 'carry' or 'separate'")
+        raise ValueError(f"settle={settle!r:.80}: expected 'carry' or 'separate'")
     if graphs and not (model.device.type == "cuda" and use_cache and settle == "carry"):
         raise ValueError(f"graphs=True: expected a model on a GPU (not {model.device}), use_cache and settle='carry'")
     prompts = split_prompts(inputs, attention_mask)

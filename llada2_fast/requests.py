@@ -131,14 +131,16 @@ def row_seeds(seed, generator, count, draws=True):
         seeds = list(given) if several else [given]
         fit = all(type(s) is int and -(2**63) <= s < 2**63 for s in seeds)
         if generator is not None or (several and len(seeds) != count) or not fit:
-            raise ValueError(f"seed={seed!r}: expected one int64, or one for each of {count} rows, and no generator")
+            raise ValueError(
+                f"seed={seed!r:.80}: expected one int64, or one for each of {count} rows, and no generator"
+            )
         return seeds if several else [row_seed(given, i) for i in range(count)]
     if generator is None and not draws:
         return [0] * count
     several = isinstance(generator, (list, tuple))
     given = generator if several else [] if generator is None else [generator]
     if (several and len(given) != count) or not all(isinstance(g, torch.Generator) for g in given):
-        raise ValueError(f"generator={generator!r}: expected a torch.Generator, or one for each of {count} rows")
+        raise ValueError(f"generator={generator!r:.80}: expected a torch.Generator, or one for each of {count} rows")
     return [_draw(g, 1)[0] for g in given] if several else _draw(generator, count)
 
 

@@ -48,7 +48,7 @@ class SchedulerConfig(dict):
 
     def __getattr__(self, name):
         if name not in self:
-            raise AttributeError(f"the scheduler's config has no {name!r}: expected one of {sorted(self)}")
+            raise AttributeError(f"the scheduler's config has no {name!r:.80}: expected one of {sorted(self)}")
         return self[name]
 
     def __reduce__(self):
@@ -435,7 +435,7 @@ def _multinomial(probability, generator):
     """One draw from each distribution [..., V]; with a list of generators, each row from its own."""
     if isinstance(generator, (list, tuple)):
         if len(generator) != len(probability):
-            raise ValueError(f"generator={generator!r}: expected one, or one for each of {len(probability)} rows")
+            raise ValueError(f"generator={generator!r:.80}: expected one, or one for each of {len(probability)} rows")
         return torch.stack([_multinomial(p, g) for p, g in zip(probability, generator, strict=True)])
     flat = probability.reshape(-1, probability.shape[-1])
     return torch.multinomial(flat, 1, generator=generator).view(probability.shape[:-1])

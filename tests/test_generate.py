@@ -650,6 +650,9 @@ TOGETHER = [
     (dict(inputs=torch.ones(2, 3).long(), attention_mask=torch.ones(3)), "attention_mask", "[3]"),
     (dict(inputs=torch.ones(3).long(), attention_mask=torch.ones(1, 3)), "attention_mask", "[1, 3]"),
     (dict(inputs=torch.ones(3).long(), attention_mask=[1, 1, 1]), "attention_mask", "list"),
+    (dict(seed=[1] * 5000), "seed", "[1, 1, 1"),
+    (dict(generator=[1] * 5000), "generator", "[1, 1, 1"),
+    (dict(settle="x" * 5000), "settle", "'xxx"),
     (dict(mask_id=None), "mask_id", "None"),
 ]
 BAD = [(OK | {name: value}, name, repr(value)) for name, value in REFUSED]

@@ -101,7 +101,7 @@ class LLaDA2LM:
         super().__init__()
         _known("model_args", decode, DECODING)
         if preset is not None and preset not in PRESETS:
-            raise ValueError(f"preset={preset!r}: expected one of {', '.join(PRESETS)}")
+            raise ValueError(f"preset={preset!r:.80}: expected one of {', '.join(PRESETS)}")
         self.params = DecodeParams(
             **{"gen_length": 256, "eos_early_stop": True} | PRESETS.get(preset, {}) | decode,
         )
@@ -111,7 +111,7 @@ class LLaDA2LM:
         self._engine_config(1)  # its checks
         self.mc_num, self.mc_seed = _integer("mc_num", mc_num, 1), _integer("mc_seed", mc_seed, 0)
         if dtype not in (None, "auto", *DTYPES):
-            raise ValueError(f"dtype={dtype!r}: expected auto or one of {', '.join(DTYPES)}")
+            raise ValueError(f"dtype={dtype!r:.80}: expected auto or one of {', '.join(DTYPES)}")
         self._device = find_device(device)
         own = "float32" if pretrained is None else None
         self.pretrained, self.revision, self.quantization = pretrained or demo.path(), revision, quantization
@@ -306,7 +306,7 @@ def _known(what, given, allowed):
 
 def _integer(name, value, low):
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"{name}={value!r}: expected an integer >= {low}")
+        raise ValueError(f"{name}={value!r:.80}: expected an integer >= {low}")
     return value
 
 

@@ -80,20 +80,22 @@ class Settings:
         for key, value in config.items():
             name = _SPELLED.get(key, key)
             if name in given:
-                raise ValueError(f"{key}={value!r}: {name}={given[name]!r} says the same; give one of them")
+                raise ValueError(f"{key}={value!r:.80}: {name}={given[name]!r:.80} says the same; give one of them")
             given[name] = value
         joint = given.keys() & (_EDITING | _JOINT)
         profile = given.setdefault("profile", "sglang-joint" if joint else "sglang-lowconf")
         if not isinstance(profile, str) or profile not in _KEYS:
-            raise ValueError(f"profile={profile!r}: expected one of {', '.join(_KEYS)}")
+            raise ValueError(f"profile={profile!r:.80}: expected one of {', '.join(_KEYS)}")
         for key in given.keys() - _KEYS[profile]:
             allowed = ", ".join(sorted(_KEYS[profile]))
-            raise ValueError(f"{key}={given[key]!r}: profile={profile!r} has no such key; expected some of {allowed}")
+            raise ValueError(
+                f"{key}={given[key]!r:.80}: profile={profile!r:.80} has no such key; expected some of {allowed}"
+            )
         penalty, ignored = given.pop("penalty_lambda", 0), given.pop("vectorized_decoding", True)
         if isinstance(penalty, bool) or not isinstance(penalty, (int, float)) or not 0 <= penalty < float("inf"):
-            raise ValueError(f"penalty_lambda={penalty!r}: expected a number >= 0")
+            raise ValueError(f"penalty_lambda={penalty!r:.80}: expected a number >= 0")
         if not isinstance(ignored, bool):
-            raise ValueError(f"vectorized_decoding={ignored!r}: expected true or false")
+            raise ValueError(f"vectorized_decoding={ignored!r:.80}: expected true or false")
         if given.setdefault("seed", 0) is None:
             raise ValueError("seed=None: expected an integer")
         if profile == "sglang-joint":

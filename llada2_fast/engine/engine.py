@@ -73,7 +73,7 @@ class Engine:
             ("block_length", params.block_length, self.block_length), ("mask_id", mask_id, self.mask_id),
         ):  # fmt: skip
             if value not in (None, own):
-                raise ValueError(f"{name}={value!r}: expected {own}, the engine's, or None")
+                raise ValueError(f"{name}={value!r:.80}: expected {own}, the engine's, or None")
         if len(eos_ids) > self.config.max_eos_ids:
             raise ValueError(f"eos_ids={eos_ids!r:.80}: expected at most max_eos_ids={self.config.max_eos_ids} ids")
         if row_rules(params, self.block_length)["max_steps"] == 0:

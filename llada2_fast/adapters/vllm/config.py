@@ -77,7 +77,7 @@ class ServingConfig:
 
 def _expect(name, value, wanted, why):
     if value != wanted:
-        raise ValueError(f"{name}={value!r}: expected {wanted!r}: {why}")
+        raise ValueError(f"{name}={value!r:.80}: expected {wanted!r}: {why}")
 
 
 def mask_token_id(model_config):
