@@ -87,8 +87,9 @@ def resolve_ids(model, params):
         raise ValueError("eos_id=None: the checkpoint names no EOS token; give eos_id (-1 for none)")
     fill = next((i for i in eos if 0 <= i < config.vocab_size), mask)  # without such an EOS no row ends early
     pad = _first(params.pad_id, known.get("pad_token_id"), config.pad_token_id, fill)
-    if not 0 <= mask < config.vocab_size:
-        raise ValueError(f"mask_id={mask}: expected an id in 0..{config.vocab_size - 1}")
+    for name, value in (("mask_id", mask), ("pad_id", pad)):
+        if not 0 <= value < config.vocab_size:
+            raise ValueError(f"{name}={value}: expected an id in 0..{config.vocab_size - 1}")
     return mask, eos, pad
 
 

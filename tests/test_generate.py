@@ -613,7 +613,8 @@ REFUSED = [
     ("eos_id", "end"), ("eos_id", [1, None]), ("eos_id", True), ("mask_id", -1), ("mask_id", 256), ("mask_id", 2.0),
     ("pad_id", -1), ("eos_early_stop", "yes"), ("attend_tail", 1), ("seed", 2**63), ("seed", -(2**63) - 1),
     ("seed", 0.5), ("seed", [1, 2]), ("seed", "x"), ("generator", "x"), ("generator", [torch.Generator()] * 2),
-    ("settle", "never"), ("inputs", [1, 256]), ("inputs", [-1]), ("inputs", [[1], [2, 300]]), ("inputs", []),
+    ("settle", "never"), ("pad_id", 256), ("pad_id", 10**6), ("pad_id", -1),
+    ("inputs", [1, 256]), ("inputs", [-1]), ("inputs", [[1], [2, 300]]), ("inputs", []),
     ("inputs", [[1], 2]), ("inputs", [1, [2]]), ("inputs", [1.0]), ("inputs", [True]), ("inputs", [2**64]),
     ("inputs", "text"), ("inputs", ["text"]), ("inputs", None), ("inputs", 5),
 ]  # fmt: skip
