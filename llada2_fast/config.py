@@ -101,14 +101,17 @@ def find_device(name=None, argument="device"):
     """The torch.device of this name, else the GPU if there is one. ValueError, which speaks of `argument`, if it is
     none that we run on, or none that this machine has."""
     cuda = torch.cuda.is_available()
+    known = ("cuda" if cuda else "cpu") if name is None else name
+    if isinstance(name, numbers.Integral) and not isinstance(name, bool):
+        known = f"cuda:{name}"  # of itself PyTorch makes that only where it has a GPU
     try:
-        device = torch.device(("cuda" if cuda else "cpu") if name is None else name)
+        device = torch.device(known)
     except (RuntimeError, TypeError):
         raise _bad(argument, name, "a device such as cpu, cuda or cuda:1") from None
     if device.type not in DEVICES:
         raise _bad(argument, str(name), f"{' or '.join(DEVICES)}: there are no kernels for {device.type}")
     if device.type == "cuda" and (not cuda or (device.index or 0) >= torch.cuda.device_count()):
-        raise ValueError(f"{argument}={name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+        raise ValueError(f"{argument}={name!r:.80}: this machine has {torch.cuda.device_count()} CUDA devices")
     return device
 
 

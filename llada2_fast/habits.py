@@ -67,6 +67,8 @@ FORWARD = {
 
 _INTEGERS = {"int8", "int16", "int32", "int64", "uint8", "uint16", "uint32"}  # those that int64 holds
 
+_SPLITS = ("balanced", "balanced_low_0", "sequential")  # ways to share a model among devices
+
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
@@ -131,7 +133,7 @@ def find_place(device=None, device_map=None):
     argument = "device" if device_map is None else "device_map"
     if isinstance(value, dict) and list(value) == [""]:
         value = value[""]
-    if isinstance(value, dict):
+    if isinstance(value, dict) or (isinstance(value, str) and value in _SPLITS):
         raise ValueError(f"{argument}={value!r:.80}: expected a device, 'auto' or {{'': device}}; no model is split")
     if isinstance(value, str) and value == "auto":
         return find_device()

@@ -6,14 +6,14 @@ decoder calls it. Shapes: B batch, S sequence, T packed tokens, H hidden, V voca
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, partialmethod
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from . import checkpoint, habits
-from .config import ModelConfig, find_device
+from .config import DTYPES, ModelConfig, find_device
 from .conversion import KeepsFloat8, NeverNarrower
 from .kernels._ambient import isolated, lasting
 from .kernels.attention import block_attention, masked_attention, place_blocks, single_blocks
@@ -68,6 +68,12 @@ def _as_bool(mask, otherwise=""):
         value = strange[0].item()  # sync: for the message
         raise ValueError(f"attention_mask: bool, or 0 and 1{otherwise}, expected, got {value} in it")
     return mask.bool()
+
+
+def _check_float(dtype):
+    """ValueError for a dtype that a network cannot have."""
+    if dtype not in (*DTYPES.values(), torch.float64):
+        raise ValueError(f"dtype={dtype}: expected float64 or one of {', '.join(DTYPES)}")
 
 
 def block_causal_mask(length, block_length, device=None):
@@ -252,11 +258,28 @@ class LLaDA2Model(nn.Module):
 
     def to(self, *args, **kwargs):
         """torch.nn.Module.to: a device moves everything. A dtype leaves routers as wide as they are, and float8 weights
-        and their scales as they are. ValueError for a device that is not supported or not there."""
-        device = kwargs.get("device", args[0] if args else None)
-        if isinstance(device, (str, torch.device)) and str(device) != "meta":
-            find_device(device)
+        and their scales as they are. ValueError, and nothing is changed, for a device that is not supported or not
+        there, and for a dtype other than float16, bfloat16, float32 and float64."""
+        for value in (*args, *(kwargs.get(name) for name in ("device", "dtype", "tensor"))):
+            device, dtype = (value.device, value.dtype) if isinstance(value, torch.Tensor) else (value, value)
+            named = isinstance(device, (str, int, torch.device)) and not isinstance(device, bool)
+            if named and str(device) != "meta":
+                find_device(device)
+            if isinstance(dtype, torch.dtype):
+                _check_float(dtype)
         return super().to(*args, **kwargs)
+
+    def type(self, dst_type):
+        """torch.nn.Module.type: as to(dtype=dst_type)."""
+        if isinstance(dst_type, torch.dtype):
+            _check_float(dst_type)
+        return super().type(dst_type)
+
+    def cuda(self, device=None):
+        """torch.nn.Module.cuda: as to(device), None = "cuda"."""
+        return self.to("cuda" if device is None else device)
+
+    ipu, mtia, xpu = partialmethod(to, "ipu"), partialmethod(to, "mtia"), partialmethod(to, "xpu")  # which refuses them
 
     @property
     def dtype(self):

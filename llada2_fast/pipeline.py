@@ -94,8 +94,8 @@ class LLaDA2Pipeline:
         """Steps of the last call, if every block took all its num_inference_steps."""
         return self._num_timesteps
 
-    def to(self, *args, **kwargs):
-        """Move the model, as torch.nn.Module.to; returns the pipeline."""
+    def to(self, *args, silence_dtype_warnings=False, **kwargs):
+        """Move the model, as torch.nn.Module.to; returns the pipeline. There are no warnings to be silenced."""
         self.model.to(*args, **kwargs)
         return self
 

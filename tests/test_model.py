@@ -331,7 +331,8 @@ def test_from_pretrained_and_save_pretrained_take_what_changes_nothing(tmp_path)
     ({"dtype": "int8"}, "dtype='int8': expected 'auto' or one of bfloat16"),
     ({"dtype": torch.float64}, "dtype=torch.float64"),
     ({"dtype": "float32", "torch_dtype": "float32"}, "give it or dtype, not both"),
-    ({"device_map": "balanced"}, "device_map='balanced'"),
+    *[({"device_map": way}, f"device_map='{way}': .* no model is split")
+      for way in ("balanced", "balanced_low_0", "sequential")],
     ({"device_map": {"layers.0": 0, "lm_head": 1}}, "device_map="),
     ({"device": "cpu", "device_map": "cpu"}, "give it or device_map, not both"),
     ({"state_dict": {"x" * 5000: 1}}, "state_dict="),

@@ -154,6 +154,54 @@ def test_a_device_that_is_not_supported_is_refused_before_weights_are_read(golde
             LLaDA2MoeModelLM.from_pretrained(tmp_path, device_map=device)
 
 
+def test_a_gpu_that_is_not_there_is_refused_by_its_number(golden, tmp_path):
+    (tmp_path / "config.json").write_bytes((golden / "tiny" / "config.json").read_bytes())
+    absent = torch.cuda.device_count()
+    for load in (LLaDA2Model.from_pretrained, LLaDA2MoeModelLM.from_pretrained, LLaDA2Pipeline.from_pretrained):
+        for given in ({"device": absent}, {"device_map": absent}, {"device_map": {"": absent}}):
+            with pytest.raises(ValueError, match=f"^{[*given][0]}={absent}: this machine has {absent} CUDA devices"):
+                load(tmp_path, **given)
+        with pytest.raises(ValueError, match="^device=-1: expected a device such as cpu"):
+            load(tmp_path, device=-1)
+        with pytest.raises(ValueError, match="^device=True: expected a device such as cpu"):
+            load(tmp_path, device=True)
+    model = fresh(golden / "tiny", torch.float32)
+    pipe = LLaDA2Pipeline(model, BlockRefinementScheduler())
+    for move in (model.cuda, model.to, pipe.to):
+        for device in (absent, f"cuda:{absent}", torch.device("cuda", absent)):
+            with pytest.raises(ValueError, match=f"^device=.*{absent}.*: this machine has {absent} CUDA devices"):
+                move(device)
+    if not absent:
+        with pytest.raises(ValueError, match="^device='cuda': this machine has 0 CUDA devices"):
+            model.cuda()
+    for move in (model.xpu, model.ipu, model.mtia):
+        for arguments in ([], [0]):
+            with pytest.raises(ValueError, match=f"^device='{move.args[0]}': expected cpu or cuda"):
+                move(*arguments)
+    assert same(model, loaded(golden / "tiny", torch.float32)) and model.device.type == "cpu"
+
+
+@pytest.mark.parametrize("dtype", [
+    torch.float8_e4m3fn, torch.float8_e5m2, torch.int64, torch.int8, torch.uint8, torch.bool, torch.complex64
+], ids=str)  # fmt: skip
+def test_a_dtype_that_no_network_has_is_refused_before_anything_changes(golden, dtype):
+    ways = [way for name, way in WAYS.items() if name not in ("half, bfloat16, float", "layer by layer")]
+    for quantization in (None, "fp8"):
+        model = fresh(golden / "tiny", torch.bfloat16, quantization)
+        for way in ways:
+            with pytest.raises(ValueError, match=f"^dtype={dtype}: expected float64 or one of bfloat16, float16"):
+                way(model, dtype)
+            assert same(model, loaded(golden / "tiny", torch.bfloat16, quantization))
+        assert results(model) == results(loaded(golden / "tiny", torch.bfloat16, quantization))
+
+
+def test_float64_and_the_arguments_of_diffusers(golden):
+    model = fresh(golden / "tiny", torch.float32)
+    assert model.to(torch.float64).dtype == torch.float64
+    pipe = LLaDA2Pipeline(model, BlockRefinementScheduler())
+    assert pipe.to("cpu", torch.float32, silence_dtype_warnings=True) is pipe and pipe.dtype == torch.float32
+
+
 def test_models_are_not_moved_to_other_devices(golden):
     model = fresh(golden / "tiny", torch.float32)
     for move in (model.to, LLaDA2Pipeline(model, BlockRefinementScheduler()).to):
