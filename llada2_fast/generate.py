@@ -69,8 +69,8 @@ def generate(
 ):
     """Continue one or several prompts with an LLaDA2 model.
 
-    inputs: int64 [P]; [B, P], with attention_mask [B, P] where padded (either side); or a list of lists of ids. Other
-    integers, NumPy's arrays, and lists of tensors or arrays will do.
+    inputs: int64 [P]; [B, P], with attention_mask [B, P] where padded (either side; bool, or 1 and 0 = padding); or a
+    list of lists of ids. Other integers, NumPy's arrays, and lists of tensors or arrays will do.
     Sampling, thresholds, steps: see DecodeParams. eos_id: one id, several, or None = the checkpoint's; mask_id, pad_id:
     None = the checkpoint's. seed: an int64, which the first row takes as it is and each other one mixes with its number
     (equal prompts get answers of their own), or one per row; without it each row's seed is drawn from `generator` (one

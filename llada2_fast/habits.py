@@ -66,6 +66,7 @@ FORWARD = {
 }
 
 _INTEGERS = {"int8", "int16", "int32", "int64", "uint8", "uint16", "uint32"}  # those that int64 holds
+_KINDS = {"b": np.bool_, "i": np.int64, "u": np.int64, "f": np.float64}  # by NumPy's letters for kinds of dtypes
 
 _SPLITS = ("balanced", "balanced_low_0", "sequential")  # ways to share a model among devices
 
@@ -152,6 +153,44 @@ def token_ids(name, ids):
         got = getattr(ids, "dtype", type(ids).__name__)
         raise ValueError(f"{name}: int64 token ids expected, or integers that it holds, got {got}")
     return ids.long() if isinstance(ids, torch.Tensor) else torch.from_numpy(ids.astype(np.int64))
+
+
+def as_tensor(name, value):
+    """A tensor as it is; a NumPy array or lists of bools or numbers as a tensor of bool, int64 or float64 on the CPU.
+    ValueError for anything else."""
+    if isinstance(value, torch.Tensor):
+        return value
+    kind = None
+    if isinstance(value, (np.ndarray, list, tuple)):
+        try:
+            array = np.asarray(value)
+            kind = _KINDS.get(array.dtype.kind)
+        except (RuntimeError, TypeError, ValueError):  # uneven rows, or tensors that NumPy cannot read
+            pass
+    if kind is None:
+        got = f"{value!r:.80}" if isinstance(value, (list, tuple)) else getattr(value, "dtype", type(value).__name__)
+        raise ValueError(f"{name}: a tensor, an array or even lists of numbers expected, got {got}")
+    return torch.from_numpy(array.astype(kind, order="C"))
+
+
+def as_bool(mask, otherwise=""):
+    """An attention mask of bools or of numbers 0 and 1 as bool. ValueError for others, NaN among them."""
+    if mask.dtype == torch.bool:
+        return mask
+    strange = mask[(mask != 0) & (mask != 1)]
+    if strange.numel():
+        value = strange[0].item()  # sync: for the message
+        raise ValueError(f"attention_mask: bool, or 0 and 1{otherwise}, expected, got {value} in it")
+    return mask.bool()
+
+
+def check_vocabulary(what, ids, vocab_size):
+    """ValueError, which begins with `what`, if some ids are none of the vocabulary's. Waits for the device."""
+    if not ids.numel():
+        return
+    low, high = int(ids.min()), int(ids.max())  # sync: their values decide
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"{what} ids {low}..{high}, some outside 0..{vocab_size - 1}")
 
 
 def shard_bytes(size):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from . import checkpoint, habits
-from .config import DTYPES, ModelConfig, find_device
+from .config import DTYPES, ModelConfig, _int, find_device
 from .conversion import KeepsFloat8, NeverNarrower
 from .kernels._ambient import isolated, lasting
 from .kernels.attention import block_attention, masked_attention, place_blocks, single_blocks
@@ -57,17 +57,6 @@ def read_nothing(device):
 def _attend(k, v, blocks, q, own=slice(None), rows=slice(None)):
     """Attention over pages of the queries [T, nq, D] of `own` tokens; `rows` of the result."""
     return block_attention(q[own], k, v, blocks)[rows]
-
-
-def _as_bool(mask, otherwise=""):
-    """A mask of bools or of numbers 0 and 1 as bool. ValueError for others, NaN among them."""
-    if mask.dtype == torch.bool:
-        return mask
-    strange = mask[(mask != 0) & (mask != 1)]
-    if strange.numel():
-        value = strange[0].item()  # sync: for the message
-        raise ValueError(f"attention_mask: bool, or 0 and 1{otherwise}, expected, got {value} in it")
-    return mask.bool()
 
 
 def _check_float(dtype):
@@ -402,19 +391,24 @@ class LLaDA2Model(nn.Module):
 
         input_ids [B, S] int64; position_ids [B or 1, S], default 0..S-1 (angles only, masks use sequence indices);
         attention_mask: None = block-causal; [B, S] padding (1 = real), AND-ed with block-causal; [B, 1, S, S], taken as
-        given: bool, or floats 0 and 1 (1 = attend), or additive floats, none of them above 0. Returns ModelOutput, with
-        return_dict=False its values as a tuple, logits first. Raises ValueError on shapes and masks that do not fit.
+        given: bool, or numbers 0 and 1 (1 = attend), or additive floats, none of them above 0. NumPy's arrays will do,
+        and lists but for input_ids. Returns ModelOutput, with return_dict=False its values as a tuple, logits first.
+        Raises ValueError on shapes and masks that do not fit, and on ids outside the vocabulary if they are on the CPU.
         """
         habits.refuse("forward", ignored, habits.FORWARD)
         input_ids = habits.token_ids("input_ids", input_ids)
         if input_ids.ndim != 2:
             raise ValueError(f"input_ids: int64 [B, S] expected, got {input_ids.dtype} {list(input_ids.shape)}")
+        if input_ids.device.type == "cpu":  # elsewhere to look at them would be to wait for the device
+            habits.check_vocabulary("input_ids: there are", input_ids, self.config.vocab_size)
+        input_ids = input_ids.to(self.device)
         batch, size = input_ids.shape
-        block_length = self.block_length if block_length is None else block_length
-        if block_length < 1:
-            raise ValueError(f"block_length: {block_length}, must be at least 1")
+        block_length = self.block_length if block_length is None else _int("block_length", block_length, 1)
         if position_ids is None:
             position_ids = torch.arange(size, device=input_ids.device)[None]
+        position_ids = habits.as_tensor("position_ids", position_ids).to(self.device)
+        if attention_mask is not None:
+            attention_mask = habits.as_tensor("attention_mask", attention_mask).to(self.device)
         if position_ids.shape not in ((batch, size), (1, size)):
             raise ValueError(f"position_ids: [{batch}, {size}] expected, got {list(position_ids.shape)}")
         mask = self._mask(attention_mask, batch, size, block_length)
@@ -451,16 +445,16 @@ class LLaDA2Model(nn.Module):
                 raise ValueError(
                     f"attention_mask: [{batch}, 1, {size}, {size}] expected, got {list(attention_mask.shape)}"
                 )
-            if attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
-                raise ValueError(f"attention_mask: bool or additive float expected, got {attention_mask.dtype}")
-            additive = attention_mask.dtype != torch.bool and bool((attention_mask <= 0).all())  # sync: what it means
-            return attention_mask.to(self.dtype) if additive else _as_bool(attention_mask, ", or no number above 0")
+            if not attention_mask.is_floating_point():
+                return habits.as_bool(attention_mask)
+            additive = bool((attention_mask <= 0).all())  # sync: what it means
+            return attention_mask.to(self.dtype) if additive else habits.as_bool(attention_mask, ", or none above 0")
         mask = block_causal_mask(size, block_length, self.device)[None, None]
         if attention_mask is None:
             return mask
         if attention_mask.shape != (batch, size):
             raise ValueError(f"attention_mask: [{batch}, {size}] expected, got {list(attention_mask.shape)}")
-        mask = mask & _as_bool(attention_mask)[:, None, None, :]
+        mask = mask & habits.as_bool(attention_mask)[:, None, None, :]
         # a padding position may be left with nothing to see: let it see itself, so that no NaN arises
         return mask | (~mask.any(-1, keepdim=True) & torch.eye(size, dtype=torch.bool, device=mask.device))
 

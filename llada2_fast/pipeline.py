@@ -178,8 +178,7 @@ class LLaDA2Pipeline:
                 input_ids = input_ids[None]
             if attention_mask is None:
                 return input_ids, torch.ones_like(input_ids)
-            if not isinstance(attention_mask, torch.Tensor):
-                attention_mask = torch.tensor(attention_mask, dtype=torch.float32, device=input_ids.device)
+            attention_mask = habits.as_tensor("`attention_mask`", attention_mask)
             if attention_mask.ndim == 1:
                 attention_mask = attention_mask[None]
             if attention_mask.shape != input_ids.shape:
@@ -187,7 +186,7 @@ class LLaDA2Pipeline:
                     f"`attention_mask` shape {tuple(attention_mask.shape)} must match `input_ids` shape "
                     f"{tuple(input_ids.shape)}."
                 )
-            return input_ids, attention_mask.long()
+            return input_ids, habits.as_bool(attention_mask).long()
         if attention_mask is not None:
             raise ValueError("`attention_mask` needs `input_ids`: a prompt's own is the tokenizer's.")
         self._check_source(prompt, messages, input_ids)
@@ -287,12 +286,12 @@ class LLaDA2Pipeline:
 
         prompt: str or list of str, wrapped as chats where the tokenizer has a template and use_chat_template is True;
         messages: a chat or a list of chats; input_ids: [P] or [B, P], a tensor or array of integers that int64 holds,
-        with attention_mask of the same shape (0 = padding, either side). Ids take precedence. block_length: None = the
-        scheduler's config's; num_inference_steps: per block; threshold: commit above it (> 1: by quota alone);
-        editing_threshold: edit above it, None, 0 and less = off; minimal_topk: least commits per step; eos_token_id,
-        mask_token_id: None = the tokenizer's (without one: no EOS, and an error); generator: one torch.Generator, or
-        one per row. A drawn token's confidence is its probability after temperature and filters, as in diffusers: a
-        call with a temperature below 1, top_k or top_p warns of it.
+        with attention_mask of the same shape (bool, or 1 and 0 = padding, either side). Ids take precedence.
+        block_length: None = the scheduler's config's; num_inference_steps: per block; threshold: commit above it (> 1:
+        by quota alone); editing_threshold: edit above it, None, 0 and less = off; minimal_topk: least commits per step;
+        eos_token_id, mask_token_id: None = the tokenizer's (without one: no EOS, and an error); generator: one
+        torch.Generator, or one per row. A drawn token's confidence is its probability after temperature and filters, as
+        in diffusers: a call with a temperature below 1, top_k or top_p warns of it.
 
         callback_on_step_end(pipe, step, timestep, tensors) is called after every step: step counts all steps, timestep
         those of the block that found masks; tensors holds the named ones (callbacks.step_tensors). It may return None,

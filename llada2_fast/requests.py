@@ -1,63 +1,76 @@
 """What a face is given -> what a decoder takes: prompts, special ids, seeds; all checks that need the model."""
 
 import math
+from collections.abc import Sequence
 from numbers import Integral
 
 import numpy as np
 import torch
 
 from .config import as_float, as_float32, as_temperature
-from .habits import holds_ids, token_ids
+from .habits import as_bool, as_tensor, check_vocabulary, holds_ids, token_ids
 
 
-def split_prompts(inputs, attention_mask=None):
-    """inputs in any accepted form -> list of int64 [n], padding stripped. ValueError for anything else.
+def split_prompts(inputs, attention_mask=None, name="inputs"):
+    """inputs in any accepted form -> list of int64 [n], padding stripped. ValueError, which speaks of `name`, for
+    anything else.
 
-    A tensor or NumPy array [P] or [B, P], of any integer type that int64 holds; or a list of ids, or of such rows.
+    A tensor or NumPy array [P] or [B, P], of any integer type that int64 holds, with a padding_mask of its shape where
+    there is padding; or a list of ids, or of such rows.
     """
     if isinstance(inputs, (torch.Tensor, np.ndarray)):
-        inputs = token_ids("inputs", inputs)
+        inputs = token_ids(name, inputs)
         if inputs.ndim not in (1, 2):
-            raise ValueError(f"inputs: [P] or [B, P] expected, got {list(inputs.shape)}")
-        if attention_mask is not None:
-            if isinstance(attention_mask, np.ndarray):
-                attention_mask = torch.from_numpy(attention_mask)
-            is_tensor = isinstance(attention_mask, torch.Tensor)
-            got = list(attention_mask.shape) if is_tensor else type(attention_mask).__name__
-            if got != list(inputs.shape):
-                raise ValueError(f"attention_mask: a tensor {list(inputs.shape)} expected, got {got}")
+            raise ValueError(f"{name}: [P] or [B, P] expected, got {list(inputs.shape)}")
         rows = inputs if inputs.ndim == 2 else inputs[None]
         if attention_mask is None:
             prompts = list(rows)
         else:
-            masks = attention_mask.reshape(rows.shape).bool()
+            masks = padding_mask(attention_mask, inputs.shape).reshape(rows.shape)
             prompts = [row[keep.to(row.device)] for row, keep in zip(rows, masks, strict=True)]
     else:
         if attention_mask is not None:
-            raise ValueError("attention_mask: only with inputs [P] or [B, P]; a list of lists has no padding")
-        if not isinstance(inputs, (list, tuple)):
-            raise ValueError(f"inputs: a tensor or a list of lists of token ids expected, got {type(inputs).__name__}")
-        one = len(inputs) > 0 and not isinstance(inputs[0], (str, list, tuple)) and not getattr(inputs[0], "ndim", 0)
-        prompts = [_row(ids, i) for i, ids in enumerate([inputs] if one else inputs)]
+            raise ValueError(f"attention_mask: only with {name} [P] or [B, P]; a list of lists has no padding")
+        if not _is_list(inputs):
+            raise ValueError(f"{name}: a tensor or a list of lists of token ids expected, got {type(inputs).__name__}")
+        one = len(inputs) > 0 and not isinstance(inputs[0], Sequence) and not getattr(inputs[0], "ndim", 0)
+        prompts = [_row(f"{name}: prompt {i}", ids) for i, ids in enumerate([inputs] if one else inputs)]
     if not prompts:
-        raise ValueError("inputs: at least one prompt expected, got none")
+        raise ValueError(f"{name}: at least one prompt expected, got none")
     return prompts
 
 
-def _row(ids, i):
-    """The i-th prompt of a list as int64 [n]."""
+def padding_mask(mask, shape):
+    """An attention mask as a bool tensor of this shape, True at tokens, False at padding.
+
+    mask: a tensor, NumPy array or lists of bools or of numbers 0 and 1. ValueError for anything else: an additive mask,
+    where 0 is a token, would leave only the padding.
+    """
+    mask = as_tensor("attention_mask", mask)
+    if mask.shape != shape:
+        raise ValueError(f"attention_mask: a tensor {list(shape)} expected, got {list(mask.shape)}")
+    return as_bool(mask)
+
+
+def _is_list(value):
+    """Of any type, e.g. a range or array.array, but no text."""
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def _row(what, ids):
+    """One prompt of a list as int64 [n]. ValueError, which begins with `what`, for anything else."""
     if isinstance(ids, (torch.Tensor, np.ndarray)):
-        row = token_ids(f"inputs: prompt {i}", ids)
+        row = token_ids(what, ids)
         if row.ndim == 2 and len(row) == 1:
             row = row[0]
         if row.ndim != 1:
-            raise ValueError(f"inputs: prompt {i}: [n] expected, got {list(row.shape)}")
+            raise ValueError(f"{what}: [n] expected, got {list(row.shape)}")
         return row
-    if not isinstance(ids, (list, tuple)):
-        raise ValueError(f"inputs: prompt {i}: a list of token ids expected, got {type(ids).__name__}")
+    if not _is_list(ids):
+        raise ValueError(f"{what}: a list of token ids expected, got {type(ids).__name__}")
     for at, value in enumerate(ids):
         if not (type(value) is int or _is_integer(value)) or not -(2**63) <= int(value) < 2**63:
-            raise ValueError(f"inputs: prompt {i}: an integer token id expected at {at}, got {value!r:.40}")
+            raise ValueError(f"{what}: an integer token id expected at {at}, got {value!r:.40}")
     return torch.tensor([int(value) for value in ids], dtype=torch.int64, device="cpu")
 
 
@@ -111,10 +124,8 @@ def check_fit(config, prompts, params):
 def check_prompts(prompts, gen_length, vocab_size, max_positions, name="inputs"):
     """ValueError if a prompt has ids outside the vocabulary or needs too many positions (None: nothing is known)."""
     for i, prompt in enumerate(prompts):
-        if vocab_size is not None and len(prompt):
-            low, high = int(prompt.min()), int(prompt.max())
-            if low < 0 or high >= vocab_size:
-                raise ValueError(f"{name}: prompt {i} has ids {low}..{high}, some outside 0..{vocab_size - 1}")
+        if vocab_size is not None:
+            check_vocabulary(f"{name}: prompt {i} has", prompt, vocab_size)
         if max_positions is not None and len(prompt) + gen_length > max_positions:
             raise ValueError(
                 f"gen_length={gen_length}: prompt {i} has {len(prompt)} tokens and the model {max_positions} positions"

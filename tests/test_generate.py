@@ -650,7 +650,16 @@ TOGETHER = [
     (dict(inputs=torch.ones(2, 3).long(), attention_mask=torch.ones(2, 4)), "attention_mask", "[2, 4]"),
     (dict(inputs=torch.ones(2, 3).long(), attention_mask=torch.ones(3)), "attention_mask", "[3]"),
     (dict(inputs=torch.ones(3).long(), attention_mask=torch.ones(1, 3)), "attention_mask", "[1, 3]"),
-    (dict(inputs=torch.ones(3).long(), attention_mask=[1, 1, 1]), "attention_mask", "list"),
+    (dict(inputs=torch.ones(3).long(), attention_mask=[1, 1]), "attention_mask", "[2]"),
+    (dict(inputs=torch.ones(1, 3).long(), attention_mask=[[1, 1], [1]]), "attention_mask", "[[1, 1], [1]]"),
+    (dict(inputs=torch.ones(3).long(), attention_mask="111"), "attention_mask", "str"),
+    (dict(inputs=torch.ones(3).long(), attention_mask={"x": 1}), "attention_mask", "dict"),
+    (dict(inputs=torch.ones(3).long(), attention_mask=["1", "1", "1"]), "attention_mask", "['1', '1', '1']"),
+    *[
+        (dict(inputs=torch.ones(3).long(), attention_mask=made([1, odd, 0])), "attention_mask", f"{odd}")
+        for odd in (0.5, 2, -1, NAN, -INF, -1e9)
+        for made in (torch.tensor, np.array, list)
+    ],
     (dict(seed=[1] * 5000), "seed", "[1, 1, 1"),
     (dict(generator=[1] * 5000), "generator", "[1, 1, 1"),
     (dict(settle="x" * 5000), "settle", "'xxx"),
@@ -696,6 +705,18 @@ def test_prompts_of_every_integer_type(inputs):
     wanted = generate(load(), ROWS, eos_id=-1, **SHORT)
     assert torch.equal(generate(load(), inputs, eos_id=-1, **SHORT), wanted)
     assert torch.equal(generate(load(), inputs[0], eos_id=-1, **SHORT), wanted[:1])
+
+
+@pytest.mark.parametrize("given", [
+    lambda mask: mask.bool(), lambda mask: mask.float(), lambda mask: mask.to(torch.uint8), lambda mask: mask.tolist(),
+    lambda mask: mask.bool().tolist(), lambda mask: [*mask], lambda mask: mask.numpy() > 0,
+    lambda mask: mask.numpy().astype(np.float32), lambda mask: np.flip(mask.flip(1).numpy(), 1),
+    lambda mask: mask.numpy().astype(">u2"),
+])  # fmt: skip
+def test_padding_masks_of_every_type(given):
+    ids, mask = torch.tensor([[3, 5, 100], [9, 9, 7]]), torch.tensor([[1, 1, 1], [0, 0, 1]])
+    wanted = generate(load(), ids, attention_mask=mask, eos_id=-1, **SHORT)
+    assert torch.equal(generate(load(), ids, attention_mask=given(mask), eos_id=-1, **SHORT), wanted)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32"])

@@ -3,6 +3,7 @@
 import functools
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -263,8 +264,18 @@ REFUSED = {
     "4D mask of three heads": (
         dict(input_ids=IDS, attention_mask=torch.ones(2, 3, 8, 8).bool()), "attention_mask", "[2, 3, 8, 8]"
     ),
-    "4D mask of zeros and ones": (
-        dict(input_ids=IDS, attention_mask=torch.ones(2, 1, 8, 8).long()), "attention_mask", "int64"
+    "block_length of text": (dict(input_ids=IDS, block_length="8"), "block_length", "'8'"),
+    "ids too large": (dict(input_ids=IDS + 256), "input_ids", "256..256, some outside 0..255"),
+    "ids below 0": (dict(input_ids=IDS.numpy() - 1), "input_ids", "-1..-1, some outside 0..255"),
+    "a dict of positions": (dict(input_ids=IDS, position_ids={}), "position_ids", "dict"),
+    "uneven positions": (dict(input_ids=IDS, position_ids=[[0], [0, 1]]), "position_ids", "[[0], [0, 1]]"),
+    "short positions of NumPy": (dict(input_ids=IDS, position_ids=np.zeros((2, 7))), "position_ids", "[2, 7]"),
+    "a dict of masks": (dict(input_ids=IDS, attention_mask={"full_attention": IDS}), "attention_mask", "dict"),
+    "a mask of text": (dict(input_ids=IDS, attention_mask=[["1"] * 8] * 2), "attention_mask", "'1'"),
+    "a short mask of NumPy": (dict(input_ids=IDS, attention_mask=np.ones((2, 7))), "attention_mask", "[2, 7]"),
+    "a list of a short mask": (dict(input_ids=IDS, attention_mask=[[1] * 7] * 2), "attention_mask", "[2, 7]"),
+    "4D mask of other integers": (
+        dict(input_ids=IDS, attention_mask=torch.full((2, 1, 8, 8), -10000)), "attention_mask", "-10000"
     ),
     "4D mask of other floats": (
         dict(input_ids=IDS, attention_mask=torch.full((2, 1, 8, 8), 0.5)), "attention_mask", "0.5"
@@ -288,6 +299,34 @@ def test_bad_shapes_are_refused_by_name(arguments, name, value):
     with pytest.raises(ValueError) as refused:
         load("tiny")(**arguments)
     assert name in str(refused.value) and value in str(refused.value)
+
+
+AS_OTHERS_GIVE_THEM = {
+    "arrays": lambda x: x.numpy(),
+    "lists": lambda x: x.tolist(),
+    "floats": lambda x: x.numpy() + 0.0,
+}
+
+
+@pytest.mark.parametrize("given", AS_OTHERS_GIVE_THEM.values(), ids=AS_OTHERS_GIVE_THEM.keys())
+def test_masks_and_positions_that_are_no_tensors(given):
+    model, ids = load("tiny"), ids_of("tiny")
+    padding, position = torch.ones_like(ids), torch.arange(32).flip(0)[None]
+    padding[0, :5] = 0
+    square = block_causal_mask(32, 4).long()[None, None]
+    for mask in (padding, square):
+        wanted = model(ids, attention_mask=mask.bool(), position_ids=position).logits
+        assert torch.equal(model(ids.numpy(), attention_mask=given(mask), position_ids=given(position)).logits, wanted)
+    additive = torch.zeros(1, 1, 32, 32).masked_fill(square == 0, float("-inf"))
+    wanted = model(ids, attention_mask=additive).logits
+    assert torch.equal(model(ids, attention_mask=given(additive)).logits, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
+def test_4d_masks_of_integers_zero_and_one_are_read_as_bool(dtype):
+    model, ids = load("tiny"), ids_of("tiny")
+    mask = block_causal_mask(32, 4)[None, None]
+    assert torch.equal(model(ids, attention_mask=mask.to(dtype)).logits, model(ids, attention_mask=mask).logits)
 
 
 def test_arguments_of_other_models_that_change_nothing_are_taken():

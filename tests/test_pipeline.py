@@ -707,6 +707,13 @@ IDS = torch.tensor([[1, 2, 3]])
             {"attention_mask": torch.ones(1, 2)},
             r"`attention_mask` shape \(1, 2\) must match `input_ids` shape \(1, 3\).",
         ),
+        *[
+            ({"attention_mask": made([[1, odd, 0]])}, f"attention_mask: bool, or 0 and 1, expected, got {odd}")
+            for odd in (0.5, 2, -1, float("-inf"), float("nan"))
+            for made in (torch.tensor, np.array, list)
+        ],
+        ({"attention_mask": "111"}, "`attention_mask`: .* expected, got str"),
+        ({"attention_mask": [[1], [1, 1]]}, r"`attention_mask`: .* expected, got \[\[1\], \[1, 1\]\]"),
         ({"callback_on_step_end_tensor_inputs": ["latents"]}, r"has to be in \[.*\], but found \['latents'\]"),
         ({"callback_on_step_end": 3}, "`callback_on_step_end` must be callable, got 3."),
         ({"generator": [torch.Generator()] * 2}, "generator=.*one for each of 1 rows"),
@@ -733,6 +740,8 @@ def test_ids_of_other_integers_and_of_numpy(tiny):
     wanted = call(pipe, input_ids=ids, attention_mask=mask).sequences
     for given in (ids.int(), ids.numpy(), ids.numpy().astype("uint16")):
         assert torch.equal(call(pipe, input_ids=given, attention_mask=mask.numpy()).sequences, wanted)
+    for given in (mask.tolist(), mask.float(), mask.bool(), mask.numpy() > 0, mask.bool().tolist()):
+        assert torch.equal(call(pipe, input_ids=ids, attention_mask=given).sequences, wanted)
     counted = call(pipe, input_ids=ids, attention_mask=mask, gen_length=np.int64(21), eos_token_id=np.int32(EOS))
     assert torch.equal(counted.sequences, call(pipe, input_ids=ids, attention_mask=mask, eos_token_id=EOS).sequences)
 

@@ -5,6 +5,7 @@ import json
 import shutil
 import threading
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -143,6 +144,14 @@ def test_prompts_of_other_integers_and_of_numpy(tiny):
     for prompts in (ids.int(), ids.numpy(), ids.numpy().astype("uint16")):
         out = tiny.generate(prompts, attention_mask=torch.ones_like(ids).numpy(), max_new_tokens=8)
         assert torch.equal(out, wanted) and out.dtype == torch.int64
+
+
+def test_masks_of_several_answers_may_be_lists(tiny):
+    ids, mask = torch.tensor([[3, 5, 200], [7, 9, 9]]), torch.tensor([[0, 1, 1], [1, 1, 1]])
+    more = dict(max_new_tokens=8, num_return_sequences=2, do_sample=True, seed=3)
+    wanted = tiny.generate(ids, attention_mask=mask, **more)
+    for same in (mask.tolist(), mask.numpy(), mask.bool().tolist(), mask.float()):
+        assert torch.equal(tiny.generate(ids, attention_mask=same, **more), wanted)
 
 
 def test_empty_processors_change_nothing(tiny):
@@ -292,6 +301,11 @@ def test_neutral_values_are_accepted_and_nothing_is_changed(tiny):
     ({"threshold": -1}, "threshold=-1"),
     ({"input_ids": torch.ones(1, 2, dtype=torch.int64)}, "input_ids: give it or inputs"),
     ({"attention_mask": torch.ones(1, 3)}, "attention_mask"),
+    ({"attention_mask": "1" * 12}, "attention_mask: .* got str"),
+    *[({"attention_mask": made([[odd] * 12])} | more, f"attention_mask: bool, or 0 and 1, expected, got {odd}")
+      for odd in (0.5, 2, -1, float("-inf"), float("nan")) for made in (torch.tensor, np.array, list)
+      for more in ({}, {"num_return_sequences": 2, "do_sample": True})],
+    ({"pad_token_id": 10**6}, "pad_id=1000000: expected an id in 0.."),
     ({"streamer": TextDiffusionStreamer(None), "inputs": torch.ones(2, 3, dtype=torch.int64)}, "streamer: .* not 2"),
     ({"inputs": torch.ones(3, dtype=torch.int64)}, r"inputs: a tensor \[B, P\]"),
     ({"inputs": [[1, 2]]}, r"inputs: a tensor \[B, P\] of token ids expected, got list"),

@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput
 
 from ...config import DecodeParams
 from ...habits import GENERATING, is_neutral, token_ids
+from ...requests import padding_mask
 
 # The model cards' names for settings of a GenerationConfig.
 _CARD_NAMES = {
@@ -186,15 +187,13 @@ def _prompts(inputs, input_ids, attention_mask, config):
         got = list(getattr(ids, "shape", ())) or type(ids).__name__
         raise ValueError(f"inputs: a tensor [B, P] of token ids expected, got {got}")
     ids = token_ids("inputs", ids)
-    if isinstance(attention_mask, np.ndarray):
-        attention_mask = torch.from_numpy(attention_mask)
+    mask = None if attention_mask is None else padding_mask(attention_mask, ids.shape)
     copies = 1 if config.num_return_sequences is None else config.num_return_sequences
     if type(copies) is not int or copies < 1:  # that several are sampled is for GenerationConfig to see to
         raise ValueError(f"num_return_sequences={copies!r:.80}: expected an integer >= 1")
     if copies == 1:
-        return ids, attention_mask
-    mask = attention_mask if attention_mask is None else attention_mask.repeat_interleave(copies, 0)
-    return ids.repeat_interleave(copies, 0), mask
+        return ids, mask
+    return ids.repeat_interleave(copies, 0), mask if mask is None else mask.repeat_interleave(copies, 0)
 
 
 def _new_tokens(config, prompt):
