@@ -54,7 +54,7 @@ def _bad(name, value, allowed):
     return ValueError(f"{name}={value!r:.80}: expected {allowed}")
 
 
-def _int(name, value, low, high=_INT_MAX):
+def as_int(name, value, low, high=_INT_MAX):
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not low <= value <= high:
         too_large = isinstance(value, numbers.Integral) and value > high
         limits = f">= {low}" if high == _INT_MAX and not too_large else f"in {low}..{high}"
@@ -196,7 +196,7 @@ class ModelConfig:
         for name in ("use_qk_norm", "use_qkv_bias", "use_bias", "tie_word_embeddings"):
             _check(self, name, _bool)
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "block_size"):
-            _check(self, name, _int, 1)
+            _check(self, name, as_int, 1)
         for name in ("routed_scaling_factor", "rms_norm_eps", "rope_theta", "rope_factor"):
             _check(self, name, as_float, "above 0 and finite", lambda x: 0 < x < math.inf)
         if self.dtype is not None:
@@ -209,18 +209,18 @@ class ModelConfig:
         self._check_special_ids()
 
     def _check_widths(self):
-        _check(self, "first_k_dense_replace", _int, 0, self.num_hidden_layers)
+        _check(self, "first_k_dense_replace", as_int, 0, self.num_hidden_layers)
         if self.intermediate_size is not None or self.first_k_dense_replace > 0:
-            _check(self, "intermediate_size", _int, 1)
+            _check(self, "intermediate_size", as_int, 1)
         if self.moe_intermediate_size is not None or self.first_k_dense_replace < self.num_hidden_layers:
-            _check(self, "moe_intermediate_size", _int, 1)
+            _check(self, "moe_intermediate_size", as_int, 1)
 
     def _check_heads(self):
-        _check(self, "num_attention_heads", _int, 1)
+        _check(self, "num_attention_heads", as_int, 1)
         heads = self.num_attention_heads
         if self.num_key_value_heads is None:
             _set(self, "num_key_value_heads", 0)
-        _check(self, "num_key_value_heads", _int, 0)
+        _check(self, "num_key_value_heads", as_int, 0)
         if self.num_key_value_heads == 0:
             _set(self, "num_key_value_heads", heads)
         if heads % self.num_key_value_heads:
@@ -229,7 +229,7 @@ class ModelConfig:
             if self.hidden_size % heads:
                 raise _bad("num_attention_heads", heads, f"a divisor of hidden_size={self.hidden_size}, or a head_dim")
             _set(self, "head_dim", self.hidden_size // heads)
-        _check(self, "head_dim", _int, 1)
+        _check(self, "head_dim", as_int, 1)
         _check(self, "partial_rotary_factor", as_float, "in (0, 1]", lambda x: 0 < x <= 1)
         if self.rotary_dim < 2 or self.rotary_dim % 2:
             allowed = f"an even number >= 2 of the head_dim={self.head_dim} dimensions, not {self.rotary_dim}"
@@ -237,11 +237,11 @@ class ModelConfig:
 
     def _check_experts(self):
         for name in ("num_experts", "num_experts_per_tok", "n_group", "topk_group"):
-            _check(self, name, _int, 1)
-        _check(self, "num_shared_experts", _int, 0)
+            _check(self, name, as_int, 1)
+        _check(self, "num_shared_experts", as_int, 0)
         experts, top_k = self.num_experts, self.num_experts_per_tok
         if self.expert_capacity is not None:
-            _check(self, "expert_capacity", _int, 1, experts)
+            _check(self, "expert_capacity", as_int, 1, experts)
             if top_k > self.expert_capacity:
                 raise _bad("num_experts_per_tok", top_k, f"at most expert_capacity={self.expert_capacity}")
             return
@@ -257,7 +257,7 @@ class ModelConfig:
     def _check_special_ids(self):
         for name in ("pad_token_id", "mask_token_id", "delete_token_id", "split_token_id"):
             if getattr(self, name) is not None:
-                _check(self, name, _int, 0, self.vocab_size - 1)
+                _check(self, name, as_int, 0, self.vocab_size - 1)
         if self.eos_token_id is not None:
             ids = as_ids("eos_token_id", self.eos_token_id)
             _set(self, "eos_token_id", tuple(i for i in ids if 0 <= i < self.vocab_size) or None)
@@ -348,10 +348,10 @@ def _quantization(table):
 
 
 def as_ids(name, value):
-    """A tuple of ints from one int or a sequence, array or tensor of them."""
+    """A tuple of ints from one int or a sequence, set, array or tensor of them."""
     value = value.tolist() if hasattr(value, "tolist") else value
-    values = value if isinstance(value, (tuple, list)) else (value,)
-    return tuple(_int(name, v, -_INT64, _INT64 - 1) for v in values)
+    values = value if isinstance(value, (tuple, list, set, frozenset)) else (value,)
+    return tuple(as_int(name, v, -_INT64, _INT64 - 1) for v in values)
 
 
 def _merge(name, value, other_name, other):
@@ -424,11 +424,11 @@ class DecodeParams:
 
     def __post_init__(self):
         for name in ("gen_length", "steps", "minimal_topk", "num_to_transfer"):
-            _check(self, name, _int, 1)
-        _check(self, "max_post_steps", _int, 0)
+            _check(self, name, as_int, 1)
+        _check(self, "max_post_steps", as_int, 0)
         for name, low in (("block_length", 1), ("top_k", 0), ("mask_id", 0), ("pad_id", 0)):
             if getattr(self, name) is not None:
-                _check(self, name, _int, low)
+                _check(self, name, as_int, low)
         _set(self, "top_k", self.top_k or None)
         _check(self, "temperature", as_float, f">= 0 and at most {_FLOAT32.max:.4g}", lambda x: 0 <= x <= _FLOAT32.max)
         _set(self, "temperature", as_temperature(self.temperature))
@@ -445,7 +445,7 @@ class DecodeParams:
         if self.eos_ids is not None:
             _set(self, "eos_ids", as_ids("eos_ids", self.eos_ids))
         if self.seed is not None:
-            _check(self, "seed", _int, -_INT64, _INT64 - 1)
+            _check(self, "seed", as_int, -_INT64, _INT64 - 1)
         _check(self, "sampling_method", _choice, SAMPLING_METHODS)
         _check(self, "profile", _choice, PROFILES)
         self._check_profile()
@@ -499,9 +499,9 @@ class EngineConfig:
     def __post_init__(self):
         for name, low in (("block_length", 1), ("mask_id", 0)):
             if getattr(self, name) is not None:
-                _check(self, name, _int, low)
+                _check(self, name, as_int, low)
         for name in ("max_running", "max_waiting", "cache_tokens", "prefill_tokens", "max_eos_ids"):
-            _check(self, name, _int, 1)
+            _check(self, name, as_int, 1)
         if self.trace is None:
             _set(self, "trace", not self.graphs)
         for name in ("share_prefixes", "trace", "graphs"):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from . import checkpoint, habits
-from .config import DTYPES, ModelConfig, _int, find_device
+from .config import DTYPES, ModelConfig, as_int, find_device
 from .conversion import KeepsFloat8, NeverNarrower
 from .kernels._ambient import isolated, lasting
 from .kernels.attention import block_attention, masked_attention, place_blocks, single_blocks
@@ -403,7 +403,7 @@ class LLaDA2Model(nn.Module):
             habits.check_vocabulary("input_ids: there are", input_ids, self.config.vocab_size)
         input_ids = input_ids.to(self.device)
         batch, size = input_ids.shape
-        block_length = self.block_length if block_length is None else _int("block_length", block_length, 1)
+        block_length = self.block_length if block_length is None else as_int("block_length", block_length, 1)
         if position_ids is None:
             position_ids = torch.arange(size, device=input_ids.device)[None]
         position_ids = habits.as_tensor("position_ids", position_ids).to(self.device)

@@ -1,11 +1,13 @@
 """Engine: add requests, step, read events. All requests share one BlockDecoder, the refinement loop of the project."""
 
+import math
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 from ..cache import PagedKVCache, content_keys
-from ..config import DecodeParams, EngineConfig
+from ..config import DecodeParams, EngineConfig, as_float, as_ids
 from ..decoder import BlockDecoder, CachedForward, GraphedForward, row_rules
 from ..requests import check_fit, resolve_ids, row_seed, row_seeds, split_prompts
 from .delivery import commit_block, draft_block, make_output, stops_inside
@@ -56,13 +58,16 @@ class Engine:
     def add_request(self, prompt_ids, params=DEFAULTS, *, request_id=None, priority=0, stop=(), stop_token_ids=()):
         """Let a request wait for its turn; returns its handle, a Request.
 
-        prompt_ids: ints, or a tensor or array [n] of them; params: DecodeParams; priority: higher goes first; stop: a
-        string or several that end the text, not part of it; stop_token_ids: ids that end the tokens, part of them.
+        prompt_ids: ints, or a tensor or array [n] of them; params: DecodeParams; priority: a finite number, higher goes
+        first; stop: a string or several that end the text, not part of it; stop_token_ids: ids that end the tokens,
+        part of them.
         Stops count as soon as they are committed and no mask is left before them; with editing on, when their block
         ends.
         Raises ValueError for what can never be done, QueueFull if too many requests wait.
         """
         check_params(params)
+        as_float("priority", priority, "that is finite", math.isfinite)
+        stop_token_ids = () if stop_token_ids is None else as_ids("stop_token_ids", stop_token_ids)
         self._arrivals += 1
         request_id = f"request-{self._arrivals}" if request_id is None else request_id
         if request_id in self.requests:
@@ -131,9 +136,12 @@ class Engine:
     def generate(self, prompts, params=DEFAULTS, **options):
         """RequestOutputs of several prompts, in their order; one that failed has its `error` set.
 
+        prompts: a list of what add_request takes, a tensor or array [B, n], or one prompt of either kind.
         params: one DecodeParams for all, whose seed each prompt but the first mixes with its number, or one for each;
         options: as of add_request. More prompts than may wait are added as there is room.
         """
+        if not (isinstance(prompts, (list, tuple)) and not prompts):
+            prompts = split_prompts(prompts, name="prompts")
         each = self._params_of_each(params, len(prompts))
         handles = []
         try:
@@ -227,16 +235,17 @@ class Engine:
         return [replace(params, seed=row_seed(params.seed, i)) for i in range(count)]
 
     def _check_prompt(self, prompt_ids, params):
-        prompts = split_prompts(prompt_ids if hasattr(prompt_ids, "ndim") else [list(prompt_ids)])
+        prompts = split_prompts([prompt_ids] if isinstance(prompt_ids, Sequence) else prompt_ids, name="prompt_ids")
         if len(prompts) != 1:
             raise ValueError(f"prompt_ids: one prompt expected, got {len(prompts)}")
         check_fit(self.model.config, prompts, params)
         return prompts[0].tolist()
 
     def _text_stream(self, stop):
-        stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        if not all(isinstance(text, str) and text for text in stop):
+        stop = () if stop is None else (stop,) if isinstance(stop, str) else stop
+        several = isinstance(stop, (list, tuple, set, frozenset))
+        if not several or not all(isinstance(text, str) and text for text in stop):
             raise ValueError(f"stop={stop!r:.80}: expected strings that are not empty")
         if stop and self.tokenizer is None:
             raise ValueError(f"stop={stop!r:.80}: stop strings need an Engine with a tokenizer")
-        return None if self.tokenizer is None else TextStream(self.tokenizer, stop)
+        return None if self.tokenizer is None else TextStream(self.tokenizer, tuple(stop))

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import BatchEncoding
 
 from llada2_fast.config import PRESETS, DecodeParams, EngineConfig
 from llada2_fast.demo import tasks
@@ -315,7 +316,19 @@ def test_a_stop_that_never_comes_changes_nothing():
     "prompt, params, options, message",
     [
         ([1, VOCAB], {}, {}, "outside 0..23"),
-        ([[1], [2]], {}, {}, "inputs"),
+        ([[1], [2]], {}, {}, "^prompt_ids: "),
+        (None, {}, {}, "^prompt_ids: .*NoneType"),
+        (5, {}, {}, "^prompt_ids: .*int"),
+        ("text", {}, {}, "^prompt_ids: .*str"),
+        ({"input_ids": [1]}, {}, {}, "^prompt_ids: .*dict"),
+        (torch.tensor(5), {}, {}, r"^prompt_ids: .*\[\]"),
+        ([1], dict(pad_id=VOCAB), {}, f"pad_id={VOCAB}: expected an id in 0..23"),
+        *[([1], {}, dict(priority=value), f"^priority={value!r}: expected a number that is finite")
+          for value in ("x", None, True, float("nan"), float("inf"))],
+        ([1], {}, dict(stop_token_ids="x"), "^stop_token_ids='x'"),
+        ([1], {}, dict(stop_token_ids=[1, 1.5]), "^stop_token_ids=1.5"),
+        ([1], {}, dict(stop=5), "^stop=5: expected strings"),
+        ([1], {}, dict(stop=[5]), r"^stop=\[5\]: expected strings"),
         ([*[1] * 5000, 1.5], {}, {}, "an integer token id expected at 5000, got 1.5$"),
         ([1], dict(gen_length=600), {}, "512 positions"),
         ([1], dict(gen_length=300), {}, "76 pages of 4 tokens are needed, the whole cache has 64"),
@@ -376,6 +389,36 @@ def test_prompts_are_lists_tensors_or_arrays():
                torch.tensor(array), [*torch.tensor(array)]]  # fmt: skip
     first, *others = engine.generate(prompts, PARAMS[0])
     assert all(output.token_ids == first.token_ids and output.prompt_length == 3 for output in others)
+
+
+@pytest.mark.parametrize("prompts", [
+    [4, 5, 6], (4, 5, 6), range(4, 7), np.array([4, 5, 6]), torch.tensor([4, 5, 6]), [*torch.tensor([4, 5, 6])],
+    torch.tensor([[4, 5, 6]]), [range(4, 7)],
+], ids=repr)  # fmt: skip
+def test_one_prompt_may_be_given_as_it_is(prompts):
+    (output,) = small_engine().generate(prompts, PARAMS[0])
+    assert_as_alone(output, random_model(), [4, 5, 6], PARAMS[0])
+    assert small_engine().generate([], PARAMS[0]) == []
+
+
+@pytest.mark.parametrize("prompts", [
+    None, 5, "text", ["text"], {"input_ids": [[4, 5]]}, BatchEncoding({"input_ids": [[4, 5]]}), torch.tensor(4),
+    np.array(4), [[4], 5], [4, [5]], [None], [[4], {"input_ids": [5]}], torch.ones(3), torch.ones(1, 1, 3).long(),
+], ids=repr)  # fmt: skip
+def test_what_is_no_prompt_is_refused_by_name(prompts):
+    engine = small_engine()
+    with pytest.raises(ValueError, match="^prompts: "):
+        engine.generate(prompts, PARAMS[0])
+    assert_empty(engine)
+
+
+def test_arguments_that_say_nothing_and_priorities_of_every_kind():
+    engine = small_engine()
+    for priority in (0, -2, 0.5, np.int64(3), np.float32(1)):
+        request = engine.add_request([4, 5], PARAMS[0], priority=priority, stop=None, stop_token_ids=None)
+        assert request.priority == priority and not request.has_stops
+    assert engine.add_request([4, 5], PARAMS[0], stop_token_ids=np.array([7])).stop_ids == {7}
+    assert engine.add_request([4, 5], PARAMS[0], stop_token_ids={7, 8}).stop_ids == {7, 8}
 
 
 def test_prompts_of_a_call_with_one_seed_draw_as_rows_of_generate_do():
