@@ -363,7 +363,6 @@ def test_from_pretrained_and_save_pretrained_take_what_changes_nothing(tmp_path)
     ({"quantization_config": {"bits": 4}}, r"quantization_config={'bits': 4}"),
     ({"use_safetensors": False}, "use_safetensors=False"),
     ({"attn_implementation": "paged"}, "attn_implementation='paged'"),
-    ({"subfolder": "x"}, "subfolder='x'"),
     ({"progres": False}, "progres=False: .*; expected none such"),
     ({"max_memory": {0: "1GB"}}, "max_memory="),
     ({"tp_plan": "auto"}, "tp_plan='auto'"),
