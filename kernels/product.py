@@ -4,13 +4,16 @@
 
 A library may round a row by how many there are: small heights have kernels of their own, several threads cut the rows
 or add up K in another way. What this machine's libraries do is found by a probe, for each shape, type and number of
-threads: the heights at which random rows come out as they do among 512. A product of another height is padded to the
-next of them. Measured in float32, one and two threads, K from 10 to 2048:
+threads: the heights at which rows come out as they do among 512. A product of another height is padded to the next of
+them. Measured with one and two threads, K from 10 to 2048:
 
-    oneDNN, AVX-512                   any height from 2 on
-    MKL, AMD, one thread              from 4 on for most shapes, from 17 on for some; two threads: some of 4, 8, 12 ..
-    MKL, Intel AVX-512                from 3 on at K = 64, from 16 on at K = 2048; with two threads no height there
-    the same under MKL_CBWR=AVX512,STRICT   any height
+    float32, oneDNN, AMD              any height from 2 on, also with its AVX2 and SSE kernels
+    float32, MKL, AMD                 from 4 on for most shapes, from 17 on for some; two threads: 4, 8, from 12 on
+    float32, MKL, Intel AVX-512       from 3 on at K = 64, from 16 on at K = 2048; two threads: none there
+      under MKL_CBWR=AVX512,STRICT    any height
+    bfloat16, oneDNN, AMD             any height from 2 on; PyTorch, which computes small products itself, from 3 or 5 on
+                                      or at no height where N and K are below 32
+    bfloat16, Intel AMX               hardly any height at K >= 512; all under ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16
 
 Where no height will do nothing is padded and `Rows.least` is None: there a row's bits depend on its batch. On a GPU
 products of 16 bits and float32 are cuBLAS's, which picks kernels by M.

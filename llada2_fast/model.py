@@ -478,10 +478,9 @@ class LLaDA2Model(nn.Module):
         if read is None:
             return self.norm.add(x, delta)[1]
         layer, k, v = last
-        own = torch.tensor(read.blocks, dtype=torch.int64, device=x.device)[:, None] * length
-        own = (
-            own + torch.arange(length, dtype=torch.int64, device=x.device)
-        ).flatten()  # tokens of the blocks that are read
+        begins = torch.tensor(read.blocks, dtype=torch.int64, device=x.device)[:, None] * length
+        offsets = torch.arange(length, dtype=torch.int64, device=x.device)
+        own = (begins + offsets).flatten()  # tokens of the blocks that are read
         blocks, _ = place_blocks(single_blocks(runs, read.blocks), length, x)
         if block is None:
             within, after = read.rows, slice(None)
