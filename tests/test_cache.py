@@ -1,6 +1,7 @@
 """The paged cache: its bookkeeping against a plain model of it, and cached forwards against whole ones."""
 
 import functools
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from llada2_fast.cache import PagedKVCache
 from llada2_fast.config import ModelConfig
+from llada2_fast.kernels._triton import force_ops
 from llada2_fast.kernels.attention import Run
-from llada2_fast.model import LLaDA2Model
+from llada2_fast.model import LLaDA2Model, Read
+from tests.kernels.interpreter import interpreted
 
 GOLDEN = Path(__file__).parent / "golden"
 SMALL = ModelConfig(
@@ -195,3 +198,23 @@ def test_positions_beyond_the_limit_do_not_exist(name):
         hidden = model.forward_blocks(tokens, torch.arange(16), [Run((1, 0), 0, 2, 13)], new_cache(model, 2, length))
         torch.testing.assert_close(model.lm_logits(hidden)[:13], wanted, atol=NEAR, rtol=0)
         assert hidden.isfinite().all()
+
+
+@pytest.mark.parametrize("ops", ["torch", "triton"])
+@pytest.mark.parametrize("name", ["tiny", "block22"])  # experts by token, and by block
+@pytest.mark.parametrize("reads", [{1: (0, 5), 3: (7,)}, {0: range(8), 3: range(8)}, {2: (3,)}, {}], ids=str)
+def test_what_is_read_and_written_does_not_depend_on_what_else_is_read(name, ops, reads):
+    """reads: {block of the four that are forwarded: offsets}; a prompt's two blocks, and two rows' active ones."""
+    model, length = load(name), 8
+    tokens = torch.randint(model.config.vocab_size, (32,), generator=torch.Generator().manual_seed(3))
+    positions = torch.cat((torch.arange(16), torch.arange(16)))
+    runs = [Run((0, 1), 0, 2, 16), Run((2, 3), 0, 2, 16)]
+    rows = [i * length + offset for i, offsets in enumerate(reads.values()) for offset in offsets]
+    read = Read(list(reads), torch.tensor(rows, dtype=torch.int64))
+    with force_ops(ops), interpreted() if ops == "triton" else nullcontext():
+        whole, part = new_cache(model, 4, length), new_cache(model, 4, length)
+        everything = model.forward_blocks(tokens, positions, runs, whole)
+        some = model.forward_blocks(tokens, positions, runs, part, read)
+    wanted = everything[[block * length + offset for block, offsets in reads.items() for offset in offsets]]
+    torch.testing.assert_close(some, wanted, atol=0 if ops == "torch" and model.exact_rows else NEAR, rtol=0)
+    assert torch.equal(part.k, whole.k) and torch.equal(part.v, whole.v)
