@@ -67,7 +67,6 @@ def resolve(
         raise CheckpointError(f"{name}: is a file; expected the folder of a checkpoint")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise CheckpointError(f"{name}: no such folder, and not the id of a hub repository (owner/name)")
-    import httpx
     from huggingface_hub import errors, snapshot_download
 
     def snapshot(local_files_only):
@@ -77,7 +76,8 @@ def resolve(
             ignore_patterns=None if subfolders else [(below / "*/*").as_posix()],
         ))  # fmt: skip
 
-    failures = (errors.HfHubHTTPError, errors.HFValidationError, httpx.HTTPError, OSError)
+    # bases: OSError and what the hub's own HTTP library raises, httpx or with huggingface_hub 2 httpx2
+    failures = (*errors.HfHubHTTPError.__bases__, errors.HFValidationError)
     try:
         return _existing(snapshot(bool(local_files_only)) / below)
     except failures as error:
