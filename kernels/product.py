@@ -11,8 +11,8 @@ them. Measured with one and two threads, K from 10 to 2048:
     float32, MKL, AMD                 from 4 on for most shapes, from 17 on for some; two threads: 4, 8, from 12 on
     float32, MKL, Intel AVX-512       from 3 on at K = 64, from 16 on at K = 2048; two threads: none there
       under MKL_CBWR=AVX512,STRICT    any height
-    bfloat16, oneDNN, AMD             any height from 2 on; PyTorch, which computes small products itself, from 3 or 5 on
-                                      or at no height where N and K are below 32
+    bfloat16, oneDNN, AMD             any height from 2 on; PyTorch, which computes small products itself, from 3 or 5
+                                      on, or at no height where N and K are below 32
     bfloat16, Intel AMX               hardly any height at K >= 512; all under ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16
 
 Where no height will do nothing is padded and `Rows.least` is None: there a row's bits depend on its batch. On a GPU
