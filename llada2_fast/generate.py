@@ -8,7 +8,7 @@ from . import habits
 from .cache import PagedKVCache
 from .config import DecodeParams
 from .decoder import BlockDecoder, CachedForward, Counters, GraphedForward, power_of_two, run
-from .requests import check_fit, plain_integers, resolve_ids, row_seeds, split_prompts
+from .requests import check_fit, resolve_ids, row_seeds, split_prompts
 from .trace import Trace
 
 
@@ -100,7 +100,7 @@ def generate(
     habits.refuse("generate", others, habits.GENERATING | {"do_sample": (params.temperature > 0,)})
     mask, eos, pad = resolve_ids(model, params)
     check_fit(model.config, prompts, params)
-    seeds = row_seeds(plain_integers(seed), generator, len(prompts), params.draws)
+    seeds = row_seeds(seed, generator, len(prompts), params.draws)
     length = params.block_length or model.block_length
     blocks = [-(-(len(p) + params.gen_length) // length) for p in prompts]
     if graphs:

@@ -138,7 +138,7 @@ def row_seeds(seed, generator, count, draws=True):
     draws=False, no row draws a token: torch's own generator is left alone, and the seeds are 0.
     """
     if seed is not None:
-        given = seed.tolist() if hasattr(seed, "tolist") else seed  # of NumPy or torch
+        given = plain_integers(seed.tolist() if isinstance(seed, torch.Tensor) else seed)
         several = isinstance(given, (list, tuple))
         seeds = list(given) if several else [given]
         fit = all(type(s) is int and -(2**63) <= s < 2**63 for s in seeds)
