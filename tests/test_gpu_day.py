@@ -1,0 +1,134 @@
+"""The day on a GPU, tried on a CPU: nothing that a phase or a check does ends the others."""
+
+import json
+import os
+import signal
+import sys
+import time
+from functools import partial
+
+import pytest
+import torch
+
+from benchmarks import first_light, gpu_day
+from benchmarks.apart import apart
+from benchmarks.gpu_day import Day, Phase
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def script(name, text, limit=60.0, **more):
+    return Phase(name, limit, [sys.executable, "-c", text], **more)
+
+
+def run(folder, *phases, seconds=60.0):
+    """Whether none failed; lines by phase."""
+    day = Day(folder, time.monotonic() + seconds)
+    passed = day.run(phases)
+    lines = {line["phase"]: line for line in lines_of(folder / "day.jsonl") if "phase" in line}
+    assert lines.keys() == {phase.name for phase in phases}
+    return passed, lines
+
+
+# processes
+
+
+def _interrupted():
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def _printing(text):
+    os.write(1, text.encode())
+    raise ArithmeticError("two\n  lines")
+
+
+def test_a_call_apart_returns_raises_dies_or_hangs():
+    assert apart(partial(max, 3, 4), 60) == (4, None, "")
+    value, error, output = apart(partial(_printing, "seen"), 60)
+    assert value is None and error == "ArithmeticError: two lines"
+    assert output.startswith("seen") and "in _printing" in output
+    assert apart(partial(time.sleep, 60), 0.5).error == "killed after 0.5 s"
+    assert apart(_interrupted, 60).error == f"ended with {-signal.SIGSEGV}"
+
+
+def test_a_failed_check_of_first_light_costs_no_other(tmp_path, capsys):
+    lines = first_light.run(["nonsense", "gate norm"], dry=True, jobs=2, limit=120, out=tmp_path / "day.jsonl")
+    assert [line["ok"] for line in lines] == [False, True] and lines[1]["relative_error"] < 1e-2
+    assert lines[0]["error"] == "KeyError: 'nonsense'" and "Traceback" in lines[0]["output"]
+    assert sorted(line["check"] for line in lines_of(tmp_path / "day.jsonl")) == ["gate norm", "nonsense"]
+    assert "FAILED nonsense" in capsys.readouterr().out
+
+
+# phases
+
+
+def test_what_hangs_dies_or_fails_ends_no_other_phase(tmp_path, capsys):
+    hangs = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('in it'); time.sleep(99)"
+    passed, lines = run(
+        tmp_path,
+        script("hangs", hangs, limit=4.0, beside="checks"),
+        script("dies", "import os; os.kill(os.getpid(), 11)", beside="checks"),
+        script("raises", "1 / 0"),
+        Phase("missing", 60.0, ["no-such-command"]),
+        script("fine", "print('so far {minutes}', 'x' * 300)"),
+    )
+    assert not passed and {name for name, line in lines.items() if line["ok"]} == {"fine"}
+    assert lines["hangs"]["error"] == "killed after 4 s" and 3.5 < lines["hangs"]["seconds"] < 30
+    assert lines["dies"]["error"] == "exit code -11" and lines["raises"]["error"] == "exit code 1"
+    assert "no-such-command" in lines["missing"]["error"] and lines["fine"]["error"] is None
+    log = (tmp_path / "log.txt").read_text("utf-8")
+    assert "hangs    in it" in log and "ZeroDivisionError" in log and "x" * 300 in log
+    assert max(map(len, capsys.readouterr().out.splitlines())) == gpu_day.WIDTH
+
+
+def test_a_command_is_told_the_minutes_it_has(tmp_path):
+    run(tmp_path, script("short", "print('told {minutes}')", limit=40.0), script("rest", "print('told {minutes}')"))
+    told = [
+        float(text.split()[-1]) for text in (tmp_path / "log.txt").read_text("utf-8").splitlines() if " told " in text
+    ]
+    assert told == pytest.approx([(40 - gpu_day.GRACE_S) / 60, (60 - gpu_day.GRACE_S) / 60], abs=0.1)
+
+
+def test_a_phase_that_loses_the_device_is_started_again(tmp_path):
+    lost = "import pathlib, sys; p = pathlib.Path(r'{}'); p.mkdir() if not p.is_dir() else sys.exit(0); sys.exit(3)"
+    passed, lines = run(tmp_path, script("lost", lost.format(tmp_path / "once")))
+    assert passed and lines["lost"]["starts"] == 2 and lines["lost"]["error"] is None
+
+
+def test_what_the_time_is_over_for_is_left_out_and_said(tmp_path):
+    started = time.monotonic()
+    passed, lines = run(tmp_path, script("long", "import time; time.sleep(99)"), script("late", "1"), seconds=4.0)
+    assert not passed and time.monotonic() - started < 30
+    assert lines["long"]["error"].startswith("killed after") and lines["late"]["error"] == gpu_day.OUT_OF_TIME
+    assert lines["late"]["starts"] == 0 and lines["late"]["ok"]
+
+
+def test_every_failed_test_has_a_line(tmp_path):
+    (tmp_path / "test_some.py").write_text("def test_a():\n    assert 1 == 2\n\ndef test_b():\n    pass\n", "utf-8")
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junit-xml={tmp_path / 'junit.xml'}"]
+    passed, lines = run(
+        tmp_path, Phase("tests", 60.0, [*words, str(tmp_path / "test_some.py"), "--rootdir", str(tmp_path)])
+    )
+    failed = [line for line in lines_of(tmp_path / "day.jsonl") if "test" in line]
+    assert not passed and len(failed) == 1
+    assert failed[0]["test"].endswith("test_a") and "assert 1 == 2" in failed[0]["error"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_it_says_so_in_a_line_and_exits_2(capsys, tmp_path):
+    for main, arguments in ((gpu_day.main, ["--out", str(tmp_path / "day")]), (first_light.main, [])):
+        assert main(arguments) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and len(err.splitlines()) == 1 and "needs a CUDA device" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_phases_and_checks_are_refused(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        gpu_day.main(["--dry-run", "--out", str(tmp_path / "day"), "--only", "light,speed"])
+    assert "--only speed: expected some of prewarm, light, tests" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        first_light.main(["--dry-run", "--only", "speed"])
+    assert "--only speed: expected parts of versions, gate refine" in capsys.readouterr().err
