@@ -71,15 +71,9 @@ test-hosts: $(VENV)/.installed-hosts
 test-gpu: $(VENV)/.installed-test
 	@$(BIN)/python -m pytest -q -m gpu
 
-# Small sizes: tools are slow. Without PyTorch's memory pool each tensor is bounded by itself; graphs cannot do without.
 sanitize: $(VENV)/.installed-test
 	@command -v compute-sanitizer >/dev/null || { echo "sanitize: needs compute-sanitizer (CUDA toolkit), found none"; exit 2; }
-	@for tool in memcheck racecheck; do \
-		echo "compute-sanitizer $$tool"; \
-		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --target-processes all --error-exitcode 1 \
-			$(BIN)/python -m pytest -q -m gpu --timeout 3600 $(patsubst %,tests/kernels/test_%.py,refine attention moe advance) \
-			-k "parity_on_a_gpu or uneven or 33-2048 or (2-7-contiguous and bfloat16) or rows_give" || exit 1; \
-	done
+	@$(BIN)/python -m benchmarks.gpu_day --only memcheck,racecheck --minutes 60 --out build/sanitize
 
 check: $(VENV)/.installed-test
 	@$(BIN)/ruff check .
