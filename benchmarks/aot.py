@@ -27,10 +27,11 @@ import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction, mangle_type
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from llada2_fast.kernels import advance, attention, candidates, fp8, moe, norm, refine, rope, router
+from llada2_fast.kernels._ambient import settle_key
 from llada2_fast.kernels._triton import force_ops
 from llada2_fast.kernels.gemm import Scaled
 
@@ -244,31 +245,24 @@ def recorded():
     found = []
 
     def note(kernel, *args, grid, warmup, **kwargs):
-        values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-        found.append(_launch_of(kernel, values))
+        settle_key(kernel)
+        found.append(_launch_of(kernel, args, kwargs))
 
     with mock.patch.object(JITFunction, "run", note):
         yield found
 
 
-def _launch_of(kernel, values):
-    """What Triton makes of these arguments when it launches on aligned tensors."""
-    signature, constants, attributes = {}, {}, {}
-    for place, parameter in enumerate(kernel.params):
-        value = values.pop(parameter.name)
-        special = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (special and type(value) is int and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[(place,)] = value
-            continue
-        signature[parameter.name] = mangle_type(value)
-        if special and (isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0)):
-            attributes[(place,)] = [["tt.divisibility", 16]]
-    return Launch(kernel, signature, constants, attributes, values)
+def _launch_of(kernel, args, kwargs):
+    """What Triton makes of a launch; a tensor on "meta" is as aligned as it would be in memory of its own."""
+    backend = make_backend(TARGETS["sm_90"])  # what it knows of arguments is the same for every NVIDIA GPU
+    bound, special, options = create_function_from_signature(kernel.signature, kernel.params, backend)(*args, **kwargs)
+    _, signature, constants, attributes = kernel._pack_args(backend, kwargs, bound, special, None)
+    return Launch(kernel, signature, constants, attributes, options)
 
 
 def compile_launch(launch, scenario, target):
-    """Compile for TARGETS[target]; a Result."""
+    """Compile for TARGETS[target], into Triton's cache on disk under the name that a launch looks for; a Result."""
+    settle_key(launch.kernel)
     source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
     head = (scenario, launch.kernel.__name__, target, launch.options["num_warps"])
     try:

@@ -26,5 +26,21 @@ def _no_autocast(device_type):
 def run_kernel(kernel, grid, *args, **meta):
     """kernel[grid](*args, **meta) on the GPU that holds its tensors, which need not be the current one: Triton launches
     on that."""
-    with torch.cuda.device_of(next(x for x in args if isinstance(x, torch.Tensor))):
+    x = next(x for x in args if isinstance(x, torch.Tensor))
+    if x.is_cuda:
+        settle_key(kernel)
+    with torch.cuda.device_of(x):
         return kernel[grid](*args, **meta)
+
+
+def settle_key(function):
+    """Ask for a Triton function's cache_key, part of a kernel's name in Triton's cache on disk, behind those of all it
+    calls; nothing on what is no Triton function.
+
+    A key tells of the constants of a called function only if that function's own key was there first: asked for in the
+    order of launches, keys would differ between processes, and each would compile what another one has.
+    """
+    if hasattr(type(function), "cache_key") and function.hash is None:  # on the type: it is a property that makes it
+        for name in function.fn.__code__.co_names:
+            settle_key(function.fn.__globals__.get(name))
+        function.cache_key  # noqa: B018
