@@ -129,8 +129,9 @@ def _search(
     """
     j = tl.arange(0, PIVOTS)
     high = _key(top, STEP_BITS) + 1
-    mass_low = tl.full([], -1.0, tl.float32)
-    while (high - low > 1) | (mass_low < 0):
+    mass_low = tl.full([], 0.0, tl.float32)
+    passes = 0
+    while (high - low > 1) | (passes == 0):  # keys alone decide, one part in PIVOTS stays: no mass, not NaN, goes on
         pivot = low + (high - low) * j // PIVOTS  # the first is low itself
         value = _value(pivot, STEP_BITS)[:, None, None]
         mass = tl.zeros([PIVOTS], tl.float32)
@@ -149,6 +150,7 @@ def _search(
         high = tl.min(tl.where(enough, high, pivot), 0)
         low = tl.max(tl.where(enough, pivot, low), 0)
         mass_low = tl.max(tl.where(enough & (pivot == low), mass, -1.0), 0)
+        passes += 1
     return low, mass_low
 
 

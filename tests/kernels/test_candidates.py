@@ -8,7 +8,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from llada2_fast.kernels import candidates as ops
-from llada2_fast.kernels._triton import force_ops
+from llada2_fast.kernels import filters
+from llada2_fast.kernels._triton import force_ops, tl, triton
 from tests.kernels import truth
 from tests.kernels.interpreter import interpreted
 
@@ -156,6 +157,22 @@ def test_the_cut_of_nearly_flat_rows(top_k, top_p):
         known = truth.candidate(logits[0, at], 1.0, top_k, top_p, 0, 5 + at, 2, vocab, ops.BAN_MASK, 128)
         assert known[4] > truth.NOT_SURE
         assert [tensor[0, at].item() for tensor in got] == pytest.approx(list(known[:2]), rel=1e-5)
+
+
+@triton.jit
+def _search_kernel(LOGITS, LIST, KEY, low, least, scale, BY_COUNT: tl.constexpr):
+    top = tl.max(tl.load(LOGITS + tl.arange(0, 64)), 0)
+    found, _mass = filters._search(LOGITS, 1, LIST, 1, 64, -1, top, scale, low, least, BY_COUNT, 0, 4, 1, 64, 1)
+    tl.store(KEY, found)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("by_count", [True, False])
+def test_the_search_for_a_cut_ends_on_a_mass_of_nan(by_count):
+    logits, key = torch.arange(64.0), torch.zeros(1, dtype=torch.int64)
+    with interpreted():
+        _search_kernel[(1,)](logits, torch.zeros(1, dtype=torch.int32), key, 0, 3, NAN, by_count)
+    assert key[0] == (logits[61].view(torch.int32) if by_count else 0)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
