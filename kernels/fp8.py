@@ -38,6 +38,11 @@ def scale_shape(shape, parts=1):
     return (*shape[:-2], parts * blocks(shape[-2] // parts), blocks(shape[-1]))
 
 
+def scale_ref(largest):
+    """gemm.scale_of for float32 of any shape. A tensor divides: by a number, CUDA multiplies with its reciprocal."""
+    return largest.clamp_min(TINY) / largest.new_full((), LARGEST)
+
+
 def quantize_weight(weight, parts=1):
     """weight [.., N, K] of any float type, on any device -> Scaled: e4m3 [.., N, K], float32 [.., N / 128, K / 128].
 
@@ -48,7 +53,7 @@ def quantize_weight(weight, parts=1):
     rows, columns = weight.shape[0] // parts, weight.shape[1]
     padded = F.pad(weight.float().unflatten(0, (parts, rows)), (0, -columns % BLOCK, 0, -rows % BLOCK))
     tiles = padded.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))  # [.., parts, N / 128, 128, K / 128, 128]
-    scale = tiles.abs().amax((-3, -1)).clamp_min(TINY) / LARGEST
+    scale = scale_ref(tiles.abs().amax((-3, -1)))
     values = (tiles / scale[..., None, :, None]).to(E4M3).flatten(-4, -3).flatten(-2)
     return Scaled(values[..., :rows, :columns].flatten(-3, -2).contiguous(), scale.flatten(-3, -2).contiguous())
 
@@ -64,7 +69,7 @@ def quantize_ref(x):
     """x [.., K] -> Scaled: e4m3 [.., K], float32 [.., K / 128]."""
     columns = x.shape[-1]
     groups = F.pad(x.float(), (0, -columns % BLOCK)).unflatten(-1, (-1, BLOCK))
-    scale = groups.abs().amax(-1).clamp_min(TINY) / LARGEST
+    scale = scale_ref(groups.abs().amax(-1))
     return Scaled((groups / scale[..., None]).to(E4M3).flatten(-2)[..., :columns], scale)
 
 

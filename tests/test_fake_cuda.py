@@ -16,12 +16,13 @@ from triton.runtime.jit import JITFunction
 from llada2_fast import Engine, EngineConfig
 from llada2_fast.config import DecodeParams
 from llada2_fast.graphs import StepGraph
-from llada2_fast.kernels import candidates, norm, refine
+from llada2_fast.kernels import candidates, fp8, norm, refine
 from llada2_fast.model import LLaDA2Model
 from tests.kernels.interpreter import interpreted
 
 CUDA = torch.device("cuda:1")  # not the current one
 OPS = {refine._op: refine._run, candidates._op: candidates._run}
+MULTIPLIED = {"div": torch.Tensor.mul, "div_": torch.Tensor.mul_}  # what / and /= become where a number divides
 WAITING = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero", "masked_select", "unique"}
 
 
@@ -55,6 +56,11 @@ def is_gpu(device):
     return isinstance(device, (str, torch.device)) and torch.device(device).type == "cuda"
 
 
+def reciprocal(number, dtype):
+    """1 / number as a tensor's kernel rounds it."""
+    return (1 / torch.tensor(number, dtype=torch.promote_types(dtype, torch.float32))).item()
+
+
 class FakeCuda(TorchFunctionMode):
     """Within it "cuda" is a device. waits: names of the functions that made the host wait for it, as on a real one."""
 
@@ -84,6 +90,8 @@ class FakeCuda(TorchFunctionMode):
         self._check(func, args, kwargs)
         if func is torch.Tensor.__iter__:
             return iter(on_gpu(list(args[0].held)))
+        if func.__name__ in MULTIPLIED and isinstance(args[1], (int, float)) and not kwargs:
+            func, args = MULTIPLIED[func.__name__], (args[0], reciprocal(args[1], args[0].dtype))
         known = {id(x.held): x for x in ours}  # what works in place returns what it was given
         result = func(*held(args), **held(kwargs))
         return tree_map_only(torch.Tensor, lambda x: known[id(x)] if id(x) in known else OnGpu(x), result)
@@ -269,11 +277,25 @@ def test_an_engine_on_graphs(golden):
     assert wanted[1][2] == 16
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_float8_of_a_gpu_is_that_of_a_cpu(dtype):
+    """Weights by PyTorch, activations by PyTorch and by the kernel: the same bits everywhere."""
+    x = torch.randn(40, 1100).to(dtype)
+    weights, rows = fp8.quantize_weight(x, 2), fp8.quantize_ref(x)
+    with fake_cuda():
+        there = on_gpu(x)
+        made = held((fp8.quantize_weight(there, 2), fp8.quantize_ref(there), fp8.quantize(there)))
+    for got, wanted in zip(made, (weights, rows, rows), strict=True):
+        assert torch.equal(got.values.view(torch.uint8), wanted.values.view(torch.uint8))
+        assert torch.equal(got.scale, wanted.scale)
+
+
 def test_what_is_seen():
     x = torch.arange(4.0)
     with fake_cuda() as mode:
         y = x.to("cuda")
         assert y.is_cuda and y.device == CUDA and (y + 1).device == CUDA and torch.zeros(2, device="cuda").is_cuda
+        assert torch.equal(held(y / 7), x * (1 / torch.tensor(7.0))) and not torch.equal(held(y / 7), x / 7)
         assert not y.cpu().is_cuda and mode.waits == ["to", "cpu"]
         for mix in (lambda: y + x, lambda: x[y.long()], lambda: torch.cat((y, x))):
             with pytest.raises(RuntimeError, match="tensors on the CPU and on the GPU"):
