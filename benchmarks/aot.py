@@ -171,7 +171,7 @@ def _moe(dtype, hidden, inner, tokens, capacity=None, gate=None, shared=True, fl
     beside = _weight(2 * inner, hidden, parts=2, **kind), _weight(hidden, inner, **kind)
     with force_ops("triton"):
         block = capacity and router.TokenBlocks(None, blocks)
-        routing = router.route(h, router_weight, bias, top_k, 8, 4, 2.5, capacity, block)
+        routing = router.route(h, router_weight, bias, top_k, 8, 4, 2.5, capacity, block, float8=float8)
         moe.experts(h, routing, *weights, beside if shared else None)
 
 

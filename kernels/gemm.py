@@ -8,8 +8,9 @@ expert each (router.py). A shared expert, one more matrix that every token passe
 behind the pairs. Without pairs, it is a plain product: every token through one matrix.
 
 Weights are the left, tall side of every product, in tiles of at least 64 rows, whatever TILE_M is. So a GPU uses the
-same instruction for one pair as for a thousand, only wider, and adds up K in the same order, TILE_K at a time: a row's
-bits depend neither on its neighbours nor on the tile sizes. TILE_K is therefore never tuned.
+same instruction for one pair as for a thousand, only wider, and adds up K in the same order: a row's bits depend
+neither on its neighbours nor on the tile sizes. In 16 bits the instruction takes 16 of K and adds to one sum, however
+many of them make a TILE_K, so that may be tuned too; in float32 it may not.
 
 Gate and up rows are read as stored, all gate rows before all up rows: a program reads a tile of each, both in full
 lines of K, so an interleaved layout would gain nothing.
@@ -27,7 +28,8 @@ from ._ambient import run_kernel
 from ._triton import tl, triton
 from ._tuned import device_name, table
 
-TILE_K = 64
+TILE_K = 64  # unless tuned
+FAR = 8  # an entry measured for so many times the tokens is no guide any more
 BLOCK = 128  # rows and columns of a weight, columns of an activation, that share a float8 scale
 TINY = 1e-30  # stands in for the largest magnitude of a group of zeros
 _TINY = tl.constexpr(TINY)
@@ -41,17 +43,20 @@ class Scaled(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def tiles(device, hidden, tokens):
-    """Tiles of an MoE layer: {"tile_m", "bf16": {"gate_up": {"tile_n", "num_warps", "num_stages"}, "down"}, "fp8"}.
+def tiles(device, hidden, tokens, float8=False):
+    """Tiles of an MoE layer: {"tile_m", "gate_up": {"tile_n", "num_warps", "num_stages"[, "tile_k"]}, "down"}.
 
-    device: a torch.device; hidden: the layer's H. Entries measured on this device for this H win over those for "any";
-    among either the first that is meant for as many tokens.
+    device: a torch.device; hidden: the layer's H; float8: of its weights. An entry is meant for its number of tokens
+    and fewer, one of a device down to an eighth. The first that is meant for as many: of those measured on this device
+    for this H, else of those for "any". More tokens than the latter know of are taken for as many as they know.
     """
-    name, known = device_name(device), table("moe")
-    entries = [entry for entry in known if entry["device"] == name and entry["hidden"] == hidden]
-    entries = entries or [entry for entry in known if entry["device"] == "any"]
-    entries.sort(key=lambda entry: entry["tokens"])
-    return next((entry for entry in entries if tokens <= entry["tokens"]), entries[-1])
+    kind = "fp8" if float8 else "bf16"
+    known = sorted((entry for entry in table("moe") if kind in entry), key=lambda entry: entry["tokens"])
+    general = [entry for entry in known if entry["device"] == "any"]
+    tokens = min(tokens, general[-1]["tokens"])
+    shape = {"device": device_name(device), "hidden": hidden}
+    own = [entry for entry in known if shape.items() <= entry.items() and entry["tokens"] <= FAR * tokens]
+    return next(entry[kind] for entry in own + general if tokens <= entry["tokens"])
 
 
 @triton.jit
@@ -154,13 +159,13 @@ def _gemm_kernel(
         tl.store(OUT_SCALE + row.to(tl.int64) * BLOCKS + first // 128, scale, mask=inside)
 
 
-def gemm(x, weight, shared, routing, gated, like, tile_m, tile_n, num_warps, num_stages):
+def gemm(x, weight, shared, routing, gated, like, tile_m, tile_n, num_warps, num_stages, tile_k=TILE_K):
     """All pairs of a Routing and, behind them, all tokens through `shared`; or routing None: x W^T. One launch.
 
     x [T, K] if gated or without routing, else [T * top_k (+ T), K]; weight [E, N or 2N, K], without routing no E;
     shared [N or 2N, K] or None; all Scaled, contiguous but for the rows of an x that is not float8. Returns a Scaled:
     [T * top_k (+ T), N], or [T, N], in the dtype of the tensor `like`, but float8 if gated with float8 weights. tile_m
-    must be the routing's if there is one.
+    must be the routing's if there is one; tile_n and tile_k are those of 16 bits.
     """
     (tokens, top_k), bound = (routing.ids.shape, len(routing.tiles)) if routing else ((len(x.values), 1), 0)
     rows, depth = weight.values.shape[-2:]
@@ -175,7 +180,7 @@ def gemm(x, weight, shared, routing, gated, like, tile_m, tile_n, num_warps, num
         tile_n, tile_k = (BLOCK if gated else tile_n), BLOCK
     else:
         # Triton multiplies float32 in TF32 on sm_100 if the left side has 64 rows or more, whatever the precision asked
-        tile_n, tile_k = (32, 32) if like.dtype == torch.float32 else (tile_n, TILE_K)
+        tile_n, tile_k = (32, 32) if like.dtype == torch.float32 else (tile_n, tile_k)
     tiles = bound + (triton.cdiv(tokens, tile_m) if alone else 0)
     if count == 0:
         return Scaled(out, out_scale)

@@ -108,7 +108,7 @@ def experts(h, routing, gate_up, down, shared=None):
         return torch.empty_like(h)
     # a shared expert of another width (several in one) is not one more expert of the same product
     alike = shared is not None and shared[0].values.shape == gate_up.values.shape[1:]
-    size = tiles(h.device, hidden, tokens)["bf16" if gate_up.scale is None else "fp8"]
+    size = tiles(h.device, hidden, tokens, gate_up.scale is not None)
     x = Scaled(h) if gate_up.scale is None else quantize(h)
     inner = gemm(x, gate_up, shared[0] if alike else None, routing, True, h, routing.tile_m, **size["gate_up"])
     outer = gemm(inner, down, shared[1] if alike else None, routing, False, h, routing.tile_m, **size["down"]).values

@@ -170,8 +170,9 @@ class Router(NeverNarrower):
             config.routed_scaling_factor, config.expert_capacity,
         )  # fmt: skip
 
-    def forward(self, x, block):
-        return route(x, self.weight, self.expert_bias, *self.rule, block)
+    def forward(self, x, block, float8=False):
+        """float8: whether the experts' weights are."""
+        return route(x, self.weight, self.expert_bias, *self.rule, block, float8=float8)
 
 
 class Experts(KeepsFloat8):
@@ -197,7 +198,7 @@ class MoE(nn.Module):
         self.shared_experts = MLP(config, shared, **kw) if shared else None
 
     def forward(self, x, block=None):
-        routing = self.router(x, block)
+        routing = self.router(x, block, self.experts.gate_up_scale is not None)
         shared = None if self.shared_experts is None else self.shared_experts.weights
         return experts(x, routing, *self.experts.weights, shared), routing.ids
 

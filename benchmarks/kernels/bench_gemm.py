@@ -36,7 +36,7 @@ def grouped(h, routing, gate_up):
 
 
 def kernel(h, routing, gate_up):
-    tile = gemm.tiles(h.device, *reversed(h.shape))["bf16"]["gate_up"]
+    tile = gemm.tiles(h.device, *reversed(h.shape))["gate_up"]
     return gemm.gemm(Scaled(h), Scaled(gate_up), None, routing, True, h, routing.tile_m, **tile).values
 
 

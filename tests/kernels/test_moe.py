@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 import triton
 from triton.compiler import ASTSource
 
@@ -195,14 +196,31 @@ def test_a_shared_expert_of_another_width():
     close(run(moe.experts, h, routing, *weights, shared), wanted(h, routing, weights, shared))
 
 
-@pytest.mark.parametrize("tile_m, tile_n", [(16, 64), (32, 128), (64, 64)])
-def test_every_tile_size(monkeypatch, tile_m, tile_n):
-    product = {"tile_n": tile_n, "num_warps": 4, "num_stages": 3}
-    monkeypatch.setattr(moe, "tiles", lambda *args: {"bf16": {"gate_up": product, "down": product}})
+@pytest.mark.parametrize("tile_m, tile_n, tile_k", [(16, 64, 64), (32, 128, 128), (64, 64, 64)])
+def test_every_tile_size(monkeypatch, tile_m, tile_n, tile_k):
+    product = {"tile_n": tile_n, "tile_k": tile_k, "num_warps": 4, "num_stages": 3}
+    monkeypatch.setattr(moe, "tiles", lambda *args: {"gate_up": product, "down": product})
     h, weights, shared, rule = expert_inputs(70, dtype=torch.bfloat16)
     routing = run(router.route, h, *rule, tile_m=tile_m)
     assert routing.tile_m == tile_m
     close(run(moe.experts, h, routing, *weights, shared), wanted(h, routing, weights, shared))
+
+
+@pytest.mark.parametrize("dtype, hidden", [(torch.bfloat16, 320), (torch.float16, 256)])
+def test_steps_through_k_change_no_bit(dtype, hidden):
+    """Of 16 bits. K that is no multiple of the longer step, and one that is."""
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(9, hidden, generator=generator).to(dtype)
+    weight = gemm.Scaled((torch.randn(2 * 96, hidden, generator=generator) / hidden**0.5).to(dtype))
+    size = {"tile_m": 16, "tile_n": 64, "num_warps": 4, "num_stages": 3}
+    default, deep = (
+        run_in_order(gemm.gemm, gemm.Scaled(h), weight, None, None, True, h, **size, **step).values
+        for step in ({}, {"tile_k": 128})
+    )
+    assert torch.equal(default, deep)
+    torch.testing.assert_close(
+        deep, moe.gated(F.linear(h, weight.values)), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype]
+    )
 
 
 def test_all_tokens_to_one_expert_and_no_other_is_read():
