@@ -76,13 +76,15 @@ class Machine:
         cache = torch.cuda.get_device_properties(self.device).L2_cache_size
         return min(64, max(1, math.ceil(4 * cache / size)))
 
-    def kernel_us(self, calls, rounds=10):
-        """Median µs of a call, made in turn by replays of one CUDA graph that holds them all: no launch overhead."""
+    def kernel_us(self, calls, rounds=10, least=16):
+        """Median µs of a call, made in turn by replays of one CUDA graph that holds them all: no launch overhead.
+
+        least: fewest calls in the graph; they are repeated to make so many."""
         if self.dry:
             return self.call_us(calls[0])
         for call in calls:
             call()
-        calls = calls * math.ceil(16 / len(calls))
+        calls = calls * math.ceil(least / len(calls))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for call in calls:

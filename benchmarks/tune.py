@@ -1,27 +1,29 @@
 """Finds the fastest launch parameters on this GPU and writes the tuned tables, kernels/<family>_tuned.json.
 
-    python -m benchmarks.tune [--ops attention,refine,moe] [--minutes 6] [--device-name NAME] [--resume]
-                              [--results FILE] [--tables FOLDER] [--dry-run]
+    python -m benchmarks.tune [--ops moe,attention,refine] [--models mini,flash] [--minutes 6] [--device-name NAME]
+                              [--resume] [--results FILE] [--tables FOLDER] [--dry-run]
 
-For one kernel at one shape, a *group*: all parameters worth trying are compiled for this GPU, side by side; what does
-not compile, spills or wants too much shared memory is left out. What is left must give the bits of the defaults on
-random inputs, in poisoned memory, and is then timed on several workloads like the kernels of benchmarks.gpu (one CUDA
-graph, rotated buffers). A share of the defaults' time is a mean over workloads. The fastest is timed once more beside
-the defaults and enters the table if it beats them by more than the noise: what their own two times differ by, and 1 %
-at least. What is left out says so in a line.
+For one kernel at one shape, a *group*: all parameters worth trying are compiled for this GPU, side by side and ahead;
+what does not compile, spills or wants too much shared memory is left out. What is left must give the bits of the
+defaults on random inputs, in poisoned memory, and is then timed roughly on several workloads like the kernels of
+benchmarks.gpu (one CUDA graph, rotated buffers). A share of the defaults' time is a mean over workloads. The best are
+timed twice more in turn with the defaults, and the fastest enters the table if it beats them by more than the noise:
+what their own two times differ by, and 1 % at least. What is left out says so in a line.
 
 Groups go in order of importance and each is one JSON line, printed and appended to benchmarks/results/tune.jsonl; the
 run ends within its minutes and --resume goes on where a run of the same sources on the same device ended. The tables
-are written at the end from all lines; what was never measured keeps its entry. --device-name: under which name, if
-another than the device's own. Exit codes and --dry-run (on a CPU, in Triton's interpreter, in a checkout): as
+are written with every line, from all lines; what was never measured keeps its entry. --device-name: under which name,
+if another than the device's own. Exit codes and --dry-run (on a CPU, in Triton's interpreter, in a checkout): as
 benchmarks.gpu; a dry run writes tables only into --tables.
 """
 
 import argparse
+import itertools
 import json
+import os
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -36,14 +38,117 @@ from .gpu_machine import Machine, Point, poisoned
 from .harness import RESULTS
 from .tune_cases import attention_groups, refine_groups
 
-FAMILIES = {"attention": attention_groups, "refine": refine_groups, "moe": tune_moe.groups}
+FAMILIES = {"moe": tune_moe.groups, "attention": attention_groups, "refine": refine_groups}
+MODELS = ("mini", "flash")
 KEYS = {  # what an entry is found by; the rest of it are parameters
     "attention": ("device", "dtype", "length", "heads", "kv_heads", "dim"),
     "refine": ("device", "dtype", "vocab"),
     "moe": ("device", "hidden", "tokens"),
 }
 LEAST_GAIN = 0.01  # share of the defaults' time
+ROUGHLY = {"rounds": 3, "least": 4}  # how all tries are timed; the best are timed better
+FINALISTS = 4
+CORES_LEFT = 2  # by compilation to what is timed beside it
 DRY_TRIES = 2
+
+
+class Shapes(Machine):
+    """A machine of shapes without data: what is built on it can be recorded (aot.recorded), not run. Needs no GPU."""
+
+    def __init__(self, dry=False):
+        super().__init__(dry=True)
+        self.dry, self.device = dry, torch.device("meta")
+
+    def copies(self, size):
+        return 1
+
+    def require_memory(self, size, what):
+        pass
+
+
+def groups(machine, ops=tuple(FAMILIES), models=MODELS[:1]):
+    """The groups of a run in their order."""
+    return [group for family in ops for group in FAMILIES[family](machine, models)]
+
+
+def launches(shapes, groups):
+    """All that tuning these groups of Shapes launches, what makes their inputs included: aot.Launch, each once."""
+    return list(_each_once(itertools.chain(*(launch for group in groups for launch in recorded(shapes, group)))))
+
+
+def recorded(machine, group):
+    """What a group launches on Shapes: [for its inputs and with the defaults, with its first try, its second, ..]."""
+    with force_ops("triton"):
+        with aot.recorded() as first:
+            case = group.build(machine)
+        calls = [*case.checks, *(workload[0] for workload in case.timed)]
+        found = [first]
+        for parameters in (None, *_tries(machine, group)):
+            with aot.recorded() as noted:
+                for call in calls:
+                    call(parameters)
+            found.append(noted)
+    return [found[0] + found[1], *found[2:]]
+
+
+def _tries(machine, group):
+    return group.tries[: machine.size(len(group.tries), DRY_TRIES)]
+
+
+def _key(launch):
+    return repr((launch.kernel.__name__, *launch[1:]))
+
+
+def _each_once(launches):
+    return {_key(launch): launch for launch in launches}.values()
+
+
+class Compiled:
+    """Launches compiled for a target of benchmarks.aot and left in Triton's cache on disk, and what is wrong with them.
+
+    ahead: groups whose launches are begun, side by side and in their order, as soon as the first is asked for; later
+    ones are compiled while earlier ones are timed. target None: nothing is compiled or known.
+    """
+
+    def __init__(self, target, dry=False, ahead=()):
+        self.target, self._shapes = target, Shapes(dry)
+        self._recorded = {}  # by the name of a group
+        self._fault = {}  # by the key of a launch
+        everything = (launch for group in ahead for launches in self._launches(group) for launch in launches)
+        self._coming = self._compile(everything)
+
+    def _launches(self, group):
+        if group.name not in self._recorded:
+            self._recorded[group.name] = recorded(self._shapes, group)
+        return self._recorded[group.name]
+
+    def _compile(self, launches):
+        launches = _each_once(launches)
+        work = [(launch, "tune", self.target) for launch in launches]
+        results = aot.compile_each(work, max(1, len(os.sched_getaffinity(0)) - CORES_LEFT))
+        for launch, result in zip(launches, results, strict=True):
+            yield _key(launch), result.fault
+
+    def faults(self, group):
+        """Why some of a group's tries cannot be launched: {place in the list: reason}."""
+        if self.target is None:
+            return {}
+        _, *tries = self._launches(group)
+        wanted = {_key(launch): launch for launches in tries for launch in launches}
+        while not wanted.keys() <= self._fault.keys() and (found := next(self._coming, None)):
+            self._fault.update([found])
+        self._fault |= self._compile(launch for key, launch in wanted.items() if key not in self._fault)
+        found = [sorted(filter(None, (self._fault[_key(launch)] for launch in launches))) for launches in tries]
+        return {i: reasons[0] for i, reasons in enumerate(found) if reasons}
+
+    def close(self):
+        """Nothing more is compiled."""
+        self._coming.close()
+
+
+def seconds(group):
+    """What a group is expected to take, its kernels compiled: inputs and the best timed well, and 30 ms a try."""
+    return 1 + 0.03 * len(group.tries)
 
 
 def target_of(machine):
@@ -52,33 +157,15 @@ def target_of(machine):
     return name if name in aot.TARGETS else None
 
 
-def faults(tries, calls, target):
-    """Why some of the tries cannot be launched on a target of benchmarks.aot: {place in the list: reason}.
-
-    All that the calls would launch is compiled, side by side, and left in Triton's cache on disk.
-    """
-    needed, launches = [], {}
-    for parameters in tries:
-        with aot.recorded() as noted:
-            for call in calls:
-                call(parameters)
-        needed.append({repr((launch.kernel.__name__, *launch[1:])) for launch in noted})
-        launches |= {repr((launch.kernel.__name__, *launch[1:])): launch for launch in noted}
-    work = [(launch, "tune", target) for launch in launches.values()]
-    fault = {key: result.fault for key, result in zip(launches, aot.compile_each(work), strict=True)}
-    found = {i: sorted(fault[key] for key in keys if fault[key]) for i, keys in enumerate(needed)}
-    return {i: reasons[0] for i, reasons in found.items() if reasons}
-
-
 def bits(call, parameters):
     """The bytes of all that a call returns, from memory that was poisoned ahead of it."""
     with poisoned():
         return [x.contiguous().view(torch.uint8) for x in call(parameters)]
 
 
-def times(machine, case, parameters):
-    """µs of each workload of a case."""
-    return [machine.kernel_us([partial(call, parameters) for call in calls]) for calls in case.timed]
+def times(machine, case, parameters, **how):
+    """µs of each workload of a case; how: arguments of Machine.kernel_us."""
+    return [machine.kernel_us([partial(call, parameters) for call in calls], **how) for calls in case.timed]
 
 
 def share(us, default_us):
@@ -94,41 +181,47 @@ def kernels_of(machine):
     return interpreted()
 
 
-def tune(machine, group):
+def tune(machine, group, compiled):
     """What goes into a group's line: the fastest parameters, their µs and the defaults', share and noise, counts."""
-    tries = group.tries[: machine.size(len(group.tries), DRY_TRIES)]
-    with force_ops("triton"):
-        with kernels_of(machine):
-            case = group.build(machine)
-        target = target_of(machine)
-        wrong = faults(tries, case.checks, target) if target else {}
-        with kernels_of(machine):
-            return _fastest(machine, group, case, tries, wrong)
+    wrong = compiled.faults(group)
+    with force_ops("triton"), kernels_of(machine):
+        tries = _tries(machine, group)
+        case = group.build(machine)
+        rough = _screened(machine, group, case, tries, wrong)
+        measured = {"shape": group.shape, "part": group.part, "tried": len(tries), "left_out": len(wrong)}
+        if not rough:
+            return measured | {"skipped": "nothing that may be used instead of the defaults"}
+        best = sorted(rough, key=rough.get)[: machine.size(FINALISTS, 1)]
+        return measured | _fastest(machine, case, [tries[i] for i in best])
 
 
-def _fastest(machine, group, case, tries, wrong):
+def _screened(machine, group, case, tries, wrong):
+    """{place in the list: share of the defaults' time, roughly} of the tries that may be used; adds to `wrong`."""
     expected = [bits(call, None) for call in case.checks]
-    default_us = times(machine, case, None)
-    found = []
+    default_us = times(machine, case, None, **ROUGHLY)
+    found = {}
     for i, parameters in enumerate(tries):
         try:
             if i not in wrong and not _same(expected, [bits(call, parameters) for call in case.checks]):
                 wrong[i] = "other bits than the defaults"
             if i not in wrong:
-                us = times(machine, case, parameters)
-                found.append((share(us, default_us), i, us))
+                found[i] = share(times(machine, case, parameters, **ROUGHLY), default_us)
         except triton.runtime.errors.OutOfResources as error:
             wrong[i] = str(error)
         if i in wrong:
             print(f"{group.name}: left out {parameters}: {wrong[i]}", flush=True)
-    counts = {"tried": len(tries), "left_out": len(wrong)}
-    if not found:
-        return {"skipped": "nothing that may be used instead of the defaults"} | counts
-    gain, i, us = min(found)
-    again, default_again = times(machine, case, tries[i]), times(machine, case, None)
+    return found
+
+
+def _fastest(machine, case, finalists):
+    """All are timed twice, in turn with the defaults; what counts is the worse time."""
+    default_us, *first = [times(machine, case, parameters, rounds=5) for parameters in (None, *finalists)]
+    default_again, *second = [times(machine, case, parameters, rounds=5) for parameters in (None, *finalists)]
+    shares = [max(share(a, default_us), share(b, default_again)) for a, b in zip(first, second, strict=True)]
+    i = shares.index(min(shares))
     noise = max(LEAST_GAIN, *(abs(b / a - 1) for a, b in zip(default_us, default_again, strict=True)))
-    measured = {"share": max(gain, share(again, default_again)), "noise": noise}
-    return {"fastest": tries[i], "us": us, "default_us": default_us} | measured | counts
+    found = {"fastest": finalists[i], "us": first[i], "default_us": default_us}
+    return found | {"share": shares[i], "noise": noise}
 
 
 def _same(expected, got):
@@ -149,10 +242,29 @@ def entries(groups, lines, device):
     return found | ({"moe": moe} if moe else {})
 
 
+class Kept(gpu.Results):
+    """Results whose entries are in the tables as soon as their lines are there. folder: None for no tables."""
+
+    def __init__(self, *arguments, groups, device, folder):
+        super().__init__(*arguments)
+        self.groups, self.device, self.folder = groups, device, folder
+
+    def add(self, point, seconds, values):
+        super().add(point, seconds, values)
+        self.write()
+
+    def write(self):
+        """All entries there are; how many of each family."""
+        found = entries(self.groups, self.lines, self.device)
+        for family, new in found.items() if self.folder else ():
+            write_table(family, new, self.folder)
+        return {family: len(new) for family, new in found.items()}
+
+
 def write_table(family, new, folder=None):
     """Put entries into a family's table, part by part; a part that is None is taken out, so is an entry without parts.
 
-    folder: where to, in place of the package's own.
+    folder: where to, in place of the package's own. The file is replaced as a whole.
     """
     path, keys = _tuned.table_path(family), KEYS[family]
     merged = {}
@@ -162,12 +274,16 @@ def write_table(family, new, folder=None):
     whole = [{name: part for name, part in merged[key].items() if part is not None} for key in sorted(merged)]
     lines = [json.dumps(entry) for entry in whole if entry.keys() > set(keys)]
     text = "".join(["[\n", ",\n".join(lines), "\n" if lines else "", "]\n"])
-    (folder or path.parent).joinpath(path.name).write_text(text, "utf-8")
+    path = (folder or path.parent) / path.name
+    draft = path.with_suffix(".tmp")
+    draft.write_text(text, "utf-8")
+    draft.replace(path)
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--ops", default=",".join(FAMILIES), help="comma-separated (default: %(default)s)")
+    parser.add_argument("--models", default="mini", help=f"some of {','.join(MODELS)} (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=6.0, help="the run ends within them (default: %(default)g)")
     parser.add_argument("--device-name", metavar="NAME", help="name of the device in the tables (default: its own)")
     parser.add_argument("--resume", action="store_true", help="leave out what the results file has already")
@@ -175,9 +291,11 @@ def main(arguments=None):
     parser.add_argument("--tables", type=Path, metavar="FOLDER", help="where tables are written (default: kernels/)")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on a CPU: tries the tuner, not the machine")
     options = parser.parse_args(arguments)
-    unknown = sorted(set(options.ops.split(",")) - set(FAMILIES))
-    if unknown:
-        parser.error(f"--ops {','.join(unknown)}: expected some of {', '.join(FAMILIES)}")
+    ops, models = options.ops.split(","), options.models.split(",")
+    for name, chosen, known in (("ops", ops, FAMILIES), ("models", models, MODELS)):
+        unknown = sorted(set(chosen) - set(known))
+        if unknown:
+            parser.error(f"--{name} {','.join(unknown)}: expected some of {', '.join(known)}")
     if options.tables and not options.tables.is_dir():
         parser.error(f"--tables {options.tables}: expected a folder that exists")
     if not options.dry_run and not torch.cuda.is_available():
@@ -187,17 +305,20 @@ def main(arguments=None):
     torch.manual_seed(0)
     machine = Machine(options.dry_run)
     path = options.results or (None if options.dry_run else RESULTS / "tune.jsonl")
-    results = gpu.Results(machine, path, options.resume, "tune", gpu.sources(tables=False))
-    groups = [group for family in options.ops.split(",") for group in FAMILIES[family](machine)]
-    points = [
-        Point(group.name, "tune", 3 + len(group.tries) / 4, partial(tune, group=group), gate=None) for group in groups
-    ]
-    outcome = gpu.run(points, machine, results, end)
-    found = entries(groups, results.lines, options.device_name or _tuned.device_name(machine.device))
-    if options.tables or not machine.dry:
-        for family, new in found.items():
-            write_table(family, new, options.tables)
-    summary = {"benchmark": "tune", "dry_run": machine.dry, "entries": {name: len(new) for name, new in found.items()}}
+    chosen = groups(machine, ops, models)
+    results = Kept(
+        machine, path, options.resume, "tune", gpu.sources(tables=False), groups=chosen,
+        device=options.device_name or _tuned.device_name(machine.device),
+        folder=options.tables or (None if machine.dry else _tuned.table_path("moe").parent),
+    )  # fmt: skip
+    left = [group for group in chosen if not results.done(group.name)]
+    with closing(Compiled(target_of(machine), machine.dry, left)) as compiled:
+        points = [
+            Point(group.name, "tune", seconds(group), partial(tune, group=group, compiled=compiled), gate=None)
+            for group in chosen
+        ]
+        outcome = gpu.run(points, machine, results, end)
+    summary = {"benchmark": "tune", "dry_run": machine.dry, "entries": results.write()}
     print(json.dumps(summary | outcome._asdict()))
     return 3 if outcome.device_lost else 1 if outcome.failed else 0
 

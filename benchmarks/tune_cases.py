@@ -83,14 +83,14 @@ def _refine(case, part, filters, packed, parameters):
         logits, index = logits.flatten(0, 1), torch.arange(state.tokens.numel(), device=logits.device)
         index = index.view(state.tokens.shape)
     with tried("refine", {} if parameters is None else {part: parameters}):
-        out = refine.refine_step(logits, state, params, mask_id, index, filters=filters, only_needed=packed)
+        out = refine.launch(logits, state, params, mask_id, index, filters, packed)
     return [*out, *vars(state).values()]
 
 
 def _step(case, part, filters, parameters):
     """A step that commits nothing and can be repeated; no copies beside it."""
     with tried("refine", {} if parameters is None else {part: parameters}):
-        return [*refine.refine_step(*case, filters=filters)]
+        return [*refine.launch(*case, None, filters, False)]
 
 
 def _refinement(machine, part, points):
@@ -114,9 +114,9 @@ def _refinement(machine, part, points):
     return Case(checks, timed)
 
 
-def attention_groups(machine):
+def attention_groups(machine, models=("mini",)):
     groups = []
-    for model in ("mini",) if machine.dry else ("mini", "flash"):
+    for model in models:
         config = machine.config(model)
         shape = {
             "dtype": str(machine.dtype), "length": BLOCK, "heads": config.num_attention_heads,
@@ -128,8 +128,8 @@ def attention_groups(machine):
     return groups
 
 
-def refine_groups(machine):
-    shape = {"dtype": str(machine.dtype), "vocab": machine.config("mini").vocab_size}  # flash has the same
+def refine_groups(machine, models=("mini",)):
+    shape = {"dtype": str(machine.dtype), "vocab": machine.config("mini").vocab_size}  # of all models
     return [
         Group(f"refine {part}", "refine", shape, part, tries, partial(_refinement, part=part, points=points))
         for part, tries, points in (

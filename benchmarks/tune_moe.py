@@ -1,11 +1,12 @@
 """What can be tuned in the expert products, and what comes of it: `python -m benchmarks.tune_moe` is tune --ops moe.
 
 One MoE layer of the true shape with random weights, in bf16 and, where the GPU has it, in fp8. For every number of
-tokens and every tile height, gate_up and down are timed on their own over all tile widths, warps and stages; the height
-at which both types together gain most over the defaults is kept. Outputs must have the bits that the defaults give,
-whatever the tiles: that makes a token's bits independent of its batch, by which tiles are chosen.
+tokens, type and tile height, gate_up and down are timed on their own over all tile widths, warps and stages, in bf16
+over steps through K as well; the height at which both together save most is kept. Outputs must have the bits that the
+defaults give, whatever the tiles: that makes a token's bits independent of its batch, by which tiles are chosen.
 """
 
+import itertools
 import sys
 from functools import lru_cache, partial
 
@@ -16,14 +17,17 @@ from llada2_fast.kernels.gemm import Scaled, gemm, tiles
 
 from .tune_cases import Case, Group, every
 
-TOKENS = (32, 256, 64, 1024, 128, 512, 4096, 2048)  # the telling ones first
+# Decode's, the telling first: blocks of 1, 8 and 32 rows with those carried along, and of 1 and 32 without; prefill's.
+TOKENS = (64, 32, 320, 1280, 1024, 4096)
 HEIGHTS = (16, 32, 64, 128)
 PRODUCTS = ("gate_up", "down")
 WIDE = every(tile_n=(128,), num_warps=(4, 8), num_stages=(3, 4, 2, 5, 6))
-TRIES = every(tile_n=(64,), num_warps=(4, 8), num_stages=(4, 3, 2, 5, 6)) + WIDE
+FLOAT8 = {"gate_up": WIDE, "down": every(tile_n=(64,), num_warps=(4, 8), num_stages=(4, 3, 2, 5, 6)) + WIDE}
+DEEP = every(tile_k=(128,), tile_n=(64, 128), num_warps=(4, 8), num_stages=(3, 2, 4))
+TRIES = {"bf16": {product: FLOAT8["down"] + DEEP for product in PRODUCTS}, "fp8": FLOAT8}
 
 
-@lru_cache(maxsize=1)  # gigabytes, and the next group wants the same
+@lru_cache(maxsize=2)  # gigabytes, and the next groups want the same two
 def layer(machine, model, kind):
     """(router weight, (gate_up, down), the same of the shared expert), random, weights Scaled."""
     c = machine.config(model)
@@ -32,6 +36,7 @@ def layer(machine, model, kind):
     def random(*shape):
         return machine.random(*shape, std=shape[-1] ** -0.5)
 
+    machine.require_memory(3 * c.num_experts * hidden * inner * machine.dtype.itemsize * 2, "a layer's experts")
     gate = random(c.num_experts, hidden)
     weights = random(c.num_experts, 2 * inner, hidden), random(c.num_experts, hidden, inner)
     if kind == "fp8":
@@ -41,89 +46,88 @@ def layer(machine, model, kind):
 
 
 def _product(machine, model, kind, tokens, tile_m, product):
-    c, i = machine.config(model), PRODUCTS.index(product)
+    c, i, tokens = machine.config(model), PRODUCTS.index(product), machine.size(tokens, 32)
     gate, weights, shared = layer(machine, model, kind)
     h = machine.random(tokens, c.hidden_size)
     x = h if i == 0 else machine.random(tokens * (c.num_experts_per_tok + 1), c.moe_intermediate_size)
     x = fp8.quantize(x) if kind == "fp8" else Scaled(x)
     rule = c.num_experts_per_tok, c.n_group, c.topk_group, c.routed_scaling_factor
-    defaults = tiles(torch.device("cpu"), c.hidden_size, tokens)  # those for any device
+    defaults = _defaults(c.hidden_size, tokens, kind)
     bias = h.new_zeros(c.num_experts, dtype=torch.float32)
     routings = {height: router.route(h, gate, bias, *rule, tile_m=height) for height in {tile_m, defaults["tile_m"]}}
 
     def call(parameters):
         height = defaults["tile_m"] if parameters is None else tile_m
-        parameters = parameters or defaults[kind][product]
+        parameters = parameters or defaults[product]
         out = gemm(x, weights[i], shared[i], routings[height], i == 0, h, height, **parameters)
         return [part for part in out if part is not None]
 
     return Case([call], [[call]])  # the layer's weights are far larger than a cache
 
 
-def groups(machine):
-    float8 = machine.dry or torch.cuda.get_device_capability() >= fp8.CAPABILITY
+def _defaults(hidden, tokens, kind):
+    """Tiles for any device."""
+    return tiles(torch.device("cpu"), hidden, tokens, kind == "fp8")
+
+
+def _heights(config, tokens, default):
+    """Tile heights worth trying, the default first: half to twice the pairs of an expert."""
+    pairs = max(HEIGHTS[0] / 2, tokens * config.num_experts_per_tok / config.num_experts)
+    return [default, *(height for height in HEIGHTS if pairs / 2 <= height <= 2 * pairs and height != default)]
+
+
+def groups(machine, models=("mini",)):
+    """By model and tokens, in bf16 and fp8 side by side."""
+    float8 = machine.device.type != "cuda" or torch.cuda.get_device_capability() >= fp8.CAPABILITY
     found = []
-    for model in ("mini",) if machine.dry else ("mini", "flash"):
+    counts = TOKENS[: machine.size(len(TOKENS), 1)]
+    for model, tokens, kind in itertools.product(models, counts, TRIES if float8 else ("bf16",)):
         config = machine.config(model)
-        for kind in ("bf16", "fp8") if float8 else ("bf16",):
-            for tokens in TOKENS[:1] if machine.dry else TOKENS:
-                shape = {"hidden": config.hidden_size, "tokens": tokens}
-                limit = max(HEIGHTS[0], 2 * tokens * config.num_experts_per_tok // config.num_experts)
-                # taller than twice the pairs of an expert, most rows would be empty
-                for tile_m in [height for height in HEIGHTS if height <= limit][: machine.size(len(HEIGHTS), 1)]:
-                    for product in PRODUCTS:
-                        tries = WIDE if kind == "fp8" and product == "gate_up" else TRIES
-                        name = f"moe {model} {kind} m{tokens} tile_m {tile_m} {product}"
-                        build = partial(
-                            _product, model=model, kind=kind, tokens=tokens, tile_m=tile_m, product=product
-                        )  # fmt: skip
-                        found.append(
-                            Group(name, "moe", shape | {"tile_m": tile_m, "kind": kind}, product, tries, build)
-                        )
+        heights = _heights(config, tokens, _defaults(config.hidden_size, tokens, kind)["tile_m"])
+        for tile_m, product in itertools.product(heights[: machine.size(len(HEIGHTS), 1)], PRODUCTS):
+            name = f"moe {model} {kind} m{tokens} tile_m {tile_m} {product}"
+            shape = {"hidden": config.hidden_size, "tokens": tokens, "tile_m": tile_m, "kind": kind}
+            build = partial(_product, model=model, kind=kind, tokens=tokens, tile_m=tile_m, product=product)
+            found.append(Group(name, "moe", shape, product, TRIES[kind][product], build))
     return found
 
 
 def entries(groups, lines, device):
-    """Entries of the table. A model's are for all TOKENS or none: those that gain nothing hold the defaults."""
-    by_tokens = {}
-    for group in groups:
-        hidden, tokens, tile_m, kind = group.shape.values()
-        heights = by_tokens.setdefault(hidden, {}).setdefault(tokens, {})
-        heights.setdefault(tile_m, {}).setdefault(kind, {})[group.part] = lines.get(group.name, {})
-    found = []
-    for hidden, of_tokens in by_tokens.items():
-        faster = {tokens: _fastest(heights) for tokens, heights in of_tokens.items()}
-        for tokens in sorted(of_tokens) if any(faster.values()) else ():
-            defaults = tiles(torch.device("cpu"), hidden, tokens)
-            kinds = next(iter(of_tokens[tokens].values()))
-            parameters = faster[tokens] or {name: defaults[name] for name in ("tile_m", *kinds)}
-            found.append({"device": device, "hidden": hidden, "tokens": tokens} | parameters)
-    return found
+    """Entries of the table, each of one kind at one number of tokens of which something was measured.
 
-
-def _fastest(heights):
-    """Parameters of the height that gains most, {} if none beats the defaults by more than the noise.
-
-    heights: {tile_m: {kind: {product: line}}}. No kind may lose: a router has one height for both.
+    Where nothing gains it holds the defaults, for an entry measured at more tokens would be taken instead.
     """
-    best, found = 1.0, {}
-    for tile_m, kinds in heights.items():
-        measured = [line for products in kinds.values() for line in products.values()]
-        if not all("fastest" in line for line in measured):
+    measured = {}
+    for group in groups:
+        line = lines.get(group.name, {"error": "not measured"})
+        if "error" not in line:
+            hidden, tokens, tile_m, kind = group.shape.values()
+            heights = measured.setdefault((hidden, tokens, kind), {})
+            heights.setdefault(tile_m, {})[group.part] = line
+    return [
+        {"device": device, "hidden": hidden, "tokens": tokens, kind: _best(_defaults(hidden, tokens, kind), heights)}
+        for (hidden, tokens, kind), heights in measured.items()
+    ]
+
+
+def _best(defaults, heights):
+    """{"tile_m", "gate_up", "down"} of the height that saves most time; the defaults if none saves more than noise.
+
+    heights: {tile_m: {product: line}}. At the defaults' own height a product may keep its defaults.
+    """
+    most, found = 0.0, defaults
+    for tile_m, lines in heights.items():
+        lines = {product: line for product, line in lines.items() if "fastest" in line}
+        if tile_m == defaults["tile_m"]:
+            lines = {product: line for product, line in lines.items() if line["share"] < 1 - line["noise"]}
+        elif len(lines) < len(PRODUCTS):
             continue
-        noise = max(line["noise"] for line in measured)
-        shares = [
-            sum(line["share"] * line["default_us"][0] for line in products.values())
-            / sum(line["default_us"][0] for line in products.values())
-            for products in kinds.values()
-        ]
-        mean = sum(shares) / len(shares)
-        if max(shares) <= 1 + noise and mean < min(best, 1 - noise):
-            best = mean
-            found = {
-                kind: {name: line["fastest"] for name, line in products.items()} for kind, products in kinds.items()
-            }
-            found = {"tile_m": tile_m} | found
+        default_us = sum(line["default_us"][0] for line in lines.values())
+        saved = default_us - sum(line["default_us"][0] * line["share"] for line in lines.values())
+        noise = max((line["noise"] for line in lines.values()), default=0) if tile_m != defaults["tile_m"] else 0
+        if saved > max(most, noise * default_us):
+            most = saved
+            found = defaults | {"tile_m": tile_m} | {product: line["fastest"] for product, line in lines.items()}
     return found
 
 

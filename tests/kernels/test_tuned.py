@@ -2,12 +2,14 @@
 
 import copy
 import json
+from contextlib import closing
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from benchmarks import aot, gpu_gates, tune, tune_cases, tune_moe
-from benchmarks.gpu_machine import Machine
+from benchmarks.gpu_machine import Machine, Point
 from llada2_fast.kernels import _tuned, attention, candidates, gemm, refine
 from llada2_fast.kernels._triton import force_ops
 from tests.kernels.interpreter import interpreted, products_in_order
@@ -50,18 +52,41 @@ def test_no_entry_depends_on_the_batch_and_what_defines_the_bits_is_never_tried(
         assert not {"batch", "rows", "tokens", "prefix"} & set(tune.KEYS[family])
         for tries in parts.values():
             assert not {"TILE_N", "SPLIT", "MAX_SPLITS", "TILE_V", "CHUNK", "GROUP"} & {key for t in tries for key in t}
-    assert not any("tile_k" in parameters for parameters in tune_moe.TRIES)
+    assert not any("tile_k" in parameters for tries in tune_moe.TRIES["fp8"].values() for parameters in tries)
 
 
 def test_the_table_of_expert_tiles():
-    sizes = gemm.tiles(CPU, 2048, 1)
-    assert gemm.tiles(CPU, 2048, sizes["tokens"]) == sizes
-    assert gemm.tiles(CPU, 2048, 10**6)["tokens"] == 4096
     for entry in _tuned.table("moe"):
-        assert entry.keys() >= {"device", "hidden", "tokens", "tile_m", "bf16"}
-        for name in entry.keys() & {"bf16", "fp8"}:
+        kinds = entry.keys() & {"bf16", "fp8"}
+        assert kinds and entry.keys() == {"device", "hidden", "tokens"} | kinds
+        for name in kinds:
+            assert entry[name].keys() == {"tile_m", "gate_up", "down"}
             for product in (entry[name]["gate_up"], entry[name]["down"]):
                 assert product["tile_n"] % 64 == 0 and product["num_warps"] % 4 == 0  # else not one instruction for all
+
+
+def expert_tiles(device, name, monkeypatch, entries):
+    """tile_m by tokens and kind where the table has these entries too."""
+    known = _tuned.table("moe") + entries
+    monkeypatch.setattr(gemm, "table", lambda family: known)
+    monkeypatch.setattr(gemm, "device_name", lambda device: name)
+    return lambda tokens, float8=False: gemm.tiles.__wrapped__(device, 2048, tokens, float8)["tile_m"]
+
+
+def test_an_entry_serves_its_tokens_and_fewer_but_not_more(monkeypatch):
+    """Told apart by a tile height that no default has."""
+
+    def entry(tokens, kind, tile_m, hidden=2048):
+        return {"device": "X", "hidden": hidden, "tokens": tokens, kind: {"tile_m": tile_m}}
+
+    entries = [entry(64, "bf16", 1), entry(1024, "bf16", 3), entry(320, "bf16", 2), entry(320, "fp8", 5)]
+    entries += [entry(4096, "bf16", 4, hidden=4096)]
+    tile_m = expert_tiles(CPU, "X", monkeypatch, entries)
+    assert [tile_m(tokens) for tokens in (32, 64, 65, 320, 321, 1024)] == [1, 1, 2, 2, 3, 3]
+    assert [tile_m(tokens) for tokens in (1025, 4096, 10**6)] == [64, 64, 64]
+    assert [tile_m(tokens, True) for tokens in (39, 40, 320, 321)] == [16, 5, 5, 32]
+    assert expert_tiles(CPU, "Y", monkeypatch, entries)(64) == 16
+    assert expert_tiles(CPU, "X", monkeypatch, [entry(4096, "bf16", 7)])(10**6) == 7
 
 
 def test_an_entry_holds_for_its_device_and_shape_alone(monkeypatch):
@@ -130,21 +155,41 @@ def test_refinement_keeps_its_bits(entry):
 
 def test_parameters_that_change_bits_are_refused(machine, capsys, short_blocks):
     group = next(group for group in tune_cases.attention_groups(machine) if group.part == "attention")
-    line = tune.tune(machine, group._replace(tries=[{"TILE_N": 16}, {"num_stages": 4}]))
+    compiled = tune.Compiled("sm_90", dry=True)
+    line = tune.tune(machine, group._replace(name="two", tries=[{"TILE_N": 16}, {"num_stages": 4}]), compiled)
     assert line["left_out"] == 1 and line["fastest"] == {"num_stages": 4}
     assert capsys.readouterr().out.endswith("left out {'TILE_N': 16}: other bits than the defaults\n")
-    assert "fastest" not in tune.tune(machine, group._replace(tries=[{"TILE_N": 16}]))
+    assert "fastest" not in tune.tune(machine, group._replace(name="one", tries=[{"TILE_N": 16}]), compiled)
 
 
 def test_parameters_that_do_not_compile_are_named():
-    """Far more shared memory than there is; the other one is fine."""
-
-    def call(parameters):
-        with _tuned.tried("attention", {"attention": parameters}):
-            aot.SCENARIOS["attention mini bf16 one split"]()
-
-    found = tune.faults([{"num_stages": 32}, {"num_stages": 3}], [call], "sm_90")
+    """Far more shared memory than there is; the other one is fine. None of it needs data."""
+    group = next(iter(tune.groups(tune.Shapes(), ["attention"])))
+    group = group._replace(tries=[{"num_stages": 32}, {"num_stages": 3}])
+    with closing(tune.Compiled("sm_90", ahead=[group])) as compiled:
+        found = compiled.faults(group)
     assert list(found) == [0] and "shared memory" in found[0]
+
+
+def test_a_kernel_is_compiled_once_however_many_groups_launch_it(monkeypatch):
+    """Tokens are no constant: groups of several numbers of them share kernels."""
+    compiled, done = tune.Compiled("sm_90"), []
+    monkeypatch.setattr(
+        aot, "compile_each", lambda work, processes: [done.append(w) or Compilation(None) for w in work]
+    )
+    few = [group for group in tune.groups(tune.Shapes(), ["moe"]) if group.shape["tokens"] <= 64][:6]
+    assert [compiled.faults(group) for group in few] == [{}] * 6
+    kernels = {tune._key(launch) for launch, *_ in done}
+    assert len(kernels) == len(done) == len({tune._key(x) for x in tune.launches(tune.Shapes(), few)} & kernels) == 94
+
+
+def test_launches_are_those_of_the_real_shapes():
+    """Also where there is no GPU."""
+    found = tune.launches(tune.Shapes(), tune.groups(tune.Shapes(), ["moe"])[:3])
+    names = [launch.kernel.__name__ for launch in found]
+    assert names.count("_gemm_kernel") == 32 + 32 + 10 and {"_select_kernel", "_quantize_kernel"} < set(names)
+    gemms = [launch for launch in found if launch.kernel.__name__ == "_gemm_kernel"]
+    assert {launch.constants[gemms[0].kernel.arg_names.index("K"),] for launch in gemms} == {2048, 512}
 
 
 # the tuner
@@ -160,7 +205,20 @@ def test_without_a_gpu_it_says_so_in_a_line_and_exits_2(main, capsys):
 def test_unknown_ops_are_refused(capsys):
     with pytest.raises(SystemExit):
         tune.main(["--dry-run", "--ops", "moe,speed"])
-    assert "--ops speed: expected some of attention, refine, moe" in capsys.readouterr().err
+    assert "--ops speed: expected some of moe, attention, refine" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        tune.main(["--dry-run", "--models", "large"])
+    assert "--models large: expected some of mini, flash" in capsys.readouterr().err
+
+
+def test_the_telling_groups_come_first():
+    groups = tune.groups(tune.Shapes())
+    moe = [(group.shape["tokens"], group.shape["kind"], group.shape["tile_m"]) for group in groups[:44]]
+    assert [x for x in dict.fromkeys(moe)][:4] == [(64, "bf16", 16), (64, "fp8", 16), (32, "bf16", 16), (32, "fp8", 16)]
+    assert list(dict.fromkeys(tokens for tokens, *_ in moe)) == [64, 32, 320, 1280, 1024, 4096]
+    assert [tile_m for tokens, kind, tile_m in dict.fromkeys(moe) if (tokens, kind) == (1024, "fp8")] == [32, 16, 64]
+    assert [group.family for group in groups[44:]] == ["attention"] * 2 + ["refine"] * 2
+    assert any("flash" in group.name for group in tune.groups(tune.Shapes(), models=tune.MODELS))
 
 
 @pytest.mark.parametrize("op", tune.FAMILIES)
@@ -185,6 +243,10 @@ def test_it_ends_within_its_minutes(capsys):
     assert outcome["measured"] == 0 and outcome["left_out"] == 8
 
 
+class Compilation(NamedTuple):
+    fault: str | None
+
+
 def line(parameters, share, default_us=100.0):
     return {"fastest": parameters, "share": share, "noise": 0.02, "default_us": [default_us]}
 
@@ -203,25 +265,60 @@ def test_what_beats_the_defaults_by_more_than_the_noise_becomes_an_entry(machine
     assert found["refine"] == [{"device": "X"} | groups[2].shape | {"vocab_pass": None}]
 
 
-def test_expert_entries_are_whole(machine):
-    """A height counts if everything at it was measured and no type loses; other tokens keep the defaults."""
-    groups = [
+def moe_groups(*cells):
+    """Names are "kind tokens tile_m product"."""
+    return [
         tune_cases.Group(f"{kind} {tokens} {tile_m} {product}", "moe",
                          {"hidden": 2048, "tokens": tokens, "tile_m": tile_m, "kind": kind}, product, [], None)
-        for kind in ("bf16", "fp8") for tokens in (32, 1024) for tile_m in (16, 32) for product in ("gate_up", "down")
+        for kind, tokens, tile_m in cells for product in tune_moe.PRODUCTS
     ]  # fmt: skip
-    shares = {("bf16", 16): 0.95, ("fp8", 16): 0.95, ("bf16", 32): 0.5, ("fp8", 32): 1.2}
-    lines = {
-        group.name: line({"tile_n": group.shape["tile_m"]}, shares[group.shape["kind"], group.shape["tile_m"]])
-        for group in groups if group.shape["tokens"] == 32
+
+
+def found_tiles(lines):
+    """{(tokens, kind): tiles} of the entries; lines {group's name: line}."""
+    groups = moe_groups(*((kind, tokens, m) for kind in ("bf16", "fp8") for tokens in (32, 1024) for m in (16, 32)))
+    assert set(lines) <= {group.name for group in groups}
+    return {
+        (entry["tokens"], kind): value
+        for entry in tune_moe.entries(groups, lines, "X") for kind, value in entry.items() if kind in ("bf16", "fp8")
     }  # fmt: skip
-    few, many = tune_moe.entries(groups, lines, "X")
-    product = {"gate_up": {"tile_n": 16}, "down": {"tile_n": 16}}
-    assert few == {"device": "X", "hidden": 2048, "tokens": 32, "tile_m": 16, "bf16": product, "fp8": product}
-    default = gemm.tiles(CPU, 2048, 1024)
-    assert many == default | {"device": "X", "hidden": 2048, "tokens": 1024}
-    del lines["fp8 32 16 down"]
-    assert tune_moe.entries(groups, lines, "X") == []
+
+
+def test_the_first_product_measured_makes_an_entry():
+    """The other one keeps its defaults; so do both where nothing is gained; what failed was not measured."""
+    default = gemm.tiles(CPU, 2048, 32)
+    assert found_tiles({}) == {}
+    found = found_tiles({"bf16 32 16 gate_up": line({"tile_n": 7}, 0.9)})
+    assert found == {(32, "bf16"): default | {"gate_up": {"tile_n": 7}}}
+    small = {"bf16 32 16 gate_up": line({"tile_n": 7}, 0.99), "bf16 32 16 down": line({"tile_n": 8}, 0.9)}
+    assert found_tiles(small) == {(32, "bf16"): default | {"down": {"tile_n": 8}}}
+    assert found_tiles({"bf16 32 16 down": line({"tile_n": 7}, 0.99)}) == {(32, "bf16"): default}
+    assert found_tiles({"bf16 32 16 down": {"skipped": "nothing"}}) == {(32, "bf16"): default}
+    assert found_tiles({"bf16 32 16 down": {"error": "x"}}) == {}
+
+
+def test_another_height_must_be_measured_whole_and_save_more():
+    own = {f"fp8 1024 32 {product}": line({"tile_n": 1}, 0.9) for product in tune_moe.PRODUCTS}
+    other = {"fp8 1024 16 gate_up": line({"tile_n": 2}, 0.6, 200.0)}
+    default = gemm.tiles(CPU, 2048, 1024, True)
+    assert found_tiles(own | other) == {(1024, "fp8"): default | {"gate_up": {"tile_n": 1}, "down": {"tile_n": 1}}}
+    other["fp8 1024 16 down"] = line({"tile_n": 3}, 1.3)
+    expected = {"tile_m": 16, "gate_up": {"tile_n": 2}, "down": {"tile_n": 3}}
+    assert found_tiles(own | other) == {(1024, "fp8"): expected}
+    other["fp8 1024 16 down"] = line({"tile_n": 3}, 1.79)
+    assert found_tiles(other) == {(1024, "fp8"): default}  # less than the noise
+
+
+def test_tables_hold_what_was_measured_before_the_run_ended(machine, tmp_path):
+    """Every line is in them as soon as it is in the results; other entries stay."""
+    groups = moe_groups(("bf16", 64, 16), ("fp8", 64, 16))
+    results = tune.Kept(machine, None, False, "tune", "x", groups=groups, device="zzz", folder=tmp_path)
+    for kinds, group in ((["bf16"], groups[0]), (["bf16"], groups[1]), (["bf16", "fp8"], groups[2])):
+        results.add(Point(group.name, "tune", 1.0, None), 1.0, line({"tile_n": 7}, 0.5))
+        *others, last = json.loads((tmp_path / "moe_tuned.json").read_text("utf-8"))
+        assert others == _tuned.table("moe") and last.keys() == {"device", "hidden", "tokens", *kinds}
+    assert last["bf16"] == {"tile_m": 16, "gate_up": {"tile_n": 7}, "down": {"tile_n": 7}}
+    assert [path.name for path in tmp_path.iterdir()] == ["moe_tuned.json"]
 
 
 @pytest.mark.parametrize("family", tune.KEYS)
