@@ -1,14 +1,15 @@
-"""The GPU suite: ceilings of the device, every kernel, whole steps, decoding; each beside its floor and its goal.
+"""The GPU suite: ceilings of the device, decoding, whole steps, every kernel, peers; each beside floor and goal.
 
-    python -m benchmarks.gpu [--minutes 8] [--only ceilings,kernels,steps,decode] [--resume] [--results FILE]
+    python -m benchmarks.gpu [--minutes 8] [--only SECTION,...] [--points NAME,...] [--resume] [--results FILE]
                              [--dry-run]
 
 Runs unattended with this checkout, torch, triton, transformers and numpy; without diffusers its ratios are null. Points
-go in order of importance, in two rounds: the telling ones of every section first, the rest of the grids behind them. A
-point is started only if it is expected to end in time, and what has not ended then is broken off. Each is one JSON
-line, printed, and appended to benchmarks/results/gpu.jsonl as soon as it is there; one that fails leaves its error and
-the next one runs. --resume leaves out what a run of the same sources on the same device has measured. Ceilings are
-always needed. At the end stand the goals, met or missed, and one JSON line with them and the count of points.
+go in order of importance, in two rounds: the telling ones of every section first, the rest of the grids behind them,
+peers last. A point is started only if it is expected to end in time, and what has not ended then is broken off. Each is
+one JSON line, printed, and appended to benchmarks/results/gpu.jsonl as soon as it is there; one that fails leaves its
+error and the next one runs. --resume leaves out what a run of the same sources on the same device has measured.
+Ceilings are always needed. At the end stand the goals, met or missed, and one JSON line with them and the count of
+points.
 
 Exit codes: 0 all points measured, or out of time; 1 some failed; 2 no CUDA device, or bad arguments; 3 the device was
 lost (run again with --resume). --dry-run takes the same paths on a CPU with tiny shapes, where neither figures nor
@@ -35,17 +36,30 @@ from . import gpu_decode, gpu_goals, gpu_kernels, gpu_peers, gpu_steps
 from .gpu_machine import DoesNotFit, Machine, Point, ceilings
 from .harness import RESULTS, ROOT, card
 
-SECTIONS = ("ceilings", "kernels", "steps", "decode")
+SECTIONS = ("ceilings", "decode", "steps", "kernels", "peers")
 RESERVE_S = 10.0  # of the minutes, for what surrounds the points
 KEY = ("sources", "device", "dry_run")  # lines that agree in these are of one kind
 
 
 def all_points(only=SECTIONS):
     """The points of some sections in the order they are run: ceilings, then two rounds through the sections."""
-    found = [*gpu_kernels.points(), *gpu_steps.points(), *gpu_peers.points(), *gpu_decode.points()]
+    found = [*gpu_decode.points(), *gpu_steps.points(), *gpu_kernels.points(), *gpu_peers.points()]
     found = [point for point in found if point.section in only]
     found.sort(key=lambda point: (point.later, SECTIONS.index(point.section)))
     return [Point("ceilings", "ceilings", 10, ceilings, gate=None), *found]
+
+
+def chosen(points, names):
+    """Those of the points whose name is one of `names` or, where a name is no point's, has it in it; with their gates.
+    ValueError for a name that fits none."""
+    known, wanted = {point.name for point in points}, set()
+    for name in names:
+        fitting = {name} & known or {one for one in known if name in one}
+        if not fitting:
+            raise ValueError(f"{name}: no point of these sections has it in its name")
+        wanted |= fitting
+    wanted |= {point.gate for point in points if point.name in wanted} | {"ceilings"}
+    return [point for point in points if point.name in wanted]
 
 
 def sources(tables=True):
@@ -185,6 +199,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=8.0, help="the suite ends within them (default: %(default)g)")
     parser.add_argument("--only", default=",".join(SECTIONS), help="comma-separated sections (default: %(default)s)")
+    parser.add_argument("--points", metavar="NAME,...", help="these alone: names of points or parts of them")
     parser.add_argument("--resume", action="store_true", help="leave out what the results file has already")
     parser.add_argument("--results", type=Path, help="file of result lines (default: benchmarks/results/gpu.jsonl)")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on a CPU: tries the suite, not the machine")
@@ -193,6 +208,11 @@ def main(arguments=None):
     unknown = sorted(set(only) - set(SECTIONS))
     if unknown:
         parser.error(f"--only {','.join(unknown)}: expected some of {', '.join(SECTIONS)}")
+    points = all_points(only)
+    try:
+        points = chosen(points, options.points.split(",")) if options.points else points
+    except ValueError as reason:
+        parser.error(f"--points {reason}")
     if not options.dry_run and not torch.cuda.is_available():
         print("gpu: needs a CUDA device, found none (--dry-run tries the suite on a CPU)", file=sys.stderr)
         return 2
@@ -201,7 +221,7 @@ def main(arguments=None):
     path = options.results or (None if options.dry_run else RESULTS / "gpu.jsonl")
     results = Results(machine, path, options.resume)
     print(json.dumps(results.common))
-    outcome = run(all_points(only), machine, results, end)
+    outcome = run([point for point in points if point.memory <= machine.memory], machine, results, end)
     verdicts = gpu_goals.judge(results.lines)
     for text, value, verdict in verdicts:
         print(f"{verdict:12} {'-' if value is None else f'{value:.4g}':>8}  {text}")

@@ -35,11 +35,12 @@ class Point(NamedTuple):
     """One measurement: measure(machine) returns what goes into its line."""
 
     name: str
-    section: str  # ceilings, kernels, steps, decode
+    section: str  # one of gpu.SECTIONS
     seconds: float  # what it is expected to take, compilation included
     measure: Callable
     later: bool = False  # second round: after all other sections' first
     gate: str | None = "ceilings"  # the point that must have passed
+    memory: float = 0.0  # bytes that the device must have
 
 
 class DoesNotFit(Exception):
@@ -47,11 +48,14 @@ class DoesNotFit(Exception):
 
 
 class Machine:
-    """device; dtype of weights and activations; ceilings as measured: copy bandwidth in TB/s, bf16 TFLOP/s."""
+    """device, its name and bytes of memory; dtype of weights and activations; ceilings as measured: copy bandwidth in
+    TB/s, bf16 TFLOP/s."""
 
     def __init__(self, dry):
         self.dry = dry
         self.device = torch.device("cpu" if dry else "cuda")
+        self.name = "" if dry else torch.cuda.get_device_name(self.device)
+        self.memory = math.inf if dry else torch.cuda.get_device_properties(self.device).total_memory
         self.dtype = torch.bfloat16
         self.bandwidth = self.tflops = None
         self._network = None

@@ -1,14 +1,18 @@
 """A whole denoise step, forward and refinement, of a random-weight network of the true shape, by CUDA graph.
 
-    step <model> <bf16|fp8> b<batch> p<prefix>
+    step <model> <bf16|fp8> b<batch> p<prefix> [carried [real]]
+
+carried: with a place for an ended block to every four rows, as decoding replays it at every step; the places repeat the
+first row's block, as they usually do. real: as many rows begin their next block and carry the one that has ended along,
+as each row does once a block.
 
 Every row refines the block behind `prefix` cached tokens; keys and values of the prefix are random, its pages in random
 order. The block holds random tokens, all editable and none sure enough to be edited: the step then does all its work,
 the tokens route independently, as the floor assumes, and what little state changes is put back ahead of each replay.
 
-floor_ms is benchmarks.roofline's with the ceilings measured in this run, floor_default_ms with its H200 defaults,
-floor_touched_ms with the experts really touched in place of the expected number. launched_ms is the same work launched
-piece by piece. Gate: both give the same bits.
+floor_ms is benchmarks.roofline's with the ceilings measured in this run, floor_default_ms with its row for this GPU, if
+it has one, floor_touched_ms with the experts really touched in place of the expected number. launched_ms is the same
+work launched piece by piece, in `launches` pieces. Gate: both give the same bits.
 """
 
 from functools import partial
@@ -21,20 +25,23 @@ from llada2_fast.kernels import refine
 
 from .gpu_gates import each_row
 from .gpu_machine import Point
-from .roofline import BLOCK, GPUS, floor_ms, step_costs, touched_experts
+from .roofline import BLOCK, GPUS, floor_ms, gpu_of, step_costs, touched_experts
 
 GRID = [(batch, prefix) for prefix in (1024, 8192, 32768) for batch in (1, 8, 32, 128)]
-FIRST = [(1, 1024), (32, 1024)]
+CARRIED = [(batch, 1024) for batch in (1, 8, 32)]  # of the grid, measured in all variants
+VARIANTS = ("", "carried", "carried real")
+FIRST = ["b1 p1024 carried", "b1 p1024", "b32 p1024 carried", "b1 p1024 carried real"]
+FLASH_MEMORY = 100e9  # bytes that a GPU must have for flash in fp8 to be worth a try
 FLASH_ROOM = 65536  # tokens of cache that must fit beside flash in fp8 on a GPU of 141 GB
 
 
 class Step:
     """One step of `batch` rows over `prefix` tokens: call() makes it, by graph on a GPU; reset() makes it repeatable.
 
-    in_order: pages side by side, for the peers, which have no paged attention.
+    in_order: pages side by side, for the peers, which have no paged attention. variant: one of VARIANTS.
     """
 
-    def __init__(self, machine, model, batch, prefix, in_order=False):
+    def __init__(self, machine, model, batch, prefix, in_order=False, variant=""):
         config, device = model.config, machine.device
         width = prefix // BLOCK + 1
         kept = 4 * batch * width * BLOCK * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
@@ -48,14 +55,21 @@ class Step:
         kind = torch.full_like(tokens, refine.VALID, dtype=torch.int8)
         self.state = refine.BlockState.start_block(tokens, kind, torch.full((batch,), prefix, device=device))
         self.params = each_row(
-            batch, device, edit_threshold=2.0, max_steps=2**30, flags=refine.BAN_MASK | refine.EDITING
+            batch, device, threshold=2.0, edit_threshold=2.0, max_steps=2**30, flags=refine.BAN_MASK | refine.EDITING
         )
         pages = (torch.arange if in_order else torch.randperm)(batch * width, device=device)
         slots = Slots(batch, width, device)
         self.page_table = slots.page_table.copy_(pages.view(batch, width))
         slots.bounds.total.fill_(width * BLOCK)
         slots.bounds.limit.fill_(width * BLOCK)
-        self.graph = StepGraph(model, self.cache, self.state, self.params, self.mask_id, slots, active=batch, carried=0)
+        places = -(-batch // 4) if variant else 0  # see GraphedForward._size
+        self.carried = places if variant == "carried real" else 0
+        ended = slice(self.carried)
+        self.state.start[ended] -= BLOCK
+        self.state.frozen[ended] = refine.BLOCK_DONE
+        slots.bounds.changed[ended] = refine.CHANGED
+        self._kept = [(x, x.clone()) for x in (*vars(self.state).values(), slots.bounds.changed)]
+        self.graph = StepGraph(model, self.cache, self.state, self.params, self.mask_id, slots, batch, places)
         self.load()
         self.call = self.graph.run if machine.dry else self.graph.replay
 
@@ -64,8 +78,8 @@ class Step:
         self.graph.load(list(range(len(self.page_table))), False)
 
     def reset(self):
-        for counter in (self.state.frozen, self.state.step, self.state.post_steps):
-            counter.zero_()
+        for tensor, before in self._kept:
+            tensor.copy_(before)
 
     def check(self):
         """The gate. ArithmeticError where replay and single launches differ, or a confidence is not finite."""
@@ -94,44 +108,50 @@ class Step:
         return sum(counts) / len(counts)
 
 
-def time_step(machine, name, float8, batch, prefix):
+def time_step(machine, name, float8, batch, prefix, variant=""):
     batch, prefix = machine.size(batch, 2), machine.size(prefix, 64)
     model = machine.network(name, float8)
     if not machine.dry:
         torch.cuda.reset_peak_memory_stats()
-    step = Step(machine, model, batch, prefix)
+    step = Step(machine, model, batch, prefix, variant=variant)
     step.check()
     ms = machine.call_us(step.call, rounds=20, before=step.reset) / 1e3
     launched = machine.call_us(step.graph.run, rounds=5, before=step.reset) / 1e3
     peak = None if machine.dry else torch.cuda.max_memory_allocated() / 1e9
     step.reset()
     asked = machine.counted(lambda: (step.load(), step.call()))
+    step.reset()
+    launches = machine.counted(step.graph.run)["launches"]
     touched = step.touched()
-    costs = step_costs(model.config, batch, prefix, 1 if float8 else 2)
-    floor, default = floor_ms(costs, machine.bandwidth, machine.tflops), floor_ms(costs, *GPUS["h200"])
-    expected = touched_experts(model.config, batch * BLOCK)
+    costs = step_costs(model.config, batch, prefix, 1 if float8 else 2, carried=step.carried)
+    measured = machine.bandwidth, machine.tflops
+    floor, default = floor_ms(costs, *measured), floor_ms(costs, *GPUS.get(gpu_of(machine.name), measured))
+    expected = touched_experts(model.config, (batch + step.carried) * BLOCK)
     read = costs["routed experts"]
     costs["routed experts"] = read._replace(bytes=read.bytes * touched / expected)
     return {
         "ms": ms, "launched_ms": launched, "floor_ms": floor, "over_floor": ms / floor,
         "floor_default_ms": default, "over_floor_default": ms / default,
-        "floor_touched_ms": floor_ms(costs, machine.bandwidth, machine.tflops),
+        "floor_touched_ms": floor_ms(costs, *measured),
         "experts_touched": touched, "experts_expected": expected,
         "gb": sum(cost.bytes for cost in costs.values()) / 1e9, "peak_gb": peak,
-        "host_syncs": asked["syncs"], "launches_outside_graph": asked["launches"],
+        "host_syncs": asked["syncs"], "launches_outside_graph": asked["launches"], "launches": launches,
     }  # fmt: skip
 
 
 def points():
-    """Steps of mini in both precisions, batch 1 and 32 first; flash in fp8 last, which takes the whole device."""
+    """Steps of mini in both precisions, those of FIRST first; flash in fp8 last, which takes the whole device."""
+    cases = [(*size, variant) for size in GRID for variant in (VARIANTS if size in CARRIED else VARIANTS[:1])]
+    named = {f"b{batch} p{prefix} {variant}".rstrip(): (batch, prefix, variant) for batch, prefix, variant in cases}
+    first = [name for name in FIRST if name in named]
     found = []
-    for batch, prefix in sorted(GRID, key=lambda size: size not in FIRST):
-        for kind, float8 in (("bf16", False), ("fp8", True)):
-            measure = partial(time_step, name="mini", float8=float8, batch=batch, prefix=prefix)
-            later = (batch, prefix) not in FIRST
-            found.append(Point(f"step mini {kind} b{batch} p{prefix}", "steps", 8 if later else 20, measure, later))
-    found.sort(key=lambda point: (point.later, "fp8" in point.name))  # change networks once a round, not at every point
+    for later, names in ((False, first), (True, [name for name in named if name not in first])):
+        for kind, float8 in (("bf16", False), ("fp8", True)):  # networks change once a round, not at every point
+            for name in names:
+                batch, prefix, variant = named[name]
+                measure = partial(time_step, name="mini", float8=float8, batch=batch, prefix=prefix, variant=variant)
+                found.append(Point(f"step mini {kind} {name}", "steps", 8 if later else 12, measure, later))
     for prefix in (1024, FLASH_ROOM - BLOCK):
         measure = partial(time_step, name="flash", float8=True, batch=1, prefix=prefix)
-        found.append(Point(f"step flash fp8 b1 p{prefix}", "steps", 30, measure, True))
+        found.append(Point(f"step flash fp8 b1 p{prefix}", "steps", 30, measure, True, memory=FLASH_MEMORY))
     return found

@@ -10,6 +10,7 @@ all weights but the router in one byte (scales not counted); operations are pric
 
 import argparse
 import json
+import re
 from typing import NamedTuple
 
 from llada2_fast.config import ModelConfig
@@ -20,6 +21,12 @@ GPUS = {  # reachable copy bandwidth in TB/s and dense bf16 rate in TFLOP/s, bel
     "h100": (3.0, 790.0),
     "b200": (7.2, 1800.0),
     "a100": (1.75, 270.0),
+}
+_NAMES = {  # what CUDA calls them; others of the name have other memory
+    "h200": r"NVIDIA H200( NVL)?",
+    "h100": r"NVIDIA H100 80GB HBM3",
+    "b200": r"NVIDIA B200",
+    "a100": r"NVIDIA A100(-SXM4-80GB| 80GB PCIe)",
 }
 _COMMON = dict(
     vocab_size=157184, head_dim=128, num_key_value_heads=4, num_experts=256, num_experts_per_tok=8,
@@ -44,15 +51,23 @@ class Cost(NamedTuple):
     operations: float
 
 
+def gpu_of(name):
+    """The key in GPUS of the device that CUDA calls `name`; None where none is meant: another GPU, or a part of one."""
+    return next((gpu for gpu, known in _NAMES.items() if re.fullmatch(known, name)), None)
+
+
 def touched_experts(config, tokens):
     """Expected number of distinct experts of one layer for `tokens` tokens."""
     miss = 1 - config.num_experts_per_tok / config.num_experts
     return config.num_experts * (1 - miss**tokens)
 
 
-def step_costs(config, batch, prefix, weight_bytes=2, block=BLOCK):
-    """{op: Cost} of one step of `batch` blocks, each over `prefix` cached tokens. weight_bytes: 2 bf16, 1 fp8."""
-    c, tokens = config, batch * block
+def step_costs(config, batch, prefix, weight_bytes=2, block=BLOCK, carried=0):
+    """{op: Cost} of one step of `batch` blocks, each over `prefix` cached tokens. weight_bytes: 2 bf16, 1 fp8.
+
+    carried: ended blocks, of as many of the rows, that are forwarded too: nothing of them is refined, and their keys
+    and values are among those that their rows read."""
+    c, tokens = config, (batch + carried) * block
     heads, kv_heads, dim, hidden = c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.hidden_size
     moe_layers = c.num_hidden_layers - c.first_k_dense_replace
 
@@ -74,7 +89,7 @@ def step_costs(config, batch, prefix, weight_bytes=2, block=BLOCK):
         ),
         "shared expert": matmul(expert * c.num_shared_experts, tokens, moe_layers),
         "dense MLP": matmul(3 * hidden * c.intermediate_size, tokens, c.first_k_dense_replace),
-        "LM head": matmul(hidden * c.vocab_size, tokens),
+        "LM head": matmul(hidden * c.vocab_size, batch * block),
     }
     return {op: cost for op, cost in costs.items() if cost.bytes}
 

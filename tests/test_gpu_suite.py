@@ -11,6 +11,7 @@ from benchmarks import gpu, gpu_gates, gpu_goals, gpu_machine, gpu_steps
 from benchmarks.gpu_machine import DoesNotFit, Machine, Point
 from benchmarks.gpu_steps import Step
 from benchmarks.gpu_weights import SHARP, fill, random_model
+from benchmarks.roofline import MINI, step_costs
 from llada2_fast.kernels import attention, norm
 from llada2_fast.kernels.fp8 import dequantize_weight
 from llada2_fast.model import LLaDA2Model
@@ -54,7 +55,18 @@ def test_without_a_gpu_it_says_so_in_a_line_and_exits_2(capsys, tmp_path):
 def test_unknown_sections_are_refused(capsys):
     with pytest.raises(SystemExit):
         gpu.main(["--dry-run", "--only", "kernels,speed"])
-    assert "--only speed: expected some of ceilings, kernels, steps, decode" in capsys.readouterr().err
+    assert f"--only speed: expected some of {', '.join(gpu.SECTIONS)}" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        gpu.main(["--dry-run", "--points", "step mini,speed"])
+    assert "--points speed: no point of these sections" in capsys.readouterr().err
+
+
+def test_chosen_points_come_with_their_gates():
+    points = gpu.all_points()
+    names = [point.name for point in gpu.chosen(points, ["step mini bf16 b1 p1024", "moe fp8"])]
+    assert names[:3] == ["ceilings", "step mini bf16 b1 p1024", "gate moe fp8"]
+    assert names[3:] == [f"moe fp8 m{tokens}" for tokens in (32, 1024, 64, 256, 4096)]
+    assert len(gpu.chosen(points, ["b1 p1024 carried real"])) == 3
 
 
 def test_dry_run_of_the_kernels_is_kept_and_resumed(capsys, tmp_path, monkeypatch):
@@ -79,10 +91,10 @@ def test_dry_run_of_the_kernels_is_kept_and_resumed(capsys, tmp_path, monkeypatc
     assert len(lines_of(path)) == 2 * len(lines)
 
 
-def test_dry_run_of_steps_peers_and_decoding(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_steps, "GRID", [(1, 1024), (32, 1024)])
+def test_dry_run_of_steps_peers_and_decoding(capsys, tmp_path):
     path = tmp_path / "gpu.jsonl"
-    assert gpu.main(["--dry-run", "--only", "steps,decode", "--results", str(path)]) == 0
+    names = "decode,peer,step mini bf16 b1 p1024,step mini fp8 b32 p1024 carried,step flash fp8 b1 p65504"
+    assert gpu.main(["--dry-run", "--points", names, "--results", str(path)]) == 0
     lines = {line["point"]: line for line in lines_of(path)}
     step = lines["step mini bf16 b1 p1024"]
     assert step["floor_default_ms"] > 0 and step["over_floor"] == pytest.approx(step["ms"] / step["floor_ms"], rel=1e-3)
@@ -120,9 +132,26 @@ def test_points_go_in_two_rounds_through_the_sections_with_gates_first():
     assert order == sorted(order)
     at = {point.name: i for i, point in enumerate(points)}
     assert all(at[point.gate] < at[point.name] for point in points[1:])
-    telling = {name for goal in gpu_goals.GOALS for name in goal.points} - {"peer grouped_mm"}
+    telling = {name for goal in gpu_goals.GOALS for name in goal.points if not name.startswith("peer ")}
     assert all(not points[at[name]].later for name in telling)
+    assert [point.name for point in points[1:4]] == [
+        f"decode mini {kind}" for kind in ("bf16 b1", "bf16 b32", "fp8 b1")
+    ]
+    assert [point.name for point in points[-3:]] == [f"peer {name}" for name in ("eager", "compile", "grouped_mm")]
+    steps = [point.name for point in points if point.section == "steps" and not point.later]
+    assert steps[:4] == [f"step mini bf16 {size}" for size in gpu_steps.FIRST] and len(steps) == 8
     assert sum(point.seconds for point in points if not point.later) < 8 * 60 - gpu.RESERVE_S
+
+
+def test_a_device_without_the_memory_is_not_asked_for_flash(capsys, monkeypatch):
+    class Small(Machine):
+        def __init__(self, dry):
+            super().__init__(dry)
+            self.memory = 80e9
+
+    monkeypatch.setattr(gpu, "Machine", Small)
+    assert gpu.main(["--dry-run", "--points", "step flash"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["measured"] == 1  # the ceilings
 
 
 def test_what_would_not_end_in_time_is_left_out_and_the_rest_is_not(machine):
@@ -265,6 +294,31 @@ def test_a_step_does_all_its_work_and_can_be_repeated(machine):
     assert (out.token >= 0).all() and not out.commit.any() and not out.edit.any()
     assert torch.equal(step.state.tokens, tokens) and (step.state.frozen != 0).all()
     assert 0 < step.touched() <= machine.config("mini").num_experts
+
+
+@pytest.mark.parametrize("variant, real", [("carried", 0), ("carried real", 2)])
+def test_carried_places_repeat_a_block_or_take_ended_ones_along(machine, variant, real, monkeypatch):
+    step = Step(machine, machine.network("mini"), batch=6, prefix=64, variant=variant)
+    begun, forward = [], step.model.forward_blocks
+
+    def noted(tokens, positions, blocks, *rest):
+        begun.append((blocks.block_row.tolist(), blocks.block_index.tolist(), step.state.tokens.clone()))
+        return forward(tokens, positions, blocks, *rest)
+
+    monkeypatch.setattr(step.model, "forward_blocks", noted)
+    step.check()
+    for rows, blocks, tokens in begun:
+        assert rows == [*range(6), *(range(2) if real else [0, 0])] and blocks == [2] * 6 + [1 if real else 2] * 2
+        assert (tokens == step.mask_id).all(1).tolist() == [True] * real + [False] * (6 - real)
+    assert step.carried == real and len(begun) == 2
+    step.reset()
+    assert (step.state.start == 64).tolist() == [False] * real + [True] * (6 - real)
+
+
+def test_a_carried_block_adds_experts_to_the_floor_and_no_logits():
+    plain, more = (step_costs(MINI, 8, 1024, carried=carried) for carried in (0, 2))
+    assert more["routed experts"] == step_costs(MINI, 10, 1024)["routed experts"]
+    assert more["LM head"] == plain["LM head"] and more["attention"].bytes == plain["attention"].bytes
 
 
 def test_one_network_is_kept_at_a_time(machine):
