@@ -32,19 +32,19 @@ from typing import NamedTuple
 
 import torch
 
-from . import gpu_decode, gpu_goals, gpu_kernels, gpu_peers, gpu_steps
+from . import gpu_decode, gpu_goals, gpu_kernels, gpu_peers, gpu_profile, gpu_steps
 from .gpu_machine import DoesNotFit, Machine, Point, ceilings
 from .harness import RESULTS, ROOT, card
 
-SECTIONS = ("ceilings", "decode", "steps", "kernels", "peers")
+SECTIONS = ("ceilings", "decode", "profile", "steps", "kernels", "peers")
 RESERVE_S = 10.0  # of the minutes, for what surrounds the points
 KEY = ("sources", "device", "dry_run")  # lines that agree in these are of one kind
 
 
 def all_points(only=SECTIONS):
     """The points of some sections in the order they are run: ceilings, then two rounds through the sections."""
-    found = [*gpu_decode.points(), *gpu_steps.points(), *gpu_kernels.points(), *gpu_peers.points()]
-    found = [point for point in found if point.section in only]
+    modules = (gpu_decode, gpu_profile, gpu_steps, gpu_kernels, gpu_peers)
+    found = [point for module in modules for point in module.points() if point.section in only]
     found.sort(key=lambda point: (point.later, SECTIONS.index(point.section)))
     return [Point("ceilings", "ceilings", 10, ceilings, gate=None), *found]
 

@@ -137,14 +137,32 @@ class Machine:
         own, seen = self._profiled(lambda: None), self._profiled(call)
         return {kind: seen[kind] - own[kind] for kind in ("syncs", "launches", "graph_launches")}
 
-    def _profiled(self, call):
+    def device_events(self, call):
+        """[(name, µs)] of what the device does for a call, in a graph's replay too: kernels, copies and fills. In a dry
+        run the innermost operators on the CPU."""
+        events = self._events(call)
+        if self.dry:
+            return [(event.name, event.cpu_time_total) for event in events if not event.cpu_children]
+        on_device = torch.autograd.DeviceType.CUDA
+        return [
+            (event.name, event.time_range.elapsed_us())
+            for event in events
+            if event.device_type == on_device and not event.is_user_annotation
+        ]
+
+    def _events(self, call):
+        """torch.profiler's events of a call."""
         activity = torch.profiler.ProfilerActivity
         activities = [activity.CPU] if self.dry else [activity.CPU, activity.CUDA]
         self.synchronize()
         with torch.profiler.profile(activities=activities) as profile:
             call()
+            self.synchronize()
+        return profile.events()
+
+    def _profiled(self, call):
         counts = Counter()
-        for event in profile.events():
+        for event in self._events(call):
             counts["syncs"] += event.name in _SYNCS
             counts["launches"] += event.name.startswith(_LAUNCHES)
             counts["graph_launches"] += event.name.startswith("cudaGraphLaunch")

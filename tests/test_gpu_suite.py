@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_gates, gpu_goals, gpu_machine, gpu_steps
+from benchmarks import gpu, gpu_gates, gpu_goals, gpu_machine, gpu_profile, gpu_steps
 from benchmarks.gpu_machine import DoesNotFit, Machine, Point
 from benchmarks.gpu_steps import Step
 from benchmarks.gpu_weights import SHARP, fill, random_model
@@ -93,7 +93,9 @@ def test_dry_run_of_the_kernels_is_kept_and_resumed(capsys, tmp_path, monkeypatc
 
 def test_dry_run_of_steps_peers_and_decoding(capsys, tmp_path):
     path = tmp_path / "gpu.jsonl"
-    names = "decode,peer,step mini bf16 b1 p1024,step mini fp8 b32 p1024 carried,step flash fp8 b1 p65504"
+    names = (
+        "decode,peer,profile mini bf16,step mini bf16 b1 p1024,step mini fp8 b32 p1024 carried,step flash fp8 b1 p65504"
+    )
     assert gpu.main(["--dry-run", "--points", names, "--results", str(path)]) == 0
     lines = {line["point"]: line for line in lines_of(path)}
     step = lines["step mini bf16 b1 p1024"]
@@ -106,12 +108,36 @@ def test_dry_run_of_steps_peers_and_decoding(capsys, tmp_path):
         lines["decode diffusers"]["ratio_vs_diffusers"] is None or lines["decode diffusers"]["ratio_vs_diffusers"] > 0
     )
     assert "step flash fp8 b1 p65504" in lines
+    profile = lines["profile mini bf16 b1 carried"]
+    rows = [*profile["kernels"], profile["rest"]]
+    assert len(rows) == 26 and sum(row["count"] for row in rows) == profile["launches"] > 26
+    assert sum(row["total_us"] for row in rows) == pytest.approx(1e3 * profile["kernels_ms"], rel=1e-3)
+    assert profile["ms"] == pytest.approx(profile["kernels_ms"] + profile["gaps_ms"], rel=1e-3)
     *_, summary = printed = capsys.readouterr().out.splitlines()
     verdicts = json.loads(summary)["goals"]
     assert list(verdicts) == [goal.text for goal in gpu_goals.GOALS]
     assert verdicts["host syncs in a step, 0"] == "met"
     for line, (text, verdict) in zip(printed[-1 - len(verdicts) : -1], verdicts.items(), strict=True):
         assert line.startswith(verdict) and line.endswith(text)
+
+
+def test_a_profile_names_each_kernel_with_its_count_and_times():
+    gemm = "_gemm_kernel"
+    fill = "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<int>, std::array<char*, 1ul>>(int)"
+    events = [(gemm, 200.0), (fill, 2.0), (gemm, 100.0), ("Memcpy DtoD (Device -> Device)", 1.5)]
+    events += [(f"nvjet_{i}", 0.5) for i in range(24)]
+    kernels, rest = gpu_profile.summed(events)
+    assert kernels[0] == {
+        "name": gemm, "count": 2, "us": 150.0, "total_us": 300.0, "least_us": 100.0, "most_us": 200.0,
+    }  # fmt: skip
+    assert (
+        kernels[1]["name"] == "vectorized_elementwise_kernel<4, FillFunctor<int>, std::a..." and kernels[2]["us"] == 1.5
+    )
+    assert kernels[2]["name"] == "Memcpy DtoD" and len(kernels) == 25 and (rest["count"], rest["total_us"]) == (2, 1.0)
+    line = {"ms": 0.35, "kernels_ms": 0.3155, "gaps_ms": 0.0345, "launches": 28, "kernels": kernels, "rest": rest}
+    text = list(gpu_profile.show(line))
+    assert text[1].split() == ["2", "150.00", "100.00", "200.00", "300.0", gemm]
+    assert text[-1].endswith("315.5  in all; the replay takes 350.0, gaps are 34.5") and len(text) == 28
 
 
 def test_without_diffusers_its_ratio_is_null(machine, monkeypatch):
