@@ -223,9 +223,10 @@ def main(arguments=None):
     print(json.dumps(results.common))
     outcome = run([point for point in points if point.memory <= machine.memory], machine, results, end)
     verdicts = gpu_goals.judge(results.lines)
-    for text, value, verdict in verdicts:
-        print(f"{verdict:12} {'-' if value is None else f'{value:.4g}':>8}  {text}")
-    summary = {"benchmark": "gpu", "dry_run": machine.dry, "goals": {text: verdict for text, _, verdict in verdicts}}
+    for goal in verdicts:
+        print(f"{goal.verdict:12} {'-' if goal.value is None else f'{goal.value:.4g}':>8}  {goal.text}, {goal.limit}")
+    goals = {f"{goal.text}, {goal.limit}": goal.verdict for goal in verdicts}
+    summary = {"benchmark": "gpu", "dry_run": machine.dry, "goals": goals}
     print(json.dumps(summary | outcome._asdict()))
     return 3 if outcome.device_lost else 1 if outcome.failed else 0
 

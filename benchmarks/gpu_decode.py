@@ -6,7 +6,8 @@ Prompts of 1024 random tokens, greedy, no EOS. With a threshold that nothing pas
 fills every block of 32 in exactly s forwards. The TPF asked for, 6.63, is 32 / 4.83, so texts of two lengths are
 generated at s = 4 and at s = 5; the difference in time over the difference in blocks is a block's time, free of prefill
 and graph capture; and a block's time at 4.83 forwards is taken on the line between the two. Each time is the smaller of
-two runs. call_tok_s is the whole call at s = 5 and the longer text, with prefill and capture.
+two runs. call_tok_s is the whole call at s = 5 and the longer text, with prefill and capture. floor_ms is that of
+a step behind the prompt, as in benchmarks.gpu_steps, over_floor the time of a forward over it.
 
 host_syncs_per_step and launches_per_step are counted by the profiler over such a difference as well; launches of the
 whole graph are not among them. The loop waits once a step, for the report of the step before the one it has launched.
@@ -19,7 +20,7 @@ import torch
 
 from .gpu_machine import Point
 from .peers import Task, diffusers
-from .roofline import BLOCK
+from .roofline import BLOCK, floor_ms, step_costs
 
 TPF = 6.63
 PROMPT, SHORT, LONG = 1024, 256, 768
@@ -66,6 +67,9 @@ def time_decode(machine, float8, batch):
         "tok_s_tpf_8": batch * BLOCK / few, "tok_s_tpf_6.4": batch * BLOCK / many,
         "call_tok_s": batch * lengths[1] / whole,
     }  # fmt: skip
+    costs = step_costs(model.config, batch, inputs.shape[1], 1 if float8 else 2)
+    result["floor_ms"] = floor_ms(costs, machine.bandwidth, machine.tflops)
+    result["over_floor"] = result["ms_per_forward"] / result["floor_ms"]
     return result | asked_per_step(machine, model, inputs) if batch == 1 and not float8 else result
 
 

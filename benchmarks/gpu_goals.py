@@ -1,59 +1,126 @@
-"""What the figures should be on an H200, and what became of it."""
+"""What the figures should be, what was expected before the first of them was measured, and what became of both.
+
+Goals were set for an H200. On another GPU a goal that names its floor is held against that GPU's, and a speed is asked
+for in proportion to the floors, those of benchmarks.roofline.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
+from .roofline import GPUS, MINI, floor_ms, gpu_of, step_costs
+
 
 class Goal(NamedTuple):
-    """value(lines of `points`, in order) is to be at most, or at least, `limit`."""
+    """value(lines of `points`, in order) is to be at most, or at least, `limit`.
+
+    floor: arguments of step_costs behind the config; the limit is a speed on an H200 and goes with this step's floor.
+    by_card: the value is over the floor of the GPU.
+    """
 
     text: str
     points: tuple[str, ...]
     value: Callable
     limit: float
     at_most: bool
+    floor: tuple | None = None
+    by_card: bool = False
 
 
-def _goal(text, points, value, at_most=None, at_least=None):
+class Verdict(NamedTuple):
+    """What became of a goal: its text, the limit in words, the value (None: not measured), "met", "missed" or "not
+    measured"."""
+
+    text: str
+    limit: str
+    value: float | None
+    verdict: str
+
+
+def _goal(text, points, value, at_most=None, at_least=None, **rest):
     """A goal whose value is a field of its one point, or a function of several points' lines."""
     points = (points,) if isinstance(points, str) else points
-    read = (lambda line: line[value]) if isinstance(value, str) else value
-    return Goal(text, points, read, at_least if at_most is None else at_most, at_most is not None)
+    read = (lambda line: line.get(value)) if isinstance(value, str) else value
+    return Goal(text, points, read, at_least if at_most is None else at_most, at_most is not None, **rest)
 
 
 _STEP, _STEP8 = "step mini bf16 b1 p1024", "step mini fp8 b1 p1024"
 _DECODE, _DECODE32, _DECODE8 = "decode mini bf16 b1", "decode mini bf16 b32", "decode mini fp8 b1"
 
 GOALS = (
-    _goal("mini bf16 b1 p1024: step over its default floor, at most 1.25", _STEP, "over_floor_default", at_most=1.25),
-    _goal("mini fp8 b1 p1024: step over its default floor, at most 1.35", _STEP8, "over_floor_default", at_most=1.35),
-    _goal("mini bf16 b1: tokens/s at TPF 6.63, at least 1100", _DECODE, "tok_s", at_least=1100),
-    _goal("mini fp8 b1: tokens/s at TPF 6.63, at least 1900", _DECODE8, "tok_s", at_least=1900),
-    _goal("mini bf16: tokens/s of batch 32 over batch 1, at least 8", (_DECODE32, _DECODE),
+    _goal("mini bf16 b1 p1024: step over its default floor", _STEP, "over_floor_default", at_most=1.25, by_card=True),
+    _goal("mini fp8 b1 p1024: step over its default floor", _STEP8, "over_floor_default", at_most=1.35, by_card=True),
+    _goal("mini bf16 b1: tokens/s at TPF 6.63", _DECODE, "tok_s", at_least=1100, floor=(1, 1024, 2)),
+    _goal("mini fp8 b1: tokens/s at TPF 6.63", _DECODE8, "tok_s", at_least=1900, floor=(1, 1024, 1)),
+    _goal("mini bf16: tokens/s of batch 32 over batch 1", (_DECODE32, _DECODE),
           lambda many, one: many["tok_s"] / one["tok_s"], at_least=8),
-    _goal("host syncs in a step, 0", _STEP, "host_syncs", at_most=0),
-    _goal("launches outside the graph in a step, at most 2", _STEP, "launches_outside_graph", at_most=2),
-    _goal("attention b8 p32768: percent of copy bandwidth, at least 80", "attention b8 p32768", "percent_of_copy",
+    _goal("host syncs in a step", _STEP, "host_syncs", at_most=0),
+    _goal("launches outside the graph in a step", _STEP, "launches_outside_graph", at_most=2),
+    _goal("attention b8 p32768: percent of copy bandwidth", "attention b8 p32768", "percent_of_copy",
           at_least=80),
-    _goal("torch.compile of the reference model over our step, at least 3", ("peer compile", _STEP),
+    _goal("torch.compile of the reference model over our step", ("peer compile", _STEP),
           lambda peer, ours: peer["ms"] / ours["ms"], at_least=3),
-    _goal("torch.compile with grouped_mm over our step, at least 1", ("peer grouped_mm", _STEP),
+    _goal("torch.compile with grouped_mm over our step", ("peer grouped_mm", _STEP),
           lambda peer, ours: peer["ms"] / ours["ms"], at_least=1),
-    _goal("mini bf16 b1 p1024: peak memory in GB, at most 36", _STEP, "peak_gb", at_most=36),
+    _goal("mini bf16 b1 p1024: peak memory in GB", _STEP, "peak_gb", at_most=36),
 )  # fmt: skip
 
 
+class Prediction(NamedTuple):
+    """What a field of a point's line was expected to be on GPUs of roofline: a number, or between two."""
+
+    point: str
+    field: str
+    unit: str
+    expected: dict[str, float | tuple[float, float]]
+
+
+PREDICTIONS = (  # estimates before the first measurement: bytes, SASS and launches counted, nothing timed
+    Prediction(_STEP, "ms", "ms", {"h100": 9.2, "h200": 6.9}),
+    Prediction(f"{_STEP} carried", "ms", "ms", {"h100": 9.4}),
+    Prediction(f"{_STEP} carried real", "ms", "ms", {"h100": 11.8}),
+    Prediction("step mini bf16 b8 p1024", "ms", "ms", {"h100": 13.9, "h200": 10.2}),
+    Prediction("step mini bf16 b32 p1024", "ms", "ms", {"h100": 14.9}),
+    Prediction(_STEP8, "ms", "ms", {"h100": 5.9}),
+    Prediction(_DECODE, "ms_per_forward", "ms per forward", {"h100": 9.9}),
+    Prediction(_DECODE, "tok_s", "tokens/s", {"h100": 670, "h200": 885}),
+    Prediction("attention b8 p32768", "percent_of_copy", "percent of copy bandwidth", {"h100": (72, 78)}),
+)
+
+
 def judge(lines):
-    """(text, value, verdict) of each goal: "met", "missed" or "not measured" (value None). lines: by point's name."""
+    """The Verdict of each goal on the lines of one device. lines: by point's name."""
+    card, rates = _card(lines)
     verdicts = []
     for goal in GOALS:
         found = [lines.get(name, {}) for name in goal.points]
+        limit, words = _limit(goal, card, rates)
         value = None
         if all(line and not line.keys() & {"error", "skipped"} for line in found):
             value = goal.value(*found)
-        if value is None:
-            verdicts.append((goal.text, None, "not measured"))
-        else:
-            met = value <= goal.limit if goal.at_most else value >= goal.limit
-            verdicts.append((goal.text, value, "met" if met else "missed"))
+        verdict = "not measured" if value is None else "missed"
+        if value is not None and (value <= limit if goal.at_most else value >= limit):
+            verdict = "met"
+        verdicts.append(Verdict(goal.text, words, value, verdict))
     return verdicts
+
+
+def _card(lines):
+    """(what the lines' device is called, its copy bandwidth in TB/s and TFLOP/s): of roofline, else as measured, else
+    an H200's."""
+    gpu = next((gpu_of(line["device"]) for line in lines.values() if "device" in line), None)
+    if gpu is not None:
+        return gpu.upper(), GPUS[gpu]
+    measured = lines.get("ceilings", {})
+    if "copy_tb_s" in measured:
+        return "this device", (measured["copy_tb_s"], measured["bf16_tflops"])
+    return "unknown device, H200's floor", GPUS["h200"]
+
+
+def _limit(goal, card, rates):
+    """A goal's limit on a GPU of these rates, and in words."""
+    limit, of = goal.limit, f" ({card})" if goal.by_card or goal.floor else ""
+    if goal.floor and rates != GPUS["h200"]:
+        costs = step_costs(MINI, *goal.floor)
+        limit *= floor_ms(costs, *GPUS["h200"]) / floor_ms(costs, *rates)
+        of = f" ({card}; H200: {goal.limit:g})"
+    return limit, f"at {'most' if goal.at_most else 'least'} {limit:.4g}{of}"

@@ -5,7 +5,7 @@ import inspect
 import json
 
 from .quality import draw as draw_quality
-from .report_tables import gpu_lines, newest, threads
+from .report_tables import card, gpu_lines, newest, threads
 
 # Data of the lines, or None where they have not what is drawn; and how it is drawn.
 
@@ -67,11 +67,15 @@ def quality_data(lines):
 
 
 def gpu_data(lines):
-    for device, points in gpu_lines(lines).items():
-        steps = {
-            name: [line.data["floor_ms"], line.data["ms"]] for name, line in points.items() if "floor_ms" in line.data
-        }
-        return {"title": device, "steps": steps} if steps else None
+    """Bars: {step or decoding: [floor, measured]} in ms per forward, of all devices."""
+    devices = gpu_lines(lines)
+    steps = {
+        f"{name}, {card(device)}": [line.data["floor_ms"], line.data.get("ms") or line.data["ms_per_forward"]]
+        for device, points in devices.items()
+        for name, line in points.items()
+        if "floor_ms" in line.data
+    }
+    return {"title": " / ".join(devices), "steps": steps} if steps else None
 
 
 def draw_gpu(data, axes):
@@ -79,6 +83,8 @@ def draw_gpu(data, axes):
         axes.barh(i, ms, color="C0", label="" if i else "measured")
         axes.barh(i, floor, color="C1", label="" if i else "floor")
     axes.set_yticks(range(len(data["steps"])), list(data["steps"]), fontsize=7)
+    axes.invert_yaxis()
+    axes.figure.set_figheight(1.2 + 0.16 * len(data["steps"]))
     axes.set(xlabel="ms per step", xscale="log", title=f"Denoise steps and their floors: {data['title']}")
     axes.legend()
 

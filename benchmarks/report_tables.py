@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import sampling
-from .gpu_goals import judge
+from .gpu_goals import GOALS, PREDICTIONS, judge
+from .roofline import GPUS, gpu_of
 
 COMMANDS = {  # benchmark -> the module that makes its lines
     "decode": "bench_decode",
@@ -337,31 +338,98 @@ def gpu_lines(lines):
 
 
 def gpu_blocks(lines, body):
-    """body({point: data}) for each device, headed by where its lines are."""
-    parts = []
+    """body({device: {point: data}}), headed by where each device's lines are."""
+    heads, devices = [], {}
     for device, points in gpu_lines(lines).items():
         times, commits = ({line.data[key] for line in points.values()} for key in ("time", "commit"))
-        head = (
+        heads.append(
             f"{device}: {len(points)} lines of `gpu.jsonl`, {min(times)} to {max(times)}, "
             f"commit {', '.join(sorted(map(str, commits)))}, by `python -m benchmarks.gpu`"
         )
-        parts.append(f"{head}\n\n{body({name: line.data for name, line in points.items()})}")
-    return "\n\n".join(parts) or NOT_MEASURED.format("gpu") + " Every GPU speed is open."
+        devices[device] = {name: line.data for name, line in points.items()}
+    if not devices:
+        return NOT_MEASURED.format("gpu") + " Every GPU speed is open."
+    return "\n\n".join([*heads, body(devices)])
 
 
-def gpu_goals(points):
-    rows = [{"goal": text, "value": value, "verdict": verdict} for text, value, verdict in judge(points)]
-    return table([("goal", "goal", "{}"), ("measured", "value", "{:.4g}"), ("verdict", "verdict", "{}")], rows)
+def card(device):
+    """What a table calls a device, or a GPU of roofline."""
+    gpu = device if device in GPUS else gpu_of(device)
+    return gpu.upper() if gpu else device
 
 
-def gpu_points(points):
-    """All times; of a point that is none (ceilings, gates) what the suite itself prints is in its line."""
-    timed = [point for point in points.values() if "us" in point or "ms" in point or "tok_s" in point]
-    return table([
-        ("point", "point", "{}"), ("µs", "us", "{:.1f}"), ("ms", "ms", "{:.3f}"), ("floor µs", "floor_us", "{:.1f}"),
-        ("floor ms", "floor_ms", "{:.3f}"), ("over floor", "over_floor", "{:.2f}x"), ("GB/s", "gb_s", "{:.0f}"),
-        ("reference µs", "reference_us", "{:.0f}"), ("tok/s", "tok_s", "{:.0f}"), ("peak GB", "peak_gb", "{:.1f}"),
-    ], timed)  # fmt: skip
+def side_by_side(devices, columns):
+    """The columns of each device, of what a row has under the device's name; headed by it where there are several."""
+    return [
+        (f"{card(device)}: {heading}" if len(devices) > 1 else heading,
+         lambda row, device=device, key=key: row.get(device, {}).get(key), form)
+        for device in devices
+        for heading, key, form in columns
+    ]  # fmt: skip
+
+
+def gpu_goals(devices):
+    judged = {device: judge(points) for device, points in devices.items()}
+    rows = [
+        {"goal": goal.text} | {device: verdicts[i]._asdict() for device, verdicts in judged.items()}
+        for i, goal in enumerate(GOALS)
+    ]
+    columns = [("limit", "limit", "{}"), ("measured", "value", "{:.4g}"), ("verdict", "verdict", "{}")]
+    return table([("goal", "goal", "{}"), *side_by_side(devices, columns)], rows)
+
+
+def gpu_points(devices):
+    """All times, a table per section; of a point that is none (ceilings, gates) what the suite itself prints is in its
+    line."""
+    columns = [
+        ("tok/s", "tok_s", "{:.0f}"), ("ms per forward", "ms_per_forward", "{:.2f}"), ("µs", "us", "{:.1f}"),
+        ("ms", "ms", "{:.3f}"), ("floor µs", "floor_us", "{:.1f}"), ("floor ms", "floor_ms", "{:.3f}"),
+        ("over floor", "over_floor", "{:.2f}x"), ("launches", "launches", "{}"), ("GB/s", "gb_s", "{:.0f}"),
+        ("reference µs", "reference_us", "{:.0f}"), ("peak GB", "peak_gb", "{:.1f}"),
+    ]  # fmt: skip
+    sections = {}
+    for device, points in devices.items():
+        for name, data in points.items():
+            if "kernels" not in data and data.keys() & {"us", "ms", "tok_s"}:
+                sections.setdefault(data["section"], {}).setdefault(name, {"point": name})[device] = data
+    columns = [("point", "point", "{}"), *side_by_side(devices, columns)]
+    return "\n\n".join(table(columns, list(rows.values())) for rows in sections.values())
+
+
+def gpu_profile(devices):
+    """A table per profile: the kernels of a replay."""
+    found = [(device, data) for device, points in devices.items() for data in points.values() if "kernels" in data]
+    parts = []
+    for device, data in found:
+        times = f"{data['ms']:.3f} ms, of which {data['gaps_ms']:.3f} ms between its {data['launches']} launches"
+        rows = data["kernels"] + [data["rest"]] * (data["rest"] is not None)
+        columns = [
+            ("kernel", lambda row: f"`{row['name']}`", "{}"), ("count", "count", "{}"), ("mean µs", "us", "{:.2f}"),
+            ("from", "least_us", "{:.2f}"), ("to", "most_us", "{:.2f}"), ("total µs", "total_us", "{:.0f}"),
+        ]  # fmt: skip
+        parts += [f"{card(device)}, {data['point']}: {times}", table(columns, rows)]
+    return "\n\n".join(parts) or NOT_MEASURED.format("gpu --only profile")
+
+
+def gpu_predictions(lines):
+    """What was expected of each GPU beside what its lines say; the estimates stand there without a line, too."""
+    of_gpu = {
+        gpu_of(device): {name: line.data for name, line in points.items()}
+        for device, points in gpu_lines(lines).items()
+    }
+    rows = [
+        {"point": f"{point.point}: {point.unit}"}
+        | {gpu: {"expected": spoken(value), "measured": of_gpu.get(gpu, {}).get(point.point, {}).get(point.field)}
+           for gpu, value in point.expected.items()}
+        for point in PREDICTIONS
+    ]  # fmt: skip
+    columns = [("expected", "expected", "{}"), ("measured", "measured", "{:.4g}")]
+    gpus = list(dict.fromkeys(gpu for point in PREDICTIONS for gpu in point.expected))
+    return table([("point", "point", "{}"), *side_by_side(gpus, columns)], rows)
+
+
+def spoken(value):
+    return f"{value[0]:g} to {value[1]:g}" if isinstance(value, tuple) else f"{value:g}"
 
 
 # The blocks: name -> function of all lines.
@@ -383,6 +451,8 @@ BLOCKS = {
     "numbers": short_table,
     "gpu-goals": lambda lines: gpu_blocks(lines, gpu_goals),
     "gpu-points": lambda lines: gpu_blocks(lines, gpu_points),
+    "gpu-profile": lambda lines: gpu_blocks(lines, gpu_profile),
+    "gpu-predictions": gpu_predictions,
     "decode-points": each_machine("decode", "points", decode_points),
     "decode-ablations": each_machine("decode", "ablations", decode_ablations),
     "decode-cost": each_machine("decode", "cost", decode_cost),

@@ -11,7 +11,7 @@ from benchmarks import gpu, gpu_gates, gpu_goals, gpu_machine, gpu_profile, gpu_
 from benchmarks.gpu_machine import DoesNotFit, Machine, Point
 from benchmarks.gpu_steps import Step
 from benchmarks.gpu_weights import SHARP, fill, random_model
-from benchmarks.roofline import MINI, step_costs
+from benchmarks.roofline import GPUS, MINI, gpu_of, step_costs
 from llada2_fast.kernels import attention, norm
 from llada2_fast.kernels.fp8 import dequantize_weight
 from llada2_fast.model import LLaDA2Model
@@ -115,15 +115,17 @@ def test_dry_run_of_steps_peers_and_decoding(capsys, tmp_path):
     assert profile["ms"] == pytest.approx(profile["kernels_ms"] + profile["gaps_ms"], rel=1e-3)
     *_, summary = printed = capsys.readouterr().out.splitlines()
     verdicts = json.loads(summary)["goals"]
-    assert list(verdicts) == [goal.text for goal in gpu_goals.GOALS]
-    assert verdicts["host syncs in a step, 0"] == "met"
+    assert [text.split(", at ")[0] for text in verdicts] == [goal.text for goal in gpu_goals.GOALS]
+    assert verdicts["host syncs in a step, at most 0"] == "met"
     for line, (text, verdict) in zip(printed[-1 - len(verdicts) : -1], verdicts.items(), strict=True):
         assert line.startswith(verdict) and line.endswith(text)
 
 
 def test_a_profile_names_each_kernel_with_its_count_and_times():
     gemm = "_gemm_kernel"
-    fill = "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<int>, std::array<char*, 1ul>>(int)"
+    fill = (
+        "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<int>, std::array<char*, 1ul>>(int)"
+    )
     events = [(gemm, 200.0), (fill, 2.0), (gemm, 100.0), ("Memcpy DtoD (Device -> Device)", 1.5)]
     events += [(f"nvjet_{i}", 0.5) for i in range(24)]
     kernels, rest = gpu_profile.summed(events)
@@ -256,9 +258,8 @@ def test_goals_are_met_missed_or_not_measured():
     step, one, many = "step mini bf16 b1 p1024", "decode mini bf16 b1", "decode mini bf16 b32"
     lines = {step: {"over_floor_default": 1.25, "host_syncs": 1, "launches_outside_graph": 2, "peak_gb": None}}
     lines |= {one: {"tok_s": 1099.0}, many: {"tok_s": 9000.0}, "attention b8 p32768": {"error": "no", "us": 1.0}}
-    found = {text: (value, verdict) for text, value, verdict in gpu_goals.judge(lines)}
-    assert len(found) == len(gpu_goals.GOALS)
-    by_start = {text.partition(",")[0]: verdict for text, (_, verdict) in found.items()}
+    by_start = {goal.text: goal.verdict for goal in gpu_goals.judge(lines)}
+    assert len(by_start) == len(gpu_goals.GOALS)
     assert by_start["mini bf16 b1 p1024: step over its default floor"] == "met"
     assert by_start["host syncs in a step"] == "missed"
     assert by_start["launches outside the graph in a step"] == "met"
@@ -269,9 +270,38 @@ def test_goals_are_met_missed_or_not_measured():
     assert by_start["mini bf16 b1 p1024: peak memory in GB"] == "not measured"
 
 
+def test_each_card_is_judged_by_its_own_floor():
+    def verdicts(device, **ceilings):
+        lines = {"ceilings": {"device": device, **ceilings}, "decode mini bf16 b1": {"device": device, "tok_s": 900.0}}
+        return {goal.text: goal for goal in gpu_goals.judge(lines)}
+
+    speed, step = "mini bf16 b1: tokens/s at TPF 6.63", "mini bf16 b1 p1024: step over its default floor"
+    h200, h100 = verdicts("NVIDIA H200"), verdicts("NVIDIA H100 80GB HBM3")
+    assert h200[speed][1:] == ("at least 1100 (H200)", 900.0, "missed")
+    assert h100[speed][1:] == ("at least 767.4 (H100; H200: 1100)", 900.0, "met")
+    assert (h200[step].limit, h100[step].limit) == ("at most 1.25 (H200)", "at most 1.25 (H100)")
+    measured = verdicts("NVIDIA H100 PCIe", copy_tb_s=4.3 / 2, bf16_tflops=700.0)[speed]
+    assert measured[1:] == ("at least 550 (this device; H200: 1100)", 900.0, "met")
+    assert verdicts("NVIDIA H100 PCIe")[speed].limit == "at least 1100 (unknown device, H200's floor)"
+    assert {text: goal.limit for text, goal in h200.items() if goal.limit != h100[text].limit}.keys() == {
+        speed, step, "mini fp8 b1: tokens/s at TPF 6.63", "mini fp8 b1 p1024: step over its default floor",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name, gpu", [
+    ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H200", "h200"), ("NVIDIA H200 NVL", "h200"), ("NVIDIA B200", "b200"),
+    ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA H100 PCIe", None), ("NVIDIA H100 NVL", None),
+    ("NVIDIA GH200 480GB", None), ("NVIDIA A100-SXM4-40GB", None), ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None),
+    ("AMD EPYC", None),
+])  # fmt: skip
+def test_the_roofline_knows_a_gpu_by_its_name(name, gpu):
+    assert gpu_of(name) == gpu and (gpu is None or gpu in GPUS)
+
+
 def test_every_goal_reads_points_that_exist():
     names = {point.name for point in gpu.all_points()}
     assert {name for goal in gpu_goals.GOALS for name in goal.points} <= names
+    assert {prediction.point for prediction in gpu_goals.PREDICTIONS} <= names
 
 
 # gates and steps

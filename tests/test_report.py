@@ -212,10 +212,44 @@ def test_gpu_lines_become_goals_points_and_a_plot(root):
     lines = report_tables.read(root / "benchmarks" / "results")
     goals, points = (report.BLOCKS[name](lines) for name in ("gpu-goals", "gpu-points"))
     assert goals.startswith("Test GPU: 1 lines of `gpu.jsonl`, 2026-01-03") and "none" not in goals
-    assert "at most 1.25 | 1.2 | met |" in goals and "| not measured |" in goals
+    assert "at most 1.25 (unknown device, H200's floor) | 1.2 | met |" in goals and "| not measured |" in goals
     assert "| step mini bf16 b1 p1024 | 6.500 | 5.000 | 1.30x | 34.0 |" in points
     report_plots.draw("gpu", root / "plots", lines)
     assert "Test GPU" in (root / "plots" / "gpu.svg").read_text("utf-8")
+
+
+def test_two_cards_stand_side_by_side_each_by_its_own_floor(root):
+    def line(device, point, section, **values):
+        now = {"time": "2026-01-03T00:00:00+00:00", "seconds": 1.0}
+        return {"benchmark": "gpu", **CARD, **now, "device": device, "point": point, "section": section} | values
+
+    h100, h200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
+    kernel = {"name": "_gemm_kernel", "count": 40, "us": 190.0, "total_us": 7600.0, "least_us": 120.0, "most_us": 270.0}
+    profile = {"ms": 9.5, "kernels_ms": 9.0, "gaps_ms": 0.5, "launches": 304, "kernels": [kernel], "rest": None}
+    decode = "decode mini bf16 b1", "decode"
+    write(
+        root, line(h200, *decode, tok_s=900.0, ms_per_forward=7.4, floor_ms=5.0, over_floor=1.48),
+        line(h100, *decode, tok_s=700.0, ms_per_forward=9.5, floor_ms=7.0, over_floor=1.36),
+        line(h100, "step mini bf16 b1 p1024", "steps", ms=9.25, floor_ms=7.0, over_floor=1.32, launches=285),
+        line(h100, "profile mini bf16 b1 carried", "profile", **profile), name="gpu",
+    )  # fmt: skip
+    lines = report_tables.read(root / "benchmarks" / "results")
+    goals, points, profiles, predictions = (
+        report.BLOCKS[f"gpu-{name}"](lines) for name in ("goals", "points", "profile", "predictions")
+    )
+    assert goals.splitlines()[0].startswith(f"{h100}: 3 lines") and goals.splitlines()[2].startswith(f"{h200}: 1 lines")
+    wanted = "| at least 767.4 (H100; H200: 1100) | 700 | missed | at least 1100 (H200) | 900 | missed |"
+    assert f"| mini bf16 b1: tokens/s at TPF 6.63 {wanted}" in goals
+    assert "| decode mini bf16 b1 | 700 | 9.50 | 7.000 | 1.36x | 900 | 7.40 | 5.000 | 1.48x |" in points
+    assert "| step mini bf16 b1 p1024 | 9.250 | 7.000 | 1.32x | 285 |" in points and "_gemm_kernel" not in points
+    assert "H100, profile mini bf16 b1 carried: 9.500 ms, of which 0.500 ms between its 304 launches" in profiles
+    assert "| `_gemm_kernel` | 40 | 190.00 | 120.00 | 270.00 | 7600 |" in profiles
+    assert "| step mini bf16 b1 p1024: ms | 9.2 | 9.25 | 6.9 |  |" in predictions
+    assert "| decode mini bf16 b1: tokens/s | 670 | 700 | 885 | 900 |" in predictions
+    assert "| attention b8 p32768: percent of copy bandwidth | 72 to 78 |  |  |  |" in predictions
+    assert "H100: measured" not in report.BLOCKS["gpu-predictions"]([])
+    bars = report_plots.gpu_data(lines)["steps"]
+    assert bars["decode mini bf16 b1, H100"] == [7.0, 9.5] and bars["step mini bf16 b1 p1024, H100"] == [7.0, 9.25]
 
 
 def test_an_unknown_block_and_a_folder_without_readme_are_refused(root, capsys):
