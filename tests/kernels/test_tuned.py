@@ -192,6 +192,13 @@ def test_launches_are_those_of_the_real_shapes():
     assert {launch.constants[gemms[0].kernel.arg_names.index("K"),] for launch in gemms} == {2048, 512}
 
 
+@pytest.mark.parametrize("op", tune.FAMILIES)
+def test_shapes_launch_what_tensors_do(op, machine, short_blocks):
+    shapes = tune.Shapes(dry=True)
+    for real, empty in zip(tune.groups(machine, [op]), tune.groups(shapes, [op]), strict=True):
+        assert tune.launches(machine, [real]) == tune.launches(shapes, [empty]) != []
+
+
 # the tuner
 
 
