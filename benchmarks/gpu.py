@@ -7,18 +7,21 @@ Runs unattended with this checkout, torch, triton, transformers and numpy; witho
 go in order of importance, in two rounds: the telling ones of every section first, the rest of the grids behind them,
 peers last. A point is started only if it is expected to end in time, and what has not ended then is broken off. Each is
 one JSON line, printed, and appended to benchmarks/results/gpu.jsonl as soon as it is there; one that fails leaves its
-error and the next one runs. --resume leaves out what a run of the same sources on the same device has measured.
-Ceilings are always needed. At the end stand the goals, met or missed, and one JSON line with them and the count of
-points.
+error and the next one runs; one that takes much longer than it should is broken off, too. --resume leaves out what has
+been measured on the same device with the same sources: those that the section uses. Ceilings are always needed. At the
+end stand the goals, met or missed, and one JSON line with them and the count of points.
 
 Exit codes: 0 all points measured, or out of time; 1 some failed; 2 no CUDA device, or bad arguments; 3 the device was
-lost (run again with --resume). --dry-run takes the same paths on a CPU with tiny shapes, where neither figures nor
-verdicts mean anything; it keeps no lines unless --results names a file.
+lost, or hangs (run again with --resume, which leaves that point out); 4 it hangs and the time is over. --dry-run takes
+the same paths on a CPU with tiny shapes, where neither figures nor verdicts mean anything; it keeps no lines unless
+--results names a file.
 """
 
 import argparse
+import faulthandler
 import hashlib
 import json
+import os
 import signal
 import sys
 import threading
@@ -26,7 +29,6 @@ import time
 import traceback
 from contextlib import contextmanager
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +40,19 @@ from .harness import RESULTS, ROOT, card
 
 SECTIONS = ("ceilings", "decode", "profile", "steps", "kernels", "peers")
 RESERVE_S = 10.0  # of the minutes, for what surrounds the points
-KEY = ("sources", "device", "dry_run")  # lines that agree in these are of one kind
+SLOW, LEAST_S = 6.0, 60.0  # a point is broken off when it takes so many times what is expected, and so many seconds
+GRACE_S = 8.0  # until a point that has been broken off is out of what it was doing
+OUT_OF_TIME = {"error": "broken off: out of time"}
+_INPUTS = ("gpu_machine", "gpu_gates", "gpu_weights", "roofline")
+SOURCES = {  # section -> modules of benchmarks, beside the package itself, that decide its figures
+    "ceilings": ("gpu_machine",),
+    "decode": (*_INPUTS, "gpu_decode", "peers"),
+    "profile": (*_INPUTS, "gpu_steps", "gpu_profile"),
+    "steps": (*_INPUTS, "gpu_steps"),
+    "kernels": (*_INPUTS, "gpu_kernels"),
+    "peers": (*_INPUTS, "gpu_steps", "gpu_peers"),
+    "tune": (*_INPUTS, "tune", "tune_cases", "tune_moe"),
+}
 
 
 def all_points(only=SECTIONS):
@@ -62,36 +76,50 @@ def chosen(points, names):
     return [point for point in points if point.name in wanted]
 
 
-def sources(tables=True):
-    """Fingerprint of all that decides a figure: a commit would not do, for result lines themselves change the tree.
+def sources(section="tune", tables=True):
+    """Fingerprint of what decides a section's figures: a commit would not do, for result lines themselves change the
+    tree. It is the package and those modules of the benchmarks that make the section's inputs, or time them.
 
     tables: with the tuned tables; the tuner, which writes them and measures against the defaults, goes without.
     """
+    files = [ROOT / "benchmarks" / f"{name}.py" for name in SOURCES[section]]
+    if section != "ceilings":
+        for folder in ("kernels", "llada2_fast"):
+            files += (ROOT / folder).rglob("*.py")
+            files += (ROOT / folder).rglob("*_tuned.json") if tables else ()
     digest = hashlib.sha256()
-    for folder in ("benchmarks", "kernels", "llada2_fast"):
-        for path in sorted((ROOT / folder).rglob("*")):
-            if path.suffix == ".py" or (tables and folder == "kernels" and path.suffix == ".json"):
-                digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    for path in sorted(files):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
 class Results:
-    """Lines of this run and of earlier ones like it, by point; new ones go to the file at once."""
+    """Lines of this run and of earlier ones like it, by point; new ones go to the file at once.
 
-    def __init__(self, machine, path, resume, benchmark="gpu", fingerprint=None):
+    resume: take lines of the file that were measured on this device with the same sources, with any_sources also those
+    that others have measured without an error; anew: but of no point with one of these in its name. fingerprint: of the
+    sources of all points, in place of their section's.
+    """
+
+    def __init__(self, machine, path, resume, benchmark="gpu", fingerprint=None, any_sources=False, anew=()):
         self.path = path
-        self.common = {"benchmark": benchmark, "dry_run": machine.dry, "sources": fingerprint or sources()}
-        self.common |= card(machine.device)
+        self.sources = {section: fingerprint or sources(section) for section in SOURCES}
+        self.common = {"benchmark": benchmark, "dry_run": machine.dry} | card(machine.device)
         self.lines = {}
         if resume and path is not None and path.is_file():
             for line in map(json.loads, path.read_text("utf-8").splitlines()):
-                if all(line.get(key) == self.common[key] for key in KEY):
+                same = line.get("sources") == self.sources.get(line["section"])
+                if (
+                    all(line.get(key) == self.common[key] for key in ("device", "dry_run"))
+                    and (same or (any_sources and "error" not in line))
+                    and not any(part in line["point"] for part in anew)
+                ):
                     self.lines[line["point"]] = line
 
     def done(self, name):
-        """Whether nothing is left to do: measured, does not fit, or took the device down."""
+        """Whether nothing is left to do: measured, does not fit, took the device down, or hangs."""
         line = self.lines.get(name)
-        return line is not None and ("error" not in line or line.get("device_lost", False))
+        return line is not None and ("error" not in line or bool(line.keys() & {"device_lost", "hung"}))
 
     def passed(self, name):
         return name in self.lines and "error" not in self.lines[name]
@@ -99,7 +127,8 @@ class Results:
     def add(self, point, seconds, values):
         """Keep a point's line, in the file and on the terminal (there without what all lines share)."""
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        own = {"point": point.name, "section": point.section, "time": now, "seconds": seconds} | values
+        own = {"point": point.name, "section": point.section, "sources": self.sources[point.section], "time": now}
+        own |= {"seconds": seconds} | values
         own = {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in own.items()}
         self.lines[point.name] = self.common | own
         print(json.dumps(own), flush=True)
@@ -118,58 +147,83 @@ class Outcome(NamedTuple):
     device_lost: bool = False
 
 
-class _OutOfTime(BaseException):
-    """The minutes are over; not an Exception, for it is no failure of the point it strikes."""
-
-
 def run(points, machine, results, end):
     """Measure the points that are not done until `end` (of time.monotonic), in order. Returns an Outcome."""
     counts = {"measured": 0, "failed": 0, "left_out": 0}
     spent = expected = 5.0  # what points have taken and what they were expected to; 5 s so that the first do not decide
-    current = None
-    try:
-        with _broken_off_at(end):
-            for point in points:
-                _set_ceilings(machine, results)
-                if results.done(point.name):
-                    continue
-                started = time.monotonic()
-                if started + point.seconds * max(1.0, spent / expected) > end:
-                    counts["left_out"] += 1
-                    continue
-                current = point
-                values = measure(point, machine, results)
-                took = time.monotonic() - started
-                spent, expected = spent + took, expected + point.seconds
-                results.add(point, took, values)
-                current = None
-                counts["failed" if "error" in values else "measured"] += 1
-                if values.get("device_lost"):
-                    return Outcome(**counts, device_lost=True)
-    except _OutOfTime:
-        if current is not None:
-            results.add(current, time.monotonic() - started, {"error": "broken off: out of time"})
-        counts["left_out"] = sum(not results.done(point.name) for point in points) - counts["failed"]
+    for point in points:
+        _set_ceilings(machine, results)
+        if results.done(point.name):
+            continue
+        started = time.monotonic()
+        if started + point.seconds * max(1.0, spent / expected) > end:
+            counts["left_out"] += 1
+            continue
+        values = in_time(point, machine, results, end)
+        took = time.monotonic() - started
+        spent, expected = spent + took, expected + point.seconds
+        results.add(point, took, values)
+        counts["left_out" if values == OUT_OF_TIME else "failed" if "error" in values else "measured"] += 1
+        if values.get("device_lost"):
+            return Outcome(**counts, device_lost=True)
     return Outcome(**counts)
 
 
+class _Over(BaseException):
+    """A point's time is over; not an Exception, for it strikes wherever the point is."""
+
+
+def in_time(point, machine, results, end):
+    """measure(), broken off at `end` or when it takes SLOW times what is expected. Where the main thread does not come
+    out, being inside a call that never returns, the point's line is written and the process ends."""
+    started, limit = time.monotonic(), max(LEAST_S, SLOW * point.seconds)
+    last = end - started <= limit
+    broken_off = OUT_OF_TIME if last else {"error": f"hangs: not over after {limit:.0f} s", "hung": True}
+
+    def give_up():
+        faulthandler.dump_traceback(sys.__stderr__)
+        stuck = {"error": "hangs: the device does not answer", "hung": True, "device_lost": True}
+        results.add(point, time.monotonic() - started, stuck)
+        os._exit(4 if last else 3)
+
+    values = broken_off
+    try:
+        with _watched(min(limit, end - started), give_up):
+            try:
+                values = measure(point, machine, results)
+            except _Over:
+                values = broken_off | ({"device_lost": True} if machine.lost() else {})
+    except _Over:  # it struck between the last line of the point and the end of the watch
+        pass
+    return values
+
+
 @contextmanager
-def _broken_off_at(end):
-    """Raises _OutOfTime at `end` in whatever the main thread does within; a signal, for it may be asleep."""
+def _watched(seconds, give_up):
+    """Raises _Over after `seconds` in whatever the main thread does within, by a signal, for it may be asleep; where it
+    is still within GRACE_S later, give_up() is called in another thread."""
+    over, main_thread = threading.Event(), threading.main_thread().ident
 
     def stop(number, frame):
-        raise _OutOfTime
+        raise _Over
+
+    def watch():
+        if not over.wait(max(0.0, seconds)):
+            signal.pthread_kill(main_thread, signal.SIGUSR1)
+            if not over.wait(GRACE_S):
+                give_up()
 
     before = signal.signal(signal.SIGUSR1, stop)
-    notify = partial(signal.pthread_kill, threading.main_thread().ident, signal.SIGUSR1)
-    timer = threading.Timer(max(0.0, end - time.monotonic()), notify)
-    timer.daemon = True
-    timer.start()
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
     try:
-        yield
-    finally:
-        timer.cancel()
-        timer.join()
+        try:
+            yield
+        finally:
+            over.set()
+    finally:  # again, for the signal may strike there; it comes once
+        over.set()
+        thread.join()
         signal.signal(signal.SIGUSR1, before)
 
 
@@ -181,6 +235,7 @@ def _set_ceilings(machine, results):
 
 def measure(point, machine, results):
     """A point's values; {"error": ...}; {"skipped": ...} where the device is too small."""
+    machine.to_default_stream()
     if point.gate is not None and not results.passed(point.gate):
         return {"error": f"{point.gate} did not pass"}
     try:
@@ -201,6 +256,12 @@ def main(arguments=None):
     parser.add_argument("--only", default=",".join(SECTIONS), help="comma-separated sections (default: %(default)s)")
     parser.add_argument("--points", metavar="NAME,...", help="these alone: names of points or parts of them")
     parser.add_argument("--resume", action="store_true", help="leave out what the results file has already")
+    parser.add_argument(
+        "--resume-any", action="store_true", help="the same, whatever the sources were: you know better"
+    )
+    parser.add_argument(
+        "--anew", metavar="NAME,...", default="", help="but measure points with one of these in the name"
+    )
     parser.add_argument("--results", type=Path, help="file of result lines (default: benchmarks/results/gpu.jsonl)")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on a CPU: tries the suite, not the machine")
     options = parser.parse_args(arguments)
@@ -219,7 +280,10 @@ def main(arguments=None):
     end = time.monotonic() + 60 * options.minutes - (0 if options.dry_run else RESERVE_S)
     machine = Machine(options.dry_run)
     path = options.results or (None if options.dry_run else RESULTS / "gpu.jsonl")
-    results = Results(machine, path, options.resume)
+    results = Results(
+        machine, path, options.resume or options.resume_any, any_sources=options.resume_any,
+        anew=[part for part in options.anew.split(",") if part],
+    )  # fmt: skip
     print(json.dumps(results.common))
     outcome = run([point for point in points if point.memory <= machine.memory], machine, results, end)
     verdicts = gpu_goals.judge(results.lines)

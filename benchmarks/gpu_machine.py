@@ -194,6 +194,11 @@ class Machine:
             return True
         return False
 
+    def to_default_stream(self):
+        """Make it current: where a capture fails, torch.cuda.graph leaves the stream that it captured on."""
+        if not self.dry:
+            torch.cuda.set_stream(torch.cuda.default_stream())
+
     def require_memory(self, size, what):
         """DoesNotFit unless `size` bytes are free."""
         if self.dry:

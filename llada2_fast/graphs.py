@@ -110,7 +110,7 @@ class StepGraph:
         torch.cuda.current_stream().wait_stream(stream)
         for tensor, before in kept:
             tensor.copy_(before)
-        with capture:
+        with torch.cuda.stream(torch.cuda.current_stream()), capture:  # a capture that fails leaves its stream current
             results = self.run()
         # the old graph goes only now: nothing can be captured into a pool that no graph holds any more
         self.graph, self.results, self.stale = graph, results, False

@@ -1,6 +1,9 @@
 """The GPU suite on a CPU: order, deadline, resume, error lines, goals, gates, and every path of a dry run."""
 
 import json
+import shutil
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -11,6 +14,7 @@ from benchmarks import gpu, gpu_gates, gpu_goals, gpu_machine, gpu_profile, gpu_
 from benchmarks.gpu_machine import DoesNotFit, Machine, Point
 from benchmarks.gpu_steps import Step
 from benchmarks.gpu_weights import SHARP, fill, random_model
+from benchmarks.harness import ROOT
 from benchmarks.roofline import GPUS, MINI, gpu_of, step_costs
 from llada2_fast.kernels import attention, norm
 from llada2_fast.kernels.fp8 import dequantize_weight
@@ -86,7 +90,9 @@ def test_dry_run_of_the_kernels_is_kept_and_resumed(capsys, tmp_path, monkeypatc
     before = path.read_bytes()
     assert gpu.main(command) == 0 and path.read_bytes() == before
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["measured"] == 0
-    monkeypatch.setattr(gpu, "sources", lambda: "changed")
+    monkeypatch.setattr(gpu, "sources", lambda section: f"{section} changed")
+    gpu.main([*command, "--resume-any"])
+    assert path.read_bytes() == before
     gpu.main(command)
     assert len(lines_of(path)) == 2 * len(lines)
 
@@ -211,6 +217,45 @@ def test_what_has_not_ended_at_the_deadline_is_broken_off(machine, tmp_path):
     assert suite(machine, None, points, seconds=-1.0)[0] == gpu.Outcome(left_out=3)
 
 
+def test_a_point_that_takes_much_too_long_is_broken_off_and_not_tried_again(machine, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "LEAST_S", 0.2)
+    path = tmp_path / "gpu.jsonl"
+    points = [Point("hangs", "steps", 0.01, lambda machine: time.sleep(60)), Point("next", "steps", 0.01, lambda _: {})]
+    outcome, lines = suite(machine, path, points)
+    assert outcome == gpu.Outcome(measured=2, failed=1)
+    assert lines["hangs"]["error"] == "hangs: not over after 0 s" and lines["hangs"]["hung"]
+    assert suite(machine, path, points, resume=True)[0] == gpu.Outcome()
+
+
+def test_a_call_that_never_returns_leaves_a_line_and_ends_the_process(tmp_path):
+    path = tmp_path / "gpu.jsonl"
+    program = f"""
+import os, pathlib, signal, time
+from benchmarks import gpu
+from benchmarks.gpu_machine import Machine, Point
+
+def never(machine):  # like a driver's call that waits for a kernel: no signal is handled
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    time.sleep(60)
+
+gpu.LEAST_S = gpu.GRACE_S = 0.6
+machine = Machine(True)
+results = gpu.Results(machine, pathlib.Path({str(path)!r}), False)
+for seconds in (0.5, 60):  # the time of all points is over, the point's own is
+    child = os.fork()
+    if child == 0:
+        gpu.run([Point("never", "steps", 0.01, never, gate=None)], machine, results, time.monotonic() + seconds)
+    print("exit code", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=50)
+    codes = [line for line in done.stdout.splitlines() if line.startswith("exit code")]
+    assert codes == ["exit code 4", "exit code 3"], done.stderr
+    for line in lines_of(path):
+        assert line["error"] == "hangs: the device does not answer" and line["hung"] and line["device_lost"]
+        assert 1 < line["seconds"] < 30
+    assert done.stderr.count("in never") == 2  # where it stood
+
+
 def test_a_persons_interrupt_ends_the_suite(machine):
     def interrupted(machine):
         raise KeyboardInterrupt
@@ -231,6 +276,36 @@ def test_a_failure_is_recorded_tried_again_and_costs_no_other_point(machine, tmp
     assert lines["bad"]["error"] == "ZeroDivisionError: one two"
     assert lines["large"]["skipped"].startswith("cache needs") and lines["good"]["ms"] == 0.33333
     assert suite(machine, path, points, resume=True)[0] == gpu.Outcome(measured=0, failed=1)
+
+
+def test_lines_are_resumed_by_the_sources_of_their_section(machine, tmp_path, monkeypatch):
+    path = tmp_path / "gpu.jsonl"
+    points = [Point("a step", "steps", 0.1, lambda machine: {"ms": 1.0}), Point("a bad step", "steps", 0.1, fails)]
+    points.append(Point("decode", "decode", 0.1, lambda machine: {"ms": 1.0}))
+    suite(machine, path, points)
+
+    def again(**options):
+        return sorted(gpu.Results(machine, path, True, **options).lines)
+
+    assert again() == ["a bad step", "a step", "ceilings", "decode"]
+    root = tmp_path / "root"
+    for folder in ("benchmarks", "kernels", "llada2_fast"):
+        shutil.copytree(
+            ROOT / folder, root / folder, ignore=shutil.ignore_patterns("*.safetensors", "results", "__pycache__")
+        )
+    monkeypatch.setattr(gpu, "ROOT", root)
+    for unrelated in ("benchmarks/gpu.py", "benchmarks/report.py", "benchmarks/tune.py"):
+        (root / unrelated).write_text("# another one")
+    assert len(again()) == 4
+    (root / "benchmarks" / "gpu_steps.py").write_text("# another one")
+    assert again() == ["ceilings", "decode"]
+    assert again(any_sources=True) == ["a step", "ceilings", "decode"]  # what failed may be mended
+    assert again(any_sources=True, anew=["step"]) == ["ceilings", "decode"]
+    tuned = gpu.sources("tune", tables=False)
+    (root / "kernels" / "moe_tuned.json").write_text("[]")
+    assert again() == ["ceilings"] and gpu.sources("tune", tables=False) == tuned
+    (root / "kernels" / "moe.py").write_text("# another one")
+    assert gpu.sources("tune", tables=False) != tuned
 
 
 def test_nothing_is_timed_whose_gate_has_not_passed(machine):

@@ -1,8 +1,11 @@
 """The step as fixed-shape work: without a GPU run eagerly, it must give what the cached forward gives."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
+from llada2_fast import graphs
 from llada2_fast.cache import PagedKVCache
 from llada2_fast.config import DecodeParams
 from llada2_fast.decoder import BlockDecoder, CachedForward, GraphedForward, run
@@ -144,3 +147,43 @@ def test_a_graph_is_captured_anew_for_filters(golden, model):
     for more in ({}, {"temperature": 1.0, "top_k": 7, "seed": 0}, {}):
         wanted = model.generate(prompt, **params, **more)
         assert torch.equal(on_gpu.generate(prompt, graphs=True, **params, **more).cpu(), wanted)
+
+
+def test_a_failed_capture_leaves_the_stream_that_was_current(model, monkeypatch):
+    current = ["default"]
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            pass
+
+    @contextmanager
+    def stream(chosen):
+        before, current[0] = current[0], chosen.name
+        try:
+            yield
+        finally:
+            current[0] = before
+
+    class Capture:
+        """As torch.cuda.graph: where the capture's end raises, its own stream stays current."""
+
+        def __init__(self, graph, pool, stream, capture_error_mode):
+            self.stream = stream
+
+        def __enter__(self):
+            current[0] = self.stream.name
+
+        def __exit__(self, *error):
+            raise RuntimeError("capture failed")
+
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream(current[0]))
+    monkeypatch.setattr(graphs, "_capture_stream", lambda device: Stream("capture"))
+    with pytest.raises(RuntimeError, match="capture failed"):
+        decode(model, [21], {"threshold": 0.6}, lag=0)
+    assert current == ["default"]
