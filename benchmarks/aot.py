@@ -58,6 +58,11 @@ class Launch(NamedTuple):
     attributes: dict
     options: dict
 
+    @property
+    def name(self):
+        """The same for all launches that one compiled kernel serves."""
+        return repr((self.kernel.__module__, self.kernel.__name__, *self[1:]))
+
     def __reduce__(self):
         """Pickled, it names its kernel."""
         return _named_launch, (self.kernel.__module__, self.kernel.__name__, *self[1:])
@@ -245,7 +250,6 @@ def recorded():
     found = []
 
     def note(kernel, *args, grid, warmup, **kwargs):
-        settle_key(kernel)
         found.append(_launch_of(kernel, args, kwargs))
 
     with mock.patch.object(JITFunction, "run", note):
@@ -260,53 +264,64 @@ def _launch_of(kernel, args, kwargs):
     return Launch(kernel, signature, constants, attributes, options)
 
 
-def compile_launch(launch, scenario, target):
-    """Compile for TARGETS[target], into Triton's cache on disk under the name that a launch looks for; a Result."""
+FAILURES = triton.CompilationError, triton.runtime.errors.PTXASError, RuntimeError
+
+
+def compiled(launch, target):
+    """Triton's CompiledKernel for TARGETS[target], from its cache on disk or put there, under the name that a launch
+    looks for. Raises one of FAILURES."""
     settle_key(launch.kernel)
     source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
+    return triton.compile(source, target=TARGETS[target], options=launch.options)
+
+
+def reason(failure):
+    """One of FAILURES in a line."""
+    return f"{type(failure).__name__}: {(str(failure).strip() or 'no reason given').splitlines()[-1]}"
+
+
+def compile_launch(launch, scenario, target):
+    """Compile for TARGETS[target]; a Result."""
     head = (scenario, launch.kernel.__name__, target, launch.options["num_warps"])
     try:
-        compiled = triton.compile(source, target=TARGETS[target], options=launch.options)
-    except (triton.CompilationError, triton.runtime.errors.PTXASError, RuntimeError) as error:
-        return Result(*head, None, None, None, f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}")
+        found = compiled(launch, target)
+    except FAILURES as failure:
+        return Result(*head, None, None, None, reason(failure))
     usage = _amd_usage if TARGETS[target].backend == "hip" else _nvidia_usage
-    return Result(*head, *usage(compiled, target), compiled.metadata.shared, None)
+    return Result(*head, *usage(found), found.metadata.shared, None)
 
 
-def compile_each(work, processes=None):
-    """Yields compile_launch(*arguments) for each of `work`, in order; all of it is compiled side by side.
+def compile_each(work, processes=None, call=compile_launch):
+    """Yields call(*arguments) for each of `work`, in order; all of it is compiled side by side.
 
-    processes: at most so many, by default one per core. Not threads: Triton compiles in Python, where threads take
-    turns, and Python 3.11's ast.parse fails in them (SystemError: AST constructor recursion depth mismatch). Whoever
-    stops early waits for nothing that has not begun.
+    call: a function of a module. processes: at most so many, by default one per core. Not threads: Triton compiles in
+    Python, where threads take turns, and Python 3.11's ast.parse fails in them (SystemError: AST constructor recursion
+    depth mismatch). Whoever stops early waits for nothing that has not begun.
     """
     processes = min(len(work), processes or len(os.sched_getaffinity(0)))
     if processes < 2:
-        yield from starmap(compile_launch, work)
+        yield from starmap(call, work)
         return
     context = multiprocessing.get_context("forkserver")  # the caller's process may hold a GPU and threads: no fork
     context.set_forkserver_preload(["torch", "triton"])
     pool = ProcessPoolExecutor(processes, context)
     try:
-        yield from pool.map(compile_launch, *zip(*work, strict=True))
+        yield from pool.map(call, *zip(*work, strict=True))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _nvidia_usage(compiled, target):
-    """Registers per thread and bytes spilled, from ptxas itself."""
-    arch = TARGETS[target].arch
-    ptxas = knobs.nvidia.ptxas_blackwell if arch >= 100 else knobs.nvidia.ptxas
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(compiled.asm["ptx"])
+def _nvidia_usage(compiled):
+    """Registers per thread and bytes of its stack, which spills alone take, as the binary says."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
         file.flush()
-        command = [ptxas.path, "-v", f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}", file.name, "-o", os.devnull]
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log).groups()
-    return int(re.search(r"Used (\d+) registers", log)[1]), int(stores) + int(loads)
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return tuple(map(int, re.search(r"REG:(\d+) STACK:(\d+)", log).groups()))
 
 
-def _amd_usage(compiled, target):
+def _amd_usage(compiled):
     """Vector registers and bytes of them spilled; scalar registers spill to vector lanes, not to memory."""
     found = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", compiled.asm["amdgcn"]))
     return int(found["vgpr_count"]), 4 * int(found["vgpr_spill_count"])
@@ -329,12 +344,11 @@ def compile_all(targets=tuple(TARGETS), names=None, report=lambda result: None, 
         with recorded() as launches:
             call()
         for launch in launches:
-            key = repr((launch.kernel.__name__, *launch[1:]))
             float8 = any("fp8" in kind for kind in launch.signature.values())
-            for target in targets if key not in seen else ():
+            for target in targets if launch.name not in seen else ():
                 if not (float8 and target in NO_FLOAT8):
                     work.append((launch, scenario, target))
-            seen.add(key)
+            seen.add(launch.name)
     if not work:
         raise ValueError(f"names: expected parts of {', '.join(SCENARIOS)}, got {names}")
     results = []

@@ -27,7 +27,7 @@ def run_kernel(kernel, grid, *args, **meta):
     """kernel[grid](*args, **meta) on the GPU that holds its tensors, which need not be the current one: Triton launches
     on that."""
     x = next(x for x in args if isinstance(x, torch.Tensor))
-    if x.is_cuda:
+    if not x.is_cpu:  # there Triton's interpreter runs, which has no cache
         settle_key(kernel)
     with torch.cuda.device_of(x):
         return kernel[grid](*args, **meta)

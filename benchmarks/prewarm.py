@@ -1,0 +1,289 @@
+"""Compiles what the GPU benchmarks, the decode loop and the gpu tests launch, into Triton's cache on disk.
+
+    python -m benchmarks.prewarm [--only steps,kernels,scenarios,tests] [--jobs N] [--target sm_90]
+                                 [--unpack FILE] [--pack FILE] [--json]
+
+All cores compile side by side, and no GPU is needed; a process that launches one of these kernels afterwards loads it.
+Steps and kernels are run on tensors of their real shapes and no data, at the launch parameters that the tuned tables
+hold for the GPU that is there.
+
+--pack FILE leaves the compiled kernels in a tar.xz for another machine: there --unpack FILE puts them into the cache
+first, if FILE is of the same build of Triton and the same target, and says why not otherwise. The last line counts what
+was compiled, what was there already and what failed. Exit 1 if something failed.
+"""
+
+import argparse
+import io
+import json
+import re
+import sys
+import tarfile
+import time
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.nvidia.driver import CudaLauncher
+from triton.runtime.cache import FileCacheManager, triton_key
+
+from llada2_fast import demo
+from llada2_fast.cache import PagedKVCache
+from llada2_fast.config import ModelConfig
+from llada2_fast.decoder import BlockDecoder, GraphedForward
+from llada2_fast.demo import network
+from llada2_fast.graphs import StepGraph
+from llada2_fast.kernels import _tuned, attention, norm, refine, rope
+from llada2_fast.kernels._triton import force_ops
+from llada2_fast.model import LLaDA2Model, read_nothing
+
+from . import aot, gpu_gates, gpu_kernels
+from .gpu_machine import Machine
+from .harness import ROOT
+from .roofline import BLOCK
+
+SIZES = [
+    (1, 0),
+    (1, 1),
+    (8, 0),
+    (8, 2),
+    (32, 0),
+    (32, 8),
+    (128, 0),
+    (128, 32),
+]  # active blocks, places for carried ones
+SMALL_SIZES = [(1, 0), (1, 1), (2, 0), (2, 1), (2, 2), (4, 0), (4, 1), (4, 4), (8, 0), (8, 1), (8, 2), (8, 4), (8, 8)]
+PAGES = (4, 33, 64, 257, 1025)  # of a row: short texts, the prefixes of the steps, those that decoding rounds up to
+PREFILL = (1024, 4096)  # tokens of a forward
+MANIFEST = "manifest.json"
+ENTRY = re.compile(r"([A-Z2-7]{52})/(\w+\.(?:cubin|json))")  # a file of Triton's cache: folder, name
+
+
+class Shapes(Machine):
+    """A GPU's sizes without a GPU: tensors hold no data."""
+
+    def __init__(self):
+        super().__init__(dry=False)
+        self.device = torch.device("meta")
+
+    def copies(self, size):
+        return 1
+
+
+# What is launched: functions that launch it.
+
+
+def steps_of(config, dtype, sizes, pages, prefill, length=BLOCK):
+    """Steps of a network as the decode loop's graphs hold them, with and without top-k and top-p, and its prefill."""
+    model = LLaDA2Model(config, dtype=dtype, device="meta").eval()
+    cache = PagedKVCache(config, max(pages), length, dtype, model.device)
+    for active, carried in sizes:
+        for width in pages:
+            forward = GraphedForward(model, cache, active, width)
+            decoder = BlockDecoder(forward, active, length, config.mask_token_id, model.device)
+            step = StepGraph(
+                model, cache, decoder.state, decoder.params, decoder.mask_id, forward.slots, active, carried
+            )  # fmt: skip
+            step.run()
+    step.filters = True
+    step.run()
+    for tokens in prefill:
+        count = tokens // length
+        ids = torch.zeros(tokens, dtype=torch.int64, device=model.device)
+        run = attention.Run(tuple(i % cache.num_pages for i in range(count)), 0, count, tokens)
+        model.forward_blocks(ids, ids, [run], cache, read_nothing(model.device))
+
+
+def steps(machine):
+    """Of LLaDA2-mini; all of its layers but the first and the last are alike."""
+    for float8 in (False, True):
+        config = replace(machine.config("mini", float8), num_hidden_layers=3)
+        steps_of(config, machine.dtype, SIZES, PAGES, PREFILL)
+
+
+def kernels(machine):
+    """Those of benchmarks.gpu_kernels, which take other paths than a step."""
+    for batch in gpu_kernels.BATCHES:
+        for mode in gpu_kernels.MODES:
+            refine.refine_step(*gpu_gates.refine_case(machine, [mode] * batch), filters=mode == "filters")
+        for prefix in gpu_kernels.PREFIXES:
+            attention.block_attention(*gpu_gates.attention_case(machine, [prefix] * batch))
+    for float8 in (False, True):
+        layer = gpu_gates.moe_layer(machine, float8)
+        for tokens in gpu_kernels.TOKENS:
+            layer(machine.random(tokens, layer.router.weight.shape[1]))
+    for tokens in (32, 1000, 4096):
+        norm.add_rms_norm(*gpu_gates.norm_case(machine, tokens))
+    for tokens in (32, 1024, 4096):
+        rope.qk_norm_rope_write(*gpu_gates.rope_case(machine, tokens))
+
+
+def scenarios(machine):
+    """Those of benchmarks.aot; flash has no place on a GPU of 80 GB."""
+    for name, call in aot.SCENARIOS.items():
+        if "flash" not in name:
+            call()
+
+
+def tests(machine):
+    """Steps of the embedded model and, in a checkout, of the networks with recorded decodings."""
+    for folder in (demo.path(), *sorted(path.parent for path in ROOT.glob("tests/golden/*/config.json"))):
+        config = ModelConfig.from_hf(folder)
+        config = replace(config, mask_token_id=config.vocab_size - 1)  # any will do, and some name none
+        length = network.BLOCK if folder == demo.path() else 8
+        steps_of(config, torch.float32, SMALL_SIZES, (8,), (4 * length,), length)
+
+
+PARTS = {"steps": steps, "kernels": kernels, "scenarios": scenarios, "tests": tests}
+
+
+@contextmanager
+def without_gpu():
+    """Within it ops on tensors without data take the way of a GPU."""
+    with (
+        force_ops("triton"),
+        torch.no_grad(),
+        mock.patch.object(refine, "_op", refine._run),  # PyTorch would take a tensor on "meta" for one that it traces
+    ):
+        yield
+
+
+def launches(parts=tuple(PARTS)):
+    """aot.Launches of some of PARTS, each kernel once."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "any"
+    with aot.recorded() as noted, without_gpu(), mock.patch.object(_tuned, "device_name", lambda device: gpu):
+        for part in parts:
+            PARTS[part](Shapes())
+    return list({launch.name: launch for launch in noted}.values())
+
+
+# Compiling
+
+
+def compile_one(launch, target, launcher=False):
+    """(whether Triton's cache had it, paths of what another machine needs of it, why it failed or None).
+
+    launcher: build the C code that launches it too, which Triton 3.6 leaves to gcc; needs NVIDIA's driver.
+    """
+    had = []
+    knobs.compilation.listener = lambda cache_hit, **_: had.append(cache_hit)
+    try:
+        found = aot.compiled(launch, target)
+        if launcher:
+            CudaLauncher(found.src, found.metadata)
+    except Exception as error:  # one kernel must not stop the others
+        return False, [], f"{launch.kernel.__name__}: {aot.reason(error)}"
+    finally:
+        knobs.compilation.listener = None
+    return had[0], [path for name, path in found.metadata_group.items() if name.endswith((".cubin", ".json"))], None
+
+
+def compile_all(found, target, jobs=None):
+    """(number compiled, number that was there, reasons of failures, paths as of compile_one) of aot.Launches."""
+    compiled = there = 0
+    failures, paths = [], []
+    first_of = {tuple(launch.signature.values()): launch.name for launch in reversed(found)}  # they share a launcher
+    launchers = set(first_of.values()) if torch.cuda.is_available() else ()
+    work = [(launch, target, launch.name in launchers) for launch in found]
+    results = aot.compile_each(work, jobs, compile_one)
+    try:
+        for hit, files, error in results:
+            paths += files
+            failures += [error] if error else []
+            there += hit
+            compiled += not hit and not error
+            done = compiled + there + len(failures)
+            if done % 50 == 0:
+                print(f"{done} of {len(found)}", flush=True)
+    except BrokenProcessPool:
+        failures.append(f"a process died, {len(found) - compiled - there - len(failures)} kernels are not compiled")
+    return compiled, there, failures, paths
+
+
+# Carrying
+
+
+def build(target):
+    """What must agree where compiled kernels are carried to: Triton's build and version, and the target."""
+    return {"key": sha256(triton_key().encode()).hexdigest()[:16], "triton": triton.__version__, "target": target}
+
+
+def pack(file, paths, target):
+    """Write files of Triton's cache to a tar.xz, behind a manifest."""
+    with tarfile.open(file, "w:xz") as tar:
+        manifest = json.dumps(build(target)).encode()
+        head = tarfile.TarInfo(MANIFEST)
+        head.size = len(manifest)
+        tar.addfile(head, io.BytesIO(manifest))
+        for path in map(Path, paths):
+            tar.add(path, f"{path.parent.name}/{path.name}")
+
+
+def unpack(file, target):
+    """Put the kernels of a packed file into Triton's cache; what is there already stays. Returns how many are new.
+
+    ValueError, and nothing is unpacked, if the file is of another build or target or holds anything but kernels.
+    """
+    try:
+        with tarfile.open(file, "r:xz") as tar:
+            held = {member.name: tar.extractfile(member).read() if member.isfile() else None for member in tar}
+    except (OSError, EOFError, tarfile.TarError) as error:
+        raise ValueError(f"{file}: cannot be read: {error}") from error
+    manifest, expected = held.pop(MANIFEST, None), build(target)
+    found = json.loads(manifest) if manifest else "no manifest"
+    if found != expected:
+        raise ValueError(f"{file}: expected {expected}, found {found}")
+    folders = {}
+    for name, data in held.items():
+        entry = ENTRY.fullmatch(name)
+        if entry is None or data is None:
+            raise ValueError(f"{file}: expected files FOLDER/NAME.cubin and .json of Triton's cache, found {name!r}")
+        folders.setdefault(entry[1], {})[entry[2]] = data
+    new = 0
+    for folder, files in folders.items():
+        manager = FileCacheManager(folder)
+        head = next((name for name in files if name.endswith(".json")), None)
+        if head and manager.get_group(head) is None:
+            manager.put_group(head, {name: manager.put(data, name) for name, data in files.items()})
+            new += 1
+    return new
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", default=",".join(PARTS), help="comma-separated parts (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, help="processes (default: one per core)")
+    parser.add_argument("--target", default="sm_90", choices=[name for name in aot.TARGETS if name.startswith("sm")])
+    parser.add_argument("--unpack", metavar="FILE", help="take compiled kernels from FILE first")
+    parser.add_argument("--pack", metavar="FILE", help="leave the compiled kernels in FILE")
+    parser.add_argument("--json", action="store_true", help="end with one JSON line")
+    options = parser.parse_args(arguments)
+    parts = options.only.split(",")
+    if unknown := [part for part in parts if part not in PARTS]:
+        parser.error(f"--only: expected some of {', '.join(PARTS)}, got {', '.join(unknown)}")
+    started = time.perf_counter()
+    if options.unpack:
+        try:
+            print(f"{unpack(options.unpack, options.target)} kernels unpacked from {options.unpack}", flush=True)
+        except ValueError as error:
+            print(f"nothing unpacked: {error}", flush=True)
+    compiled, there, failures, paths = compile_all(launches(parts), options.target, options.jobs)
+    if options.pack:
+        pack(options.pack, paths, options.target)
+    for failure in failures:
+        print(failure)
+    seconds = time.perf_counter() - started
+    print(f"{compiled} compiled, {there} already there, {len(failures)} failed, {seconds:.1f} s")
+    if options.json:
+        counts = {"compiled": compiled, "there": there, "failed": len(failures), "seconds": seconds}
+        print(json.dumps({"benchmark": "prewarm"} | build(options.target) | counts))
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
