@@ -34,6 +34,7 @@ PARAMS = {
     "hf-2.1": {"threshold": 0.5, "editing_threshold": 0.2, "max_post_steps": 2, "profile": "hf-2.1"},
 }
 LENGTHS = [[0], [21], [3, 40, 8, 17, 9]]
+OPTIONS = {"gen_length": 40, "block_length": 8, "threshold": 0.6, "mask_id": 255, "eos_id": 252}  # of generate()
 
 
 def decode(model, lengths, params, lag=None, trace=False):
@@ -131,22 +132,21 @@ def test_the_second_call_captures_nothing(golden, model, monkeypatch):
     capture = StepGraph._capture
     monkeypatch.setattr(StepGraph, "_capture", lambda self: captures.append(self) or capture(self))
     prompts = [list(range(1, 1 + n)) for n in (21, 9, 30)]
-    params = {"gen_length": 40, "block_length": 8, "threshold": 0.6}
-    wanted = model.generate(prompts, **params)
-    assert torch.equal(on_gpu.generate(prompts, graphs=True, **params).cpu(), wanted)
+    wanted = model.generate(prompts, **OPTIONS)
+    assert torch.equal(on_gpu.generate(prompts, graphs=True, **OPTIONS).cpu(), wanted)
     captured = len(captures)
     for _ in range(2):
-        assert torch.equal(on_gpu.generate(prompts, graphs=True, **params).cpu(), wanted)
+        assert torch.equal(on_gpu.generate(prompts, graphs=True, **OPTIONS).cpu(), wanted)
     assert len(captures) == captured > 0
 
 
 @pytest.mark.gpu
 def test_a_graph_is_captured_anew_for_filters(golden, model):
     on_gpu = LLaDA2Model.from_pretrained(golden / "tiny", dtype=torch.float32, device="cuda", progress=False)
-    prompt, params = [list(range(21))], {"gen_length": 40, "block_length": 8, "threshold": 0.6}
+    prompt = [list(range(21))]
     for more in ({}, {"temperature": 1.0, "top_k": 7, "seed": 0}, {}):
-        wanted = model.generate(prompt, **params, **more)
-        assert torch.equal(on_gpu.generate(prompt, graphs=True, **params, **more).cpu(), wanted)
+        wanted = model.generate(prompt, **OPTIONS, **more)
+        assert torch.equal(on_gpu.generate(prompt, graphs=True, **OPTIONS, **more).cpu(), wanted)
 
 
 def test_a_failed_capture_leaves_the_stream_that_was_current(model, monkeypatch):
