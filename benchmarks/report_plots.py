@@ -67,15 +67,16 @@ def quality_data(lines):
 
 
 def gpu_data(lines):
-    """Bars: {step or decoding: [floor, measured]} in ms per forward, of all devices."""
+    """Bars: {decoding, or step over 1024 tokens: [floor, measured]} in ms per forward, the devices side by side."""
     devices = gpu_lines(lines)
+    names = dict.fromkeys(name for points in devices.values() for name in points)
     steps = {
         f"{name}, {card(device)}": [line.data["floor_ms"], line.data.get("ms") or line.data["ms_per_forward"]]
+        for name in names
         for device, points in devices.items()
-        for name, line in points.items()
-        if "floor_ms" in line.data
+        if (line := points.get(name)) and "floor_ms" in line.data and (" p" not in name or " p1024" in name)
     }
-    return {"title": " / ".join(devices), "steps": steps} if steps else None
+    return {"title": " / ".join(map(card, devices)), "steps": steps} if steps else None
 
 
 def draw_gpu(data, axes):
