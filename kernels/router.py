@@ -6,8 +6,8 @@ s = sigmoid(h32 W32^T);  c = s + bias                        h [T, H], W [E, H] 
 w = s[ids] (without bias), normalised over the K if K > 1, times `scale`;  ties: the lower expert id
 
 On a GPU also, for grouped products, the pairs p = t * K + k sorted by expert and token, cut into tiles of pairs of one
-expert. Two launches for up to TOKENS tokens (scores; selection with tiles), else three (tiles on their own). Nothing is
-read back and the size of every buffer depends on T alone.
+expert. Two launches where one program selects for all tokens (scores; selection with tiles), else three (tiles on their
+own). Nothing is read back and the size of every buffer depends on T alone.
 """
 
 from typing import NamedTuple
@@ -20,7 +20,12 @@ from ._triton import tl, triton, use_triton
 from .product import linear
 
 CHUNK = 512  # of H summed up on its own: a constant, so that a token's bits do not depend on how work was split
-TOKENS = 32  # selected for at a time by one program
+# Tokens selected for at a time by one program of 8 warps. A warp executes 1200 instructions for 4 of them, 3500 for 16
+# and 6800 for 32 (sm_90), so few go to T / 4 programs: up to FEW, one for each of the 132 multiprocessors. As many
+# programs then read the counts of all, 1 KiB at 256 experts: (T / 4)^2 KiB are 16 MiB at FEW, as (T / 16)^2 are at four
+# times as many. A block's experts are admitted by all of its tokens, at best in one go.
+TOKENS = {"few": 4, "many": 16, "block": 32}
+FEW = 512
 SPLIT_BELOW = 512  # tokens: for fewer, chunks are summed by programs of their own, to occupy the GPU
 _LOWEST = tl.constexpr(-(2**63))
 
@@ -276,16 +281,13 @@ def _select_kernel(
             key = _only(key, admitted, column, C)
         elif KEEP < G:
             key = _only(key, _in_best_groups(key, TOKENS, G, KEEP, GROUPS, WIDTH), column, C)
-        chosen = tl.zeros((TOKENS, C), tl.int32)
         columns = tl.zeros((TOKENS, TILE_K), tl.int32)
         k_column = tl.arange(0, TILE_K)[None, :]
         for k in range(K):
             best = tl.max(key, 1)
-            hit = key == best[:, None]
-            key = tl.where(hit, _LOWEST, key)
-            chosen += hit.to(tl.int32)
+            key = tl.where(key == best[:, None], _LOWEST, key)
             columns = tl.where(k_column == k, C - 1 - (best & 0xFFFFFFFF).to(tl.int32)[:, None], columns)
-        chosen = tl.where((t < end)[:, None], chosen, 0)
+        chosen = ((key == _LOWEST) & (t < end)[:, None] & (e < E)[None, :]).to(tl.int32)
         inside = (t < end)[:, None] & (k_column < K)
         ids = _expert(columns, E, G, GROUPS, WIDTH)
         # read again rather than kept for all experts: half the registers
@@ -373,13 +375,14 @@ def _launch(h, weight, bias, top_k, n_group, topk_group, scale, capacity, block,
         return out
     logits = _scores(h, weight)
     starts = None if capacity is None else block.starts
-    groups = triton.cdiv(tokens, TOKENS) if starts is None else len(starts)
+    at_once = TOKENS["block" if starts is not None else "few" if tokens <= FEW else "many"]
+    groups = triton.cdiv(tokens, at_once) if starts is None else len(starts)
     tile = {
         "E": experts, "K": top_k, "G": n_group, "GROUPS": triton.next_power_of_2(n_group),
         "WIDTH": triton.next_power_of_2(experts // n_group), "TILE_K": triton.next_power_of_2(top_k),
-        "TOKENS": TOKENS, "TILE_M": tile_m, "num_warps": 8,
+        "TOKENS": at_once, "TILE_M": tile_m, "num_warps": 8,
     }  # fmt: skip
-    alone = groups == 1 and tokens <= TOKENS
+    alone = groups == 1 and tokens <= at_once
     counts = None if alone else new(groups, tile["GROUPS"] * tile["WIDTH"], dtype=torch.int32)
     run_kernel(
         _select_kernel, (groups,),

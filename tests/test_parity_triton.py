@@ -4,11 +4,13 @@ import copy
 import json
 import math
 from itertools import zip_longest
+from unittest import mock
 
 import pytest
 import torch
 
 from llada2_fast import DecodeParams, Engine, EngineConfig, demo
+from llada2_fast.kernels import router
 from llada2_fast.kernels._triton import force_ops
 from llada2_fast.model import LLaDA2Model
 from tests.engine.common import chat
@@ -19,7 +21,8 @@ PROMPTS = ("Add 847 and 96.", "Spell 4071.", "Reverse moon crow bread lamp.")
 
 
 def on_triton(call):
-    with force_ops("triton"), interpreted():
+    """Few programs of the router: the interpreter runs one after the other."""
+    with force_ops("triton"), interpreted(), mock.patch.dict(router.TOKENS, few=32):
         return call()
 
 

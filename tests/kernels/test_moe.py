@@ -1,10 +1,13 @@
 """The router and expert kernels against their references: in Triton's interpreter, and on a GPU at the real sizes."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
 import triton
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
 from benchmarks import aot
 from llada2_fast.kernels import gemm, moe, router
@@ -24,7 +27,8 @@ ROUTES = {
     "block": dict(experts=12, top_k=3, n_group=4, topk_group=1, capacity=4, length=8),
     "block longer than a program's tokens": dict(experts=12, top_k=2, n_group=1, topk_group=1, capacity=2, length=40),
 }
-SIZES = [1, 7, 32, 33, 70]
+SIZES = [("few", 1), ("few", 4), ("few", 5), ("many", 7), ("many", 32), ("many", 33)]  # see router.TOKENS
+BLOCKS = [("block", t) for t in (1, 7, 32, 33, 70)]
 
 
 def route_inputs(rule, tokens, hidden=48, dtype=torch.float32, weight_dtype=None, seed=0, device="cpu"):
@@ -68,11 +72,34 @@ def check_route(got, tensors, rule, blocks):
     assert got.tiles[: got.num_tiles.item()].tolist() == tiles
 
 
-@pytest.mark.parametrize("tokens", SIZES)
-@pytest.mark.parametrize("name", ROUTES)
-def test_route(name, tokens):
+@pytest.mark.parametrize(
+    "name, kind, tokens",
+    [(name, *size) for name, rule in ROUTES.items() for size in (BLOCKS if "length" in rule else SIZES)],
+)
+def test_route(name, kind, tokens, monkeypatch):
     tensors, rule, blocks = route_inputs(ROUTES[name], tokens)
+    if kind == "many":
+        monkeypatch.setattr(router, "FEW", 0)
     check_route(run(router.route, *tensors, **rule, block=blocks), tensors, rule, blocks)
+
+
+@pytest.mark.parametrize("tokens", [64, 513])
+def test_route_of_few_and_of_many_tokens(tokens):
+    tensors, rule, _ = route_inputs(ROUTES["grouped"], tokens)
+    check_route(run(router.route, *tensors, **rule), tensors, rule, None)
+
+
+@pytest.mark.parametrize(
+    "rule, tokens, programs",
+    [("grouped", 4, [1]), ("grouped", 5, [2, 2]), ("grouped", 513, [33, 33]), ("block", 8, [1]), ("block", 9, [2, 2])],
+)
+def test_programs_that_select(rule, tokens, programs):
+    """Of the selection, and of the listing of tiles unless there is only one."""
+    grids = []
+    tensors, rule, blocks = route_inputs(ROUTES[rule], tokens, device="meta")
+    with force_ops("triton"), mock.patch.object(JITFunction, "run", lambda *a, grid, **kw: grids.append(grid[0])):
+        router.route(*tensors, **rule, block=blocks)
+    assert grids[1:] == programs
 
 
 @pytest.mark.parametrize("dtype, weight_dtype", [(d, d) for d in DTYPES] + [(torch.bfloat16, torch.float32)])
@@ -110,13 +137,14 @@ def test_all_tokens_to_the_same_experts():
 
 
 def test_a_token_is_routed_alone_as_in_any_batch(monkeypatch):
-    """Bit for bit, whether chunks of H are summed by one program or by several."""
+    """Bit for bit, whether chunks of H are summed by one program or by several, and whoever selects for it."""
     (h, weight, bias), rule, _ = route_inputs(ROUTES["grouped"], 66, 1100)
     together = run_in_order(router.route, h, weight, bias, **rule)
     for rows in (slice(0, 1), slice(65, 66), slice(20, 53)):
         alone = run_in_order(router.route, h[rows], weight, bias, **rule)
         assert torch.equal(alone.ids, together.ids[rows]) and torch.equal(alone.weights, together.weights[rows])
     monkeypatch.setattr(router, "SPLIT_BELOW", 0)
+    monkeypatch.setattr(router, "FEW", 0)
     whole = run_in_order(router.route, h, weight, bias, **rule)
     assert torch.equal(whole.ids, together.ids) and torch.equal(whole.weights, together.weights)
 
