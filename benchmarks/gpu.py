@@ -97,7 +97,7 @@ class Results:
     """Lines of this run and of earlier ones like it, by point; new ones go to the file at once.
 
     resume: take lines of the file that were measured on this device with the same sources, with any_sources also those
-    that others have measured without an error; anew: but of no point with one of these in its name. fingerprint: of the
+    that others have measured without an error, but of no point with one of `anew` in its name. fingerprint: of the
     sources of all points, in place of their section's.
     """
 
@@ -109,11 +109,8 @@ class Results:
         if resume and path is not None and path.is_file():
             for line in map(json.loads, path.read_text("utf-8").splitlines()):
                 same = line.get("sources") == self.sources.get(line["section"])
-                if (
-                    all(line.get(key) == self.common[key] for key in ("device", "dry_run"))
-                    and (same or (any_sources and "error" not in line))
-                    and not any(part in line["point"] for part in anew)
-                ):
+                kept = any_sources and "error" not in line and not any(part in line["point"] for part in anew)
+                if all(line.get(key) == self.common[key] for key in ("device", "dry_run")) and (same or kept):
                     self.lines[line["point"]] = line
 
     def done(self, name):

@@ -55,6 +55,7 @@ DEVICE_LOST = 3  # exit code of benchmarks.gpu and benchmarks.tune: start it aga
 LEAST_S = 3.0  # with less left nothing is started
 WIDTH = 160
 GRACE_S = 10.0  # what a command that is told its minutes may take beyond them
+PREWARMED = "steps,kernels,scenarios,tests"  # the tuner compiles beside its timing
 SANITIZED = {  # small sizes, for tools are slow
     "files": [f"tests/kernels/test_{name}.py" for name in ("refine", "attention", "moe", "advance")],
     "names": "parity_on_a_gpu or uneven or 33-2048 or (2-7-contiguous and bfloat16) or rows_give",
@@ -78,6 +79,7 @@ def phases(folder, dry=False, changed=None):
     tests = [*python, "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--timeout-method", "thread"]
     side_by_side = ["-n", "10", "--dist", "loadfile", "--timeout", "60", f"--junit-xml={folder / 'junit.xml'}"]
     packed = folder / "cache.tar.xz"
+    unpacked = ["--unpack", str(packed)] * packed.is_file()
     kept = ["--resume"] if changed is None else ["--resume-any", "--anew", changed]
     told = ["--minutes", "{minutes}", "--results"]
 
@@ -91,7 +93,7 @@ def phases(folder, dry=False, changed=None):
     # without PyTorch's memory pool each tensor is bounded by itself; graphs cannot do without
     bounded = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return [
-        Phase("prewarm", 90, [*python, "benchmarks.prewarm", *["--unpack", str(packed)] * packed.is_file(), *tried]),
+        Phase("prewarm", 90, [*python, "benchmarks.prewarm", "--only", PREWARMED, *unpacked, *tried]),
         Phase("light", 120, [*python, "benchmarks.first_light", "--out", str(folder / "day.jsonl"), *tried], "checks"),
         Phase("tests", 150, [*tests, *side_by_side, *["--collect-only"] * dry], "checks"),
         Phase("decode", 150, gpu("decode,profile")),

@@ -210,6 +210,20 @@ class Machine:
             raise DoesNotFit(f"{what} need {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
 
 
+class Shapes(Machine):
+    """A GPU's sizes without a GPU: what is built on it can be recorded (aot.recorded), not run. dry: tiny shapes."""
+
+    def __init__(self, dry=False):
+        super().__init__(dry=True)
+        self.dry, self.device = dry, torch.device("meta")
+
+    def copies(self, size):
+        return 1
+
+    def require_memory(self, size, what):
+        pass
+
+
 def ceilings(machine):
     """What the device reaches in the two things that bound everything: moving bytes and multiplying matrices."""
     length, size = machine.size(2**31, 2**20), machine.size(8192, 64)

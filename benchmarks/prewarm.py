@@ -1,7 +1,7 @@
 """Compiles what the GPU benchmarks, the decode loop and the gpu tests launch, into Triton's cache on disk.
 
-    python -m benchmarks.prewarm [--only steps,kernels,scenarios,tests] [--jobs N] [--target sm_90]
-                                 [--unpack FILE] [--pack FILE] [--json]
+    python -m benchmarks.prewarm [--only steps,kernels,scenarios,tests,tune] [--jobs N] [--target sm_90]
+                                 [--unpack FILE] [--pack FILE] [--json] [--dry-run]
 
 All cores compile side by side, and no GPU is needed; a process that launches one of these kernels afterwards loads it.
 Steps and kernels are run on tensors of their real shapes and no data, at the launch parameters that the tuned tables
@@ -9,7 +9,7 @@ hold for the GPU that is there.
 
 --pack FILE leaves the compiled kernels in a tar.xz for another machine: there --unpack FILE puts them into the cache
 first, if FILE is of the same build of Triton and the same target, and says why not otherwise. The last line counts what
-was compiled, what was there already and what failed. Exit 1 if something failed.
+was compiled, what was there already and what failed. Exit 1 if something failed. --dry-run compiles one kernel.
 """
 
 import argparse
@@ -42,21 +42,13 @@ from llada2_fast.kernels import _tuned, attention, norm, refine, rope
 from llada2_fast.kernels._triton import force_ops
 from llada2_fast.model import LLaDA2Model, read_nothing
 
-from . import aot, gpu_gates, gpu_kernels
-from .gpu_machine import Machine
+from . import aot, gpu_gates, gpu_kernels, tune
+from .gpu_machine import Shapes
 from .harness import ROOT
 from .roofline import BLOCK
 
-SIZES = [
-    (1, 0),
-    (1, 1),
-    (8, 0),
-    (8, 2),
-    (32, 0),
-    (32, 8),
-    (128, 0),
-    (128, 32),
-]  # active blocks, places for carried ones
+# active blocks, places for carried ones
+SIZES = [(1, 0), (1, 1), (8, 0), (8, 2), (32, 0), (32, 8), (128, 0), (128, 32)]
 SMALL_SIZES = [(1, 0), (1, 1), (2, 0), (2, 1), (2, 2), (4, 0), (4, 1), (4, 4), (8, 0), (8, 1), (8, 2), (8, 4), (8, 8)]
 PAGES = (4, 33, 64, 257, 1025)  # of a row: short texts, the prefixes of the steps, those that decoding rounds up to
 PREFILL = (1024, 4096)  # tokens of a forward
@@ -64,18 +56,7 @@ MANIFEST = "manifest.json"
 ENTRY = re.compile(r"([A-Z2-7]{52})/(\w+\.(?:cubin|json))")  # a file of Triton's cache: folder, name
 
 
-class Shapes(Machine):
-    """A GPU's sizes without a GPU: tensors hold no data."""
-
-    def __init__(self):
-        super().__init__(dry=False)
-        self.device = torch.device("meta")
-
-    def copies(self, size):
-        return 1
-
-
-# What is launched: functions that launch it.
+# What is launched: functions that launch it on Shapes, or return the Launches.
 
 
 def steps_of(config, dtype, sizes, pages, prefill, length=BLOCK):
@@ -139,7 +120,12 @@ def tests(machine):
         steps_of(config, torch.float32, SMALL_SIZES, (8,), (4 * length,), length)
 
 
-PARTS = {"steps": steps, "kernels": kernels, "scenarios": scenarios, "tests": tests}
+def tuning(machine):
+    """All tries of benchmarks.tune."""
+    return tune.launches(machine, tune.groups(machine))
+
+
+PARTS = {"steps": steps, "kernels": kernels, "scenarios": scenarios, "tests": tests, "tune": tuning}
 
 
 @contextmanager
@@ -158,7 +144,7 @@ def launches(parts=tuple(PARTS)):
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "any"
     with aot.recorded() as noted, without_gpu(), mock.patch.object(_tuned, "device_name", lambda device: gpu):
         for part in parts:
-            PARTS[part](Shapes())
+            noted += PARTS[part](Shapes()) or []
     return list({launch.name: launch for launch in noted}.values())
 
 
@@ -262,6 +248,7 @@ def main(arguments=None):
     parser.add_argument("--unpack", metavar="FILE", help="take compiled kernels from FILE first")
     parser.add_argument("--pack", metavar="FILE", help="leave the compiled kernels in FILE")
     parser.add_argument("--json", action="store_true", help="end with one JSON line")
+    parser.add_argument("--dry-run", action="store_true", help="compile one kernel of all that were found")
     options = parser.parse_args(arguments)
     parts = options.only.split(",")
     if unknown := [part for part in parts if part not in PARTS]:
@@ -272,7 +259,10 @@ def main(arguments=None):
             print(f"{unpack(options.unpack, options.target)} kernels unpacked from {options.unpack}", flush=True)
         except ValueError as error:
             print(f"nothing unpacked: {error}", flush=True)
-    compiled, there, failures, paths = compile_all(launches(parts), options.target, options.jobs)
+    found = launches(parts)
+    compiled, there, failures, paths = compile_all(
+        found[: 1 if options.dry_run else None], options.target, options.jobs
+    )
     if options.pack:
         pack(options.pack, paths, options.target)
     for failure in failures:

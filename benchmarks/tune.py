@@ -34,7 +34,7 @@ from llada2_fast.kernels import _tuned
 from llada2_fast.kernels._triton import force_ops
 
 from . import aot, gpu, tune_moe
-from .gpu_machine import Machine, Point, poisoned
+from .gpu_machine import Machine, Point, Shapes, poisoned
 from .harness import RESULTS
 from .tune_cases import attention_groups, refine_groups
 
@@ -50,20 +50,6 @@ ROUGHLY = {"rounds": 3, "least": 4}  # how all tries are timed; the best are tim
 FINALISTS = 4
 CORES_LEFT = 2  # by compilation to what is timed beside it
 DRY_TRIES = 2
-
-
-class Shapes(Machine):
-    """A machine of shapes without data: what is built on it can be recorded (aot.recorded), not run. Needs no GPU."""
-
-    def __init__(self, dry=False):
-        super().__init__(dry=True)
-        self.dry, self.device = dry, torch.device("meta")
-
-    def copies(self, size):
-        return 1
-
-    def require_memory(self, size, what):
-        pass
 
 
 def groups(machine, ops=tuple(FAMILIES), models=MODELS[:1]):
@@ -95,12 +81,8 @@ def _tries(machine, group):
     return group.tries[: machine.size(len(group.tries), DRY_TRIES)]
 
 
-def _key(launch):
-    return repr((launch.kernel.__name__, *launch[1:]))
-
-
 def _each_once(launches):
-    return {_key(launch): launch for launch in launches}.values()
+    return {launch.name: launch for launch in launches}.values()
 
 
 class Compiled:
@@ -127,18 +109,18 @@ class Compiled:
         work = [(launch, "tune", self.target) for launch in launches]
         results = aot.compile_each(work, max(1, len(os.sched_getaffinity(0)) - CORES_LEFT))
         for launch, result in zip(launches, results, strict=True):
-            yield _key(launch), result.fault
+            yield launch.name, result.fault
 
     def faults(self, group):
         """Why some of a group's tries cannot be launched: {place in the list: reason}."""
         if self.target is None:
             return {}
         _, *tries = self._launches(group)
-        wanted = {_key(launch): launch for launches in tries for launch in launches}
+        wanted = {launch.name: launch for launches in tries for launch in launches}
         while not wanted.keys() <= self._fault.keys() and (found := next(self._coming, None)):
             self._fault.update([found])
         self._fault |= self._compile(launch for key, launch in wanted.items() if key not in self._fault)
-        found = [sorted(filter(None, (self._fault[_key(launch)] for launch in launches))) for launches in tries]
+        found = [sorted(filter(None, (self._fault[launch.name] for launch in launches))) for launches in tries]
         return {i: reasons[0] for i, reasons in enumerate(found) if reasons}
 
     def close(self):
@@ -307,7 +289,7 @@ def main(arguments=None):
     path = options.results or (None if options.dry_run else RESULTS / "tune.jsonl")
     chosen = groups(machine, ops, models)
     results = Kept(
-        machine, path, options.resume, "tune", gpu.sources(tables=False), groups=chosen,
+        machine, path, options.resume, "tune", gpu.sources("tune", tables=False), groups=chosen,
         device=options.device_name or _tuned.device_name(machine.device),
         folder=options.tables or (None if machine.dry else _tuned.table_path("moe").parent),
     )  # fmt: skip
