@@ -44,14 +44,14 @@ SLOW, LEAST_S = 6.0, 60.0  # a point is broken off when it takes so many times w
 GRACE_S = 8.0  # until a point that has been broken off is out of what it was doing
 OUT_OF_TIME = {"error": "broken off: out of time"}
 _INPUTS = ("gpu_machine", "gpu_gates", "gpu_weights", "roofline")
-SOURCES = {  # section -> modules of benchmarks, beside the package itself, that decide its figures
+SOURCES = {  # section -> modules of benchmarks, beside the package itself, that decide its figures; * as in file names
     "ceilings": ("gpu_machine",),
     "decode": (*_INPUTS, "gpu_decode", "peers"),
     "profile": (*_INPUTS, "gpu_steps", "gpu_profile"),
     "steps": (*_INPUTS, "gpu_steps"),
     "kernels": (*_INPUTS, "gpu_kernels"),
     "peers": (*_INPUTS, "gpu_steps", "gpu_peers"),
-    "tune": (*_INPUTS, "tune", "tune_cases", "tune_moe"),
+    "tune": (*_INPUTS, "tune*"),
 }
 
 
@@ -82,7 +82,7 @@ def sources(section="tune", tables=True):
 
     tables: with the tuned tables; the tuner, which writes them and measures against the defaults, goes without.
     """
-    files = [ROOT / "benchmarks" / f"{name}.py" for name in SOURCES[section]]
+    files = [path for name in SOURCES[section] for path in (ROOT / "benchmarks").glob(f"{name}.py")]
     if section != "ceilings":
         for folder in ("kernels", "llada2_fast"):
             files += (ROOT / folder).rglob("*.py")

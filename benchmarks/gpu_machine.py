@@ -6,6 +6,7 @@ means nothing.
 
 import gc
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -138,14 +139,15 @@ class Machine:
         return {kind: seen[kind] - own[kind] for kind in ("syncs", "launches", "graph_launches")}
 
     def device_events(self, call):
-        """[(name, µs)] of what the device does for a call, in a graph's replay too: kernels, copies and fills. In a dry
-        run the innermost operators on the CPU."""
+        """[(name, grid, µs)] of what the device does for a call, in a graph's replay too: kernels, copies and fills.
+
+        grid is "" where the profiler does not tell it. In a dry run the innermost operators on the CPU."""
         events = self._events(call)
         if self.dry:
-            return [(event.name, event.cpu_time_total) for event in events if not event.cpu_children]
+            return [(event.name, "", event.cpu_time_total) for event in events if not event.cpu_children]
         on_device = torch.autograd.DeviceType.CUDA
         return [
-            (event.name, event.time_range.elapsed_us())
+            (event.name, _grid(getattr(event, "metadata_json", None)), event.time_range.elapsed_us())
             for event in events
             if event.device_type == on_device and not event.is_user_annotation
         ]
@@ -245,6 +247,12 @@ def ceilings(machine):
         )
         result["fp8_tflops"] = 2 * size**3 / product / 1e6
     return result
+
+
+def _grid(metadata):
+    """Such as "744x1x1", of the profiler's JSON on a kernel, or of None."""
+    found = re.search(r'"grid":\s*\[([\d, ]+)\]', metadata or "")
+    return found[1].replace(" ", "").replace(",", "x") if found else ""
 
 
 @contextmanager

@@ -3,9 +3,9 @@
     profile mini <bf16|fp8> b1 carried
 
 ms is the replay's own time, by events and without the profiler; kernels_ms the sum over what one replay under
-torch.profiler ran on the device, copies and fills included; gaps_ms what is left. kernels: of each name count, mean,
-total, shortest and longest time in µs, for the TOP that take longest together (products of two sizes have one name);
-rest: of all others. A dry run counts operators on the CPU.
+torch.profiler ran on the device, copies and fills included; gaps_ms what is left. kernels: of each name and grid, for
+products of two sizes have one name, count, mean, total, shortest and longest time in µs, for the TOP that take longest
+together; rest: of all others. A dry run counts operators on the CPU.
 """
 
 import re
@@ -25,19 +25,20 @@ def short(name):
 
 
 def summed(events):
-    """[(name, µs)] -> (kernels, rest) as above, the longest first; rest is None where there are no others."""
-    by_name = {}
-    for name, us in events:
-        by_name.setdefault(name, []).append(us)
-    ranked = sorted(by_name.items(), key=lambda item: -sum(item[1]))
+    """[(name, grid, µs)] -> (kernels, rest) as above, the longest first; rest is None where there are no others."""
+    launches = {}
+    for name, grid, us in events:
+        launches.setdefault((name, grid), []).append(us)
+    ranked = sorted(launches.items(), key=lambda item: -sum(item[1]))
 
     others = [us for _, times in ranked[TOP:] for us in times]
-    return [_row(short(name), times) for name, times in ranked[:TOP]], _row("rest", others) if others else None
+    rows = [_row(short(name), grid, times) for (name, grid), times in ranked[:TOP]]
+    return rows, _row("rest", "", others) if others else None
 
 
-def _row(name, times):
+def _row(name, grid, times):
     figures = {"us": sum(times) / len(times), "total_us": sum(times), "least_us": min(times), "most_us": max(times)}
-    return {"name": name, "count": len(times)} | {key: round(us, 2) for key, us in figures.items()}
+    return {"name": name, "grid": grid, "count": len(times)} | {key: round(us, 2) for key, us in figures.items()}
 
 
 def show(line):
@@ -45,7 +46,7 @@ def show(line):
     yield f"{'count':>6} {'mean µs':>9} {'from':>9} {'to':>9} {'total µs':>10}  kernel"
     for row in line["kernels"] + [line["rest"]] * (line["rest"] is not None):
         times = f"{row['us']:9.2f} {row['least_us']:9.2f} {row['most_us']:9.2f} {row['total_us']:10.1f}"
-        yield f"{row['count']:6} {times}  {row['name']}"
+        yield f"{row['count']:6} {times}  {row['name']} {row['grid']}".rstrip()
     total, replay, gaps = (f"{1e3 * line[key]:.1f}" for key in ("kernels_ms", "ms", "gaps_ms"))
     yield f"{line['launches']:6} {'':29} {total:>10}  in all; the replay takes {replay}, gaps are {gaps}"
 
@@ -56,7 +57,7 @@ def profile_step(machine, float8):
     step.reset()
     events = machine.device_events(step.call)
     kernels, rest = summed(events)
-    total = sum(us for _, us in events) / 1e3
+    total = sum(us for *_, us in events) / 1e3
     line = {
         "ms": ms, "kernels_ms": total, "gaps_ms": ms - total, "launches": len(events), "kernels": kernels, "rest": rest,
     }  # fmt: skip

@@ -404,8 +404,9 @@ def gpu_profile(devices):
         times = f"{data['ms']:.3f} ms, of which {data['gaps_ms']:.3f} ms between its {data['launches']} launches"
         rows = data["kernels"] + [data["rest"]] * (data["rest"] is not None)
         columns = [
-            ("kernel", lambda row: f"`{row['name']}`", "{}"), ("count", "count", "{}"), ("mean µs", "us", "{:.2f}"),
-            ("from", "least_us", "{:.2f}"), ("to", "most_us", "{:.2f}"), ("total µs", "total_us", "{:.0f}"),
+            ("kernel", lambda row: f"`{row['name']}`", "{}"), ("grid", lambda row: row["grid"] or None, "{}"),
+            ("count", "count", "{}"), ("mean µs", "us", "{:.2f}"), ("from", "least_us", "{:.2f}"),
+            ("to", "most_us", "{:.2f}"), ("total µs", "total_us", "{:.0f}"),
         ]  # fmt: skip
         parts += [f"{card(device)}, {data['point']}: {times}", table(columns, rows)]
     return "\n\n".join(parts) or NOT_MEASURED.format("gpu --only profile")

@@ -132,20 +132,22 @@ def test_a_profile_names_each_kernel_with_its_count_and_times():
     fill = (
         "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<int>, std::array<char*, 1ul>>(int)"
     )
-    events = [(gemm, 200.0), (fill, 2.0), (gemm, 100.0), ("Memcpy DtoD (Device -> Device)", 1.5)]
-    events += [(f"nvjet_{i}", 0.5) for i in range(24)]
+    events = [(gemm, "2x1x1", us) for us in (200.0, 100.0)]
+    events += [(gemm, "4x1x1", 50.0), (fill, "", 2.0), ("Memcpy DtoD (Device -> Device)", "", 1.5)]
+    events += [(f"nvjet_{i}", "", 0.5) for i in range(24)]
     kernels, rest = gpu_profile.summed(events)
     assert kernels[0] == {
-        "name": gemm, "count": 2, "us": 150.0, "total_us": 300.0, "least_us": 100.0, "most_us": 200.0,
+        "name": gemm, "grid": "2x1x1", "count": 2, "us": 150.0, "total_us": 300.0, "least_us": 100.0, "most_us": 200.0,
     }  # fmt: skip
-    assert (
-        kernels[1]["name"] == "vectorized_elementwise_kernel<4, FillFunctor<int>, std::a..." and kernels[2]["us"] == 1.5
-    )
-    assert kernels[2]["name"] == "Memcpy DtoD" and len(kernels) == 25 and (rest["count"], rest["total_us"]) == (2, 1.0)
-    line = {"ms": 0.35, "kernels_ms": 0.3155, "gaps_ms": 0.0345, "launches": 28, "kernels": kernels, "rest": rest}
+    assert kernels[1]["us"] == 50.0 and kernels[3]["name"] == "Memcpy DtoD"
+    assert kernels[2]["name"] == "vectorized_elementwise_kernel<4, FillFunctor<int>, std::a..."
+    assert len(kernels) == 25 and (rest["count"], rest["total_us"]) == (3, 1.5)
+    line = {"ms": 0.4, "kernels_ms": 0.3655, "gaps_ms": 0.0345, "launches": 29, "kernels": kernels, "rest": rest}
     text = list(gpu_profile.show(line))
-    assert text[1].split() == ["2", "150.00", "100.00", "200.00", "300.0", gemm]
-    assert text[-1].endswith("315.5  in all; the replay takes 350.0, gaps are 34.5") and len(text) == 28
+    assert text[1].split() == ["2", "150.00", "100.00", "200.00", "300.0", gemm, "2x1x1"]
+    assert text[-1].endswith("365.5  in all; the replay takes 400.0, gaps are 34.5") and len(text) == 28
+    assert gpu_machine._grid('{"block": [128, 1, 1], "grid": [744, 2, 1], "stream": 7}') == "744x2x1"
+    assert gpu_machine._grid(None) == gpu_machine._grid('{"bytes": 4}') == ""
 
 
 def test_without_diffusers_its_ratio_is_null(machine, monkeypatch):

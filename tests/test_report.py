@@ -224,7 +224,15 @@ def test_two_cards_stand_side_by_side_each_by_its_own_floor(root):
         return {"benchmark": "gpu", **CARD, **now, "device": device, "point": point, "section": section} | values
 
     h100, h200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
-    kernel = {"name": "_gemm_kernel", "count": 40, "us": 190.0, "total_us": 7600.0, "least_us": 120.0, "most_us": 270.0}
+    kernel = {
+        "name": "_gemm_kernel",
+        "grid": "744x1x1",
+        "count": 40,
+        "us": 190.0,
+        "total_us": 7600.0,
+        "least_us": 120.0,
+        "most_us": 270.0,
+    }
     profile = {"ms": 9.5, "kernels_ms": 9.0, "gaps_ms": 0.5, "launches": 304, "kernels": [kernel], "rest": None}
     decode = "decode mini bf16 b1", "decode"
     write(
@@ -243,7 +251,7 @@ def test_two_cards_stand_side_by_side_each_by_its_own_floor(root):
     assert "| decode mini bf16 b1 | 700 | 9.50 | 7.000 | 1.36x | 900 | 7.40 | 5.000 | 1.48x |" in points
     assert "| step mini bf16 b1 p1024 | 9.250 | 7.000 | 1.32x | 285 |" in points and "_gemm_kernel" not in points
     assert "H100, profile mini bf16 b1 carried: 9.500 ms, of which 0.500 ms between its 304 launches" in profiles
-    assert "| `_gemm_kernel` | 40 | 190.00 | 120.00 | 270.00 | 7600 |" in profiles
+    assert "| `_gemm_kernel` | 744x1x1 | 40 | 190.00 | 120.00 | 270.00 | 7600 |" in profiles
     assert "| step mini bf16 b1 p1024: ms | 9.2 | 9.25 | 6.9 |  |" in predictions
     assert "| decode mini bf16 b1: tokens/s | 670 | 700 | 885 | 900 |" in predictions
     assert "| attention b8 p32768: percent of copy bandwidth | 72 to 78 |  |  |  |" in predictions
