@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+import torch._inductor.config  # noqa: F401  torch.use_deterministic_algorithms imports it, in every check anew
 import triton
 from triton.runtime.cache import triton_key
 
