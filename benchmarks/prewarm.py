@@ -113,11 +113,16 @@ def scenarios(machine):
 
 def tests(machine):
     """Steps of the embedded model and, in a checkout, of the networks with recorded decodings."""
-    for folder in (demo.path(), *sorted(path.parent for path in ROOT.glob("tests/golden/*/config.json"))):
+
+    def small(folder, mask_id, dtype, length):
         config = ModelConfig.from_hf(folder)
-        config = replace(config, mask_token_id=config.vocab_size - 1)  # any will do, and some name none
-        length = network.BLOCK if folder == demo.path() else 8
-        steps_of(config, torch.float32, SMALL_SIZES, (8,), (4 * length,), length)
+        config = replace(config, mask_token_id=config.vocab_size - 1 if mask_id is None else mask_id)
+        steps_of(config, dtype, SMALL_SIZES, (8,), (4 * length,), length)
+
+    for dtype in (torch.float32, torch.bfloat16):
+        small(demo.path(), network.MASK_ID, dtype, network.BLOCK)
+    for path in sorted(ROOT.glob("tests/golden/*/config.json")):
+        small(path.parent, None, torch.float32, 8)
 
 
 def tuning(machine):
@@ -140,12 +145,16 @@ def without_gpu():
 
 
 def launches(parts=tuple(PARTS)):
-    """aot.Launches of some of PARTS, each kernel once."""
+    """(aot.Launches of some of PARTS, each kernel once; for each part that failed why)."""
+    failures = []
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "any"
     with aot.recorded() as noted, without_gpu(), mock.patch.object(_tuned, "device_name", lambda device: gpu):
         for part in parts:
-            noted += PARTS[part](Shapes()) or []
-    return list({launch.name: launch for launch in noted}.values())
+            try:
+                noted += PARTS[part](Shapes()) or []
+            except Exception as error:  # what it has launched is compiled, and so are the others
+                failures.append(f"{part}: {aot.reason(error)}")
+    return list({launch.name: launch for launch in noted}.values()), failures
 
 
 # Compiling
@@ -259,10 +268,11 @@ def main(arguments=None):
             print(f"{unpack(options.unpack, options.target)} kernels unpacked from {options.unpack}", flush=True)
         except ValueError as error:
             print(f"nothing unpacked: {error}", flush=True)
-    found = launches(parts)
+    found, broken = launches(parts)
     compiled, there, failures, paths = compile_all(
         found[: 1 if options.dry_run else None], options.target, options.jobs
     )
+    failures = broken + failures
     if options.pack:
         pack(options.pack, paths, options.target)
     for failure in failures:

@@ -175,15 +175,17 @@ def test_what_does_not_fit_is_refused_in_a_line_and_compiled(cache, tmp_path, ca
     assert len(list(folder.iterdir())) == 1
 
 
-def test_a_kernel_that_does_not_compile_is_named_and_the_others_are_compiled(cache, capsys, monkeypatch):
+def test_what_fails_is_named_and_the_others_are_compiled(cache, capsys, monkeypatch):
     cache()
 
     def calls(machine):
         aot.SCENARIOS[ONE]()
         x = torch.empty(2, 64, device="meta")
         norm._rms_norm_kernel[(1,)](x, None, x, None, x, x, 2, 64, 0, **norm.norm_tile(64))  # eps is no number
+        raise ValueError("no more of these")
 
     monkeypatch.setattr(prewarm, "PARTS", {"two": calls})
     assert prewarm.main(["--only", "two", "--jobs", "1"]) == 1
-    failure, counts = capsys.readouterr().out.splitlines()
-    assert failure.startswith("_rms_norm_kernel: ") and counts.startswith("1 compiled, 0 already there, 1 failed, ")
+    part, kernel, counts = capsys.readouterr().out.splitlines()
+    assert part == "two: ValueError: no more of these" and kernel.startswith("_rms_norm_kernel: ")
+    assert counts.startswith("1 compiled, 0 already there, 2 failed, ")
