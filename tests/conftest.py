@@ -7,6 +7,8 @@ import hypothesis
 import pytest
 import torch
 
+from tests.lost_device import file_scheduler, leave_if_lost
+
 # One thread per pytest-xdist worker; the variable is for the processes that tests start.
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
@@ -30,6 +32,21 @@ def pytest_configure(config):
 def pytest_runtest_setup():
     """Ahead of all fixtures: what a test draws depends on no test before it."""
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    return file_scheduler(config, log) if config.option.dist == "loadfile" else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Behind all reports of a test."""
+    failed = item.session.testsfailed
+    result = yield
+    if item.session.testsfailed > failed and item.get_closest_marker("gpu"):
+        leave_if_lost(torch.cuda.synchronize)
+    return result
 
 
 def pytest_collection_modifyitems(items):
