@@ -11,6 +11,8 @@ from tests.kernels.interpreter import interpreted, products_in_order
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Of the norm. Sums have another order; where a rounding between two products goes the other way, an e4m3 digit follows.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-3, torch.bfloat16: 1e-2}
+# Of experts on a GPU: its float8 products keep about 14 bits within 128 of K, so far more roundings go the other way.
+GPU_TOLERANCE = 2e-2
 
 needs_float8 = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() < fp8.CAPABILITY,
@@ -32,10 +34,10 @@ def bits(x):
     return x.contiguous().view(torch.uint8)
 
 
-def close(got, expected):
+def close(got, expected, tolerance=None):
     assert got.shape == expected.shape and got.dtype == expected.dtype
     error = (got.double() - expected.double()).norm()
-    assert error <= TOLERANCE[got.dtype] * expected.double().norm() and got.isfinite().all()
+    assert error <= (tolerance or TOLERANCE[got.dtype]) * expected.double().norm() and got.isfinite().all()
 
 
 @pytest.mark.parametrize("rows, columns, parts", [(1, 1, 1), (128, 256, 1), (130, 300, 1), (140, 129, 2)])
@@ -251,7 +253,7 @@ def test_gpu_experts_at_real_sizes(hidden, inner, tokens):
     h, weights, shared, rule, wide = expert_inputs(tokens, 8, 64, hidden, inner, torch.bfloat16, "cuda")
     routing = router.route(h, *rule)
     got = moe.experts(h, routing, *weights, shared)
-    close(got, wanted(h, routing, weights, shared))
+    close(got, wanted(h, routing, weights, shared), GPU_TOLERANCE)
     exact = moe.experts(h, routing, *map(gemm.Scaled, wide[:2]), tuple(map(gemm.Scaled, wide[2:])))
     assert (got.float() - exact.float()).norm() <= 0.08 * exact.float().norm()
 
