@@ -181,7 +181,7 @@ def expert_inputs(tokens, top_k=3, experts=7, hidden=40, inner=24, dtype=torch.f
     generator = torch.Generator(device).manual_seed(seed)  # the real sizes are half a minute's work for a CPU
 
     def random(*shape):
-        return (torch.randn(shape, generator=generator, device=device) / shape[-1] ** 0.5).to(dtype)
+        return torch.randn(shape, generator=generator, device=device).div_(shape[-1] ** 0.5).to(dtype)
 
     h = random(tokens, hidden) * hidden**0.5
     shared = gemm.Scaled(random(2 * inner, hidden)), gemm.Scaled(random(hidden, inner))
