@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from llada2_fast.cache import PagedKVCache
 from llada2_fast.kernels import attention
-from llada2_fast.kernels._triton import force_ops, triton
+from llada2_fast.kernels._triton import force_ops, tl, triton
 from llada2_fast.kernels.attention import BlockBatch, Run
 from llada2_fast.model import LLaDA2Model
 from tests.kernels.interpreter import interpreted
@@ -176,6 +176,26 @@ def test_launches(small_splits, monkeypatch):
         attention.block_attention(q[8:], k, v, runs[1:])
         assert len(count) == 3
         monkeypatch.undo()
+
+
+@triton.jit
+def _splits_kernel(BLOCK_ROW, BLOCK_INDEX, LIMIT, OUT, L: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr):
+    block = tl.program_id(0)
+    _row, _seen, size, count = attention._splits(BLOCK_ROW, BLOCK_INDEX, LIMIT, block, L, SPLIT, MAX_SPLITS)
+    tl.store(OUT + block * 2, size)
+    tl.store(OUT + block * 2 + 1, count)
+
+
+def test_splits_are_few_and_even():
+    """By the number of keys alone: at most 256 keys each, from 4096 keys on 16 splits of more."""
+    wanted = {32: (32, 1), 256: (256, 1), 288: (160, 2), 1056: (224, 5), 4096: (256, 16), 8224: (544, 16),
+              32800: (2080, 16)}  # fmt: skip
+    keys = torch.tensor([*wanted, 40, 64], dtype=torch.int32)
+    row = torch.tensor([*range(len(wanted) + 1), -1], dtype=torch.int32)  # one that ends within a page, one unused
+    index, out = (keys - 1) // 32, torch.zeros(len(keys), 2, dtype=torch.int32)
+    with interpreted():
+        _splits_kernel[(len(keys),)](row, index, keys, out, 32, attention.SPLIT, attention.MAX_SPLITS)
+    assert out.tolist() == [[*wanted[n]] for n in wanted] + [[64, 1], [32, 0]]
 
 
 def test_batch_of_runs():
