@@ -1,6 +1,7 @@
 """The benchmark of the refinement step: its line on a CPU, and its GPU part as a dry run."""
 
 import json
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,8 @@ def test_quick_line(capsys):
     assert line["host_syncs"] == 0
     assert line["passes_over_logits"] == 1 and 1 <= line["passes_temperature"] < 1.05
     assert line["passes_sampling"] < 2
-    assert line["ratio_vs_diffusers_step"] > 1
+    ratio = line["ratio_vs_diffusers_step"]
+    assert ratio > 1 if find_spec("diffusers") else ratio is None
     assert {(point["rows"], point["vocab"]) for point in line["points"]} >= {(8, 32768)}
 
 
