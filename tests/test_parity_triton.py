@@ -113,6 +113,7 @@ def test_a_decoding_that_hangs_on_a_rounding_is_found(golden, label, step):
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(240)  # 75 decodings, most of them captured anew
 @pytest.mark.parametrize("name", SETS)
 def test_recorded_decodings_come_out_of_the_graphs(golden, name):
     """Another rounding may change the few decodings that hang on one, and those from that step on."""
