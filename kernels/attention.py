@@ -71,9 +71,9 @@ class BlockBatch(NamedTuple):
     def slots(self, length):
         """Cache slots of all tokens for blocks of `length` tokens: int64 [NB * length], -1 in unused blocks."""
         row = self.block_row.long()[:, None]
-        page = self.page_table[row.clamp(min=0), self.block_index.long()[:, None]]
-        slot = page.long() * length + torch.arange(length, device=row.device)
-        return torch.where(row < 0, -1, slot).flatten()
+        page = self.page_table[row, self.block_index.long()[:, None]]  # of the last row where it is -1
+        slot = torch.add(torch.arange(length, device=row.device), page, alpha=length)
+        return slot.masked_fill_(row < 0, -1).flatten()
 
     def runs(self):
         """The used blocks as a list of (query block, Run of one block); for the reference."""

@@ -54,6 +54,7 @@ class StepGraph:
         # the plan: each entry's slot, whether it repeats entry 0; each slot's entry or -1
         self._sizes = [active, active, state.tokens.shape[0]]
         self._plan = torch.zeros(sum(self._sizes), dtype=torch.int32, device=state.tokens.device)
+        self._lanes = torch.arange(cache.block_length, device=state.tokens.device)
 
     def load(self, slots, filters):
         """Plan a step. slots: the ints of those that take part, at least one; filters: some row has top_k or top_p."""
@@ -74,18 +75,16 @@ class StepGraph:
         length, state = self.cache.block_length, self.state
         slot, repeat, entry = self._plan.split(self._sizes)
         row, index, tokens = advance(state, self.slots.bounds, slot, repeat, self.carried, self.mask_id)
-        where = torch.arange(length, device=row.device)
-        positions = index.long()[:, None] * length + where
+        positions = torch.add(self._lanes, index[:, None], alpha=length)
         blocks = BlockBatch(row, index, self.slots.page_table, self.slots.bounds.limit)
         hidden = self.model.forward_blocks(tokens.flatten(), positions.flatten(), blocks, self.cache)
         logits = self.model.lm_logits(hidden[: self.active * length])
-        entry = entry.long()[:, None]
+        at = torch.add(self._lanes, entry[:, None], alpha=length)  # negative in slots without an entry
         output = refine_step(
-            logits, state, self.params, self.mask_id, index=torch.where(entry < 0, -1, entry * length + where),
-            filters=self.filters, only_needed=True,
+            logits, state, self.params, self.mask_id, index=at, filters=self.filters, only_needed=True
         )  # fmt: skip
         changed = self.slots.bounds.changed
-        torch.where(entry[:, 0] < 0, changed, output.status[:, FLAGS] & CHANGED, out=changed)
+        torch.where(entry < 0, changed, output.status[:, FLAGS] & CHANGED, out=changed)
         confidence = state.commit_confidence.view(torch.int32)
         block = (state.start // length).int()[:, None]
         return output, torch.cat((output.status, block, state.tokens.int(), state.commit_step, confidence), 1)
