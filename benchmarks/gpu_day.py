@@ -41,7 +41,6 @@ from datetime import datetime, timezone
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
-from xml.etree import ElementTree
 
 import torch
 
@@ -77,7 +76,8 @@ def phases(folder, dry=False, changed=None):
     """All phases, in their order. folder: where results go; changed: see --changed."""
     python, tried = [sys.executable, "-m"], ["--dry-run"] * dry
     tests = [*python, "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--timeout-method", "thread"]
-    side_by_side = ["-n", "10", "--dist", "loadfile", "--timeout", "60", f"--junit-xml={folder / 'junit.xml'}"]
+    side_by_side = ["-n", "14", "--dist", "loadfile", "--timeout", "60"]
+    side_by_side += ["-p", "benchmarks.failed_tests", "--failed-to", str(folder / "day.jsonl")]
     packed = folder / "cache.tar.xz"
     unpacked = ["--unpack", str(packed)] * packed.is_file()
     kept = ["--resume"] if changed is None else ["--resume-any", "--anew", changed]
@@ -128,8 +128,6 @@ class Day:
         while end - time.monotonic() > LEAST_S and (starts == 0 or code == DEVICE_LOST):
             error, code = self._start(phase, end)
             starts += 1
-        if phase.name == "tests":
-            self._keep_failed_tests()
         if phase.name == "tune":
             for family in tune.FAMILIES:
                 shutil.copy(_tuned.table_path(family), self.folder)
@@ -164,14 +162,6 @@ class Day:
         if killed.is_set():
             return f"killed after {seconds:.0f} s", None
         return (None if code == 0 else f"exit code {code}"), code
-
-    def _keep_failed_tests(self):
-        path = self.folder / "junit.xml"
-        cases = ElementTree.parse(path).iter("testcase") if path.is_file() else ()
-        for case in cases:
-            for fault in case.findall("failure") + case.findall("error"):
-                name = f"{case.get('classname')}::{case.get('name')}"
-                self._keep({"test": name, "ok": False, "error": fault.get("message", "")[:1000]})
 
     def _say(self, name, text):
         """To the log, and cut to a line's width to the terminal."""

@@ -9,8 +9,9 @@ and graph capture; and a block's time at 4.83 forwards is taken on the line betw
 two runs. call_tok_s is the whole call at s = 5 and the longer text, with prefill and capture. floor_ms is that of
 a step behind the prompt, as in benchmarks.gpu_steps, over_floor the time of a forward over it.
 
-host_syncs_per_step and launches_per_step are counted by the profiler over such a difference as well; launches of the
-whole graph are not among them. The loop waits once a step, for the report of the step before the one it has launched.
+host_syncs_per_step, launches_per_step and busy_ms_per_forward, in which the device is at work, are the profiler's, over
+such a difference as well; launches of the whole graph are not among them. The loop waits once a step, for the report of
+the step before the one it has launched.
 """
 
 from functools import partial
@@ -74,12 +75,15 @@ def time_decode(machine, float8, batch):
 
 
 def asked_per_step(machine, model, inputs):
-    """What the host asks of the device in a step of the whole loop, block ends included."""
+    """What the host asks of the device in a step of the whole loop, block ends included, and how long that works."""
     blocks = (machine.size(2, 1), machine.size(6, 2))
-    less, more = (machine.counted(partial(text, model, inputs, n * BLOCK, STEPS[1])) for n in blocks)
+    calls = [partial(text, model, inputs, n * BLOCK, STEPS[1]) for n in blocks]
+    less, more = map(machine.counted, calls)
+    fewer_ms, more_ms = (sum(us for *_, us in machine.device_events(call)) / 1e3 for call in calls)
     forwards = (blocks[1] - blocks[0]) * STEPS[1]
     names = {"host_syncs_per_step": "syncs", "launches_per_step": "launches"}
-    return {name: (more[kind] - less[kind]) / forwards for name, kind in names.items()}
+    asked = {name: (more[kind] - less[kind]) / forwards for name, kind in names.items()}
+    return asked | {"busy_ms_per_forward": (more_ms - fewer_ms) / forwards}
 
 
 def time_diffusers(machine):

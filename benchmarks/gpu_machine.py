@@ -5,13 +5,15 @@ means nothing.
 """
 
 import gc
+import json
 import math
-import re
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -141,30 +143,32 @@ class Machine:
     def device_events(self, call):
         """[(name, grid, µs)] of what the device does for a call, in a graph's replay too: kernels, copies and fills.
 
-        grid is "" where the profiler does not tell it. In a dry run the innermost operators on the CPU."""
-        events = self._events(call)
-        if self.dry:
-            return [(event.name, "", event.cpu_time_total) for event in events if not event.cpu_children]
-        on_device = torch.autograd.DeviceType.CUDA
+        grid is "" for what has none. In a dry run operators on the CPU.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "trace.json"
+            self._profile(call).export_chrome_trace(str(path))  # its file has the grids, its events have not
+            events = json.loads(path.read_text("utf-8"))["traceEvents"]
+        kinds = ("cpu_op",) if self.dry else ("kernel", "gpu_memcpy", "gpu_memset")
         return [
-            (event.name, _grid(getattr(event, "metadata_json", None)), event.time_range.elapsed_us())
+            (event["name"], "x".join(map(str, event["args"].get("grid", ()))), event["dur"])
             for event in events
-            if event.device_type == on_device and not event.is_user_annotation
+            if event.get("cat") in kinds
         ]
 
-    def _events(self, call):
-        """torch.profiler's events of a call."""
+    def _profile(self, call):
+        """torch.profiler's profile of a call."""
         activity = torch.profiler.ProfilerActivity
         activities = [activity.CPU] if self.dry else [activity.CPU, activity.CUDA]
         self.synchronize()
         with torch.profiler.profile(activities=activities) as profile:
             call()
             self.synchronize()
-        return profile.events()
+        return profile
 
     def _profiled(self, call):
         counts = Counter()
-        for event in self._events(call):
+        for event in self._profile(call).events():
             counts["syncs"] += event.name in _SYNCS
             counts["launches"] += event.name.startswith(_LAUNCHES)
             counts["graph_launches"] += event.name.startswith("cudaGraphLaunch")
@@ -247,12 +251,6 @@ def ceilings(machine):
         )
         result["fp8_tflops"] = 2 * size**3 / product / 1e6
     return result
-
-
-def _grid(metadata):
-    """Such as "744x1x1", of the profiler's JSON on a kernel, or of None."""
-    found = re.search(r'"grid":\s*\[([\d, ]+)\]', metadata or "")
-    return found[1].replace(" ", "").replace(",", "x") if found else ""
 
 
 @contextmanager

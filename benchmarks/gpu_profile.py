@@ -1,6 +1,6 @@
 """Where the time of a decoding step goes: one replay of its CUDA graph, kernel by kernel.
 
-    profile mini <bf16|fp8> b1 carried
+    profile mini <bf16|fp8> b<batch> carried
 
 ms is the replay's own time, by events and without the profiler; kernels_ms the sum over what one replay under
 torch.profiler ran on the device, copies and fills included; gaps_ms what is left. kernels: of each name and grid, for
@@ -51,8 +51,9 @@ def show(line):
     yield f"{line['launches']:6} {'':29} {total:>10}  in all; the replay takes {replay}, gaps are {gaps}"
 
 
-def profile_step(machine, float8):
-    step = Step(machine, machine.network("mini", float8), 1, machine.size(1024, 64), variant="carried")
+def profile_step(machine, float8, batch):
+    sizes = machine.size(batch, 2), machine.size(1024, 64)
+    step = Step(machine, machine.network("mini", float8), *sizes, variant="carried")
     ms = machine.call_us(step.call, rounds=20, before=step.reset) / 1e3
     step.reset()
     events = machine.device_events(step.call)
@@ -67,6 +68,7 @@ def profile_step(machine, float8):
 
 def points():
     return [
-        Point(f"profile mini {kind} b1 carried", "profile", 12, partial(profile_step, float8=float8))
+        Point(f"profile mini {kind} b{batch} carried", "profile", 12, partial(profile_step, float8=float8, batch=batch))
         for kind, float8 in (("bf16", False), ("fp8", True))
+        for batch in (1, 32)
     ]

@@ -105,15 +105,18 @@ def test_what_the_time_is_over_for_is_left_out_and_said(tmp_path):
     assert lines["late"]["starts"] == 0 and lines["late"]["ok"]
 
 
-def test_every_failed_test_has_a_line(tmp_path):
-    (tmp_path / "test_some.py").write_text("def test_a():\n    assert 1 == 2\n\ndef test_b():\n    pass\n", "utf-8")
-    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junit-xml={tmp_path / 'junit.xml'}"]
-    passed, lines = run(
-        tmp_path, Phase("tests", 60.0, [*words, str(tmp_path / "test_some.py"), "--rootdir", str(tmp_path)])
-    )
-    failed = [line for line in lines_of(tmp_path / "day.jsonl") if "test" in line]
-    assert not passed and len(failed) == 1
-    assert failed[0]["test"].endswith("test_a") and "assert 1 == 2" in failed[0]["error"]
+def test_a_failed_test_has_a_line_as_soon_as_it_failed(tmp_path):
+    path = tmp_path / "failed.jsonl"
+    waits = "import os, time\n\ndef test_b():\n    while not os.path.isfile({!r}):\n        time.sleep(0.1)\n"
+    (tmp_path / "test_a.py").write_text("def test_a():\n    assert 1 == 2\n", "utf-8")
+    (tmp_path / "test_b.py").write_text(waits.format(str(path)), "utf-8")
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2", "--rootdir", str(tmp_path)]
+    words += ["-p", "benchmarks.failed_tests", "--failed-to", str(path), str(tmp_path)]
+    passed, lines = run(tmp_path, Phase("tests", 120.0, words), seconds=120.0)
+    failed = lines_of(path)
+    assert not passed and lines["tests"]["error"] == "exit code 1"
+    assert [line["test"].rpartition("/")[2] for line in failed] == ["test_a.py::test_a"]
+    assert "assert 1 == 2" in failed[0]["error"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -146,8 +146,6 @@ def test_a_profile_names_each_kernel_with_its_count_and_times():
     text = list(gpu_profile.show(line))
     assert text[1].split() == ["2", "150.00", "100.00", "200.00", "300.0", gemm, "2x1x1"]
     assert text[-1].endswith("365.5  in all; the replay takes 400.0, gaps are 34.5") and len(text) == 28
-    assert gpu_machine._grid('{"block": [128, 1, 1], "grid": [744, 2, 1], "stream": 7}') == "744x2x1"
-    assert gpu_machine._grid(None) == gpu_machine._grid('{"bytes": 4}') == ""
 
 
 def test_without_diffusers_its_ratio_is_null(machine, monkeypatch):
