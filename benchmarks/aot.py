@@ -4,8 +4,9 @@
 
 A *scenario* calls an op's launcher on tensors of its real shapes and no data; what it would launch is compiled instead.
 The table has registers per thread, bytes spilled to memory and shared memory per program. Exit 1 if anything does not
-compile, wants more shared memory than the GPU has, or spills on sm_80 or sm_90. A scenario that only some targets must
-hold says so when it fails and why (gfx942).
+compile, wants more shared memory than the GPU has, spills on sm_80 or sm_90, or multiplies and adds 16-bit numbers in
+one instruction (sm_90 and later), where the reference rounds in between. A scenario that only some targets must hold says so when it
+fails and why (gfx942).
 """
 
 import argparse
@@ -46,6 +47,7 @@ TARGETS = {
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 NO_SPILLS = ("sm_80", "sm_90")  # spilling fails there
 MAY_FAIL = ("gfx942",)  # never run; kept compiling as far as Triton goes
+FMA_FOR_MUL = ("sm_80",)  # its only product of bfloat16 is an fma, which adds -0
 NO_FLOAT8 = ("sm_80",)  # kernels on float8 are not compiled there, and refused at run time
 
 
@@ -288,7 +290,14 @@ def compile_launch(launch, scenario, target):
     except FAILURES as failure:
         return Result(*head, None, None, None, reason(failure))
     usage = _amd_usage if TARGETS[target].backend == "hip" else _nvidia_usage
-    return Result(*head, *usage(found), found.metadata.shared, None)
+    skipped = _skipped_rounding(found) if target not in FMA_FOR_MUL else None
+    return Result(*head, *usage(found), found.metadata.shared, skipped)
+
+
+def _skipped_rounding(compiled):
+    """Where two 16-bit numbers are multiplied and added in one, the reference rounds in between."""
+    fused = re.search(r"\bfma\.rn\.(bf16|f16)(x2)?\b", compiled.asm.get("ptx", ""))
+    return f"{fused[0]}: a rounding of the reference is skipped" if fused else None
 
 
 def compile_each(work, processes=None, call=compile_launch):

@@ -51,7 +51,7 @@ def qk_norm_rope_write_ref(
 
 @triton.jit
 def _rounded(x, like):
-    """x in the dtype that `like` points to, as float32 again: a rounding that no fused multiply-add can skip."""
+    """x in the dtype that `like` points to, as float32 again."""
     return x.to(like.dtype.element_ty).to(tl.float32)
 
 
@@ -64,7 +64,7 @@ def _qk_norm_rope_kernel(
     """Grid (tiles of the T * (nq + 2 nk) vectors,). Weights None: no norm. V None: v is not stored.
 
     SLOT None: k of token t goes to K[t]. Every rounding of the reference is made: after the norm, after the weight,
-    after both products and after their sum.
+    after both products and after their sum; launched without fusion, else LLVM makes one fma in 16 bits of the last.
     """
     ALL: tl.constexpr = HEADS + 2 * KV_HEADS
     HALF: tl.constexpr = ROT // 2
@@ -149,7 +149,8 @@ def _launch(qkv, q_weight, k_weight, cos, sin, eps, num_heads, num_kv_heads, k_c
         run_kernel(
             _qk_norm_rope_kernel, (triton.cdiv(tokens * heads, meta["TILE_R"]),),
             qkv, q_weight, k_weight, cos, sin, q, k_cache, v_cache, slot, eps, tokens,
-            qkv.stride(0), k_cache.stride(0), k_cache.stride(1), ROT=rot, L=k_cache.shape[1], **meta,
+            qkv.stride(0), k_cache.stride(0), k_cache.stride(1), ROT=rot, L=k_cache.shape[1], enable_fp_fusion=False,
+            **meta,
         )  # fmt: skip
     return q
 

@@ -9,7 +9,7 @@ from benchmarks import aot
 
 ONE_EACH = [
     "refine bf16 filters", "candidates bf16 runner-up filters", "moe mini bf16 T=512", "moe mini fp8 T=32",
-    "advance A=256 C=64", "moe flash bf16 T=32",  # what Triton 3.6 is the first to spill
+    "advance A=256 C=64", "qk_norm_rope mini bf16", "moe flash bf16 T=32",  # what Triton 3.6 is the first to spill
 ]  # fmt: skip
 
 
@@ -18,6 +18,15 @@ def test_compiles_without_spills(scenario):
     results = aot.compile_all(["sm_90"], [scenario])
     assert [(result.kernel, result.fault) for result in results if result.fault] == []
     assert all(result.registers > 0 and result.shared >= 0 for result in results)
+
+
+def test_a_skipped_rounding_is_a_fault():
+    """LLVM makes one fma.rn.bf16 of the rotation's product and sum, unless it is told not to."""
+    with aot.recorded() as launches:
+        aot.SCENARIOS["qk_norm_rope mini bf16"]()
+    (launch,) = launches
+    assert launch.options.pop("enable_fp_fusion") is False
+    assert "a rounding of the reference is skipped" in aot.compile_launch(launch, "", "sm_90").fault
 
 
 def test_side_by_side_is_as_one_after_the_other_and_in_processes():

@@ -8,8 +8,9 @@ from llada2_fast.kernels._triton import force_ops
 from tests.kernels.interpreter import interpreted
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# One unit in the last place: the sum of squares is added in another order, so a rounding may go the other way.
-ULP = {torch.float32: 2**-20, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+# The sum of squares is added in another order, so a rounding may go the other way. In 16 bits there are two, before and
+# after the weight: two units in the last place.
+TOLERANCE = {torch.float32: 2**-20, torch.float16: 2**-9, torch.bfloat16: 2**-6}
 
 
 def inputs(shape, dtype, seed=0, device="cpu"):
@@ -20,7 +21,7 @@ def inputs(shape, dtype, seed=0, device="cpu"):
 
 def compare(got, wanted):
     assert got.shape == wanted.shape and got.dtype == wanted.dtype
-    torch.testing.assert_close(got, wanted, rtol=ULP[got.dtype], atol=1e-6)
+    torch.testing.assert_close(got, wanted, rtol=TOLERANCE[got.dtype], atol=1e-6)
     if got.numel() and got.dtype != torch.float32:
         assert (got == wanted).float().mean() >= 0.99
 
