@@ -5,8 +5,8 @@
 A *scenario* calls an op's launcher on tensors of its real shapes and no data; what it would launch is compiled instead.
 The table has registers per thread, bytes spilled to memory and shared memory per program. Exit 1 if anything does not
 compile, wants more shared memory than the GPU has, spills on sm_80 or sm_90, or multiplies and adds 16-bit numbers in
-one instruction (sm_90 and later), where the reference rounds in between. A scenario that only some targets must hold says so when it
-fails and why (gfx942).
+one instruction (sm_90 and later), where the reference rounds in between. A scenario that only some targets must hold
+says so when it fails and why (gfx942).
 """
 
 import argparse
