@@ -5,6 +5,7 @@ import os
 import pytest
 
 EXIT_CODE = 17
+ALONE = ("test_recorded_decodings_come_out_of_the_graphs",)  # tests of a minute on a GPU: each as if a file of its own
 
 
 def leave_if_lost(answers):
@@ -24,6 +25,9 @@ def file_scheduler(config, log):
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduler(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return nodeid if any(name in nodeid for name in ALONE) else super()._split_scope(nodeid)
+
         def _reschedule(self, node):
             if node in self.registered_collections:
                 super()._reschedule(node)

@@ -6,11 +6,13 @@ import signal
 import sys
 import time
 from functools import partial
+from importlib.util import find_spec
+from unittest.mock import ANY
 
 import pytest
 import torch
 
-from benchmarks import first_light, gpu_day
+from benchmarks import first_light, gpu_checks, gpu_day
 from benchmarks.apart import apart
 from benchmarks.gpu_day import Day, Phase
 
@@ -30,6 +32,29 @@ def run(folder, *phases, seconds=60.0):
     lines = {line["phase"]: line for line in lines_of(folder / "day.jsonl") if "phase" in line}
     assert lines.keys() == {phase.name for phase in phases}
     return passed, lines
+
+
+def test_dry_run(tmp_path, capsys):
+    """What only a GPU would show is left out: no kernel is compiled but one, no gpu test is run."""
+    assert (
+        gpu_day.main(["--dry-run", "--minutes", "20", "--out", str(tmp_path), "--only", "prewarm,light,tests,decode"])
+        == 0
+    )
+    day = lines_of(tmp_path / "day.jsonl")
+    assert [line["phase"] for line in day if "phase" in line][-1] == "decode" and all(line["ok"] for line in day)
+    assert {line["check"] for line in day if "check" in line} == set(gpu_checks.checks())
+    assert [line.split() for line in capsys.readouterr().out.splitlines()[-4:]] == [
+        [name, ANY, "s", "passed"] for name in ("prewarm", "light", "tests", "decode")
+    ]
+    lines = {line["point"]: line for line in lines_of(tmp_path / "gpu.jsonl")}
+    decode, peer = lines["decode mini bf16 b1"], lines["decode diffusers"]["ratio_vs_diffusers"]
+    assert decode["tok_s"] > 0 and decode["host_syncs_per_step"] == decode["launches_per_step"] == 0
+    assert peer > 0 if find_spec("diffusers") else peer is None
+    profile = lines["profile mini bf16 b1 carried"]
+    rows = [*profile["kernels"], profile["rest"]]
+    assert len(rows) == 26 and sum(row["count"] for row in rows) == profile["launches"] > 26
+    assert sum(row["total_us"] for row in rows) == pytest.approx(1e3 * profile["kernels_ms"], rel=1e-3)
+    assert profile["ms"] == pytest.approx(profile["kernels_ms"] + profile["gaps_ms"], rel=1e-3)
 
 
 # processes

@@ -97,28 +97,16 @@ def test_dry_run_of_the_kernels_is_kept_and_resumed(capsys, tmp_path, monkeypatc
     assert len(lines_of(path)) == 2 * len(lines)
 
 
-def test_dry_run_of_steps_peers_and_decoding(capsys, tmp_path):
+def test_dry_run_of_steps_and_peers(capsys, tmp_path):
     path = tmp_path / "gpu.jsonl"
-    names = (
-        "decode,peer,profile mini bf16,step mini bf16 b1 p1024,step mini fp8 b32 p1024 carried,step flash fp8 b1 p65504"
-    )
+    names = "peer,step mini bf16 b1 p1024,step mini fp8 b32 p1024 carried,step flash fp8 b1 p65504"
     assert gpu.main(["--dry-run", "--points", names, "--results", str(path)]) == 0
     lines = {line["point"]: line for line in lines_of(path)}
     step = lines["step mini bf16 b1 p1024"]
     assert step["floor_default_ms"] > 0 and step["over_floor"] == pytest.approx(step["ms"] / step["floor_ms"], rel=1e-3)
     assert 0 < step["experts_touched"] <= 16 and step["experts_expected"] <= 16
     assert {f"peer {name}" for name in ("eager", "compile", "grouped_mm")} < lines.keys()
-    decode = lines["decode mini bf16 b1"]
-    assert decode["tok_s"] > 0 and decode["host_syncs_per_step"] == decode["launches_per_step"] == 0
-    assert (
-        lines["decode diffusers"]["ratio_vs_diffusers"] is None or lines["decode diffusers"]["ratio_vs_diffusers"] > 0
-    )
     assert "step flash fp8 b1 p65504" in lines
-    profile = lines["profile mini bf16 b1 carried"]
-    rows = [*profile["kernels"], profile["rest"]]
-    assert len(rows) == 26 and sum(row["count"] for row in rows) == profile["launches"] > 26
-    assert sum(row["total_us"] for row in rows) == pytest.approx(1e3 * profile["kernels_ms"], rel=1e-3)
-    assert profile["ms"] == pytest.approx(profile["kernels_ms"] + profile["gaps_ms"], rel=1e-3)
     *_, summary = printed = capsys.readouterr().out.splitlines()
     verdicts = json.loads(summary)["goals"]
     assert [text.split(", at ")[0] for text in verdicts] == [goal.text for goal in gpu_goals.GOALS]
