@@ -1,11 +1,11 @@
 """Compiles what the GPU benchmarks, the decode loop and the gpu tests launch, into Triton's cache on disk.
 
     python -m benchmarks.prewarm [--only steps,kernels,scenarios,tests,tune] [--jobs N] [--target sm_90]
-                                 [--unpack FILE] [--pack FILE] [--json] [--dry-run]
+                                 [--device-name NAME] [--unpack FILE] [--pack FILE] [--json] [--dry-run]
 
 All cores compile side by side, and no GPU is needed; a process that launches one of these kernels afterwards loads it.
 Steps and kernels are run on tensors of their real shapes and no data, at the launch parameters that the tuned tables
-hold for the GPU that is there.
+hold for the GPU that is there, or for --device-name.
 
 --pack FILE leaves the compiled kernels in a tar.xz for another machine: there --unpack FILE puts them into the cache
 first, if FILE is of the same build of Triton and the same target, and says why not otherwise. The last line counts what
@@ -114,15 +114,17 @@ def scenarios(machine):
 def tests(machine):
     """Steps of the embedded model and, in a checkout, of the networks with recorded decodings."""
 
-    def small(folder, mask_id, dtype, length):
+    def small(folder, mask_id, dtype, length, sizes=SMALL_SIZES):
         config = ModelConfig.from_hf(folder)
         config = replace(config, mask_token_id=config.vocab_size - 1 if mask_id is None else mask_id)
-        steps_of(config, dtype, SMALL_SIZES, (8,), (4 * length,), length)
+        steps_of(config, dtype, sizes, (8,), (4 * length,), length)
 
     for dtype in (torch.float32, torch.bfloat16):
         small(demo.path(), network.MASK_ID, dtype, network.BLOCK)
     for path in sorted(ROOT.glob("tests/golden/*/config.json")):
         small(path.parent, None, torch.float32, 8)
+        for length in (4, 32):  # recorded decodings alone, one row each
+            small(path.parent, None, torch.float32, length, [(1, 0), (1, 1)])
 
 
 def tuning(machine):
@@ -144,10 +146,10 @@ def without_gpu():
         yield
 
 
-def launches(parts=tuple(PARTS)):
-    """(aot.Launches of some of PARTS, each kernel once; for each part that failed why)."""
+def launches(parts=tuple(PARTS), gpu="any"):
+    """(aot.Launches of some of PARTS, each kernel once; for each part that failed why). gpu: as the tuned tables name
+    it."""
     failures = []
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "any"
     with aot.recorded() as noted, without_gpu(), mock.patch.object(_tuned, "device_name", lambda device: gpu):
         for part in parts:
             try:
@@ -254,6 +256,10 @@ def main(arguments=None):
     parser.add_argument("--only", default=",".join(PARTS), help="comma-separated parts (default: %(default)s)")
     parser.add_argument("--jobs", type=int, help="processes (default: one per core)")
     parser.add_argument("--target", default="sm_90", choices=[name for name in aot.TARGETS if name.startswith("sm")])
+    parser.add_argument(
+        "--device-name", metavar="NAME", default=torch.cuda.get_device_name() if torch.cuda.is_available() else "any",
+        help="the GPU whose tuned tables hold (default: the one that is there, else none)",
+    )  # fmt: skip
     parser.add_argument("--unpack", metavar="FILE", help="take compiled kernels from FILE first")
     parser.add_argument("--pack", metavar="FILE", help="leave the compiled kernels in FILE")
     parser.add_argument("--json", action="store_true", help="end with one JSON line")
@@ -268,7 +274,7 @@ def main(arguments=None):
             print(f"{unpack(options.unpack, options.target)} kernels unpacked from {options.unpack}", flush=True)
         except ValueError as error:
             print(f"nothing unpacked: {error}", flush=True)
-    found, broken = launches(parts)
+    found, broken = launches(parts, options.device_name)
     compiled, there, failures, paths = compile_all(
         found[: 1 if options.dry_run else None], options.target, options.jobs
     )
