@@ -8,6 +8,7 @@ from . import sampling
 from .gpu_goals import GOALS, PREDICTIONS, judge
 from .roofline import GPUS, gpu_of
 
+LEAST_SHARE = 0.005  # of a replay, for a kernel to have a row of its own
 COMMANDS = {  # benchmark -> the module that makes its lines
     "decode": "bench_decode",
     "layer": "bench_layer",
@@ -397,18 +398,22 @@ def gpu_points(devices):
 
 
 def gpu_profile(devices):
-    """A table per profile: the kernels of a replay."""
+    """A table per profile: the kernels of a replay that take LEAST_SHARE of it."""
     found = [(device, data) for device, points in devices.items() for data in points.values() if "kernels" in data]
     parts = []
     for device, data in found:
         times = f"{data['ms']:.3f} ms, of which {data['gaps_ms']:.3f} ms between its {data['launches']} launches"
-        rows = data["kernels"] + [data["rest"]] * (data["rest"] is not None)
+        rows = [row for row in data["kernels"] if row["total_us"] >= LEAST_SHARE * 1e3 * data["kernels_ms"]]
+        others = {
+            "name": "others", "count": data["launches"] - sum(row["count"] for row in rows),
+            "total_us": 1e3 * data["kernels_ms"] - sum(row["total_us"] for row in rows),
+        }  # fmt: skip
         columns = [
-            ("kernel", lambda row: f"`{row['name']}`", "{}"), ("grid", lambda row: row["grid"] or None, "{}"),
-            ("count", "count", "{}"), ("mean µs", "us", "{:.2f}"), ("from", "least_us", "{:.2f}"),
-            ("to", "most_us", "{:.2f}"), ("total µs", "total_us", "{:.0f}"),
+            ("kernel", lambda row: f"`{row['name']}`", "{}"), ("grid", "grid", "{}"), ("count", "count", "{}"),
+            ("mean µs", "us", "{:.2f}"), ("from", "least_us", "{:.2f}"), ("to", "most_us", "{:.2f}"),
+            ("total µs", "total_us", "{:.0f}"),
         ]  # fmt: skip
-        parts += [f"{card(device)}, {data['point']}: {times}", table(columns, rows)]
+        parts += [f"{card(device)}, {data['point']}: {times}", table(columns, [*rows, others])]
     return "\n\n".join(parts) or NOT_MEASURED.format("gpu --only profile")
 
 
