@@ -77,7 +77,8 @@ def _gemm_kernel(
     N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, GATED: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of the shared expert, then a bound on the routed ones) * (N / TILE_N), the latter fastest.
+    """Grid (tiles of the shared expert, then a bound on the routed ones) * (N / TILE_N), the latter fastest; of a plain
+    product the former, so that a tile of weights, of which there are far more than of rows, comes from memory once.
 
     GATED: a row of X is a token, else a row of OUT. SHARED: one more matrix, or None. TILES None: one matrix, W, and
     every row. Scales None: not float8. OUT_SCALE: OUT is float8 too, TILE_N 128. LIKE: of the type of activations.
@@ -85,8 +86,12 @@ def _gemm_kernel(
     SPAN: tl.constexpr = (2 * N if GATED else N) * K
     GROUPS: tl.constexpr = (K + 127) // 128  # of a row's K that share a scale
     BLOCKS: tl.constexpr = (N + 127) // 128  # of a matrix's rows that share scales; gate and up have their own
-    tile = tl.program_id(0) // tl.cdiv(N, TILE_N)
-    first = tl.program_id(0) % tl.cdiv(N, TILE_N) * TILE_N
+    if TILES is None:
+        tile = tl.program_id(0) % tl.cdiv(tokens, TILE_M)
+        first = tl.program_id(0) // tl.cdiv(tokens, TILE_M) * TILE_N
+    else:
+        tile = tl.program_id(0) // tl.cdiv(N, TILE_N)
+        first = tl.program_id(0) % tl.cdiv(N, TILE_N) * TILE_N
     n = first + tl.arange(0, TILE_N)
     m = tl.arange(0, TILE_M)
     weight = W

@@ -230,6 +230,23 @@ def test_a_token_gets_the_same_bits_alone_as_in_any_batch():
             assert torch.equal(forward(h[rows]), together[rows])
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_no_bit_depends_on_the_tiles(gated):
+    """Several tiles of tokens and of rows, the last of each with fewer."""
+    weight = fp8.quantize_weight(random(2 * 200 if gated else 200, 140), 2 if gated else 1)
+    like = random(150, 140, dtype=torch.bfloat16, seed=1)
+
+    def product(x, tile_m, tile_n):
+        with force_ops("triton"), interpreted(), products_in_order():
+            out = gemm.gemm(fp8.quantize(x), weight, None, None, gated, x, tile_m, tile_n, num_warps=4, num_stages=2)
+            return [bits(part) for part in out if part is not None]
+
+    expected = product(like, 64, 64)
+    for tile_m, tile_n in ((16, 64), (32, 128), (128, 64), (128, 128)):
+        assert all(map(torch.equal, product(like, tile_m, tile_n), expected))
+    assert all(torch.equal(row, part[9:10]) for row, part in zip(product(like[9:10], 16, 64), expected, strict=True))
+
+
 # On a GPU
 
 
