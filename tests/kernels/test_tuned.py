@@ -179,8 +179,8 @@ def test_a_kernel_is_compiled_once_however_many_groups_launch_it(monkeypatch):
     )
     few = [group for group in tune.groups(tune.Shapes(), ["moe"]) if group.shape["tokens"] <= 64][:6]
     assert [compiled.faults(group) for group in few] == [{}] * 6
-    kernels = {tune._key(launch) for launch, *_ in done}
-    assert len(kernels) == len(done) == len({tune._key(x) for x in tune.launches(tune.Shapes(), few)} & kernels) == 94
+    kernels = {launch.name for launch, *_ in done}
+    assert len(kernels) == len(done) == len({x.name for x in tune.launches(tune.Shapes(), few)} & kernels) == 94
 
 
 def test_launches_are_those_of_the_real_shapes():
