@@ -236,10 +236,11 @@ SCENARIOS = {
     **{f"moe mini fp8 T={t}": lambda t=t: _moe(torch.bfloat16, 2048, 512, t, float8=True) for t in (32, 512, 4096)},
     **{f"moe flash fp8 T={t}": lambda t=t: _moe(torch.bfloat16, 4096, 1024, t, float8=True) for t in (32, 512, 4096)},
     "fp8 qkv mini": lambda: _fp8_linear(32, 3072, 2048),
-    "fp8 LM head mini": lambda: _fp8_linear(32, VOCAB, 2048),
+    **{f"fp8 LM head mini T={tokens}": lambda t=tokens: _fp8_linear(t, VOCAB, 2048) for tokens in (32, 1024)},
     "fp8 qkv flash T=4096": lambda: _fp8_linear(4096, 5120, 4096),
     "fp8 LM head flash": lambda: _fp8_linear(256, VOCAB, 4096),
     **{f"fp8 dense MLP mini T={tokens}": lambda t=tokens: _fp8_mlp(t, 2048, 5120) for tokens in (32, 4096)},
+    "fp8 dense MLP flash T=4096": lambda: _fp8_mlp(4096, 4096, 9216),
 }
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+FAR = 8  # an entry measured for so many times the tokens is no guide any more
+
 _tried = {}
 
 
@@ -39,6 +41,20 @@ def measured(family, device, **shape):
 def _find(family, device, **shape):
     wanted = {"device": device_name(device)} | shape
     return next((entry for entry in table(family) if wanted.items() <= entry.items()), {})
+
+
+def measured_for(tokens, family, part, device, **shape):
+    """`part` of the entry measured on this torch.device for this shape that is meant for as many tokens; or None.
+
+    An entry is meant for its number of tokens and fewer, down to an eighth; of several the one of the fewest counts.
+    """
+    wanted = {"device": device_name(device)} | shape
+    found = [
+        entry
+        for entry in table(family)
+        if part in entry and wanted.items() <= entry.items() and tokens <= entry["tokens"] <= FAR * tokens
+    ]
+    return min(found, key=lambda entry: entry["tokens"])[part] if found else None
 
 
 @contextmanager

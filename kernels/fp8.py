@@ -7,16 +7,20 @@ Weights are quantised when they are loaded, activations on the fly. The layout i
 `weight_scale_inv` is our scale. Linear layers in any precision go through `linear`.
 """
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 
 from . import product
 from ._ambient import run_kernel
 from ._triton import tl, triton, use_triton
+from ._tuned import measured_for
 from .gemm import BLOCK, TINY, Scaled, gemm, scale_of
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
+PROGRAMS = 256  # about two for each multiprocessor of a large GPU
 CAPABILITY = (8, 9)  # the first NVIDIA GPUs that multiply float8
 
 
@@ -124,15 +128,29 @@ def linear(x, weight, scale=None, bias=None):
     return y if bias is None else y + bias
 
 
+@lru_cache(maxsize=1024)
+def tiles(device, rows, columns, gated, tokens):
+    """Tiles of a product with a matrix of this shape: {"tile_m", "tile_n", "num_warps", "num_stages"}, as measured on
+    this torch.device for as many tokens, else default_tiles."""
+    shape = {"rows": rows, "columns": columns, "gated": gated}
+    return measured_for(tokens, "fp8", "tiles", device, **shape) or default_tiles(rows, gated, tokens)
+
+
+def default_tiles(rows, gated, tokens):
+    """Too few programs would read a small matrix in large tiles; a gated product has no registers for 128 tokens."""
+    tile_n = 128 if gated or rows > 8192 else 64
+    tile_m = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
+    if tokens > 64 and not gated and triton.cdiv(tokens, 128) * triton.cdiv(rows, tile_n) >= PROGRAMS:
+        tile_m = 128
+    warps, stages = 8 if tile_m * tile_n >= 8192 else 4, 3 if gated else 4
+    return {"tile_m": tile_m, "tile_n": tile_n, "num_warps": warps, "num_stages": stages}
+
+
 def dense(x, weight, gated, like):
-    """gemm of Scaled x [T, K] and one matrix; tiles by the matrix alone in what decides a row's bits. One launch."""
-    tokens, rows = x.values.shape[0], weight.values.shape[0]
+    """gemm of Scaled x [T, K] and one matrix, gated: of gate and up rows. One launch."""
     if weight.values.shape[1] != x.values.shape[1] or not weight.values.is_contiguous():
         raise ValueError(f"weight: contiguous [N, {x.values.shape[1]}] expected, got {list(weight.values.shape)}")
     expected = scale_shape(weight.values.shape, 2 if gated else 1)
     if weight.scale.shape != expected or not weight.scale.is_contiguous():
         raise ValueError(f"scale: contiguous {list(expected)} expected, got {list(weight.scale.shape)}")
-    tile_m = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
-    tile_n = 128 if gated or rows > 8192 else 64  # too few programs would read a small matrix in large tiles
-    warps, stages = 8 if tile_m * tile_n == 8192 else 4, 3 if gated else 4
-    return gemm(x, weight, None, None, gated, like, tile_m, tile_n, num_warps=warps, num_stages=stages)
+    return gemm(x, weight, None, None, gated, like, **tiles(like.device, *weight.values.shape, gated, len(x.values)))

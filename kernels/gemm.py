@@ -26,10 +26,9 @@ import torch
 
 from ._ambient import run_kernel
 from ._triton import tl, triton
-from ._tuned import device_name, table
+from ._tuned import measured_for, table
 
 TILE_K = 64  # unless tuned
-FAR = 8  # an entry measured for so many times the tokens is no guide any more
 BLOCK = 128  # rows and columns of a weight, columns of an activation, that share a float8 scale
 TINY = 1e-30  # stands in for the largest magnitude of a group of zeros
 _TINY = tl.constexpr(TINY)
@@ -46,17 +45,16 @@ class Scaled(NamedTuple):
 def tiles(device, hidden, tokens, float8=False):
     """Tiles of an MoE layer: {"tile_m", "gate_up": {"tile_n", "num_warps", "num_stages"[, "tile_k"]}, "down"}.
 
-    device: a torch.device; hidden: the layer's H; float8: of its weights. An entry is meant for its number of tokens
-    and fewer, one of a device down to an eighth. The first that is meant for as many: of those measured on this device
-    for this H, else of those for "any". More tokens than the latter know of are taken for as many as they know.
+    device: a torch.device; hidden: the layer's H; float8: of its weights. What was measured on this device for this H
+    and as many tokens, else the first of the entries for "any" that knows of as many. More tokens than those know of
+    are taken for as many as they know.
     """
     kind = "fp8" if float8 else "bf16"
-    known = sorted((entry for entry in table("moe") if kind in entry), key=lambda entry: entry["tokens"])
-    general = [entry for entry in known if entry["device"] == "any"]
+    general = [entry for entry in table("moe") if entry["device"] == "any" and kind in entry]
+    general.sort(key=lambda entry: entry["tokens"])
     tokens = min(tokens, general[-1]["tokens"])
-    shape = {"device": device_name(device), "hidden": hidden}
-    own = [entry for entry in known if shape.items() <= entry.items() and entry["tokens"] <= FAR * tokens]
-    return next(entry[kind] for entry in own + general if tokens <= entry["tokens"])
+    own = measured_for(tokens, "moe", kind, device, hidden=hidden)
+    return own or next(entry[kind] for entry in general if tokens <= entry["tokens"])
 
 
 @triton.jit
