@@ -1,6 +1,6 @@
 """Finds the fastest launch parameters on this GPU and writes the tuned tables, kernels/<family>_tuned.json.
 
-    python -m benchmarks.tune [--ops moe,attention,refine] [--models mini,flash] [--minutes 6] [--device-name NAME]
+    python -m benchmarks.tune [--ops moe,attention,refine,fp8] [--models mini,flash] [--minutes 6] [--device-name NAME]
                               [--resume] [--results FILE] [--tables FOLDER] [--dry-run]
 
 For one kernel at one shape, a *group*: all parameters worth trying are compiled for this GPU, side by side and ahead;
@@ -23,7 +23,7 @@ import json
 import os
 import sys
 import time
-from contextlib import closing, nullcontext
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -33,17 +33,20 @@ import triton
 from llada2_fast.kernels import _tuned
 from llada2_fast.kernels._triton import force_ops
 
-from . import aot, gpu, tune_moe
+from . import aot, gpu, tune_fp8, tune_moe
 from .gpu_machine import Machine, Point, Shapes, poisoned
 from .harness import RESULTS
-from .tune_cases import attention_groups, refine_groups
+from .tune_cases import attention_groups, gains, refine_groups
 
-FAMILIES = {"moe": tune_moe.groups, "attention": attention_groups, "refine": refine_groups}
+FAMILIES = {
+    "moe": tune_moe.groups, "attention": attention_groups, "refine": refine_groups, "fp8": tune_fp8.groups,
+}  # fmt: skip
 MODELS = ("mini", "flash")
 KEYS = {  # what an entry is found by; the rest of it are parameters
     "attention": ("device", "dtype", "length", "heads", "kv_heads", "dim"),
     "refine": ("device", "dtype", "vocab"),
     "moe": ("device", "hidden", "tokens"),
+    "fp8": ("device", "rows", "columns", "gated", "tokens"),
 }
 LEAST_GAIN = 0.01  # share of the defaults' time
 ROUGHLY = {"rounds": 3, "least": 4}  # how all tries are timed; the best are timed better
@@ -154,13 +157,16 @@ def share(us, default_us):
     return sum(a / b for a, b in zip(us, default_us, strict=True)) / len(us)
 
 
+@contextmanager
 def kernels_of(machine):
-    """Within it kernels run: on the GPU as they are, in a dry run in Triton's interpreter."""
-    if not machine.dry:
-        return nullcontext()
-    from tests.kernels.interpreter import interpreted
+    """Within it kernels run: on the GPU as they are, in a dry run in Triton's interpreter, products as on a GPU."""
+    if machine.dry:
+        from tests.kernels.interpreter import interpreted, products_in_order
 
-    return interpreted()
+        with interpreted(), products_in_order():
+            yield
+    else:
+        yield
 
 
 def tune(machine, group, compiled):
@@ -211,17 +217,22 @@ def _same(expected, got):
 
 
 def entries(groups, lines, device):
-    """{family: entries} for the tables from the groups' lines; a part that does not beat the defaults is None."""
+    """{family: entries} for the tables from the groups' lines."""
+    makers = {"moe": tune_moe.entries, "fp8": tune_fp8.entries}
     found = {}
-    for group in groups:
-        line = lines.get(group.name, {})
-        if group.family == "moe" or "error" in line or not line:
-            continue
-        better = "share" in line and line["share"] < 1 - line["noise"]
-        entry = {"device": device} | group.shape | {group.part: line["fastest"] if better else None}
-        found.setdefault(group.family, []).append(entry)
-    moe = tune_moe.entries([group for group in groups if group.family == "moe"], lines, device)
-    return found | ({"moe": moe} if moe else {})
+    for family in dict.fromkeys(group.family for group in groups):
+        own = [group for group in groups if group.family == family]
+        found[family] = makers.get(family, _entries)(own, lines, device)
+    return {family: new for family, new in found.items() if new}
+
+
+def _entries(groups, lines, device):
+    """A part that does not beat the defaults is None."""
+    return [
+        {"device": device} | group.shape | {group.part: line["fastest"] if gains(line) else None}
+        for group in groups
+        if (line := lines.get(group.name)) and "error" not in line
+    ]
 
 
 class Kept(gpu.Results):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from llada2_fast.kernels import attention, refine
+from llada2_fast.kernels import attention, fp8, refine
 from llada2_fast.kernels._tuned import tried
 
 from .gpu_gates import attention_case, refine_case
@@ -37,6 +37,16 @@ class Group(NamedTuple):
     part: str
     tries: list
     build: Callable  # machine -> Case
+
+
+def gains(line):
+    """Whether a group's line has parameters that beat the defaults by more than the noise."""
+    return "share" in line and line["share"] < 1 - line["noise"]
+
+
+def float8_products(machine):
+    """Whether the machine multiplies float8; in a dry run it does."""
+    return machine.device.type != "cuda" or torch.cuda.get_device_capability() >= fp8.CAPABILITY
 
 
 def every(**values):

@@ -15,7 +15,7 @@ import torch
 from llada2_fast.kernels import fp8, router
 from llada2_fast.kernels.gemm import Scaled, gemm, tiles
 
-from .tune_cases import Case, Group, every
+from .tune_cases import Case, Group, every, float8_products, gains
 
 # Decode's, the telling first: blocks of 1, 8 and 32 rows with those carried along, and of 1 and 32 without; prefill's.
 TOKENS = (64, 32, 320, 1280, 1024, 4096)
@@ -78,10 +78,9 @@ def _heights(config, tokens, default):
 
 def groups(machine, models=("mini",)):
     """By model and tokens, in bf16 and fp8 side by side."""
-    float8 = machine.device.type != "cuda" or torch.cuda.get_device_capability() >= fp8.CAPABILITY
     found = []
     counts = TOKENS[: machine.size(len(TOKENS), 1)]
-    for model, tokens, kind in itertools.product(models, counts, TRIES if float8 else ("bf16",)):
+    for model, tokens, kind in itertools.product(models, counts, TRIES if float8_products(machine) else ("bf16",)):
         config = machine.config(model)
         heights = _heights(config, tokens, _defaults(config.hidden_size, tokens, kind)["tile_m"])
         for tile_m, product in itertools.product(heights[: machine.size(len(HEIGHTS), 1)], PRODUCTS):
@@ -119,7 +118,7 @@ def _best(defaults, heights):
     for tile_m, lines in heights.items():
         lines = {product: line for product, line in lines.items() if "fastest" in line}
         if tile_m == defaults["tile_m"]:
-            lines = {product: line for product, line in lines.items() if line["share"] < 1 - line["noise"]}
+            lines = {product: line for product, line in lines.items() if gains(line)}
         elif len(lines) < len(PRODUCTS):
             continue
         default_us = sum(line["default_us"][0] for line in lines.values())

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from benchmarks import aot, gpu_gates, tune, tune_cases, tune_moe
+from benchmarks import aot, gpu_gates, tune, tune_cases, tune_fp8, tune_moe
 from benchmarks.gpu_machine import Machine, Point
-from llada2_fast.kernels import _tuned, attention, candidates, gemm, refine
+from llada2_fast.kernels import _tuned, attention, candidates, fp8, gemm, refine
 from llada2_fast.kernels._triton import force_ops
 from tests.kernels.interpreter import interpreted, products_in_order
 from tests.kernels.test_attention import make as attention_inputs
@@ -65,11 +65,40 @@ def test_the_table_of_expert_tiles():
                 assert product["tile_n"] % 64 == 0 and product["num_warps"] % 4 == 0  # else not one instruction for all
 
 
+def test_the_table_of_float8_tiles():
+    for entry in _tuned.table("fp8"):
+        assert entry.keys() == {*tune.KEYS["fp8"], "tiles"}
+        assert entry["tiles"].keys() == {"tile_m", "tile_n", "num_warps", "num_stages"}
+        assert entry["tiles"]["tile_n"] in (64, 128) and entry["tiles"]["num_warps"] % 4 == 0
+
+
+def test_tiles_of_a_float8_product(monkeypatch):
+    """Told apart by a tile height that no default has."""
+    default = dict(tile_n=64, num_warps=4, num_stages=4)
+    assert fp8.tiles(CPU, 3072, 2048, False, 16) == default | {"tile_m": 16}
+    assert fp8.tiles(CPU, 3072, 2048, False, 320) == default | {"tile_m": 64}
+    wide = dict(tile_m=128, num_warps=8, num_stages=4)
+    assert fp8.tiles(CPU, 3072, 2048, False, 1280) == wide | {"tile_n": 64}
+    assert fp8.tiles(CPU, 157184, 2048, False, 256) == wide | {"tile_n": 128}
+    assert fp8.tiles(CPU, 10240, 2048, True, 1280)["tile_m"] == 64
+    shape = {"device": "X", "rows": 3072, "columns": 2048, "gated": False}
+    entries = [shape | {"tokens": 320, "tiles": {"tile_m": 2}}, shape | {"tokens": 64, "tiles": {"tile_m": 1}}]
+    monkeypatch.setattr(_tuned, "table", lambda family: entries if family == "fp8" else [])
+    monkeypatch.setattr(_tuned, "device_name", lambda device: "X")
+
+    def tile_m(tokens, rows=3072, columns=2048, gated=False):
+        return fp8.tiles.__wrapped__(CPU, rows, columns, gated, tokens)["tile_m"]
+
+    assert [tile_m(tokens) for tokens in (7, 8, 64, 65, 320, 321)] == [16, 1, 1, 2, 2, 64]
+    assert [tile_m(64, rows=2048), tile_m(64, columns=1024), tile_m(64, gated=True)] == [64] * 3
+
+
 def expert_tiles(device, name, monkeypatch, entries):
     """tile_m by tokens and kind where the table has these entries too."""
     known = _tuned.table("moe") + entries
-    monkeypatch.setattr(gemm, "table", lambda family: known)
-    monkeypatch.setattr(gemm, "device_name", lambda device: name)
+    for module in (_tuned, gemm):
+        monkeypatch.setattr(module, "table", lambda family: known)
+    monkeypatch.setattr(_tuned, "device_name", lambda device: name)
     return lambda tokens, float8=False: gemm.tiles.__wrapped__(device, 2048, tokens, float8)["tile_m"]
 
 
@@ -212,7 +241,7 @@ def test_without_a_gpu_it_says_so_in_a_line_and_exits_2(main, capsys):
 def test_unknown_ops_are_refused(capsys):
     with pytest.raises(SystemExit):
         tune.main(["--dry-run", "--ops", "moe,speed"])
-    assert "--ops speed: expected some of moe, attention, refine" in capsys.readouterr().err
+    assert "--ops speed: expected some of moe, attention, refine, fp8" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         tune.main(["--dry-run", "--models", "large"])
     assert "--models large: expected some of mini, flash" in capsys.readouterr().err
@@ -224,7 +253,9 @@ def test_the_telling_groups_come_first():
     assert [x for x in dict.fromkeys(moe)][:4] == [(64, "bf16", 16), (64, "fp8", 16), (32, "bf16", 16), (32, "fp8", 16)]
     assert list(dict.fromkeys(tokens for tokens, *_ in moe)) == [64, 32, 320, 1280, 1024, 4096]
     assert [tile_m for tokens, kind, tile_m in dict.fromkeys(moe) if (tokens, kind) == (1024, "fp8")] == [32, 16, 64]
-    assert [group.family for group in groups[44:]] == ["attention"] * 2 + ["refine"] * 2
+    assert [group.family for group in groups[44:48]] == ["attention"] * 2 + ["refine"] * 2
+    names = [group.name.removeprefix("fp8 mini ") for group in groups[48:]]
+    assert names[:4] == ["LM head m1024", "QKV m64", "dense m64", "LM head m32"] and len(names) == 15
     assert any("flash" in group.name for group in tune.groups(tune.Shapes(), models=tune.MODELS))
 
 
@@ -247,7 +278,7 @@ def test_dry_run_is_kept_and_resumed(op, tmp_path, capsys, short_blocks):
 def test_it_ends_within_its_minutes(capsys):
     assert tune.main(["--dry-run", "--minutes", "0"]) == 0
     outcome = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert outcome["measured"] == 0 and outcome["left_out"] == 8
+    assert outcome["measured"] == 0 and outcome["left_out"] == 9
 
 
 class Compilation(NamedTuple):
@@ -270,6 +301,28 @@ def test_what_beats_the_defaults_by_more_than_the_noise_becomes_an_entry(machine
         {"device": "X"} | groups[0].shape | {"combine": None},
     ]
     assert found["refine"] == [{"device": "X"} | groups[2].shape | {"vocab_pass": None}]
+
+
+def test_every_float8_product_that_was_measured_has_an_entry(machine):
+    """The defaults where nothing gains: else an entry measured at more tokens would be taken."""
+    groups = tune_fp8.groups(tune.Shapes())[:4]
+    lines = {
+        "fp8 mini LM head m1024": line({"tile_m": 7}, 0.9), "fp8 mini QKV m64": line({"tile_m": 7}, 0.99),
+        "fp8 mini dense m64": {"error": "x"},
+    }  # fmt: skip
+    head, qkv = tune.entries(groups, lines, "X")["fp8"]
+    assert head == {"device": "X"} | groups[0].shape | {"tiles": {"tile_m": 7}}
+    assert qkv == {"device": "X"} | groups[1].shape | {"tiles": fp8.default_tiles(3072, False, 64)}
+    assert qkv["rows"] == 3072 and qkv["columns"] == 2048 and qkv["tokens"] == 64 and qkv["gated"] is False
+
+
+def test_float8_tries_suit_their_tokens():
+    """Few tokens try many stages, many tokens high tiles, and the defaults are among what is tried."""
+    for group in tune_fp8.groups(tune.Shapes()):
+        rows, _, gated, tokens = group.shape.values()
+        heights = {parameters["tile_m"] for parameters in group.tries}
+        assert max(heights) <= tokens and len(heights) > 1 and fp8.default_tiles(rows, gated, tokens) in group.tries
+        assert (128 in heights) == (tokens > 64 and not gated)
 
 
 def moe_groups(*cells):
