@@ -2,9 +2,12 @@
 
 import multiprocessing
 import os
+import sys
 import tempfile
 import traceback
 from typing import NamedTuple
+
+EXIT_S = 10.0  # for the end of a process whose call has returned
 
 
 class Ended(NamedTuple):
@@ -27,15 +30,15 @@ def apart(call, limit):
         process = context.Process(target=_send, args=(call, theirs, output.name), daemon=True)
         process.start()
         theirs.close()
-        process.join(limit)
-        if process.is_alive():
-            process.kill()
-            process.join()
-            return Ended(None, f"killed after {limit:g} s", output.read())
         try:
-            value, error = ours.recv()
+            value, error = ours.recv() if ours.poll(limit) else (None, f"killed after {limit:g} s")
         except EOFError:
+            process.join()
             value, error = None, f"ended with {process.exitcode}"
+        else:
+            process.join(EXIT_S if error is None else 0)
+        process.kill()
+        process.join()
         return Ended(value, error, output.read())
 
 
@@ -45,7 +48,9 @@ def _send(call, pipe, output):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     try:
-        pipe.send((call(), None))
+        value = call()
+        sys.stdout.flush()
+        pipe.send((value, None))
     except Exception as error:
         traceback.print_exc()
         pipe.send((None, f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"))

@@ -1,10 +1,11 @@
-"""pytest plugin: a JSON line for every failed test as soon as it has failed, appended to a file.
+"""pytest plugin: a JSON line for every test, or file of tests, as soon as it has failed, appended to a file.
 
 python -m pytest -p benchmarks.failed_tests --failed-to FILE
 """
 
-import json
 from pathlib import Path
+
+from .harness import append_line
 
 LONGEST = 3000  # characters of a traceback, the last ones
 
@@ -23,8 +24,10 @@ class _Lines:
     def __init__(self, path):
         self.path = path
 
+    def pytest_collectreport(self, report):
+        self.pytest_runtest_logreport(report)
+
     def pytest_runtest_logreport(self, report):
         if report.failed:
-            line = {"test": report.nodeid, "ok": False, "seconds": round(report.duration, 1)}
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line | {"error": report.longreprtext[-LONGEST:]}) + "\n")
+            line = {"test": report.nodeid, "ok": False}
+            append_line(self.path, line | {"error": report.longreprtext[-LONGEST:]})

@@ -9,7 +9,6 @@ bad arguments. --dry-run takes the same paths on a CPU with tiny shapes.
 """
 
 import argparse
-import json
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ import torch
 
 from .apart import apart
 from .gpu_checks import check, checks
+from .harness import append_line
 
 
 def run(names, dry, jobs, limit, out=None):
@@ -31,8 +31,7 @@ def run(names, dry, jobs, limit, out=None):
         line = {"check": name, "ok": ended.error is None, "seconds": round(time.monotonic() - started, 1)}
         line |= ended.value if line["ok"] else {"error": ended.error, "output": ended.output[-3000:]}
         if out is not None:
-            with open(out, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            append_line(out, line)
         print(
             f"{'ok' if line['ok'] else 'FAILED':6} {name:20} {line['seconds']:6.1f} s  {line.get('error', '')}",
             flush=True,

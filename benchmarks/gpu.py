@@ -1,20 +1,22 @@
 """The GPU suite: ceilings of the device, decoding, whole steps, every kernel, peers; each beside floor and goal.
 
-    python -m benchmarks.gpu [--minutes 8] [--only SECTION,...] [--points NAME,...] [--resume] [--results FILE]
-                             [--dry-run]
+    python -m benchmarks.gpu [--minutes 8] [--only SECTION,...] [--points NAME,...] [--results FILE] [--dry-run]
+                             [--resume | --resume-any [--anew NAME,...]]
 
 Runs unattended with this checkout, torch, triton, transformers and numpy; without diffusers its ratios are null. Points
 go in order of importance, in two rounds: the telling ones of every section first, the rest of the grids behind them,
 peers last. A point is started only if it is expected to end in time, and what has not ended then is broken off. Each is
 one JSON line, printed, and appended to benchmarks/results/gpu.jsonl as soon as it is there; one that fails leaves its
 error and the next one runs; one that takes much longer than it should is broken off, too. --resume leaves out what has
-been measured on the same device with the same sources: those that the section uses. Ceilings are always needed. At the
-end stand the goals, met or missed, and one JSON line with them and the count of points.
+been measured on the same device with the same sources: those that the section uses, tuned tables among them;
+--resume-any what was measured with any sources, but for points with one of --anew in the name, which need these.
+Ceilings are always measured. At the end stand the goals, met or missed, and one JSON line with them and the count of
+points.
 
-Exit codes: 0 all points measured, or out of time; 1 some failed; 2 no CUDA device, or bad arguments; 3 the device was
-lost, or hangs (run again with --resume, which leaves that point out); 4 it hangs and the time is over. --dry-run takes
-the same paths on a CPU with tiny shapes, where neither figures nor verdicts mean anything; it keeps no lines unless
---results names a file.
+Exit codes: 0 all points measured; 1 some failed; 2 no CUDA device, or bad arguments; 3 the device was lost, or hangs
+(run again with --resume, which leaves that point out); 4 it hangs and the time is over; 5 out of time, points are left.
+--dry-run takes the same paths on a CPU with tiny shapes, where neither figures nor verdicts mean anything; it keeps no
+lines unless --results names a file.
 """
 
 import argparse
@@ -36,12 +38,13 @@ import torch
 
 from . import gpu_decode, gpu_goals, gpu_kernels, gpu_peers, gpu_profile, gpu_steps
 from .gpu_machine import DoesNotFit, Machine, Point, ceilings
-from .harness import RESULTS, ROOT, card
+from .harness import RESULTS, ROOT, append_line, card, lines_of
 
 SECTIONS = ("ceilings", "decode", "profile", "steps", "kernels", "peers")
 RESERVE_S = 10.0  # of the minutes, for what surrounds the points
 SLOW, LEAST_S = 6.0, 60.0  # a point is broken off when it takes so many times what is expected, and so many seconds
 GRACE_S = 8.0  # until a point that has been broken off is out of what it was doing
+LOST, HUNG_AT_END, LEFT_OUT = 3, 4, 5  # exit codes
 OUT_OF_TIME = {"error": "broken off: out of time"}
 _INPUTS = ("gpu_machine", "gpu_gates", "gpu_weights", "roofline")
 SOURCES = {  # section -> modules of benchmarks, beside the package itself, that decide its figures; * as in file names
@@ -76,7 +79,7 @@ def chosen(points, names):
     return [point for point in points if point.name in wanted]
 
 
-def sources(section="tune", tables=True):
+def sources(section, tables=True):
     """Fingerprint of what decides a section's figures: a commit would not do, for result lines themselves change the
     tree. It is the package and those modules of the benchmarks that make the section's inputs, or time them.
 
@@ -107,7 +110,9 @@ class Results:
         self.common = {"benchmark": benchmark, "dry_run": machine.dry} | card(machine.device)
         self.lines = {}
         if resume and path is not None and path.is_file():
-            for line in map(json.loads, path.read_text("utf-8").splitlines()):
+            for line in lines_of(path):
+                if line["section"] == "ceilings":  # half a second, and the card may be another of its name
+                    continue
                 same = line.get("sources") == self.sources.get(line["section"])
                 kept = any_sources and "error" not in line and not any(part in line["point"] for part in anew)
                 if all(line.get(key) == self.common[key] for key in ("device", "dry_run")) and (same or kept):
@@ -131,8 +136,7 @@ class Results:
         print(json.dumps(own), flush=True)
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(self.lines[point.name]) + "\n")
+            append_line(self.path, self.lines[point.name])
 
 
 class Outcome(NamedTuple):
@@ -142,6 +146,10 @@ class Outcome(NamedTuple):
     failed: int = 0
     left_out: int = 0  # for want of time
     device_lost: bool = False
+
+    @property
+    def exit_code(self):
+        return LOST if self.device_lost else 1 if self.failed else LEFT_OUT if self.left_out else 0
 
 
 def run(points, machine, results, end):
@@ -181,7 +189,7 @@ def in_time(point, machine, results, end):
         faulthandler.dump_traceback(sys.__stderr__)
         stuck = {"error": "hangs: the device does not answer", "hung": True, "device_lost": True}
         results.add(point, time.monotonic() - started, stuck)
-        os._exit(4 if last else 3)
+        os._exit(HUNG_AT_END if last else LOST)
 
     values = broken_off
     try:
@@ -257,7 +265,7 @@ def main(arguments=None):
         "--resume-any", action="store_true", help="the same, whatever the sources were: you know better"
     )
     parser.add_argument(
-        "--anew", metavar="NAME,...", default="", help="but measure points with one of these in the name"
+        "--anew", metavar="NAME,...", default="", help="but points with one of these in the name need these sources"
     )
     parser.add_argument("--results", type=Path, help="file of result lines (default: benchmarks/results/gpu.jsonl)")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on a CPU: tries the suite, not the machine")
@@ -289,7 +297,7 @@ def main(arguments=None):
     goals = {f"{goal.text}, {goal.limit}": goal.verdict for goal in verdicts}
     summary = {"benchmark": "gpu", "dry_run": machine.dry, "goals": goals}
     print(json.dumps(summary | outcome._asdict()))
-    return 3 if outcome.device_lost else 1 if outcome.failed else 0
+    return outcome.exit_code
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ Phases, each a command of its own that may fail, hang or lose the device without
 
     prewarm    all kernels of the day compiled side by side          benchmarks.prewarm
     light      every kernel, a step, a text, an engine               benchmarks.first_light, beside the next one
-    tests      the tests marked gpu                                  pytest -m gpu, in ten processes
+    tests      the tests marked gpu                                  pytest -m gpu, a process per core
     decode     ceilings, tokens/s, a step kernel by kernel           benchmarks.gpu --only decode,profile
     steps      whole steps, then single kernels                      benchmarks.gpu --only steps,kernels
     tune       launch parameters: tables in kernels/ and in DIR      benchmarks.tune
@@ -20,15 +20,14 @@ has a line for every phase, check of first light and failed test, as soon as it 
 have what was measured. DIR/cache.tar.xz, if it is there, is a pack of compiled kernels made by benchmarks.prewarm.
 
 A phase that loses the device is started again with what it has left to do. A second run on the same DIR measures what
-the first did not. After an edit that would be everything; with --changed NAMES (parts of points' names, "none" for no
-point) lines measured before the edit are kept but for these points'.
+the first did not. After an edit, and new tuned tables are one, that would be everything; with --changed NAMES (parts of
+points' names, "none" for no point) lines measured before it are kept but for these points'. The tuner starts anew.
 
-Exit codes: 0 all phases passed or ran out of time; 1 some failed; 2 no CUDA device, or bad arguments. --dry-run takes
-the same paths on a CPU with tiny shapes.
+Exit codes: 0 all phases passed or ran out of time; 1 some failed, or ran out of time though named; 2 no CUDA device, or
+bad arguments. --dry-run takes the same paths on a CPU with tiny shapes.
 """
 
 import argparse
-import json
 import os
 import shutil
 import signal
@@ -46,12 +45,12 @@ import torch
 
 from llada2_fast.kernels import _tuned
 
-from . import tune
-from .harness import ROOT
+from . import gpu, tune
+from .harness import ROOT, append_line
 
 OUT_OF_TIME = "out of time"
-DEVICE_LOST = 3  # exit code of benchmarks.gpu and benchmarks.tune: start it again
 LEAST_S = 3.0  # with less left nothing is started
+MINUTES = "{minutes}"
 WIDTH = 160
 GRACE_S = 10.0  # what a command that is told its minutes may take beyond them
 PREWARMED = "steps,kernels,scenarios,tests"  # the tuner compiles beside its timing
@@ -62,7 +61,7 @@ SANITIZED = {  # small sizes, for tools are slow
 
 
 class Phase(NamedTuple):
-    """One command: `words`, where "{minutes}" is what it is given to spend."""
+    """One command: `words`, where MINUTES is what it is given to spend."""
 
     name: str
     limit: float  # seconds it may take at most
@@ -76,12 +75,12 @@ def phases(folder, dry=False, changed=None):
     """All phases, in their order. folder: where results go; changed: see --changed."""
     python, tried = [sys.executable, "-m"], ["--dry-run"] * dry
     tests = [*python, "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--timeout-method", "thread"]
-    side_by_side = ["-n", "14", "--dist", "loadfile", "--timeout", "60"]
+    side_by_side = ["-n", "auto", "--dist", "loadfile", "--timeout", "60"]
     side_by_side += ["-p", "benchmarks.failed_tests", "--failed-to", str(folder / "day.jsonl")]
     packed = folder / "cache.tar.xz"
     unpacked = ["--unpack", str(packed)] * packed.is_file()
     kept = ["--resume"] if changed is None else ["--resume-any", "--anew", changed]
-    told = ["--minutes", "{minutes}", "--results"]
+    told = ["--minutes", MINUTES, "--results"]
 
     def gpu(only):
         return [*python, "benchmarks.gpu", "--only", only, *told, str(folder / "gpu.jsonl"), *kept, *tried]
@@ -111,34 +110,40 @@ class Day:
 
     def __init__(self, folder, end):
         self.folder, self.end = folder, end
-        self.lines = []
+        self.lines, self._running = [], []
         self._lock = threading.Lock()
 
     def run(self, some):
         """Run phases in order, those that share `beside` side by side. Whether none failed."""
         for _, group in groupby(some, key=lambda phase: phase.beside or phase.name):
             with ThreadPoolExecutor() as pool:
-                self.lines += pool.map(self._run, group)
+                try:
+                    self.lines += pool.map(self._run, group)
+                except BaseException:  # somebody's interrupt
+                    self.stop()
+                    raise
         return all(line["ok"] for line in self.lines)
 
     def _run(self, phase):
         started = time.monotonic()
         end = min(self.end, started + phase.limit)
+        least = LEAST_S + (GRACE_S + gpu.RESERVE_S) * (MINUTES in phase.words)
         error, code, starts = OUT_OF_TIME, None, 0
-        while end - time.monotonic() > LEAST_S and (starts == 0 or code == DEVICE_LOST):
+        while end - time.monotonic() > least and (starts == 0 or code == gpu.LOST):
             error, code = self._start(phase, end)
             starts += 1
         if phase.name == "tune":
             for family in tune.FAMILIES:
                 shutil.copy(_tuned.table_path(family), self.folder)
         took = round(time.monotonic() - started, 1)
-        line = {"phase": phase.name, "ok": error in (None, OUT_OF_TIME), "error": error, "starts": starts}
+        ok = error is None or (error == OUT_OF_TIME and not phase.named)
+        line = {"phase": phase.name, "ok": ok, "error": error, "starts": starts}
         return self._keep(line | {"seconds": took})
 
     def _start(self, phase, end):
         """(what went wrong or None, exit code or None if it was killed)."""
         seconds = end - time.monotonic()
-        words = [word.format(minutes=(seconds - GRACE_S) / 60) for word in phase.words]
+        words = [f"{(seconds - GRACE_S) / 60}" if word == MINUTES else word for word in phase.words]
         self._say(phase.name, f"{seconds:.0f} s: {' '.join(words)}")
         try:
             process = subprocess.Popen(
@@ -147,21 +152,27 @@ class Day:
             )  # fmt: skip
         except OSError as error:
             return str(error), None
-        killed = threading.Event()
+        self._running.append(process)
+        listener = threading.Thread(target=self._listen, args=(phase.name, process.stdout))
+        listener.start()
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+        kill_group(process)  # what it has left behind, too: the next phase wants the device for itself
+        listener.join()
+        errors = {0: None, None: f"killed after {seconds:.0f} s", gpu.LEFT_OUT: OUT_OF_TIME}
+        return errors.get(code, f"exit code {code}"), code
 
-        def kill():
-            killed.set()
-            os.killpg(process.pid, signal.SIGKILL)
+    def stop(self):
+        """End what runs and start nothing more."""
+        self.end = time.monotonic()
+        for process in self._running:
+            kill_group(process)
 
-        timer = threading.Timer(seconds, kill)
-        timer.start()
-        for line in process.stdout:
-            self._say(phase.name, line.rstrip("\n"))
-        code = process.wait()
-        timer.cancel()
-        if killed.is_set():
-            return f"killed after {seconds:.0f} s", None
-        return (None if code == 0 else f"exit code {code}"), code
+    def _listen(self, name, stream):
+        for line in stream:
+            self._say(name, line.rstrip("\n"))
 
     def _say(self, name, text):
         """To the log, and cut to a line's width to the terminal."""
@@ -170,10 +181,19 @@ class Day:
             print(f"{name:8} {text}"[:WIDTH], flush=True)
 
     def _keep(self, line):
-        with self._lock, open(self.folder / "day.jsonl", "a", encoding="utf-8") as file:
-            now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-            file.write(json.dumps({"time": now} | line) + "\n")
+        append_line(
+            self.folder / "day.jsonl", {"time": datetime.now(timezone.utc).isoformat(timespec="seconds")} | line
+        )
         return line
+
+
+def kill_group(process):
+    """Kill a process that was started in a session of its own, or what is left of it, and all it has started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
 
 
 def main(arguments=None):
@@ -192,7 +212,10 @@ def main(arguments=None):
     unknown = sorted(set(names) - set(known))
     if unknown:
         parser.error(f"--only {','.join(unknown)}: expected some of {', '.join(known)}")
+    if options.minutes * 60 <= LEAST_S:
+        parser.error(f"--minutes {options.minutes:g}: expected some")
     options.out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # an exception: phases end with the day
     day = Day(options.out, time.monotonic() + 60 * options.minutes)
     passed = day.run([known[name] for name in names])
     for line in day.lines:

@@ -135,6 +135,21 @@ def peak_memory(device="cpu"):
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
+def append_line(path, line):
+    """Append a dict to a file of JSON lines, in one write: several processes may do so, and be killed meanwhile."""
+    with open(path, "ab+") as file:
+        file.seek(0)
+        whole = file.read().rfind(b"\n") + 1
+        if whole < file.tell():  # whoever wrote last was killed
+            file.truncate(whole)
+        os.write(file.fileno(), json.dumps(line).encode() + b"\n")
+
+
+def lines_of(path):
+    """The dicts of a file of JSON lines, less what was not written to its end."""
+    return list(map(json.loads, path.read_text("utf-8").rpartition("\n")[0].splitlines()))
+
+
 def finish(name, options, results, device="cpu"):
     """End a benchmark: append its JSON line to options.save/`name`.jsonl, a folder or None, print it if options.json.
 
@@ -142,13 +157,12 @@ def finish(name, options, results, device="cpu"):
     """
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     head = {"benchmark": name, "time": now, "quick": options.quick} | card(device)
-    line = json.dumps(head | {"peak_memory_bytes": peak_memory(device)} | results)
+    line = head | {"peak_memory_bytes": peak_memory(device)} | results
     if options.save:
         options.save.mkdir(parents=True, exist_ok=True)
-        with open(options.save / f"{name}.jsonl", "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        append_line(options.save / f"{name}.jsonl", line)
     if options.json:
-        print(line)
+        print(json.dumps(line))
 
 
 def _cpu_name():

@@ -313,7 +313,7 @@ def main(arguments=None):
         outcome = gpu.run(points, machine, results, end)
     summary = {"benchmark": "tune", "dry_run": machine.dry, "entries": results.write()}
     print(json.dumps(summary | outcome._asdict()))
-    return 3 if outcome.device_lost else 1 if outcome.failed else 0
+    return outcome.exit_code
 
 
 if __name__ == "__main__":
