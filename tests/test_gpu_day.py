@@ -3,18 +3,21 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from unittest.mock import ANY
 
 import pytest
 import torch
 
-from benchmarks import first_light, gpu_checks, gpu_day
+from benchmarks import first_light, gpu, gpu_checks, gpu_day
 from benchmarks.apart import apart
 from benchmarks.gpu_day import Day, Phase
+from benchmarks.harness import ROOT
 
 
 def lines_of(path):
@@ -109,7 +112,8 @@ def test_what_hangs_dies_or_fails_ends_no_other_phase(tmp_path, capsys):
 
 
 def test_a_command_is_told_the_minutes_it_has(tmp_path):
-    run(tmp_path, script("short", "print('told {minutes}')", limit=40.0), script("rest", "print('told {minutes}')"))
+    words = [sys.executable, "-c", "import sys; print('told', sys.argv[1])", gpu_day.MINUTES]
+    run(tmp_path, Phase("short", 40.0, words), Phase("rest", 600.0, words))
     told = [
         float(text.split()[-1]) for text in (tmp_path / "log.txt").read_text("utf-8").splitlines() if " told " in text
     ]
@@ -120,6 +124,41 @@ def test_a_phase_that_loses_the_device_is_started_again(tmp_path):
     lost = "import pathlib, sys; p = pathlib.Path(r'{}'); p.mkdir() if not p.is_dir() else sys.exit(0); sys.exit(3)"
     passed, lines = run(tmp_path, script("lost", lost.format(tmp_path / "once")))
     assert passed and lines["lost"]["starts"] == 2 and lines["lost"]["error"] is None
+
+
+def processes(word):
+    """Command lines of the processes that have it in theirs."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found.append(path.read_bytes().decode(errors="replace").replace("\0", " "))
+        except OSError:  # it has ended
+            pass
+    return [line for line in found if word in line]
+
+
+def test_what_a_phase_leaves_behind_ends_with_it(tmp_path):
+    sleeps = f"import time; time.sleep(99)  # {tmp_path}"
+    left = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {sleeps!r}]); print('here', flush=True)"
+    passed, lines = run(tmp_path, script("leaves", left))
+    assert passed and lines["leaves"]["seconds"] < 50 and processes(str(tmp_path)) == []
+
+
+def test_a_phase_with_points_left_is_out_of_time_and_a_named_one_then_failed(tmp_path):
+    left = f"import sys; sys.exit({gpu.LEFT_OUT})"
+    passed, lines = run(tmp_path, script("left", left), script("named", left, named=True))
+    assert not passed and [lines[name]["error"] for name in ("left", "named")] == [gpu_day.OUT_OF_TIME] * 2
+    assert lines["left"]["ok"] and not lines["named"]["ok"]
+
+
+def test_a_signal_to_the_day_ends_what_it_runs(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu_day", "--dry-run", "--out", str(tmp_path), "--only", "light"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as day:
+        while len(processes(str(tmp_path))) < 2:
+            assert day.poll() is None
+            time.sleep(0.1)
+        day.terminate()
+        assert day.wait(60) == 128 + signal.SIGTERM and processes(str(tmp_path)) == []
 
 
 def test_what_the_time_is_over_for_is_left_out_and_said(tmp_path):
