@@ -165,14 +165,14 @@ class Router(NeverNarrower):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, **kw))
         self.expert_bias = nn.Parameter(torch.empty(config.num_experts, device=kw["device"], dtype=torch.float32))
+        self.float8 = config.float8  # of the experts' weights
         self.rule = (
             config.num_experts_per_tok, config.n_group, config.topk_group,
             config.routed_scaling_factor, config.expert_capacity,
         )  # fmt: skip
 
-    def forward(self, x, block, float8=False):
-        """float8: whether the experts' weights are."""
-        return route(x, self.weight, self.expert_bias, *self.rule, block, float8=float8)
+    def forward(self, x, block):
+        return route(x, self.weight, self.expert_bias, *self.rule, block, float8=self.float8)
 
 
 class Experts(KeepsFloat8):
@@ -198,7 +198,7 @@ class MoE(nn.Module):
         self.shared_experts = MLP(config, shared, **kw) if shared else None
 
     def forward(self, x, block=None):
-        routing = self.router(x, block, self.experts.gate_up_scale is not None)
+        routing = self.router(x, block)
         shared = None if self.shared_experts is None else self.shared_experts.weights
         return experts(x, routing, *self.experts.weights, shared), routing.ids
 
