@@ -63,7 +63,7 @@ def all_points(only=SECTIONS):
     modules = (gpu_decode, gpu_profile, gpu_steps, gpu_kernels, gpu_peers)
     found = [point for module in modules for point in module.points() if point.section in only]
     found.sort(key=lambda point: (point.later, SECTIONS.index(point.section)))
-    return [Point("ceilings", "ceilings", 10, ceilings, gate=None), *found]
+    return [Point("ceilings", "ceilings", 3, ceilings, gate=None), *found]
 
 
 def chosen(points, names):

@@ -103,8 +103,8 @@ def time_diffusers(machine):
 
 def points():
     found = [
-        Point(f"decode mini {'fp8' if float8 else 'bf16'} b{batch}", "decode", 30, partial(time_decode, float8=float8,
+        Point(f"decode mini {'fp8' if float8 else 'bf16'} b{batch}", "decode", 16, partial(time_decode, float8=float8,
               batch=batch), float8 and batch > 1)
         for float8, batch in ((False, 1), (False, 32), (True, 1), (True, 32))
     ]  # fmt: skip
-    return [*found, Point("decode diffusers", "decode", 20, time_diffusers, later=True)]
+    return [*found, Point("decode diffusers", "decode", 12, time_diffusers, later=True)]

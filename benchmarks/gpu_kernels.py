@@ -83,10 +83,10 @@ def time_small(machine, case, op, tokens, passes):
 
 def points():
     """All points of the section, the most telling shapes first; a gate for each kernel ahead of its times."""
-    found = [Point(f"gate {name}", "kernels", 10, gate) for name, gate in GATES.items()]
+    found = [Point(f"gate {name}", "kernels", 3, gate) for name, gate in GATES.items()]
 
     def add(kernel, name, measure, first):
-        found.append(Point(name, "kernels", 4, measure, not first, f"gate {kernel}"))
+        found.append(Point(name, "kernels", 1, measure, not first, f"gate {kernel}"))
 
     for batch in BATCHES:
         for mode in MODES:

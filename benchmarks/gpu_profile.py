@@ -68,7 +68,7 @@ def profile_step(machine, float8, batch):
 
 def points():
     return [
-        Point(f"profile mini {kind} b{batch} carried", "profile", 12, partial(profile_step, float8=float8, batch=batch))
+        Point(f"profile mini {kind} b{batch} carried", "profile", 4, partial(profile_step, float8=float8, batch=batch))
         for kind, float8 in (("bf16", False), ("fp8", True))
         for batch in (1, 32)
     ]

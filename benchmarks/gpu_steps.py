@@ -150,7 +150,7 @@ def points():
             for name in names:
                 batch, prefix, variant = named[name]
                 measure = partial(time_step, name="mini", float8=float8, batch=batch, prefix=prefix, variant=variant)
-                found.append(Point(f"step mini {kind} {name}", "steps", 8 if later else 12, measure, later))
+                found.append(Point(f"step mini {kind} {name}", "steps", 2 if later else 5, measure, later))
     for prefix in (1024, FLASH_ROOM - BLOCK):
         measure = partial(time_step, name="flash", float8=True, batch=1, prefix=prefix)
         found.append(Point(f"step flash fp8 b1 p{prefix}", "steps", 30, measure, True, memory=FLASH_MEMORY))
