@@ -19,6 +19,7 @@ import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from hashlib import sha256
 from importlib import import_module
 from itertools import starmap
 from typing import NamedTuple
@@ -29,6 +30,7 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.runtime.cache import triton_key
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from llada2_fast.kernels import advance, attention, candidates, fp8, moe, norm, refine, rope, router
@@ -265,6 +267,19 @@ def _launch_of(kernel, args, kwargs):
     bound, special, options = create_function_from_signature(kernel.signature, kernel.params, backend)(*args, **kwargs)
     _, signature, constants, attributes = kernel._pack_args(backend, kwargs, bound, special, None)
     return Launch(kernel, signature, constants, attributes, options)
+
+
+def target_here():
+    """The target that the GPU of this machine is, or None."""
+    if not torch.cuda.is_available():
+        return None
+    name = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    return name if name in TARGETS else None
+
+
+def triton_build():
+    """What machines have in common that can share compiled kernels, in 16 digits."""
+    return sha256(triton_key().encode()).hexdigest()[:16]
 
 
 FAILURES = triton.CompilationError, triton.runtime.errors.PTXASError, RuntimeError

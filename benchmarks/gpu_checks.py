@@ -1,6 +1,5 @@
 """The checks of benchmarks.first_light, from small to large: the gates of all kernels, a step, a text, an engine."""
 
-import hashlib
 import os
 import platform
 from dataclasses import replace
@@ -9,12 +8,11 @@ from functools import partial
 import torch
 import torch._inductor.config  # noqa: F401  torch.use_deterministic_algorithms imports it, in every check anew
 import triton
-from triton.runtime.cache import triton_key
 
 from llada2_fast import Engine, EngineConfig
 from llada2_fast.config import DecodeParams
 
-from . import gpu_decode, gpu_gates, gpu_steps
+from . import aot, gpu_decode, gpu_gates, gpu_steps
 from .gpu_machine import Machine
 from .gpu_weights import random_model
 
@@ -25,7 +23,7 @@ def versions(machine):
     """What the figures of this machine depend on. triton_key: machines that share it can share compiled kernels."""
     found = {
         "python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__,
-        "triton_key": hashlib.sha256(triton_key().encode()).hexdigest()[:16], "cores": os.cpu_count(),
+        "triton_key": aot.triton_build(), "cores": os.cpu_count(),
     }  # fmt: skip
     if machine.dry:
         return found

@@ -1,7 +1,7 @@
 """Compiles what the GPU benchmarks, the decode loop and the gpu tests launch, into Triton's cache on disk.
 
     python -m benchmarks.prewarm [--only steps,kernels,scenarios,tests,tune] [--jobs N] [--target sm_90]
-                                 [--device-name NAME] [--unpack FILE] [--pack FILE] [--json] [--dry-run]
+                                 [--device-name NAME] [--unpack FILE] [--pack FILE] [--dry-run]
 
 All cores compile side by side, and no GPU is needed; a process that launches one of these kernels afterwards loads it.
 Steps and kernels are run on tensors of their real shapes and no data, at the launch parameters that the tuned tables
@@ -22,7 +22,6 @@ import time
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 from unittest import mock
 
@@ -30,7 +29,7 @@ import torch
 import triton
 from triton import knobs
 from triton.backends.nvidia import driver
-from triton.runtime.cache import FileCacheManager, triton_key
+from triton.runtime.cache import FileCacheManager
 
 from llada2_fast import demo
 from llada2_fast.cache import PagedKVCache
@@ -162,7 +161,7 @@ def launches(parts=tuple(PARTS), gpu="any"):
 # Compiling
 
 
-def compile_one(launch, target, launcher=False):
+def compile_one(launch, target, launcher):
     """(whether Triton's cache had it, paths of what another machine needs of it, why it failed or None).
 
     launcher: build the C code that launches it too, which Triton 3.6 leaves to gcc; needs NVIDIA's driver.
@@ -207,7 +206,7 @@ def compile_all(found, target, jobs=None):
 
 def build(target):
     """What must agree where compiled kernels are carried to: Triton's build and version, and the target."""
-    return {"key": sha256(triton_key().encode()).hexdigest()[:16], "triton": triton.__version__, "target": target}
+    return {"key": aot.triton_build(), "triton": triton.__version__, "target": target}
 
 
 def pack(file, paths, target):
@@ -255,14 +254,14 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", default=",".join(PARTS), help="comma-separated parts (default: %(default)s)")
     parser.add_argument("--jobs", type=int, help="processes (default: one per core)")
-    parser.add_argument("--target", default="sm_90", choices=[name for name in aot.TARGETS if name.startswith("sm")])
+    targets = [name for name in aot.TARGETS if name.startswith("sm")]
+    parser.add_argument("--target", choices=targets, default=aot.target_here() or "sm_90", help="default: %(default)s")
     parser.add_argument(
         "--device-name", metavar="NAME", default=torch.cuda.get_device_name() if torch.cuda.is_available() else "any",
         help="the GPU whose tuned tables hold (default: the one that is there, else none)",
     )  # fmt: skip
     parser.add_argument("--unpack", metavar="FILE", help="take compiled kernels from FILE first")
     parser.add_argument("--pack", metavar="FILE", help="leave the compiled kernels in FILE")
-    parser.add_argument("--json", action="store_true", help="end with one JSON line")
     parser.add_argument("--dry-run", action="store_true", help="compile one kernel of all that were found")
     options = parser.parse_args(arguments)
     parts = options.only.split(",")
@@ -285,9 +284,6 @@ def main(arguments=None):
         print(failure)
     seconds = time.perf_counter() - started
     print(f"{compiled} compiled, {there} already there, {len(failures)} failed, {seconds:.1f} s")
-    if options.json:
-        counts = {"compiled": compiled, "there": there, "failed": len(failures), "seconds": seconds}
-        print(json.dumps({"benchmark": "prewarm"} | build(options.target) | counts))
     return 1 if failures else 0
 
 

@@ -383,15 +383,17 @@ def gpu_points(devices):
     """All times, a table per section; of a point that is none (ceilings, gates) what the suite itself prints is in its
     line."""
     columns = [
-        ("tok/s", "tok_s", "{:.0f}"), ("ms per forward", "ms_per_forward", "{:.2f}"), ("µs", "us", "{:.1f}"),
-        ("ms", "ms", "{:.3f}"), ("floor µs", "floor_us", "{:.1f}"), ("floor ms", "floor_ms", "{:.3f}"),
-        ("over floor", "over_floor", "{:.2f}x"), ("launches", "launches", "{}"), ("GB/s", "gb_s", "{:.0f}"),
-        ("reference µs", "reference_us", "{:.0f}"), ("peak GB", "peak_gb", "{:.1f}"),
+        ("tok/s", "tok_s", "{:.0f}"), ("ms per forward", "ms_per_forward", "{:.2f}"),
+        ("of these at work", "busy_ms_per_forward", "{:.2f}"), ("µs", "us", "{:.1f}"), ("ms", "ms", "{:.3f}"),
+        ("floor µs", "floor_us", "{:.1f}"), ("floor ms", "floor_ms", "{:.3f}"), ("over floor", "over_floor", "{:.2f}x"),
+        ("launches", "launches", "{}"), ("GB/s", "gb_s", "{:.0f}"), ("reference µs", "reference_us", "{:.0f}"),
+        ("peak GB", "peak_gb", "{:.1f}"), ("whole call tok/s", "call_tok_s", "{:.0f}"),
+        ("diffusers tok/s", "diffusers_tok_s", "{:.0f}"), ("ours / diffusers", "ratio_vs_diffusers", "{:.1f}x"),
     ]  # fmt: skip
     sections = {}
     for device, points in devices.items():
         for name, data in points.items():
-            if "kernels" not in data and data.keys() & {"us", "ms", "tok_s"}:
+            if "kernels" not in data and data.keys() & {"us", "ms", "call_tok_s"}:
                 sections.setdefault(data["section"], {}).setdefault(name, {"point": name})[device] = data
     columns = [("point", "point", "{}"), *side_by_side(devices, columns)]
     return "\n\n".join(table(columns, list(rows.values())) for rows in sections.values())

@@ -36,7 +36,7 @@ from llada2_fast.kernels._triton import force_ops
 from . import aot, gpu, tune_fp8, tune_moe
 from .gpu_machine import Machine, Point, Shapes, poisoned
 from .harness import RESULTS
-from .tune_cases import attention_groups, gains, refine_groups
+from .tune_cases import attention_groups, concluded, gains, refine_groups
 
 FAMILIES = {
     "moe": tune_moe.groups, "attention": attention_groups, "refine": refine_groups, "fp8": tune_fp8.groups,
@@ -136,12 +136,6 @@ def seconds(group):
     return 1 + 0.03 * len(group.tries)
 
 
-def target_of(machine):
-    """The target of benchmarks.aot that this machine is, or None."""
-    name = "sm_90" if machine.dry else "sm_{}{}".format(*torch.cuda.get_device_capability())
-    return name if name in aot.TARGETS else None
-
-
 def bits(call, parameters):
     """The bytes of all that a call returns, from memory that was poisoned ahead of it."""
     with poisoned():
@@ -178,7 +172,7 @@ def tune(machine, group, compiled):
         rough = _screened(machine, group, case, tries, wrong)
         measured = {"shape": group.shape, "part": group.part, "tried": len(tries), "left_out": len(wrong)}
         if not rough:
-            return measured | {"skipped": "nothing that may be used instead of the defaults"}
+            return measured | {"kept": "nothing that may be used instead of the defaults"}
         best = sorted(rough, key=rough.get)[: machine.size(FINALISTS, 1)]
         return measured | _fastest(machine, case, [tries[i] for i in best])
 
@@ -231,7 +225,7 @@ def _entries(groups, lines, device):
     return [
         {"device": device} | group.shape | {group.part: line["fastest"] if gains(line) else None}
         for group in groups
-        if (line := lines.get(group.name)) and "error" not in line
+        if concluded(line := lines.get(group.name, {}))
     ]
 
 
@@ -305,7 +299,7 @@ def main(arguments=None):
         folder=options.tables or (None if machine.dry else _tuned.table_path("moe").parent),
     )  # fmt: skip
     left = [group for group in chosen if not results.done(group.name)]
-    with closing(Compiled(target_of(machine), machine.dry, left)) as compiled:
+    with closing(Compiled("sm_90" if machine.dry else aot.target_here(), machine.dry, left)) as compiled:
         points = [
             Point(group.name, "tune", seconds(group), partial(tune, group=group, compiled=compiled), gate=None)
             for group in chosen

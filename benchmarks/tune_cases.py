@@ -39,6 +39,11 @@ class Group(NamedTuple):
     build: Callable  # machine -> Case
 
 
+def concluded(line):
+    """Whether a group's tries were tried: not so without a line, after an error or on a device too small."""
+    return bool(line) and not line.keys() & {"error", "skipped"}
+
+
 def gains(line):
     """Whether a group's line has parameters that beat the defaults by more than the noise."""
     return "share" in line and line["share"] < 1 - line["noise"]

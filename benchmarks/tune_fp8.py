@@ -11,7 +11,7 @@ from functools import partial
 from llada2_fast.kernels import fp8
 from llada2_fast.kernels.gemm import Scaled, gemm
 
-from .tune_cases import Case, Group, every, float8_products, gains
+from .tune_cases import Case, Group, concluded, every, float8_products, gains
 
 # What decode runs, the telling first: blocks of 1, 8 and 32 rows with those carried along, logits of 1, 8 and 32.
 CASES = (
@@ -94,8 +94,8 @@ def entries(groups, lines, device):
     """
     found = []
     for group in groups:
-        line = lines.get(group.name, {"error": "not measured"})
-        if "error" not in line:
+        line = lines.get(group.name, {})
+        if concluded(line):
             rows, _, gated, tokens = group.shape.values()
             best = line["fastest"] if gains(line) else fp8.default_tiles(rows, gated, tokens)
             found.append({"device": device} | group.shape | {group.part: best})

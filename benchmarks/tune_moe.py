@@ -15,7 +15,7 @@ import torch
 from llada2_fast.kernels import fp8, router
 from llada2_fast.kernels.gemm import Scaled, gemm, tiles
 
-from .tune_cases import Case, Group, every, float8_products, gains
+from .tune_cases import Case, Group, concluded, every, float8_products, gains
 
 # Decode's, the telling first: blocks of 1, 8 and 32 rows with those carried along, and of 1 and 32 without; prefill's.
 TOKENS = (64, 32, 320, 1280, 1024, 4096)
@@ -98,8 +98,8 @@ def entries(groups, lines, device):
     """
     measured = {}
     for group in groups:
-        line = lines.get(group.name, {"error": "not measured"})
-        if "error" not in line:
+        line = lines.get(group.name, {})
+        if concluded(line):
             hidden, tokens, tile_m, kind = group.shape.values()
             heights = measured.setdefault((hidden, tokens, kind), {})
             heights.setdefault(tile_m, {})[group.part] = line

@@ -281,4 +281,6 @@ def test_gpu_a_token_gets_the_same_bits_in_any_batch():
     h, weights, shared, rule, _ = expert_inputs(2048, 8, 64, 2048, 512, torch.bfloat16, "cuda")
     together = moe.experts(h, router.route(h, *rule, float8=True), *weights, shared)
     for rows in (slice(0, 1), slice(40, 72), slice(100, 356), slice(600, 1800)):
-        assert torch.equal(moe.experts(h[rows], router.route(h[rows], *rule, float8=True), *weights, shared), together[rows])
+        assert torch.equal(
+            moe.experts(h[rows], router.route(h[rows], *rule, float8=True), *weights, shared), together[rows]
+        )

@@ -293,7 +293,7 @@ def test_what_beats_the_defaults_by_more_than_the_noise_becomes_an_entry(machine
     groups = tune_cases.attention_groups(machine) + tune_cases.refine_groups(machine)
     lines = {
         "attention mini attention": line({"TILE_M": 64}, 0.9), "attention mini combine": line({"TILE_R": 4}, 0.99),
-        "refine vocab_pass": {"skipped": "nothing"}, "refine filter_pass": {"error": "x"},
+        "refine vocab_pass": {"kept": "nothing"}, "refine filter_pass": {"error": "x"},
     }  # fmt: skip
     found = tune.entries(groups, lines, "X")
     assert found["attention"] == [
@@ -353,8 +353,9 @@ def test_the_first_product_measured_makes_an_entry():
     small = {"bf16 32 16 gate_up": line({"tile_n": 7}, 0.99), "bf16 32 16 down": line({"tile_n": 8}, 0.9)}
     assert found_tiles(small) == {(32, "bf16"): default | {"down": {"tile_n": 8}}}
     assert found_tiles({"bf16 32 16 down": line({"tile_n": 7}, 0.99)}) == {(32, "bf16"): default}
-    assert found_tiles({"bf16 32 16 down": {"skipped": "nothing"}}) == {(32, "bf16"): default}
-    assert found_tiles({"bf16 32 16 down": {"error": "x"}}) == {}
+    assert found_tiles({"bf16 32 16 down": {"kept": "nothing"}}) == {(32, "bf16"): default}
+    for unmeasured in ({"error": "x"}, {"skipped": "weights need 9.9 GB"}):
+        assert found_tiles({"bf16 32 16 down": unmeasured}) == {}
 
 
 def test_another_height_must_be_measured_whole_and_save_more():
