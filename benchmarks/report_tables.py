@@ -393,7 +393,7 @@ def gpu_points(devices):
     sections = {}
     for device, points in devices.items():
         for name, data in points.items():
-            if "kernels" not in data and data.keys() & {"us", "ms", "call_tok_s"}:
+            if "kernels" not in data and data.keys() & {"us", "ms", "tok_s", "call_tok_s"}:
                 sections.setdefault(data["section"], {}).setdefault(name, {"point": name})[device] = data
     columns = [("point", "point", "{}"), *side_by_side(devices, columns)]
     return "\n\n".join(table(columns, list(rows.values())) for rows in sections.values())
