@@ -5,7 +5,7 @@ python -m pytest -p benchmarks.failed_tests --failed-to FILE
 
 from pathlib import Path
 
-from .harness import append_line
+from .lines import append_line
 
 LONGEST = 3000  # characters of a traceback, the last ones
 

@@ -19,7 +19,7 @@ import torch
 
 from .apart import apart
 from .gpu_checks import check, checks
-from .harness import append_line
+from .lines import append_line
 
 
 def run(names, dry, jobs, limit, out=None):

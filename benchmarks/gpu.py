@@ -38,7 +38,8 @@ import torch
 
 from . import gpu_decode, gpu_goals, gpu_kernels, gpu_peers, gpu_profile, gpu_steps
 from .gpu_machine import DoesNotFit, Machine, Point, ceilings
-from .harness import RESULTS, ROOT, append_line, card, lines_of
+from .harness import RESULTS, ROOT, card
+from .lines import append_line, lines_of
 
 SECTIONS = ("ceilings", "decode", "profile", "steps", "kernels", "peers")
 RESERVE_S = 10.0  # of the minutes, for what surrounds the points

@@ -46,7 +46,8 @@ import torch
 from llada2_fast.kernels import _tuned
 
 from . import gpu, tune
-from .harness import ROOT, append_line
+from .harness import ROOT
+from .lines import append_line
 
 OUT_OF_TIME = "out of time"
 LEAST_S = 3.0  # with less left nothing is started

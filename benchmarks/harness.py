@@ -18,6 +18,8 @@ import torch
 
 import llada2_fast
 
+from .lines import append_line
+
 ROOT = Path(__file__).resolve().parent.parent  # of the repository; in a wheel the folder of the package
 RESULTS = Path(__file__).resolve().parent / "results"  # in a checkout alone
 IN_CHECKOUT = (ROOT / "setup.py").is_file()
@@ -133,21 +135,6 @@ def peak_memory(device="cpu"):
     status = Path("/proc/self/status")
     lines = status.read_text("utf-8").splitlines() if status.is_file() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
-
-
-def append_line(path, line):
-    """Append a dict to a file of JSON lines, in one write: several processes may do so, and be killed meanwhile."""
-    with open(path, "ab+") as file:
-        file.seek(0)
-        whole = file.read().rfind(b"\n") + 1
-        if whole < file.tell():  # whoever wrote last was killed
-            file.truncate(whole)
-        os.write(file.fileno(), json.dumps(line).encode() + b"\n")
-
-
-def lines_of(path):
-    """The dicts of a file of JSON lines, less what was not written to its end."""
-    return list(map(json.loads, path.read_text("utf-8").rpartition("\n")[0].splitlines()))
 
 
 def finish(name, options, results, device="cpu"):

@@ -1,7 +1,5 @@
 """The day on a GPU, tried on a CPU: nothing that a phase or a check does ends the others."""
 
-import json
-import os
 import signal
 import subprocess
 import sys
@@ -18,10 +16,8 @@ from benchmarks import first_light, gpu, gpu_checks, gpu_day
 from benchmarks.apart import apart
 from benchmarks.gpu_day import Day, Phase
 from benchmarks.harness import ROOT
-
-
-def lines_of(path):
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+from benchmarks.lines import lines_of
+from tests import unruly
 
 
 def script(name, text, limit=60.0, **more):
@@ -63,22 +59,13 @@ def test_dry_run(tmp_path, capsys):
 # processes
 
 
-def _interrupted():
-    os.kill(os.getpid(), signal.SIGSEGV)
-
-
-def _printing(text):
-    os.write(1, text.encode())
-    raise ArithmeticError("two\n  lines")
-
-
 def test_a_call_apart_returns_raises_dies_or_hangs():
     assert apart(partial(max, 3, 4), 60) == (4, None, "")
-    value, error, output = apart(partial(_printing, "seen"), 60)
+    value, error, output = apart(partial(unruly.raises, "seen"), 60)
     assert value is None and error == "ArithmeticError: two lines"
-    assert output.startswith("seen") and "in _printing" in output
+    assert output.startswith("seen") and "in raises" in output
     assert apart(partial(time.sleep, 60), 0.5).error == "killed after 0.5 s"
-    assert apart(_interrupted, 60).error == f"ended with {-signal.SIGSEGV}"
+    assert apart(unruly.dies, 60).error == f"ended with {-signal.SIGSEGV}"
 
 
 def test_a_failed_check_of_first_light_costs_no_other(tmp_path, capsys):
