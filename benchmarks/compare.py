@@ -40,7 +40,8 @@ LOWER = re.compile(r"(^|_)(us|ms)(_per_\w+)?$|^p\d+$|^over_|^block_\d+_over_")
 IGNORED = re.compile(
     r"^(diffusers|card|serial|ref|reference|peer|eager|copy|floor|std|p10|p90|tokens_agreeing|experts|tasks|read)(_|$)"
     r"|_reference$|_default$|_in_cache$|_iqr$"
-    r"|^(time|commit|versions|cores|goals|seconds|sources|peak_memory_bytes|r2|gb|peak_gb|compiled_us)$|^(duration|steps_per_block|total_.*_tokens)$"
+    r"|^(time|commit|versions|cores|goals|seconds|sources|peak_memory_bytes|r2|gb|peak_gb|compiled_us|noise|share)$"
+    r"|^(bf16_tflops|fp8_tflops|confidence_error|relative_error|draws_differing|rerouted)$|^(duration|steps_per_block|total_.*_tokens)$"
 )
 SETTINGS = re.compile(r"^(threshold|editing_threshold|temperature|top_p|rate)$")  # floats that say what is measured
 TIMED_BY = ("device", "threads", "quick")  # a time is comparable within one kind of run on one machine only
