@@ -23,7 +23,8 @@ CHUNK = 512  # of H summed up on its own: a constant, so that a token's bits do 
 # Tokens selected for at a time by one program of 8 warps. A warp executes 1200 instructions for 4 of them, 3500 for 16
 # and 6800 for 32 (sm_90), so few go to T / 4 programs: up to FEW, one for each of the 132 multiprocessors. As many
 # programs then read the counts of all, 1 KiB at 256 experts: (T / 4)^2 KiB are 16 MiB at FEW, as (T / 16)^2 are at four
-# times as many. A block's experts are admitted by all of its tokens, at best in one go.
+# times as many. An H100 routes 32, 64 and 320 tokens of mini in 12.4, 12.6, 19.7 µs by 4, in 11.5, 13.0, 38.3 by 2, in
+# 14.0, 14.3, 18.4 by 8. A block's experts are admitted by all of its tokens, at best in one go.
 TOKENS = {"few": 4, "many": 16, "block": 32}
 FEW = 512
 SPLIT_BELOW = 512  # tokens: for fewer, chunks are summed by programs of their own, to occupy the GPU
