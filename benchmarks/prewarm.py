@@ -9,7 +9,8 @@ hold for the GPU that is there, or for --device-name.
 
 --pack FILE leaves the compiled kernels in a tar.xz for another machine: there --unpack FILE puts them into the cache
 first, if FILE is of the same build of Triton and the same target, and says why not otherwise. The last line counts what
-was compiled, what was there already and what failed. Exit 1 if something failed. --dry-run compiles one kernel.
+was compiled, what was there already and what failed. Exit 1 if something failed. --dry-run compiles one
+kernel of the first part.
 """
 
 import argparse
@@ -262,7 +263,7 @@ def main(arguments=None):
     )  # fmt: skip
     parser.add_argument("--unpack", metavar="FILE", help="take compiled kernels from FILE first")
     parser.add_argument("--pack", metavar="FILE", help="leave the compiled kernels in FILE")
-    parser.add_argument("--dry-run", action="store_true", help="compile one kernel of all that were found")
+    parser.add_argument("--dry-run", action="store_true", help="compile one kernel of the first part")
     options = parser.parse_args(arguments)
     parts = options.only.split(",")
     if unknown := [part for part in parts if part not in PARTS]:
@@ -273,10 +274,9 @@ def main(arguments=None):
             print(f"{unpack(options.unpack, options.target)} kernels unpacked from {options.unpack}", flush=True)
         except ValueError as error:
             print(f"nothing unpacked: {error}", flush=True)
-    found, broken = launches(parts, options.device_name)
-    compiled, there, failures, paths = compile_all(
-        found[: 1 if options.dry_run else None], options.target, options.jobs
-    )
+    most = 1 if options.dry_run else None
+    found, broken = launches(parts[:most], options.device_name)
+    compiled, there, failures, paths = compile_all(found[:most], options.target, options.jobs)
     failures = broken + failures
     if options.pack:
         pack(options.pack, paths, options.target)

@@ -71,7 +71,10 @@ def gpu_data(lines):
     devices = gpu_lines(lines)
     names = dict.fromkeys(name for points in devices.values() for name in points)
     steps = {
-        f"{name}, {card(device)}": [line.data["floor_ms"], line.data.get("ms") or line.data["ms_per_forward"]]
+        name + f", {card(device)}" * (len(devices) > 1): [
+            line.data["floor_ms"],
+            line.data.get("ms") or line.data["ms_per_forward"],
+        ]
         for name in names
         for device, points in devices.items()
         if (line := points.get(name)) and "floor_ms" in line.data and (" p" not in name or " p1024" in name)
