@@ -208,16 +208,17 @@ def main(arguments=None):
     if not options.dry_run and not torch.cuda.is_available():
         print("gpu_day: needs a CUDA device, found none (--dry-run tries it on a CPU)", file=sys.stderr)
         return 2
-    known = {phase.name: phase for phase in phases(options.out, options.dry_run, options.changed)}
+    folder = options.out.resolve()
+    known = {phase.name: phase for phase in phases(folder, options.dry_run, options.changed)}
     names = options.only.split(",") if options.only else [name for name, phase in known.items() if not phase.named]
     unknown = sorted(set(names) - set(known))
     if unknown:
         parser.error(f"--only {','.join(unknown)}: expected some of {', '.join(known)}")
     if options.minutes * 60 <= LEAST_S:
         parser.error(f"--minutes {options.minutes:g}: expected some")
-    options.out.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # an exception: phases end with the day
-    day = Day(options.out, time.monotonic() + 60 * options.minutes)
+    day = Day(folder, time.monotonic() + 60 * options.minutes)
     passed = day.run([known[name] for name in names])
     for line in day.lines:
         print(f"{line['phase']:10} {line['seconds']:7.1f} s  {line['error'] or 'passed'}")

@@ -42,15 +42,15 @@ from llada2_fast.kernels import _tuned, attention, norm, refine, rope
 from llada2_fast.kernels._triton import force_ops
 from llada2_fast.model import LLaDA2Model, read_nothing
 
-from . import aot, gpu_gates, gpu_kernels, tune
+from . import aot, gpu_gates, gpu_kernels, gpu_steps, tune
 from .gpu_machine import Shapes
 from .harness import ROOT
 from .roofline import BLOCK
 
 # active blocks, places for carried ones
-SIZES = [(1, 0), (1, 1), (8, 0), (8, 2), (32, 0), (32, 8), (128, 0), (128, 32)]
+SIZES = sorted({(batch, carried) for batch, _ in gpu_steps.GRID for carried in (0, -(-batch // 4))})
 SMALL_SIZES = [(1, 0), (1, 1), (2, 0), (2, 1), (2, 2), (4, 0), (4, 1), (4, 4), (8, 0), (8, 1), (8, 2), (8, 4), (8, 8)]
-PAGES = (4, 33, 64, 257, 1025)  # of a row: short texts, the prefixes of the steps, those that decoding rounds up to
+PAGES = sorted({4, 64} | {prefix // BLOCK + 1 for _, prefix in gpu_steps.GRID})  # of a row; 4, 64: of texts
 PREFILL = (1024, 4096)  # tokens of a forward
 MANIFEST = "manifest.json"
 ENTRY = re.compile(r"([A-Z2-7]{52})/(\w+\.(?:cubin|json))")  # a file of Triton's cache: folder, name
