@@ -313,7 +313,7 @@ def compile_launch(launch, scenario, target):
 def _skipped_rounding(compiled):
     """Where two 16-bit numbers are multiplied and added in one, the reference rounds in between. A kernel that came
     without its PTX passes."""
-    fused = re.search(r"\bfma\.rn(\.\w+)*\.(bf16|f16)(x2)?\b", compiled.asm.get("ptx", ""))
+    fused = re.search(r"\bfma\.rn(\.(ftz|sat|relu|oob))*\.(bf16|f16)(x2)?\b", compiled.asm.get("ptx", ""))
     return f"{fused[0]}: a rounding of the reference is skipped" if fused else None
 
 
