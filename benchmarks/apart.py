@@ -7,7 +7,7 @@ import tempfile
 import traceback
 from typing import NamedTuple
 
-EXIT_S = 10.0  # for the end of a process whose call has returned
+EXIT_S = 10.0  # for the end of a process that is done
 
 
 class Ended(NamedTuple):
@@ -33,7 +33,7 @@ def apart(call, limit):
         try:
             value, error = ours.recv() if ours.poll(limit) else (None, f"killed after {limit:g} s")
         except EOFError:
-            process.join()
+            process.join(EXIT_S)
             value, error = None, f"ended with {process.exitcode}"
         else:
             process.join(EXIT_S if error is None else 0)

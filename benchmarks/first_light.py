@@ -23,7 +23,7 @@ from .lines import append_line
 
 
 def run(names, dry, jobs, limit, out=None):
-    """Run the checks side by side, a line each as it ends; whether all passed. Returns their lines."""
+    """Run the checks side by side, a line each as it ends. Returns the lines."""
 
     def one(name):
         started = time.monotonic()
