@@ -250,8 +250,11 @@ def main(argv=None):
 
 
 def baseline():
-    """The saved lines."""
-    return compare.select(str(harness.RESULTS / "counts.jsonl"))
+    """The newest saved line of each part; of compiled kernels, one for each Triton."""
+    newest = {}
+    for line in compare.select(str(harness.RESULTS / "counts.jsonl")):
+        newest[line["part"], line["versions"]["triton"] if line["part"] == "aot" else None] = line
+    return list(newest.values())
 
 
 def show(results):

@@ -79,6 +79,13 @@ def test_check_fails_on_a_count_above_the_saved_one(monkeypatch, capsys):
     assert counts.main(["--parts", "steps", "--check"]) == 0
 
 
+def test_the_newest_line_of_a_part_is_the_baseline_alone():
+    """A launch that an older one has may be gone for good."""
+    lines = compare.select(str(counts.harness.RESULTS / "counts.jsonl"))
+    times = [max(line["time"] for line in lines if line["part"] == part) for part in counts.PARTS]
+    assert [line["time"] for part in counts.PARTS for line in saved(part)] == times and len(lines) > len(times)
+
+
 @pytest.mark.slow
 def test_compiled_kernels_have_not_grown():
     findings, gone = compare.compare(counts.baseline(), [{"benchmark": "counts"} | counts.aot()], counted=True)
