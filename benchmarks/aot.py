@@ -65,7 +65,7 @@ class Launch(NamedTuple):
     @property
     def name(self):
         """The same for all launches that one compiled kernel serves."""
-        return repr((self.kernel.__module__, self.kernel.__name__, *self[1:]))
+        return repr(self.__reduce__()[1])
 
     def __reduce__(self):
         """Pickled, it names its kernel."""

@@ -37,7 +37,7 @@ from llada2_fast.kernels.product import torch_products
 from llada2_fast.tokens import load_tokenizer
 
 from . import compare, harness
-from .aot import SCENARIOS, TARGETS, compile_launch, recorded
+from .aot import SCENARIOS, compile_launch, compiled, recorded
 from .gpu_machine import CONFIGS, Machine
 from .gpu_steps import Step
 from .kernels.bench_refine import LENGTH, launches, passes
@@ -206,7 +206,6 @@ def steps():
 def aot():
     """Figures of the kernels of COMPILED, each specialisation once."""
     import triton
-    from triton.compiler import ASTSource
 
     found = {}
     for scenario in COMPILED:
@@ -216,9 +215,8 @@ def aot():
             result = compile_launch(launch, scenario, TARGET)
             if result.error:
                 raise SystemExit(f"{scenario}, {result.kernel}: {result.error}")
-            source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
-            asm = triton.compile(source, target=TARGETS[TARGET], options=launch.options).asm  # from Triton's cache
-            found.setdefault(repr((result.kernel, *launch[1:])), {
+            asm = compiled(launch, TARGET).asm  # from Triton's cache
+            found.setdefault(launch.name, {
                 "triton": version(triton), "target": TARGET, "scenario": scenario, "number": number,
                 "kernel": result.kernel, "registers": result.registers, "spilled": result.spilled,
                 "shared": result.shared, "instructions_ptx": len(re.findall(r"^\t[^.\s/].*;$", asm["ptx"], re.M)),

@@ -98,7 +98,7 @@ class Compiled:
     def __init__(self, target, dry=False, ahead=()):
         self.target, self._shapes = target, Shapes(dry)
         self._recorded = {}  # by the name of a group
-        self._fault = {}  # by the key of a launch
+        self._fault = {}  # by the name of a launch
         everything = (launch for group in ahead for launches in self._launches(group) for launch in launches)
         self._coming = self._compile(everything)
 
@@ -122,7 +122,7 @@ class Compiled:
         wanted = {launch.name: launch for launches in tries for launch in launches}
         while not wanted.keys() <= self._fault.keys() and (found := next(self._coming, None)):
             self._fault.update([found])
-        self._fault |= self._compile(launch for key, launch in wanted.items() if key not in self._fault)
+        self._fault |= self._compile(launch for name, launch in wanted.items() if name not in self._fault)
         found = [sorted(filter(None, (self._fault[launch.name] for launch in launches))) for launches in tries]
         return {i: reasons[0] for i, reasons in enumerate(found) if reasons}
 
