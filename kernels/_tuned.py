@@ -39,8 +39,13 @@ def measured(family, device, **shape):
 
 @lru_cache(maxsize=1024)
 def _find(family, device, **shape):
+    return next(_entries(family, device, shape), {})
+
+
+def _entries(family, device, shape):
+    """Those measured on this torch.device that have what `shape` says."""
     wanted = {"device": device_name(device)} | shape
-    return next((entry for entry in table(family) if wanted.items() <= entry.items()), {})
+    return (entry for entry in table(family) if wanted.items() <= entry.items())
 
 
 def measured_for(tokens, family, part, device, **shape):
@@ -48,11 +53,10 @@ def measured_for(tokens, family, part, device, **shape):
 
     An entry is meant for its number of tokens and fewer, down to an eighth; of several the one of the fewest counts.
     """
-    wanted = {"device": device_name(device)} | shape
     found = [
         entry
-        for entry in table(family)
-        if part in entry and wanted.items() <= entry.items() and tokens <= entry["tokens"] <= FAR * tokens
+        for entry in _entries(family, device, shape)
+        if part in entry and tokens <= entry["tokens"] <= FAR * tokens
     ]
     return min(found, key=lambda entry: entry["tokens"])[part] if found else None
 
