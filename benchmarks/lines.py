@@ -7,10 +7,10 @@ import os
 def append_line(path, line):
     """Append a dict, in one write."""
     with open(path, "ab+") as file:
-        file.seek(0)
-        whole = file.read().rfind(b"\n") + 1
-        if whole < file.tell():  # whoever wrote last was killed
-            file.truncate(whole)
+        file.seek(max(0, file.tell() - 1))
+        if file.read(1) not in (b"", b"\n"):  # whoever wrote last was killed
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
         os.write(file.fileno(), json.dumps(line).encode() + b"\n")
 
 

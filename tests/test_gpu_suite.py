@@ -15,6 +15,7 @@ from benchmarks.gpu_machine import DoesNotFit, Machine, Point
 from benchmarks.gpu_steps import Step
 from benchmarks.gpu_weights import SHARP, fill, random_model
 from benchmarks.harness import ROOT
+from benchmarks.lines import lines_of
 from benchmarks.roofline import GPUS, MINI, gpu_of, step_costs
 from llada2_fast.kernels import attention, norm
 from llada2_fast.kernels.fp8 import dequantize_weight
@@ -27,10 +28,6 @@ CEILINGS = {"copy_tb_s": 4.0, "bf16_tflops": 700.0}
 def machine():
     torch.manual_seed(0)
     return Machine(dry=True)
-
-
-def lines_of(path):
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def suite(machine, path, points, seconds=60.0, resume=False):

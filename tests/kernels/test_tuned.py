@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import aot, gpu, gpu_gates, tune, tune_cases, tune_fp8, tune_moe
 from benchmarks.gpu_machine import Machine, Point
+from benchmarks.lines import lines_of
 from llada2_fast.kernels import _tuned, attention, candidates, fp8, gemm, refine
 from llada2_fast.kernels._triton import force_ops
 from tests.kernels.interpreter import interpreted, products_in_order
@@ -264,7 +265,7 @@ def test_dry_run_is_kept_and_resumed(op, tmp_path, capsys, short_blocks):
     path, before = tmp_path / "tune.jsonl", _tuned.table_path(op).read_bytes()
     command = ["--dry-run", "--ops", op, "--device-name", "X", "--tables", str(tmp_path), "--results", str(path)]
     assert tune.main(command) == 0
-    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    lines = lines_of(path)
     assert [line["point"] for line in lines] == [group.name for group in tune.FAMILIES[op](Machine(dry=True))]
     for line in lines:
         assert line["benchmark"] == "tune" and line["tried"] == tune.DRY_TRIES and line["left_out"] == 0
