@@ -170,6 +170,17 @@ def test_a_failed_test_has_a_line_as_soon_as_it_failed(tmp_path):
     assert "assert 1 == 2" in failed[0]["error"]
 
 
+def test_a_file_of_tests_that_cannot_be_read_has_a_line(tmp_path):
+    path = tmp_path / "failed.jsonl"
+    (tmp_path / "test_a.py").write_text("import nothing_of_this_name\n", "utf-8")
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "benchmarks.failed_tests"]
+    passed, _ = run(
+        tmp_path, Phase("tests", 60.0, [*words, "--failed-to", str(path), "--rootdir", str(tmp_path), str(tmp_path)])
+    )
+    (failed,) = lines_of(path)
+    assert not passed and failed["test"].endswith("test_a.py") and "nothing_of_this_name" in failed["error"]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_it_says_so_in_a_line_and_exits_2(capsys, tmp_path):
     for main, arguments in ((gpu_day.main, ["--out", str(tmp_path / "day")]), (first_light.main, [])):

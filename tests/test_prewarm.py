@@ -20,7 +20,7 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks import aot, prewarm
 from benchmarks.gpu_machine import TINY
-from llada2_fast.kernels import norm
+from llada2_fast.kernels import _tuned, gemm, norm
 
 TARGET = GPUTarget("cuda", 90, 32)
 ONE = "add_rms_norm fp32 H=64"
@@ -119,6 +119,22 @@ def compile_one_scenario():
     with aot.recorded() as launches:
         aot.SCENARIOS[ONE]()
     return prewarm.compile_all(launches, "sm_90", jobs=1)
+
+
+def test_what_is_compiled_for_a_gpu_has_its_tuned_tiles(monkeypatch):
+    gpu = "NVIDIA H100 80GB HBM3"
+    (tuned,) = [x["bf16"] for x in _tuned.table("moe") if (x["device"], x["tokens"]) == (gpu, 32)]
+    monkeypatch.setattr(prewarm, "PARTS", {"one": lambda machine: aot.SCENARIOS["moe mini bf16 T=32"]()})
+
+    def products(name):
+        gemm.tiles.cache_clear()  # it knows "meta" from others
+        launches, failures = prewarm.launches(["one"], name)
+        gemm.tiles.cache_clear()
+        assert failures == []
+        return [launch.options["num_stages"] for launch in launches if launch.kernel.__name__ == "_gemm_kernel"]
+
+    assert products(gpu) == [tuned[product]["num_stages"] for product in ("gate_up", "down")] == [4, 3]
+    assert products("any") == [4, 4]
 
 
 def test_a_packed_cache_is_hit_elsewhere(cache, tmp_path):
