@@ -386,6 +386,7 @@ def gpu_points(devices):
         ("tok/s", "tok_s", "{:.0f}"), ("ms per forward", "ms_per_forward", "{:.2f}"),
         ("of these at work", "busy_ms_per_forward", "{:.2f}"), ("µs", "us", "{:.1f}"), ("ms", "ms", "{:.3f}"),
         ("floor µs", "floor_us", "{:.1f}"), ("floor ms", "floor_ms", "{:.3f}"), ("over floor", "over_floor", "{:.2f}x"),
+        ("floor ms of the experts touched", "floor_touched_ms", "{:.3f}"),
         ("launches", "launches", "{}"), ("GB/s", "gb_s", "{:.0f}"), ("reference µs", "reference_us", "{:.0f}"),
         ("peak GB", "peak_gb", "{:.1f}"), ("whole call tok/s", "call_tok_s", "{:.0f}"),
         ("diffusers tok/s", "diffusers_tok_s", "{:.0f}"), ("ours / diffusers", "ratio_vs_diffusers", "{:.1f}x"),
