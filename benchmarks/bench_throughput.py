@@ -16,7 +16,7 @@ import time
 from itertools import pairwise
 from typing import NamedTuple
 
-from llada2_fast import options
+from llada2_fast.cli import options
 from llada2_fast.config import EngineConfig
 from llada2_fast.engine import Engine, Event
 

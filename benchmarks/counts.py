@@ -30,11 +30,11 @@ from torch.utils._pytree import tree_leaves
 from llada2_fast import LLaDA2Model, demo
 from llada2_fast.cache import PagedKVCache
 from llada2_fast.config import DecodeParams
-from llada2_fast.decoder import BlockDecoder, GraphedForward, run
-from llada2_fast.graphs import StepGraph
+from llada2_fast.decoding.decoder import BlockDecoder, GraphedForward, run
+from llada2_fast.decoding.graph_runner import StepGraph
 from llada2_fast.kernels._triton import force_ops
 from llada2_fast.kernels.product import torch_products
-from llada2_fast.tokens import load_tokenizer
+from llada2_fast.weights.special_tokens import load_tokenizer
 
 from . import compare, harness
 from .aot import SCENARIOS, compile_launch, compiled, recorded

@@ -20,7 +20,7 @@ from functools import partial
 import torch
 
 from llada2_fast.cache import PagedKVCache
-from llada2_fast.graphs import Slots, StepGraph
+from llada2_fast.decoding.graph_runner import Slots, StepGraph
 from llada2_fast.kernels import refine
 
 from .gpu_gates import each_row

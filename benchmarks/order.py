@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from llada2_fast import DecodeParams, LLaDA2Model, demo
-from llada2_fast.tokens import load_tokenizer
+from llada2_fast.weights.special_tokens import load_tokenizer
 
 from . import harness, quality
 

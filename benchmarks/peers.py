@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-import llada2_fast.decoder
+import llada2_fast.decoding.decoder
 import llada2_fast.model
 from llada2_fast.kernels import refine
 from llada2_fast.kernels.moe import gated, mlp
@@ -212,7 +212,7 @@ def _without_refine(model, task):
 
     def patched():
         scheduler.set_timesteps(task.steps, block_length=BLOCK)
-        with mock.patch.multiple(llada2_fast.decoder, needed_positions=every_position, refine_step=step):
+        with mock.patch.multiple(llada2_fast.decoding.decoder, needed_positions=every_position, refine_step=step):
             return call()
 
     return patched

@@ -35,9 +35,9 @@ from triton.runtime.cache import FileCacheManager
 from llada2_fast import demo
 from llada2_fast.cache import PagedKVCache
 from llada2_fast.config import ModelConfig
-from llada2_fast.decoder import BlockDecoder, GraphedForward
+from llada2_fast.decoding.decoder import BlockDecoder, GraphedForward
+from llada2_fast.decoding.graph_runner import StepGraph
 from llada2_fast.demo import network
-from llada2_fast.graphs import StepGraph
 from llada2_fast.kernels import _tuned, attention, norm, refine, rope
 from llada2_fast.kernels._triton import force_ops
 from llada2_fast.model import LLaDA2Model, read_nothing

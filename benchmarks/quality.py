@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from llada2_fast import DecodeParams, LLaDA2Model, demo
 from llada2_fast.demo import tasks
-from llada2_fast.tokens import load_tokenizer
+from llada2_fast.weights.special_tokens import load_tokenizer
 
 from . import harness
 

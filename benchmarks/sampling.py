@@ -20,7 +20,7 @@ import torch
 
 from llada2_fast import LLaDA2Model, demo
 from llada2_fast.demo import tasks
-from llada2_fast.tokens import load_tokenizer
+from llada2_fast.weights.special_tokens import load_tokenizer
 
 from . import harness, quality
 

@@ -7,11 +7,11 @@ from itertools import chain, islice
 
 import torch
 
-from llada2_fast import options
+from llada2_fast.cli import options
+from llada2_fast.decoding.inputs import resolve_ids
 from llada2_fast.demo import tasks
 from llada2_fast.model import LLaDA2Model
-from llada2_fast.requests import resolve_ids
-from llada2_fast.tokens import load_tokenizer
+from llada2_fast.weights.special_tokens import load_tokenizer
 
 from . import harness
 

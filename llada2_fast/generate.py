@@ -4,12 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
-from . import habits
 from .cache import PagedKVCache
-from .config import DecodeParams
-from .decoder import BlockDecoder, CachedForward, Counters, GraphedForward, power_of_two, run
-from .requests import check_fit, resolve_ids, row_seeds, split_prompts
-from .trace import Trace
+from .config import DecodeParams, habits
+from .decoding.decoder import BlockDecoder, CachedForward, Counters, GraphedForward, power_of_two, run
+from .decoding.inputs import check_fit, resolve_ids, row_seeds, split_prompts
+from .decoding.trace import Trace
 
 
 @dataclass

@@ -12,9 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from . import checkpoint, habits
-from .config import DTYPES, ModelConfig, as_int, find_device
-from .conversion import KeepsFloat8, NeverNarrower
+from .config import DTYPES, ModelConfig, as_int, find_device, habits
 from .kernels._ambient import isolated, lasting
 from .kernels.attention import block_attention, masked_attention, place_blocks, single_blocks
 from .kernels.fp8 import E4M3, check_device, linear, scale_shape
@@ -25,8 +23,10 @@ from .kernels.product import rows_of
 from .kernels.rope import qk_norm_rope, qk_norm_rope_write, rope_angles
 from .kernels.router import route, token_blocks
 from .outputs import Output
-from .tokens import NAMES as SPECIAL_IDS
-from .tokens import check_ids, save_special_ids, special_ids
+from .weights import checkpoint
+from .weights.conversion import KeepsFloat8, NeverNarrower
+from .weights.special_tokens import NAMES as SPECIAL_IDS
+from .weights.special_tokens import check_ids, save_special_ids, special_ids
 
 
 @dataclass(eq=False)

@@ -14,7 +14,7 @@ keys and values are final once a forward has seen it after a step without CHANGE
 import torch
 
 from .config import DecodeParams
-from .decoder import row_rules
+from .decoding.decoder import row_rules
 from .kernels.refine import (
     BLOCK_DONE,
     CHANGED,

@@ -10,7 +10,7 @@ from llada2_fast.adapters.likelihood import likelihood_bound
 from llada2_fast.adapters.transformers import LLaDA2MoeModelLM
 from llada2_fast.config import DecodeParams
 from llada2_fast.refinement import BLOCK_DONE, FINISHED, BlockState, refine_params, refine_step
-from llada2_fast.tokens import load_tokenizer
+from llada2_fast.weights.special_tokens import load_tokenizer
 
 PROMPTS = [[2, 5, 3, 30, 41], [7, 9]]
 CALLS = {

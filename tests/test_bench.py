@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from benchmarks import bench_latency, bench_throughput, harness, workload
-from llada2_fast import cli, demo, options
-from llada2_fast.decoder import CachedForward
+from llada2_fast import demo
+from llada2_fast.cli import commands as cli
+from llada2_fast.cli import options
+from llada2_fast.decoding.decoder import CachedForward
 from llada2_fast.model import LLaDA2Model
 
 METRICS = {

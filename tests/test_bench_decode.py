@@ -124,7 +124,7 @@ def test_parts_are_really_off(model):
 
 
 def test_replaced_operations_are_called_and_put_back(model, monkeypatch):
-    import llada2_fast.decoder
+    import llada2_fast.decoding.decoder
     import llada2_fast.model
 
     called = []
@@ -140,7 +140,7 @@ def test_replaced_operations_are_called_and_put_back(model, monkeypatch):
         assert set(called) == expected
         called.clear()
     assert llada2_fast.model.experts is experts
-    assert llada2_fast.decoder.refine_step is not peers.scheduler_step
+    assert llada2_fast.decoding.decoder.refine_step is not peers.scheduler_step
 
 
 def test_masked_experts_is_the_same_function(model):

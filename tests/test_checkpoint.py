@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llada2_fast import checkpoint
-from llada2_fast.checkpoint import CheckpointError
 from llada2_fast.config import ModelConfig
 from llada2_fast.model import LLaDA2Model
+from llada2_fast.weights import checkpoint
+from llada2_fast.weights.checkpoint import CheckpointError
 
 SETS = ["tiny", "group", "variant", "flat", "moe256", "bf16", "block22"]
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"

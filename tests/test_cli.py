@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from llada2_fast import __version__, cli, demo, doctor, options
+from llada2_fast import __version__, demo
+from llada2_fast.cli import doctor, options
+from llada2_fast.cli import commands as cli
 from llada2_fast.config import DecodeParams
 
 ROOT = Path(__file__).parent.parent

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from llada2_fast import decoder as decoder_module
 from llada2_fast.cache import PagedKVCache
 from llada2_fast.config import DecodeParams
-from llada2_fast.decoder import BlockDecoder, CachedForward, run
+from llada2_fast.decoding import decoder as decoder_module
+from llada2_fast.decoding.decoder import BlockDecoder, CachedForward, run
 from llada2_fast.kernels import refine
 from llada2_fast.model import LLaDA2Model
 

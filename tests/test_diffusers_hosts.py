@@ -17,7 +17,7 @@ import llada2_fast
 from llada2_fast import BlockRefinementScheduler, LLaDA2Model, demo
 from llada2_fast.demo import tasks
 from llada2_fast.demo.tokenizer import render
-from llada2_fast.tokens import load_tokenizer
+from llada2_fast.weights.special_tokens import load_tokenizer
 
 diffusers = pytest.importorskip("diffusers", minversion="0.38")
 callbacks = pytest.importorskip("diffusers.callbacks")
@@ -148,7 +148,7 @@ def test_a_saved_pipeline_in_another_process(model, tmp_path, first):
     code = f"{first}; pipe = diffusers.DiffusionPipeline.from_pretrained({str(tmp_path)!r})"
     code += "; print(type(pipe.model).__module__, type(pipe.scheduler).__module__)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.split() == ["llada2_fast.model", "llada2_fast.scheduler"], done.stderr
+    assert done.stdout.split() == ["llada2_fast.model", "llada2_fast.adapters.diffusers.scheduler"], done.stderr
 
 
 def test_our_scheduler_says_so_if_its_blocks_are_not_the_models(model, tokenizer):

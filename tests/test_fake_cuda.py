@@ -15,7 +15,7 @@ from triton.runtime.jit import JITFunction
 
 from llada2_fast import Engine, EngineConfig
 from llada2_fast.config import DecodeParams
-from llada2_fast.graphs import StepGraph
+from llada2_fast.decoding.graph_runner import StepGraph
 from llada2_fast.kernels import candidates, fp8, norm, refine
 from llada2_fast.model import LLaDA2Model
 from tests.kernels.interpreter import interpreted

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from llada2_fast.config import DecodeParams
-from llada2_fast.decoder import BlockDecoder
+from llada2_fast.decoding.decoder import BlockDecoder
+from llada2_fast.decoding.inputs import resolve_ids
 from llada2_fast.generate import GenerateOutput, generate
 from llada2_fast.kernels.refine import RefineOutput
 from llada2_fast.model import LLaDA2Model
-from llada2_fast.requests import resolve_ids
 
 GOLDEN = Path(__file__).parent / "golden"
 MASK, PAD, VOCAB = 255, 252, 256  # of the golden set "tiny"; its EOS id is its pad id

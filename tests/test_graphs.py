@@ -5,12 +5,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from llada2_fast import graphs
 from llada2_fast.cache import PagedKVCache
 from llada2_fast.config import DecodeParams
-from llada2_fast.decoder import BlockDecoder, CachedForward, GraphedForward, run
+from llada2_fast.decoding import graph_runner as graphs
+from llada2_fast.decoding.decoder import BlockDecoder, CachedForward, GraphedForward, run
+from llada2_fast.decoding.graph_runner import Report, StepGraph
 from llada2_fast.generate import _graphed_decoder
-from llada2_fast.graphs import Report, StepGraph
 from llada2_fast.model import LLaDA2Model
 
 

@@ -15,21 +15,16 @@ ROOT = Path(__file__).parent.parent
 # Bottom first. A module imports from its own tier's lower tiers only, so modules of one tier never import each other.
 # A package counts as one module. A module that is not here fails the test: enter it where it belongs.
 TIERS = [
-    {"folders", "machine"},
+    {"folders"},
     {"kernels", "config", "outputs"},
-    {"names", "habits"},
-    {"checkpoint", "cache", "conversion"},
-    {"tokens"},
+    {"weights", "cache"},
     {"model"},
-    {"graphs"},
-    {"decoder"},
-    {"trace", "requests", "foreign", "callbacks", "refinement"},
-    {"generate", "pipeline", "scheduler", "engine"},
+    {"decoding"},
+    {"refinement", "generate", "engine"},
     {"demo"},
     {"server", "adapters", "distributed"},
     {"__init__"},
-    {"options", "benchmarks"},
-    {"doctor"},
+    {"benchmarks"},
     {"cli"},
     {"__main__"},
 ]
@@ -38,12 +33,11 @@ TIER = {module: height for height, tier in enumerate(TIERS) for module in tier}
 # (importing module, qualified name of the function, imported module): the only imports that point upwards.
 LAZY_UPWARD = {
     ("model", "LLaDA2Model.generate", "generate"),
-    ("pipeline", "LLaDA2Pipeline.from_pretrained", "scheduler"),
 }
 
 # Packages a module may import when it is itself imported; everything else belongs inside the function that needs it.
 CORE = {"torch", "triton", "transformers", "numpy", "safetensors", "tokenizers", "huggingface_hub", "tqdm"}
-NARROWER = {"kernels": {"torch", "triton"}, "config": {"torch"}}
+NARROWER = {"kernels": {"torch", "triton"}, "config": {"torch", "numpy"}}
 NEVER = {"kernels", "tests", "benchmarks"}  # `kernels` is Hugging Face's; ours is llada2_fast.kernels
 
 
@@ -127,11 +121,11 @@ def test_imports_point_downwards(path):
         ("kernels", "from llada2_fast.config import ModelConfig"),
         ("kernels", "import numpy"),
         ("config", "from .kernels import refine"),
-        ("cache", "from .checkpoint import load"),
-        ("decoder", "def run():\n    from . import generate"),
-        ("pipeline", "from .scheduler import BlockRefinementScheduler"),
-        ("scheduler", "import diffusers"),
-        ("trace", "try:\n    import matplotlib\nexcept ImportError:\n    matplotlib = None"),
+        ("cache", "from .weights import checkpoint"),
+        ("decoding", "def run():\n    from . import generate"),
+        ("generate", "from .adapters.diffusers.scheduler import BlockRefinementScheduler"),
+        ("adapters", "import diffusers"),
+        ("decoding", "try:\n    import matplotlib\nexcept ImportError:\n    matplotlib = None"),
         ("generate", "from llada2_fast import LLaDA2Model"),
         ("model", "from . import generate"),
         ("model", "class LLaDA2Model:\n    def forward(self):\n        from .generate import generate"),
@@ -148,8 +142,8 @@ def test_layering_finds(module, source):
     [
         ("kernels", "import math\nimport torch\nfrom . import philox\nfrom .philox import uniform"),
         ("model", "class LLaDA2Model:\n    def generate(self):\n        from .generate import generate"),
-        ("pipeline", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import diffusers"),
-        ("scheduler", "def convert():\n    import diffusers"),
+        ("adapters", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import diffusers"),
+        ("adapters", "def convert():\n    import diffusers"),
         ("cli", "from . import __version__, generate"),
         ("__init__", "from .generate import generate\nfrom .kernels import refine"),
     ],
@@ -187,8 +181,8 @@ def sync_faults(source):
 
 
 def no_sync_files():
-    paths = [ROOT / "llada2_fast" / name for name in ("model.py", "decoder.py", "graphs.py")]
-    return [*python_files("kernels"), *filter(Path.exists, paths)]
+    rooms = python_files("llada2_fast/decoding")
+    return [*python_files("kernels"), ROOT / "llada2_fast" / "model.py", *(p for p in rooms if p.stem != "inputs")]
 
 
 @pytest.mark.parametrize("path", no_sync_files(), ids=lambda path: str(path.relative_to(ROOT)))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llada2_fast import machine
+from llada2_fast.cli import machine
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA")
@@ -40,7 +40,7 @@ def test_what_is_asked_of_which_processor(vendor, flags, more):
 
 
 def test_a_program_sets_what_is_not_set():
-    code = "from llada2_fast.machine import prepare; new = prepare(); print(json.dumps([new, dict(os.environ)]))"
+    code = "from llada2_fast.cli.machine import prepare; new = prepare(); print(json.dumps([new, dict(os.environ)]))"
     new, environment = run(code)
     assert {"OMP_NUM_THREADS", "OMP_WAIT_POLICY"} <= new.keys() <= set(NAMES)
     assert new.items() <= environment.items()
@@ -50,7 +50,7 @@ def test_a_program_sets_what_is_not_set():
 
 
 def test_it_is_too_late_once_torch_is_there():
-    assert run("import torch; from llada2_fast.machine import prepare; print(json.dumps(prepare()))") == {}
+    assert run("import torch; from llada2_fast.cli.machine import prepare; print(json.dumps(prepare()))") == {}
 
 
 def test_a_library_call_changes_nothing_of_its_host():
@@ -79,7 +79,7 @@ def test_a_small_network_gets_one_thread_unless_the_number_is_given():
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
 def test_no_more_threads_than_processors():
     one = f"os.sched_setaffinity(0, {{{min(os.sched_getaffinity(0))}}})"
-    assert run(f"{one}; from llada2_fast.machine import processors; print(processors())") == 1
+    assert run(f"{one}; from llada2_fast.cli.machine import processors; print(processors())") == 1
 
 
 def test_doctor_says_what_was_found():

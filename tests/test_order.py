@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import order, quality
 from llada2_fast import LLaDA2Model, demo
-from llada2_fast.tokens import load_tokenizer
+from llada2_fast.weights.special_tokens import load_tokenizer
 
 EDITED = "Spell 8313, 602, 939."  # at a threshold of 0.5 its second block is edited
 

@@ -10,7 +10,7 @@ import torch
 from benchmarks import harness, quality, sampling
 from llada2_fast import DecodeParams, LLaDA2Model, demo
 from llada2_fast.demo import tasks
-from llada2_fast.tokens import load_tokenizer
+from llada2_fast.weights.special_tokens import load_tokenizer
 
 
 @pytest.fixture(scope="module")

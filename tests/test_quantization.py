@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llada2_fast import demo
-from llada2_fast.checkpoint import CheckpointError
 from llada2_fast.config import ModelConfig
 from llada2_fast.demo import tasks
 from llada2_fast.kernels import fp8
 from llada2_fast.kernels._triton import force_ops
 from llada2_fast.model import LLaDA2Model
-from llada2_fast.tokens import load_tokenizer
+from llada2_fast.weights.checkpoint import CheckpointError
+from llada2_fast.weights.special_tokens import load_tokenizer
 from tests.kernels.interpreter import interpreted
 
 LINEAR = (

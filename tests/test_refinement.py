@@ -9,7 +9,7 @@ import torch
 
 from llada2_fast import DecodeParams, LLaDA2Model, RefineParams, demo, refine_params
 from llada2_fast.cache import PagedKVCache
-from llada2_fast.decoder import BlockDecoder, CachedForward
+from llada2_fast.decoding.decoder import BlockDecoder, CachedForward
 from tests.test_readme import BLOCKS
 
 

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 
 from ..cache import PagedKVCache
-from ..decoder import PREFILL_TOKENS
+from ..decoding.decoder import PREFILL_TOKENS
+from ..decoding.inputs import check_prompts
 from ..kernels._ambient import isolated
 from ..kernels.attention import Run
 from ..model import Read, read_nothing
-from ..requests import check_prompts
 
 _REAL = {"dtype": torch.float64, "device": "cpu"}
 

@@ -19,12 +19,13 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from .. import checkpoint, demo
+from .. import demo
 from ..config import DTYPES, PRESETS, DecodeParams, EngineConfig, find_device
+from ..decoding.inputs import check_fit, resolve_ids
 from ..engine import Engine
 from ..model import LLaDA2Model
-from ..requests import check_fit, resolve_ids
-from ..tokens import load_tokenizer
+from ..weights import checkpoint
+from ..weights.special_tokens import load_tokenizer
 from .likelihood import likelihood_bound
 
 MODEL = "llada2_fast"

@@ -36,7 +36,7 @@ from dataclasses import dataclass
 import torch
 
 from ..config import DecodeParams
-from ..decoder import row_rules
+from ..decoding.decoder import row_rules
 from ..kernels import refine
 from ..kernels.refine import BlockState, RefineParams, refine_step
 

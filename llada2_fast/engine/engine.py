@@ -8,12 +8,12 @@ from dataclasses import replace
 
 from ..cache import PagedKVCache, content_keys
 from ..config import DecodeParams, EngineConfig, as_float, as_ids
-from ..decoder import BlockDecoder, CachedForward, GraphedForward, row_rules
-from ..requests import check_fit, resolve_ids, row_seed, row_seeds, split_prompts
-from .delivery import commit_block, draft_block, make_output, stops_inside
+from ..decoding.decoder import BlockDecoder, CachedForward, GraphedForward, row_rules
+from ..decoding.inputs import check_fit, resolve_ids, row_seed, row_seeds, split_prompts
+from .detokenizer import TextStream
+from .output_processor import commit_block, draft_block, make_output, stops_inside
 from .request import DEFAULTS, FINISHED, Event, Request, check_params
 from .scheduler import Scheduler
-from .text import TextStream
 
 # What a forward may raise: all requests in it fail, the engine goes on. AssertionErrors are bugs of ours and raised.
 FAULTS = (ArithmeticError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)

@@ -5,10 +5,10 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from ..config import DecodeParams
-from ..decoder import Counters, Row
-from ..trace import Event as TraceEvent
-from ..trace import Trace
-from .text import TextStream
+from ..decoding.decoder import Counters, Row
+from ..decoding.trace import Event as TraceEvent
+from ..decoding.trace import Trace
+from .detokenizer import TextStream
 
 WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
 DEFAULTS = DecodeParams()

@@ -8,11 +8,11 @@ import torch
 
 from llada2_fast import demo
 from llada2_fast.config import DecodeParams, EngineConfig, ModelConfig
-from llada2_fast.decoder import GraphedForward
+from llada2_fast.decoding.decoder import GraphedForward
 from llada2_fast.engine import Engine
 from llada2_fast.generate import generate
 from llada2_fast.model import LLaDA2Model
-from llada2_fast.tokens import load_tokenizer
+from llada2_fast.weights.special_tokens import load_tokenizer
 
 LENGTH, VOCAB, MASK, EOS = 4, 24, 23, 22
 UNDERTRAINED = Path(__file__).parent.parent / "data" / "undertrained"

@@ -11,9 +11,9 @@ import torch
 from transformers import BatchEncoding
 
 from llada2_fast.config import PRESETS, DecodeParams, EngineConfig
+from llada2_fast.decoding.graph_runner import StepGraph
 from llada2_fast.demo import tasks
 from llada2_fast.engine import Engine
-from llada2_fast.graphs import StepGraph
 from llada2_fast.model import LLaDA2Model
 from tests.engine.common import (
     MASK,

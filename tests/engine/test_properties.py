@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from llada2_fast.config import DecodeParams
+from llada2_fast.decoding.graph_runner import StepGraph
 from llada2_fast.engine import QueueFull
-from llada2_fast.graphs import StepGraph
 from tests.engine.common import (
     PARAMS,
     UNDERTRAINED,

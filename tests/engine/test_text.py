@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llada2_fast.engine.text import TextStream
+from llada2_fast.engine.detokenizer import TextStream
 from tests.engine.common import tokenizer
 
 texts_of = st.text(alphabet="ab é漢🙂\n.{}four twenty", max_size=40)

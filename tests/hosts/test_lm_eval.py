@@ -15,7 +15,7 @@ from benchmarks import quality
 from llada2_fast import LLaDA2Model, demo
 from llada2_fast.adapters.likelihood import _masks, likelihood_bound
 from llada2_fast.demo import tasks
-from llada2_fast.tokens import load_tokenizer
+from llada2_fast.weights.special_tokens import load_tokenizer
 
 pytestmark = pytest.mark.hosts
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm-eval: pip install lm-eval")

@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from llada2_fast import LLaDA2Model, demo
 from llada2_fast.adapters import sglang as adapter
-from llada2_fast.decoder import row_rules
+from llada2_fast.decoding.decoder import row_rules
 from llada2_fast.kernels import refine
-from llada2_fast.tokens import load_tokenizer
+from llada2_fast.weights.special_tokens import load_tokenizer
 from tests.hosts.sglang_host import Runner, batch_of, dllm_config, hot_sampling, make_requests, serve
 from tests.hosts.sglang_stubs import EXEC, sglang
 from tests.kernels.interpreter import interpreted

@@ -12,8 +12,8 @@ from transformers import GenerationConfig, StoppingCriteriaList, StopStringCrite
 from transformers.utils import ModelOutput
 
 from ...config import DecodeParams
-from ...habits import GENERATING, is_neutral, token_ids
-from ...requests import padding_mask
+from ...config.habits import GENERATING, is_neutral, token_ids
+from ...decoding.inputs import padding_mask
 
 # The model cards' names for settings of a GenerationConfig.
 _CARD_NAMES = {

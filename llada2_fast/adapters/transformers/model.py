@@ -6,9 +6,9 @@ from pathlib import Path
 
 from transformers import GenerationConfig
 
-from ... import checkpoint, habits
-from ...config import ModelConfig
+from ...config import ModelConfig, habits
 from ...model import LLaDA2Model
+from ...weights import checkpoint
 from .config import CONFIGS, LLaDA2MoeConfig
 from .generation import LLaDA2GenerationMixin
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ...config import DecodeParams
-from ...decoder import row_rules
+from ...decoding.decoder import row_rules
 from ...refinement import (
     ABSENT,
     BLOCK_DONE,

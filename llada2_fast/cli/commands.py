@@ -14,7 +14,7 @@ import time
 from dataclasses import asdict
 from importlib import import_module
 
-from . import __version__
+from .. import __version__
 from .doctor import doctor
 from .machine import prepare
 from .options import Help, add_model_options, decoding, encode, fit, load_model
@@ -181,7 +181,7 @@ def _chat(args):
 def _bench(args):
     sys.argv[0], invoked = f"llada2-fast bench {args.benchmark}", sys.argv[0]  # its parser calls itself so
     try:
-        return import_module(f".benchmarks.{BENCHMARKS[args.benchmark][0]}", __package__).main(args.options) or 0
+        return import_module(f"llada2_fast.benchmarks.{BENCHMARKS[args.benchmark][0]}").main(args.options) or 0
     except ModuleNotFoundError as error:
         raise ValueError(f'{error}: bench {args.benchmark} needs pip install "llada2-fast[test]"') from error
     finally:
@@ -242,7 +242,7 @@ def _unmarked(data):
 
 def _load(args):
     """(model, tokenizer) as the options say."""
-    from .tokens import load_tokenizer
+    from ..weights.special_tokens import load_tokenizer
 
     model, folder = load_model(args)
     return model, load_tokenizer(folder)

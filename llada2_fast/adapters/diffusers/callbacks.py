@@ -2,7 +2,7 @@
 
 import torch
 
-from .kernels import refine
+from ...kernels import refine
 
 TENSORS = (
     "block_x", "x0", "x0_p", "transfer_index", "editing_transfer_index", "sampled_tokens", "sampled_probs",

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import torch
 
-from .config import DTYPES, find_device
+from . import DTYPES, find_device
 
 HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")  # of checkpoint.resolve
 

@@ -6,8 +6,8 @@ Both call `model(ids, attention_mask=, position_ids=).logits` and are called as 
 
 import torch
 
-from .decoder import Forward
-from .model import block_causal_mask
+from ...decoding.decoder import Forward
+from ...model import block_causal_mask
 
 
 def model_device(model):

@@ -14,16 +14,10 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from . import checkpoint, habits
-from .cache import PagedKVCache
-from .callbacks import CANDIDATES, TENSORS, rewrite, step_tensors
-from .config import MODEL_TYPES, SAMPLING_METHODS, DecodeParams
-from .decoder import BlockDecoder, CachedForward
-from .foreign import BlockCausalForward, WindowForward, model_device
-from .kernels import refine
-from .model import LLaDA2Model
-from .outputs import Output
-from .requests import (
+from ...cache import PagedKVCache
+from ...config import MODEL_TYPES, SAMPLING_METHODS, DecodeParams, habits
+from ...decoding.decoder import BlockDecoder, CachedForward
+from ...decoding.inputs import (
     check_fit,
     check_prompts,
     checked_sampling,
@@ -31,7 +25,13 @@ from .requests import (
     row_seeds,
     sharpened,
 )  # fmt: skip
-from .tokens import load_tokenizer
+from ...kernels import refine
+from ...model import LLaDA2Model
+from ...outputs import Output
+from ...weights import checkpoint
+from ...weights.special_tokens import load_tokenizer
+from .callbacks import CANDIDATES, TENSORS, rewrite, step_tensors
+from .foreign import BlockCausalForward, WindowForward, model_device
 
 
 @dataclass(eq=False)

@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from .config import DTYPES, ModelConfig, parse_json
-from .kernels.fp8 import E4M3, quantize_weight
-from .names import (
+from ..config import DTYPES, ModelConfig, parse_json
+from ..kernels.fp8 import E4M3, quantize_weight
+from .weight_map import (
     STORED,
     CheckpointError,
     Entry,

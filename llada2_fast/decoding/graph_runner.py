@@ -11,10 +11,10 @@ from functools import lru_cache
 
 import torch
 
-from .kernels._ambient import lasting
-from .kernels.advance import RowBounds, advance
-from .kernels.attention import BlockBatch, pinned
-from .kernels.refine import CHANGED, FLAGS, refine_step
+from ..kernels._ambient import lasting
+from ..kernels.advance import RowBounds, advance
+from ..kernels.attention import BlockBatch, pinned
+from ..kernels.refine import CHANGED, FLAGS, refine_step
 
 
 class Slots:

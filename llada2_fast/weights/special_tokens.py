@@ -3,9 +3,8 @@
 import json
 from pathlib import Path
 
-from . import habits
+from ..config import habits, parse_json
 from .checkpoint import resolve
-from .config import parse_json
 
 NAMES = ("mask_token_id", "eos_token_id", "pad_token_id")
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")

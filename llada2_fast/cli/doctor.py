@@ -5,7 +5,7 @@ import os
 import platform
 import time
 
-from . import __version__
+from .. import __version__
 from .machine import choose_threads, processor, processors, wanted
 from .options import encode
 
@@ -14,7 +14,7 @@ QUESTION, ANSWER = "Add 847 and 96.", "7+6+0=13\n4+9+1=14\n8+0+1=09\nThe answer 
 
 def doctor(args):
     """Print the report, as JSON if args.json; returns the exit code."""
-    from .config import find_device
+    from ..config import find_device
 
     device = find_device()
     report = {
@@ -70,8 +70,8 @@ def _ops(device):
 
     import torch
 
-    from . import kernels
-    from .kernels import _triton
+    from .. import kernels
+    from ..kernels import _triton
 
     decisions = {}
     for file in sorted(info.name for info in iter_modules(kernels.__path__)):
@@ -91,9 +91,9 @@ def _ops(device):
 def _try_embedded_model(device):
     import torch
 
-    from . import demo
-    from .model import LLaDA2Model
-    from .tokens import load_tokenizer
+    from .. import demo
+    from ..model import LLaDA2Model
+    from ..weights.special_tokens import load_tokenizer
 
     model = LLaDA2Model.from_pretrained(demo.path(), dtype=torch.float32, device=device, progress=False)
     choose_threads(model)

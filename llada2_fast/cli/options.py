@@ -37,7 +37,7 @@ class Help(argparse.HelpFormatter):
     """Adds the defaults of DecodeParams. Getting them imports torch, which only the help of a subcommand waits for."""
 
     def _get_help_string(self, action):
-        from .config import DecodeParams
+        from ..config import DecodeParams
 
         default = None if action.dest in ("gen_length", "eos_early_stop") else getattr(DecodeParams, action.dest, None)
         return action.help if default is None or action.dest not in DECODING else f"{action.help} (default: {default})"
@@ -68,7 +68,7 @@ def decoding(args):
 
 def params(decoding):
     """DecodeParams of generate()'s keyword arguments."""
-    from .config import DecodeParams
+    from ..config import DecodeParams
 
     given = decoding | {"eos_ids": decoding.get("eos_id")}
     given.pop("eos_id", None)
@@ -88,11 +88,11 @@ def fit(decoding, model, rows):
 
 def load_model(args):
     """(LLaDA2Model, its folder) as the options say. ValueError if there is no such checkpoint, dtype or device."""
-    from . import demo
-    from .checkpoint import resolve
-    from .config import QUANTIZATIONS, find_device
-    from .habits import find_dtype
-    from .model import LLaDA2Model
+    from .. import demo
+    from ..config import QUANTIZATIONS, find_device
+    from ..config.habits import find_dtype
+    from ..model import LLaDA2Model
+    from ..weights.checkpoint import resolve
 
     dtype = find_dtype("float32" if args.dtype is None and args.model is None else args.dtype)
     if args.quantization not in (None, *QUANTIZATIONS):

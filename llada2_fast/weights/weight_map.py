@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from .config import ModelConfig
-from .kernels.fp8 import E4M3, scale_shape
+from ..config import ModelConfig
+from ..kernels.fp8 import E4M3, scale_shape
 
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": E4M3}  # safetensors' names
 

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 
-from . import checkpoint, habits
-from .config import SAMPLING_METHODS, as_float32, as_temperature, parse_json
-from .kernels import refine
-from .kernels.refine import BlockState, RefineParams, refine_step
-from .model import seen_block_length
-from .outputs import Output
-from .requests import check_temperature, checked_sampling, checked_thresholds, row_seeds, sharpened
+from ...config import SAMPLING_METHODS, as_float32, as_temperature, habits, parse_json
+from ...decoding.inputs import check_temperature, checked_sampling, checked_thresholds, row_seeds, sharpened
+from ...kernels import refine
+from ...kernels.refine import BlockState, RefineParams, refine_step
+from ...model import seen_block_length
+from ...outputs import Output
+from ...weights import checkpoint
 
 _MOST_STEPS = 2**20  # of a schedule, which is a tensor
 _NO_STEPS = 2**30  # as RefineParams.steps: the built-in quota is then at most one, ours comes as min_transfer

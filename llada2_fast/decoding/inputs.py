@@ -7,8 +7,8 @@ from numbers import Integral
 import numpy as np
 import torch
 
-from .config import as_float, as_float32, as_temperature
-from .habits import as_bool, as_tensor, check_vocabulary, holds_ids, token_ids
+from ..config import as_float, as_float32, as_temperature
+from ..config.habits import as_bool, as_tensor, check_vocabulary, holds_ids, token_ids
 
 
 def split_prompts(inputs, attention_mask=None, name="inputs"):

@@ -2,8 +2,8 @@
 
 from itertools import takewhile
 
-from ..decoder import Counters
-from ..trace import Trace, events_of
+from ..decoding.decoder import Counters
+from ..decoding.trace import Trace, events_of
 from .request import Event, RequestOutput
 
 

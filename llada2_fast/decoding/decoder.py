@@ -13,13 +13,13 @@ from itertools import accumulate
 import torch
 from tqdm.auto import tqdm
 
-from .config import DecodeParams
-from .graphs import Report, Slots, StepGraph
-from .kernels import refine
-from .kernels._ambient import lasting
-from .kernels.attention import Run
-from .kernels.refine import BlockState, RefineParams, needed_positions, refine_step
-from .model import Read, read_nothing
+from ..config import DecodeParams
+from ..kernels import refine
+from ..kernels._ambient import lasting
+from ..kernels.attention import Run
+from ..kernels.refine import BlockState, RefineParams, needed_positions, refine_step
+from ..model import Read, read_nothing
+from .graph_runner import Report, Slots, StepGraph
 
 # Prompt tokens of one prefill forward, by device; longer prompts go in chunks of whole blocks. On a CPU chunks keep the
 # peak of memory down whatever the prompt's length; 192 took another third off it and a prefill took 14 to 18 % longer.

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from .kernels.fp8 import E4M3
+from ..kernels.fp8 import E4M3
 
 
 class NeverNarrower(nn.Module):

@@ -1,0 +1,111 @@
+"""DecodeParams: how one request is decoded."""
+
+from dataclasses import dataclass
+
+from .checks import (
+    FLOAT32,
+    INT64,
+    as_flag,
+    as_float,
+    as_float32,
+    as_ids,
+    as_int,
+    as_temperature,
+    bad,
+    check,
+    choice,
+    put,
+)
+
+SAMPLING_METHODS = ("auto", "greedy", "multinomial")
+PROFILES = ("default", "hf-2.0", "hf-2.1", "sglang-lowconf", "sglang-joint")
+PRESETS = {  # the modes of the LLaDA2.1 model card
+    "quality": {"threshold": 0.7, "editing_threshold": 0.5, "max_post_steps": 16},
+    "speed": {"threshold": 0.5, "editing_threshold": 0.0, "max_post_steps": 16},
+}
+
+
+@dataclass(frozen=True)
+class DecodeParams:
+    """How one request is decoded. Defaults are those of the LLaDA2.1 card's generate(), but editing is off.
+
+    A drawn token's confidence is what the model itself gives it, its probability at temperature 1 among all tokens, so
+    that thresholds mean the same at any temperature, `top_k` and `top_p`; under the profiles it is the probability of
+    the draw, as on the cards and in diffusers: near 1 at a low temperature or with narrow filters, where whole blocks
+    are committed at once.
+    `block_length` None = the model's; `threshold` and `editing_threshold` are strict and may exceed 1 (never reached);
+    `editing_threshold` None = off, 0.0 = edit whenever the candidate differs (under `hf-2.1` None = the card's 0.9,
+    under `sglang-joint` SGLang's 0.0); `top_k` None or 0 and `top_p` None or >= 1 = off (kept as None);
+    `eos_ids` None = the checkpoint's, () = none, an id outside the vocabulary never occurs; `seed` is an int64,
+    None = drawn from torch's generator where tokens are drawn; `attend_tail` denoises the last block whole;
+    `num_to_transfer` belongs to `hf-2.1` alone. The `sglang` profiles, SGLang's LowConfidence and JointThreshold, read
+    neither `steps` nor `minimal_topk`."""
+
+    gen_length: int = 2048
+    block_length: int | None = None
+    steps: int = 32
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    sampling_method: str = "auto"
+    threshold: float = 0.95
+    editing_threshold: float | None = None
+    max_post_steps: int = 16
+    minimal_topk: int = 1
+    num_to_transfer: int = 1
+    eos_early_stop: bool = False
+    eos_ids: tuple[int, ...] | None = None
+    mask_id: int | None = None
+    pad_id: int | None = None
+    seed: int | None = None
+    attend_tail: bool = True
+    profile: str = "default"
+
+    def __post_init__(self):
+        for name in ("gen_length", "steps", "minimal_topk", "num_to_transfer"):
+            check(self, name, as_int, 1)
+        check(self, "max_post_steps", as_int, 0)
+        for name, low in (("block_length", 1), ("top_k", 0), ("mask_id", 0), ("pad_id", 0)):
+            if getattr(self, name) is not None:
+                check(self, name, as_int, low)
+        put(self, "top_k", self.top_k or None)
+        check(self, "temperature", as_float, f">= 0 and at most {FLOAT32.max:.4g}", lambda x: 0 <= x <= FLOAT32.max)
+        put(self, "temperature", as_temperature(self.temperature))
+        check(self, "threshold", as_float, ">= 0", lambda x: x >= 0)
+        put(self, "threshold", as_float32(self.threshold))
+        if self.editing_threshold is not None:
+            check(self, "editing_threshold", as_float, ">= 0, or None for off", lambda x: x >= 0)
+            put(self, "editing_threshold", as_float32(self.editing_threshold))
+        if self.top_p is not None:
+            check(self, "top_p", as_float, "above 0, or None for off", lambda x: x > 0)
+            put(self, "top_p", self.top_p if self.top_p < 1 else None)
+        for name in ("eos_early_stop", "attend_tail"):
+            check(self, name, as_flag)
+        if self.eos_ids is not None:
+            put(self, "eos_ids", as_ids("eos_ids", self.eos_ids))
+        if self.seed is not None:
+            check(self, "seed", as_int, -INT64, INT64 - 1)
+        check(self, "sampling_method", choice, SAMPLING_METHODS)
+        check(self, "profile", choice, PROFILES)
+        self._check_profile()
+
+    @property
+    def draws(self) -> bool:
+        """Tokens are drawn at random, not the most likely ones."""
+        return self.temperature > 0 and self.sampling_method != "greedy"
+
+    @classmethod
+    def preset(cls, name, **changes) -> "DecodeParams":
+        """One of PRESETS, "quality" or "speed", with other fields as given."""
+        return cls(**PRESETS[choice("preset", name, tuple(PRESETS))] | changes)
+
+    def _check_profile(self):
+        if self.num_to_transfer != 1 and self.profile != "hf-2.1":
+            raise bad("num_to_transfer", self.num_to_transfer, f"1 outside profile='hf-2.1', not {self.profile!r}")
+        if self.profile != "default" and not self.attend_tail:
+            raise bad("attend_tail", self.attend_tail, f"True under profile={self.profile!r}")
+        if self.profile in ("hf-2.0", "sglang-lowconf") and self.editing_threshold is not None:
+            allowed = f"None under profile={self.profile!r}, which has no editing"
+            raise bad("editing_threshold", self.editing_threshold, allowed)
+        if self.editing_threshold is None:
+            put(self, "editing_threshold", {"hf-2.1": 0.9, "sglang-joint": 0.0}.get(self.profile))
