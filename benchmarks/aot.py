@@ -33,10 +33,11 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.cache import triton_key
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from llada2_fast.kernels import advance, attention, candidates, fp8, moe, norm, refine, rope, router
+from llada2_fast.kernels import advance, attention, candidates, moe, norm, refine, rope, router
 from llada2_fast.kernels._ambient import settle_key
 from llada2_fast.kernels._triton import force_ops
-from llada2_fast.kernels.gemm import Scaled
+from llada2_fast.kernels.fp8 import FP8, linear, scale_shape
+from llada2_fast.kernels.gemm import QuantTensor
 
 VOCAB, MASK_ID = 157184, 156895  # LLaDA2.0 and 2.1
 
@@ -50,7 +51,7 @@ SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, 
 NO_SPILLS = ("sm_80", "sm_90")  # spilling fails there
 MAY_FAIL = ("gfx942",)  # never run; kept compiling as far as Triton goes
 FMA_FOR_MUL = ("sm_80",)  # its only product of bfloat16 is an fma, which adds -0
-NO_FLOAT8 = ("sm_80",)  # kernels on float8 are not compiled there, and refused at run time
+NO_FP8 = ("sm_80",)  # kernels on fp8 are not compiled there, and refused at run time
 
 
 class Launch(NamedTuple):
@@ -167,30 +168,30 @@ def _norm(dtype, size, add):
         norm.add_rms_norm(x, x, weight, 1e-6) if add else norm.rms_norm(x, weight, 1e-6)
 
 
-def _weight(*shape, dtype, float8=False, parts=1):
-    scale = _meta(*fp8.scale_shape(shape, parts)) if float8 else None
-    return Scaled(_meta(*shape, dtype=fp8.E4M3 if float8 else dtype), scale)
+def _weight(*shape, dtype, fp8=False, parts=1):
+    scale = _meta(*scale_shape(shape, parts)) if fp8 else None
+    return QuantTensor(_meta(*shape, dtype=FP8 if fp8 else dtype), scale)
 
 
-def _moe(dtype, hidden, inner, tokens, capacity=None, gate=None, shared=True, float8=False, experts=256, top_k=8):
+def _moe(dtype, hidden, inner, tokens, capacity=None, gate=None, shared=True, fp8=False, experts=256, top_k=8):
     h, blocks = _meta(tokens, hidden, dtype=dtype), _meta(tokens // 32, dtype=torch.int64)
     router_weight, bias = _meta(experts, hidden, dtype=gate or dtype), _meta(experts)
-    kind = dict(dtype=dtype, float8=float8)
+    kind = dict(dtype=dtype, fp8=fp8)
     weights = _weight(experts, 2 * inner, hidden, parts=2, **kind), _weight(experts, hidden, inner, **kind)
     beside = _weight(2 * inner, hidden, parts=2, **kind), _weight(hidden, inner, **kind)
     with force_ops("triton"):
         block = capacity and router.TokenBlocks(None, blocks)
-        routing = router.route(h, router_weight, bias, top_k, 8, 4, 2.5, capacity, block, float8=float8)
+        routing = router.route(h, router_weight, bias, top_k, 8, 4, 2.5, capacity, block, fp8=fp8)
         moe.experts(h, routing, *weights, beside if shared else None)
 
 
 def _fp8_linear(tokens, rows, columns):
     with force_ops("triton"):
-        fp8.linear(_meta(tokens, columns, dtype=torch.bfloat16), *_weight(rows, columns, dtype=None, float8=True))
+        linear(_meta(tokens, columns, dtype=torch.bfloat16), *_weight(rows, columns, dtype=None, fp8=True))
 
 
 def _fp8_mlp(tokens, hidden, inner):
-    kind = dict(dtype=None, float8=True)
+    kind = dict(dtype=None, fp8=True)
     with force_ops("triton"):
         gate_up, down = _weight(2 * inner, hidden, parts=2, **kind), _weight(hidden, inner, **kind)
         moe.mlp(_meta(tokens, hidden, dtype=torch.bfloat16), gate_up, down)
@@ -235,8 +236,8 @@ SCENARIOS = {
     **{f"moe flash 2.2 T={t}": lambda t=t: _moe(torch.bfloat16, 4096, 1024, t, capacity=48) for t in (32, 256)},
     "moe mini bf16 fp32 gate": lambda: _moe(torch.bfloat16, 2048, 512, 32, gate=torch.float32),
     "moe mini fp32 nothing shared": lambda: _moe(torch.float32, 2048, 512, 32, shared=False),
-    **{f"moe mini fp8 T={t}": lambda t=t: _moe(torch.bfloat16, 2048, 512, t, float8=True) for t in (32, 512, 4096)},
-    **{f"moe flash fp8 T={t}": lambda t=t: _moe(torch.bfloat16, 4096, 1024, t, float8=True) for t in (32, 512, 4096)},
+    **{f"moe mini fp8 T={t}": lambda t=t: _moe(torch.bfloat16, 2048, 512, t, fp8=True) for t in (32, 512, 4096)},
+    **{f"moe flash fp8 T={t}": lambda t=t: _moe(torch.bfloat16, 4096, 1024, t, fp8=True) for t in (32, 512, 4096)},
     "fp8 qkv mini": lambda: _fp8_linear(32, 3072, 2048),
     **{f"fp8 LM head mini T={tokens}": lambda t=tokens: _fp8_linear(t, VOCAB, 2048) for tokens in (32, 1024)},
     "fp8 qkv flash T=4096": lambda: _fp8_linear(4096, 5120, 4096),
@@ -370,9 +371,9 @@ def compile_all(targets=tuple(TARGETS), names=None, report=lambda result: None, 
         with recorded() as launches:
             call()
         for launch in launches:
-            float8 = any("fp8" in kind for kind in launch.signature.values())
+            fp8 = any("fp8" in kind for kind in launch.signature.values())
             for target in targets if launch.name not in seen else ():
-                if not (float8 and target in NO_FLOAT8):
+                if not (fp8 and target in NO_FP8):
                     work.append((launch, scenario, target))
             seen.add(launch.name)
     if not work:

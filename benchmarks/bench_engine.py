@@ -44,7 +44,7 @@ def workload(count, seed=0):
 
 
 def new_engine(model, running=IN_FLIGHT):
-    return Engine(model, EngineConfig(max_running=running, cache_tokens=running * 512, share_prefixes=False))
+    return Engine(model, EngineConfig(max_num_seqs=running, cache_tokens=running * 512, enable_prefix_caching=False))
 
 
 def one_by_one(model, jobs):
@@ -108,7 +108,8 @@ def against_diffusers(model, jobs):
 def host_cost(rows, steps=150):
     """Microseconds per step and row of the engine itself, at `rows` running rows; the network is a stand-in."""
     engine = Engine(
-        StandIn(lambda *_: 0.0, Clock()), EngineConfig(max_running=rows, cache_tokens=rows * 2048, max_waiting=2 * rows)
+        StandIn(lambda *_: 0.0, Clock()),
+        EngineConfig(max_num_seqs=rows, cache_tokens=rows * 2048, max_waiting=2 * rows),
     )
     params = DecodeParams(gen_length=1500, threshold=0.9, seed=0, eos_ids=())
     for i in range(rows):

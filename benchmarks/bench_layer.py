@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from llada2_fast.cache import PagedKVCache
-from llada2_fast.kernels.attention import Run
+from llada2_fast.kernels.attention import Span
 from llada2_fast.model import LLaDA2Model
 
 from . import harness
@@ -47,7 +47,7 @@ def measure(dtype, rounds):
     model = one_layer(dtype)
     layer, blocks = model.layers[0], PREFIX // BLOCK + 1
     cache = PagedKVCache(model.config, blocks, BLOCK, dtype, "cpu")
-    run = Run(tuple(range(blocks)), blocks - 1, 1, blocks * BLOCK)
+    run = Span(tuple(range(blocks)), blocks - 1, 1, blocks * BLOCK)
     tokens = torch.randint(0, 500, (BLOCK,), generator=torch.Generator().manual_seed(1))
     chosen = []
     hook = layer.mlp.router.register_forward_hook(lambda module, inputs, routing: chosen.append(routing.ids))

@@ -124,7 +124,7 @@ def new_engine(work, running):
     length = work.decoding.get("block_length") or work.model.block_length
     longest = max(map(len, prompts)) + work.decoding["gen_length"]
     config = EngineConfig(
-        block_length=length, mask_id=work.decoding.get("mask_id"), max_running=running, max_waiting=len(prompts),
+        block_length=length, mask_id=work.decoding.get("mask_id"), max_num_seqs=running, max_waiting=len(prompts),
         cache_tokens=running * -(-longest // length) * length, graphs=work.facts["graphs"],
     )  # fmt: skip
     return Engine(work.model, config)

@@ -171,10 +171,10 @@ def refinement():
         }  # fmt: skip
 
 
-def whole_step(float8):
+def whole_step(fp8):
     """A denoise step of mini, batch 1, prefix 1024: launches within its graph and, from the host, ahead of it."""
     machine = _NoData()
-    config = replace(CONFIGS["mini"], quantization="fp8") if float8 else CONFIGS["mini"]
+    config = replace(CONFIGS["mini"], quantization="fp8") if fp8 else CONFIGS["mini"]
     step = Step(machine, LLaDA2Model(config, dtype=machine.dtype, device=machine.device), 1, 1024)
     with force_ops("triton"), recorded() as kernels, Calls() as counted:
         step.graph.run()
@@ -182,9 +182,9 @@ def whole_step(float8):
         step.load()
     own = counted.launched
     assert own.pop("llada2_fast::refine_step") == 1  # without data it does nothing: what it launches is added
-    costs = step_costs(config, 1, 1024, 1 if float8 else 2)
+    costs = step_costs(config, 1, 1024, 1 if fp8 else 2)
     return {
-        "what": f"denoise step of mini, {'fp8' if float8 else 'bf16'}, batch 1, prefix 1024",
+        "what": f"denoise step of mini, {'fp8' if fp8 else 'bf16'}, batch 1, prefix 1024",
         "launches": len(kernels) + own.total() + len(launches("greedy")), "launches_of_torch": own.total(),
         "launches_outside_graph": ahead.launched.total(), "syncs": 0,
         "bytes": round(sum(cost.bytes for cost in costs.values())),
@@ -196,7 +196,7 @@ def steps():
     assert BLOCK == LENGTH
     forwards, calls = decodings()
     with torch.inference_mode():
-        kernels = [*refinement(), whole_step(float8=False), whole_step(float8=True)]
+        kernels = [*refinement(), whole_step(fp8=False), whole_step(fp8=True)]
     return {"part": "steps", "decodings": forwards, "calls": [*calls, around_the_graph()], "kernels": kernels}
 
 

@@ -35,14 +35,14 @@ def versions(machine):
     }  # fmt: skip
 
 
-def _network(machine, float8):
-    config = replace(machine.config("mini", float8), num_hidden_layers=LAYERS)
+def _network(machine, fp8):
+    config = replace(machine.config("mini", fp8), num_hidden_layers=LAYERS)
     return random_model(config, machine.dtype, machine.device)
 
 
-def step(machine, float8, captured):
+def step(machine, fp8, captured):
     """A step launched piece by piece; or captured, and its replay held against that bit by bit."""
-    made = gpu_steps.Step(machine, _network(machine, float8), machine.size(2, 2), machine.size(1024, 64))
+    made = gpu_steps.Step(machine, _network(machine, fp8), machine.size(2, 2), machine.size(1024, 64))
     if captured:
         return made.check()
     output, _ = made.graph.run()
@@ -50,9 +50,9 @@ def step(machine, float8, captured):
         raise ArithmeticError("the step's confidences are not finite")
 
 
-def decode(machine, float8):
+def decode(machine, fp8):
     """Two texts of the same prompts have the same tokens."""
-    model = _network(machine, float8)
+    model = _network(machine, fp8)
     inputs = gpu_decode.prompts(machine, model, 2)
     texts = [gpu_decode.text(model, inputs, machine.size(64, 32), 4) for _ in range(2)]
     if not torch.equal(*[text.sequences for text in texts]):
@@ -62,12 +62,12 @@ def decode(machine, float8):
 
 def engine(machine):
     """Rows that come and go through fewer slots, one of them drawing with top-k."""
-    model = _network(machine, float8=False)
+    model = _network(machine, fp8=False)
     mask_id, length = model.config.mask_token_id, machine.size(48, 16)
     params = DecodeParams(gen_length=length, steps=4, threshold=2.0, mask_id=mask_id, eos_ids=(-1,))
     kinds = [params, params, replace(params, temperature=0.8, top_k=7, seed=3), params]
     slots = EngineConfig(
-        block_length=32, mask_id=mask_id, max_running=2, cache_tokens=4096, graphs=not machine.dry, trace=False
+        block_length=32, mask_id=mask_id, max_num_seqs=2, cache_tokens=4096, graphs=not machine.dry, trace=False
     )  # fmt: skip
     served = Engine(model, slots)
     prompt = gpu_decode.prompts(machine, model, 1)[0].cpu()
@@ -80,10 +80,10 @@ def engine(machine):
 def checks():
     """{name: function(machine) -> values for its line, or None}, from small to large."""
     found = {"versions": versions} | {f"gate {name}": gate for name, gate in gpu_gates.GATES.items()}
-    for kind, float8 in (("bf16", False), ("fp8", True)):
-        found[f"step {kind} launched"] = partial(step, float8=float8, captured=False)
-        found[f"step {kind} captured"] = partial(step, float8=float8, captured=True)
-        found[f"decode {kind}"] = partial(decode, float8=float8)
+    for kind, fp8 in (("bf16", False), ("fp8", True)):
+        found[f"step {kind} launched"] = partial(step, fp8=fp8, captured=False)
+        found[f"step {kind} captured"] = partial(step, fp8=fp8, captured=True)
+        found[f"decode {kind}"] = partial(decode, fp8=fp8)
     return found | {"engine bf16": engine}
 
 

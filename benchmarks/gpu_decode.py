@@ -54,8 +54,8 @@ def block_seconds(machine, model, inputs, steps, lengths):
     return (times[1] - times[0]) * BLOCK / (lengths[1] - lengths[0]), times[1]
 
 
-def time_decode(machine, float8, batch):
-    model = machine.network("mini", float8)
+def time_decode(machine, fp8, batch):
+    model = machine.network("mini", fp8)
     batch, lengths = machine.size(batch, 2), (machine.size(SHORT, 32), machine.size(LONG, 64))
     inputs = prompts(machine, model, batch)
     text(model, inputs, BLOCK, STEPS[1])  # compiles
@@ -68,10 +68,10 @@ def time_decode(machine, float8, batch):
         "tok_s_tpf_8": batch * BLOCK / few, "tok_s_tpf_6.4": batch * BLOCK / many,
         "call_tok_s": batch * lengths[1] / whole,
     }  # fmt: skip
-    costs = step_costs(model.config, batch, inputs.shape[1], 1 if float8 else 2)
+    costs = step_costs(model.config, batch, inputs.shape[1], 1 if fp8 else 2)
     result["floor_ms"] = floor_ms(costs, machine.bandwidth, machine.tflops)
     result["over_floor"] = result["ms_per_forward"] / result["floor_ms"]
-    return result | asked_per_step(machine, model, inputs) if batch == 1 and not float8 else result
+    return result | asked_per_step(machine, model, inputs) if batch == 1 and not fp8 else result
 
 
 def asked_per_step(machine, model, inputs):
@@ -103,8 +103,8 @@ def time_diffusers(machine):
 
 def points():
     found = [
-        Point(f"decode mini {'fp8' if float8 else 'bf16'} b{batch}", "decode", 16, partial(time_decode, float8=float8,
-              batch=batch), float8 and batch > 1)
-        for float8, batch in ((False, 1), (False, 32), (True, 1), (True, 32))
+        Point(f"decode mini {'fp8' if fp8 else 'bf16'} b{batch}", "decode", 16, partial(time_decode, fp8=fp8,
+              batch=batch), fp8 and batch > 1)
+        for fp8, batch in ((False, 1), (False, 32), (True, 1), (True, 32))
     ]  # fmt: skip
     return [*found, Point("decode diffusers", "decode", 12, time_diffusers, later=True)]

@@ -54,8 +54,8 @@ def refine_case(machine, modes):
     planted = torch.randint(vocab - 1, (rows, BLOCK, 1), device=device)
     logits.scatter_add_(2, planted, (8 + 8 * torch.rand(planted.shape, device=device)).to(machine.dtype))
     tokens = torch.full((rows, BLOCK), mask_id, device=device)
-    kind = torch.full_like(tokens, refine.VALID, dtype=torch.int8)
-    state = refine.BlockState.start_block(tokens, kind, torch.full((rows,), 1024, device=device))
+    kind = torch.full_like(tokens, refine.GENERATED, dtype=torch.int8)
+    state = refine.BlockState.fresh(tokens, kind, torch.full((rows,), 1024, device=device))
     flags = refine.BAN_MASK | refine.OWN_SOFTMAX
     params = each_row(rows, device, threshold=2.0, edit_threshold=2.0, max_steps=_NEVER, flags=flags)
     params.temperature.copy_(torch.tensor([float(mode != "greedy") for mode in modes]))
@@ -126,27 +126,27 @@ def gate_attention(machine):
     return {"relative_error": error}
 
 
-def moe_layer(machine, float8):
-    layer = MoE(machine.config("mini", float8), dtype=machine.dtype, device=machine.device).requires_grad_(False)
+def moe_layer(machine, fp8):
+    layer = MoE(machine.config("mini", fp8), dtype=machine.dtype, device=machine.device).requires_grad_(False)
     fill(layer)
     return layer
 
 
 @torch.no_grad()
-def gate_moe(machine, float8):
-    """Against float32 on the same weights; float8 against its own reference. Near-ties may route 1 in 200 otherwise."""
-    layer = moe_layer(machine, float8)
+def gate_moe(machine, fp8):
+    """Against float32 on the same weights; fp8 against its own reference. Near-ties may route 1 in 200 otherwise."""
+    layer = moe_layer(machine, fp8)
     errors, rerouted, counts = [], 0, (32, machine.size(1000, 48))
     for tokens in counts:
         h = machine.random(tokens, layer.router.weight.shape[1])
         with poisoned():
             out, ids = layer(h)
         with force_ops("torch"):
-            wanted, wanted_ids = layer(h) if float8 else copy.deepcopy(layer).float()(h.float())
+            wanted, wanted_ids = layer(h) if fp8 else copy.deepcopy(layer).float()(h.float())
         same = (ids == wanted_ids).all(1)
         errors.append(relative(out[same], wanted[same]))
         rerouted += int((~same).sum()) / sum(counts)
-    require("experts, relative error", max(errors), 2 * BF16_ERROR if float8 else BF16_ERROR)
+    require("experts, relative error", max(errors), 2 * BF16_ERROR if fp8 else BF16_ERROR)
     require("share of tokens routed otherwise", rerouted, 0.005)
     return {"relative_error": max(errors), "rerouted": rerouted}
 
@@ -199,8 +199,8 @@ def gate_rope(machine):
 GATES = {
     "refine": gate_refine,
     "attention": gate_attention,
-    "moe": partial(gate_moe, float8=False),
-    "moe fp8": partial(gate_moe, float8=True),
+    "moe": partial(gate_moe, fp8=False),
+    "moe fp8": partial(gate_moe, fp8=True),
     "norm": gate_norm,
     "rope": gate_rope,
 }

@@ -55,13 +55,13 @@ def time_attention(machine, batch, prefix, reference):
 
 
 @torch.no_grad()
-def time_moe(machine, tokens, float8, reference):
+def time_moe(machine, tokens, fp8, reference):
     tokens = machine.size(tokens, 16)
-    layer, config = moe_layer(machine, float8), machine.config("mini", float8)
+    layer, config = moe_layer(machine, fp8), machine.config("mini", fp8)
     h = machine.random(tokens, config.hidden_size)
     touched = layer(h)[1].unique().numel()
     expert = 3 * config.hidden_size * config.moe_intermediate_size
-    width = 1 if float8 else 2
+    width = 1 if fp8 else 2
     size = (touched + config.num_shared_experts) * expert * width + layer.router.weight.nbytes + 2 * h.nbytes
     operations = 2.0 * expert * tokens * (config.num_experts_per_tok + config.num_shared_experts)
     result = machine.account(machine.kernel_us([partial(layer, h)]), size, operations)
@@ -99,9 +99,9 @@ def points():
             measure = partial(time_attention, batch=batch, prefix=prefix, reference=first)
             add("attention", f"attention b{batch} p{prefix}", measure, first)
     for tokens in TOKENS:
-        for kernel, float8 in (("moe", False), ("moe fp8", True)):
+        for kernel, fp8 in (("moe", False), ("moe fp8", True)):
             first = tokens in (32, 1024)
-            measure = partial(time_moe, tokens=tokens, float8=float8, reference=first and not float8)
+            measure = partial(time_moe, tokens=tokens, fp8=fp8, reference=first and not fp8)
             add(kernel, f"{kernel} m{tokens}", measure, first)
     small = {
         "norm": partial(time_small, case=norm_case, op=norm.add_rms_norm, passes=4),  # x, delta in, sum and norm out

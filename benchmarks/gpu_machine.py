@@ -67,10 +67,10 @@ class Machine:
         """A size: the real one, in a dry run `most` at most."""
         return min(real, most) if self.dry else real
 
-    def config(self, name, float8=False):
+    def config(self, name, fp8=False):
         """ModelConfig of "mini" or "flash"; tiny in a dry run."""
         config = TINY if self.dry else CONFIGS[name]
-        return replace(config, quantization="fp8") if float8 else config
+        return replace(config, quantization="fp8") if fp8 else config
 
     def random(self, *shape, std=1.0):
         """Normal random numbers in the machine's dtype, made on the device."""
@@ -182,9 +182,9 @@ class Machine:
             "floor_us": floor, "over_floor": us / floor,
         }  # fmt: skip
 
-    def network(self, name, float8=False):
+    def network(self, name, fp8=False):
         """The random-weight "mini" or "flash"; kept until another one is asked for, which takes its place."""
-        config = self.config(name, float8)
+        config = self.config(name, fp8)
         if self._network is None or self._network.config != config:
             self._network = None
             shapes = LLaDA2Model(config, dtype=self.dtype, device="meta")

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from llada2_fast.kernels import moe, refine
 from llada2_fast.kernels._triton import force_ops
-from llada2_fast.kernels.attention import Run
+from llada2_fast.kernels.attention import Span
 from llada2_fast.kernels.norm import rms_norm_ref
 from llada2_fast.kernels.rope import qk_norm_rope_ref, rope_angles
 from llada2_fast.kernels.router import route_ref
@@ -34,7 +34,7 @@ def reference_step(step):
     """A call for the tokens [32]: forward over the cache, LM head, refinement; references under force_ops("torch")."""
     state, model = step.state, step.model
     pages = tuple(step.page_table[0].tolist())
-    runs = [Run(pages, len(pages) - 1, 1, len(pages) * BLOCK)]
+    runs = [Span(pages, len(pages) - 1, 1, len(pages) * BLOCK)]
     positions = step.prefix + torch.arange(BLOCK, device=state.tokens.device)
 
     def call():

@@ -51,9 +51,9 @@ def show(line):
     yield f"{line['launches']:6} {'':29} {total:>10}  in all; the replay takes {replay}, gaps are {gaps}"
 
 
-def profile_step(machine, float8, batch):
+def profile_step(machine, fp8, batch):
     sizes = machine.size(batch, 2), machine.size(1024, 64)
-    step = Step(machine, machine.network("mini", float8), *sizes, variant="carried")
+    step = Step(machine, machine.network("mini", fp8), *sizes, variant="carried")
     ms = machine.call_us(step.call, rounds=20, before=step.reset) / 1e3
     step.reset()
     events = machine.device_events(step.call)
@@ -68,7 +68,7 @@ def profile_step(machine, float8, batch):
 
 def points():
     return [
-        Point(f"profile mini {kind} b{batch} carried", "profile", 4, partial(profile_step, float8=float8, batch=batch))
-        for kind, float8 in (("bf16", False), ("fp8", True))
+        Point(f"profile mini {kind} b{batch} carried", "profile", 4, partial(profile_step, fp8=fp8, batch=batch))
+        for kind, fp8 in (("bf16", False), ("fp8", True))
         for batch in (1, 32)
     ]

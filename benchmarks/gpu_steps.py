@@ -52,8 +52,8 @@ class Step:
         self.cache.k.normal_()
         self.cache.v.normal_()
         tokens = torch.randint(config.mask_token_id, (batch, BLOCK), device=device)
-        kind = torch.full_like(tokens, refine.VALID, dtype=torch.int8)
-        self.state = refine.BlockState.start_block(tokens, kind, torch.full((batch,), prefix, device=device))
+        kind = torch.full_like(tokens, refine.GENERATED, dtype=torch.int8)
+        self.state = refine.BlockState.fresh(tokens, kind, torch.full((batch,), prefix, device=device))
         self.params = each_row(
             batch, device, threshold=2.0, edit_threshold=2.0, max_steps=2**30, flags=refine.BAN_MASK | refine.EDITING
         )
@@ -65,7 +65,7 @@ class Step:
         places = -(-batch // 4) if variant else 0  # see GraphedForward._size
         self.carried = places if variant == "carried real" else 0
         ended = slice(self.carried)
-        self.state.start[ended] -= BLOCK
+        self.state.block_start[ended] -= BLOCK
         self.state.frozen[ended] = refine.BLOCK_DONE
         slots.bounds.changed[ended] = refine.CHANGED
         self._kept = [(x, x.clone()) for x in (*vars(self.state).values(), slots.bounds.changed)]
@@ -108,9 +108,9 @@ class Step:
         return sum(counts) / len(counts)
 
 
-def time_step(machine, name, float8, batch, prefix, variant=""):
+def time_step(machine, name, fp8, batch, prefix, variant=""):
     batch, prefix = machine.size(batch, 2), machine.size(prefix, 64)
-    model = machine.network(name, float8)
+    model = machine.network(name, fp8)
     if not machine.dry:
         torch.cuda.reset_peak_memory_stats()
     step = Step(machine, model, batch, prefix, variant=variant)
@@ -123,7 +123,7 @@ def time_step(machine, name, float8, batch, prefix, variant=""):
     step.reset()
     launches = machine.counted(step.graph.run)["launches"]
     touched = step.touched()
-    costs = step_costs(model.config, batch, prefix, 1 if float8 else 2, carried=step.carried)
+    costs = step_costs(model.config, batch, prefix, 1 if fp8 else 2, carried=step.carried)
     measured = machine.bandwidth, machine.tflops
     floor, default = floor_ms(costs, *measured), floor_ms(costs, *GPUS.get(gpu_of(machine.name), measured))
     expected = touched_experts(model.config, (batch + step.carried) * BLOCK)
@@ -146,12 +146,12 @@ def points():
     first = [name for name in FIRST if name in named]
     found = []
     for later, names in ((False, first), (True, [name for name in named if name not in first])):
-        for kind, float8 in (("bf16", False), ("fp8", True)):  # networks change once a round, not at every point
+        for kind, fp8 in (("bf16", False), ("fp8", True)):  # networks change once a round, not at every point
             for name in names:
                 batch, prefix, variant = named[name]
-                measure = partial(time_step, name="mini", float8=float8, batch=batch, prefix=prefix, variant=variant)
+                measure = partial(time_step, name="mini", fp8=fp8, batch=batch, prefix=prefix, variant=variant)
                 found.append(Point(f"step mini {kind} {name}", "steps", 2 if later else 5, measure, later))
     for prefix in (1024, FLASH_ROOM - BLOCK):
-        measure = partial(time_step, name="flash", float8=True, batch=1, prefix=prefix)
+        measure = partial(time_step, name="flash", fp8=True, batch=1, prefix=prefix)
         found.append(Point(f"step flash fp8 b1 p{prefix}", "steps", 30, measure, True, memory=FLASH_MEMORY))
     return found

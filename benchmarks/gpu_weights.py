@@ -13,12 +13,12 @@ from llada2_fast.model import LLaDA2Model
 
 SHARP = 4.0  # of the QK-norms' weights: attention scores of standard deviation 16, so a query has few keys
 MASK_SCALE = 0.02  # of the mask's embedding
-FLOAT8_STD = 64.0  # of float8 values, which reach 448
+FP8_STD = 64.0  # of fp8 values, which reach 448
 _CHUNK = 2**26
 
 
 def random_model(config, dtype, device):
-    """LLaDA2Model of this config, float8 where it says so."""
+    """LLaDA2Model of this config, fp8 where it says so."""
     model = LLaDA2Model(config, dtype=dtype, device="meta").to_empty(device=device).eval()
     fill(model)
     model.word_embeddings.weight[config.mask_token_id] *= MASK_SCALE
@@ -41,7 +41,7 @@ def fill(module):
     for name, p in parameters.items():  # behind the others, for their scales were filled as if they were weights
         if p.dtype == torch.float8_e4m3fn:
             for part in p.view(-1).split(_CHUNK):
-                part.copy_(torch.randn(part.shape, dtype=torch.bfloat16, device=p.device).mul_(FLOAT8_STD))
+                part.copy_(torch.randn(part.shape, dtype=torch.bfloat16, device=p.device).mul_(FP8_STD))
             stem = name.removesuffix(".weight")
             scale = parameters[f"{stem}.scale" if stem != name else f"{stem}_scale"]
-            scale.fill_(p.shape[-1] ** -0.5 / FLOAT8_STD)
+            scale.fill_(p.shape[-1] ** -0.5 / FP8_STD)

@@ -76,14 +76,14 @@ def steps_of(config, dtype, sizes, pages, prefill, length=BLOCK):
     for tokens in prefill:
         count = tokens // length
         ids = torch.zeros(tokens, dtype=torch.int64, device=model.device)
-        run = attention.Run(tuple(i % cache.num_pages for i in range(count)), 0, count, tokens)
+        run = attention.Span(tuple(i % cache.num_pages for i in range(count)), 0, count, tokens)
         model.forward_blocks(ids, ids, [run], cache, read_nothing(model.device))
 
 
 def steps(machine):
     """Of LLaDA2-mini; all of its layers but the first and the last are alike."""
-    for float8 in (False, True):
-        config = replace(machine.config("mini", float8), num_hidden_layers=3)
+    for fp8 in (False, True):
+        config = replace(machine.config("mini", fp8), num_hidden_layers=3)
         steps_of(config, machine.dtype, SIZES, PAGES, PREFILL)
 
 
@@ -94,8 +94,8 @@ def kernels(machine):
             refine.refine_step(*gpu_gates.refine_case(machine, [mode] * batch), filters=mode == "filters")
         for prefix in gpu_kernels.PREFIXES:
             attention.block_attention(*gpu_gates.attention_case(machine, [prefix] * batch))
-    for float8 in (False, True):
-        layer = gpu_gates.moe_layer(machine, float8)
+    for fp8 in (False, True):
+        layer = gpu_gates.moe_layer(machine, fp8)
         for tokens in gpu_kernels.TOKENS:
             layer(machine.random(tokens, layer.router.weight.shape[1]))
     for tokens in (32, 1000, 4096):

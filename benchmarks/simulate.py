@@ -24,7 +24,7 @@ import torch
 from llada2_fast.cache import PagedKVCache
 from llada2_fast.config import DecodeParams, EngineConfig, ModelConfig
 from llada2_fast.engine import Engine
-from llada2_fast.kernels.attention import Run
+from llada2_fast.kernels.attention import Span
 
 from . import harness
 from .models import SMALL, random_model
@@ -89,7 +89,7 @@ def measured_cost(threads=1):
     for rows in (1, 4, 16, 64):
         for first in (0, 15, 63):
             cache = PagedKVCache(SMALL, rows * (first + 1), LENGTH, torch.float32, "cpu")
-            runs = [Run(cache.allocate(first + 1), first, 1, LENGTH * (first + 1)) for _ in range(rows)]
+            runs = [Span(cache.allocate(first + 1), first, 1, LENGTH * (first + 1)) for _ in range(rows)]
             tokens = torch.zeros(rows * LENGTH, dtype=torch.int64)
 
             def forward(tokens=tokens, runs=runs, cache=cache):
@@ -216,7 +216,10 @@ def main(argv=None):
     jobs = workload(count)
     prefill = options.prefill or {"cpu": 512, "h200": 2048}[options.cost]
     config = EngineConfig(
-        max_running=options.running, max_waiting=256, cache_tokens=options.running * 2048, prefill_tokens=prefill
+        max_num_seqs=options.running,
+        max_waiting=256,
+        cache_tokens=options.running * 2048,
+        max_num_batched_tokens=prefill,
     )
     results, started = {}, time.perf_counter()
     rate = None

@@ -49,8 +49,8 @@ def gains(line):
     return "share" in line and line["share"] < 1 - line["noise"]
 
 
-def float8_products(machine):
-    """Whether the machine multiplies float8; in a dry run it does."""
+def fp8_products(machine):
+    """Whether the machine multiplies fp8; in a dry run it does."""
     return machine.device.type != "cuda" or torch.cuda.get_device_capability() >= fp8.CAPABILITY
 
 

@@ -1,4 +1,4 @@
-"""What can be tuned in the plain float8 products, one matrix each: tiles, warps and stages.
+"""What can be tuned in the plain fp8 products, one matrix each: tiles, warps and stages.
 
 Tiles go by the tokens, so outputs must have the bits that the defaults give, whatever the tiles, see tune_moe. With few
 tokens a small matrix is too few programs to keep memory busy: lower tiles make more of them, more stages let each have
@@ -9,9 +9,9 @@ import itertools
 from functools import partial
 
 from llada2_fast.kernels import fp8
-from llada2_fast.kernels.gemm import Scaled, gemm
+from llada2_fast.kernels.gemm import QuantTensor, gemm
 
-from .tune_cases import Case, Group, concluded, every, float8_products, gains
+from .tune_cases import Case, Group, concluded, every, fp8_products, gains
 
 # What decode runs, the telling first: blocks of 1, 8 and 32 rows with those carried along, logits of 1, 8 and 32.
 CASES = (
@@ -64,7 +64,7 @@ def _product(machine, model, matrix, tokens):
     rows, columns, gated = matrices(machine.config(model))[matrix]
     tokens = machine.size(tokens, 32)
     weight = fp8.quantize_weight(machine.random(rows, columns, std=columns**-0.5), 2 if gated else 1)
-    copies = [Scaled(*(part.clone() for part in weight)) for _ in range(machine.copies(weight.values.nbytes) - 1)]
+    copies = [QuantTensor(*(part.clone() for part in weight)) for _ in range(machine.copies(weight.values.nbytes) - 1)]
     h = machine.random(tokens, columns)
     x, defaults = fp8.quantize(h), fp8.default_tiles(rows, gated, tokens)
 
@@ -76,9 +76,9 @@ def _product(machine, model, matrix, tokens):
 
 
 def groups(machine, models=("mini",)):
-    """By model, matrix and tokens; none where the GPU has no float8."""
+    """By model, matrix and tokens; none where the GPU has no fp8."""
     found = []
-    cases = CASES[: machine.size(len(CASES), 1)] if float8_products(machine) else ()
+    cases = CASES[: machine.size(len(CASES), 1)] if fp8_products(machine) else ()
     for model, (matrix, tokens) in itertools.product(models, cases):
         rows, columns, gated = matrices(machine.config(model))[matrix]
         shape = {"rows": rows, "columns": columns, "gated": gated, "tokens": tokens}

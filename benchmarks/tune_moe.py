@@ -13,23 +13,23 @@ from functools import lru_cache, partial
 import torch
 
 from llada2_fast.kernels import fp8, router
-from llada2_fast.kernels.gemm import Scaled, gemm, tiles
+from llada2_fast.kernels.gemm import QuantTensor, gemm, tiles
 
-from .tune_cases import Case, Group, concluded, every, float8_products, gains
+from .tune_cases import Case, Group, concluded, every, fp8_products, gains
 
 # Decode's, the telling first: blocks of 1, 8 and 32 rows with those carried along, and of 1 and 32 without; prefill's.
 TOKENS = (64, 32, 320, 1280, 1024, 4096)
 HEIGHTS = (16, 32, 64, 128)
 PRODUCTS = ("gate_up", "down")
 WIDE = every(tile_n=(128,), num_warps=(4, 8), num_stages=(3, 4, 2, 5, 6))
-FLOAT8 = {"gate_up": WIDE, "down": every(tile_n=(64,), num_warps=(4, 8), num_stages=(4, 3, 2, 5, 6)) + WIDE}
+FP8_TRIES = {"gate_up": WIDE, "down": every(tile_n=(64,), num_warps=(4, 8), num_stages=(4, 3, 2, 5, 6)) + WIDE}
 DEEP = every(tile_k=(128,), tile_n=(64, 128), num_warps=(4, 8), num_stages=(3, 2, 4))
-TRIES = {"bf16": {product: FLOAT8["down"] + DEEP for product in PRODUCTS}, "fp8": FLOAT8}
+TRIES = {"bf16": {product: FP8_TRIES["down"] + DEEP for product in PRODUCTS}, "fp8": FP8_TRIES}
 
 
 @lru_cache(maxsize=2)  # gigabytes, and the next groups want the same two
 def layer(machine, model, kind):
-    """(router weight, (gate_up, down), the same of the shared expert), random, weights Scaled."""
+    """(router weight, (gate_up, down), the same of the shared expert), random, weights QuantTensor."""
     c = machine.config(model)
     hidden, inner = c.hidden_size, c.moe_intermediate_size
 
@@ -41,8 +41,8 @@ def layer(machine, model, kind):
     weights = random(c.num_experts, 2 * inner, hidden), random(c.num_experts, hidden, inner)
     if kind == "fp8":
         weights = [fp8.quantize_weight(weight, parts) for weight, parts in zip(weights, (2, 1), strict=True)]
-        return gate, weights, [Scaled(weight.values[0], weight.scale[0]) for weight in weights]
-    return gate, [Scaled(weight) for weight in weights], [Scaled(weight[0]) for weight in weights]
+        return gate, weights, [QuantTensor(weight.values[0], weight.scale[0]) for weight in weights]
+    return gate, [QuantTensor(weight) for weight in weights], [QuantTensor(weight[0]) for weight in weights]
 
 
 def _product(machine, model, kind, tokens, tile_m, product):
@@ -50,7 +50,7 @@ def _product(machine, model, kind, tokens, tile_m, product):
     gate, weights, shared = layer(machine, model, kind)
     h = machine.random(tokens, c.hidden_size)
     x = h if i == 0 else machine.random(tokens * (c.num_experts_per_tok + 1), c.moe_intermediate_size)
-    x = fp8.quantize(x) if kind == "fp8" else Scaled(x)
+    x = fp8.quantize(x) if kind == "fp8" else QuantTensor(x)
     rule = c.num_experts_per_tok, c.n_group, c.topk_group, c.routed_scaling_factor
     defaults = _defaults(c.hidden_size, tokens, kind)
     bias = h.new_zeros(c.num_experts, dtype=torch.float32)
@@ -80,7 +80,7 @@ def groups(machine, models=("mini",)):
     """By model and tokens, in bf16 and fp8 side by side."""
     found = []
     counts = TOKENS[: machine.size(len(TOKENS), 1)]
-    for model, tokens, kind in itertools.product(models, counts, TRIES if float8_products(machine) else ("bf16",)):
+    for model, tokens, kind in itertools.product(models, counts, TRIES if fp8_products(machine) else ("bf16",)):
         config = machine.config(model)
         heights = _heights(config, tokens, _defaults(config.hidden_size, tokens, kind)["tile_m"])
         for tile_m, product in itertools.product(heights[: machine.size(len(HEIGHTS), 1)], PRODUCTS):

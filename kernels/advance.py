@@ -17,12 +17,12 @@ import torch
 
 from ._ambient import run_kernel
 from ._triton import tl, triton, use_triton
-from .refine import BLOCK_DONE, PREFIX_MASK
-from .roles import ABSENT, PROMPT, TAIL, VALID
+from .refine import BLOCK_DONE, PRIOR_MASK
+from .roles import GENERATED, PADDING, PROMPT, TAIL
 
-_DONE, _MASKED = tl.constexpr(BLOCK_DONE), tl.constexpr(PREFIX_MASK)
-_VALID, _PROMPT = tl.constexpr(VALID), tl.constexpr(PROMPT)
-_TAIL, _ABSENT = tl.constexpr(TAIL), tl.constexpr(ABSENT)
+_DONE, _MASKED = tl.constexpr(BLOCK_DONE), tl.constexpr(PRIOR_MASK)
+_GENERATED, _PROMPT = tl.constexpr(GENERATED), tl.constexpr(PROMPT)
+_TAIL, _PADDING = tl.constexpr(TAIL), tl.constexpr(PADDING)
 
 
 @dataclass
@@ -37,7 +37,7 @@ class RowBounds:
 def advance_ref(state, bounds, slot, repeat, carried, mask_id):
     """See advance."""
     slot, length = slot.long(), state.tokens.shape[1]
-    block, tokens = state.start[slot] // length, state.tokens[slot]
+    block, tokens = state.block_start[slot] // length, state.tokens[slot]
     end = (block + 1) * length
     ready = (repeat == 0) & (state.frozen[slot] == BLOCK_DONE) & (end < bounds.total[slot])
     unsettled = ready & (bounds.changed[slot] != 0)
@@ -45,15 +45,15 @@ def advance_ref(state, bounds, slot, repeat, carried, mask_id):
     going = ready & (given | ~unsettled)
 
     holds_mask = ((tokens == mask_id) & (state.kind[slot] != PROMPT)).any(-1)
-    prefix = state.prefix[slot] | holds_mask.int() * PREFIX_MASK
+    prior_flags = state.prior_flags[slot] | holds_mask.int() * PRIOR_MASK
     position = end[:, None] + torch.arange(length, device=slot.device)
-    kind = torch.where(position < bounds.limit[slot][:, None], TAIL, ABSENT)
-    kind = torch.where(position < bounds.total[slot][:, None], VALID, kind).to(state.kind.dtype)
-    state.begin(slot[going], torch.full_like(tokens[going], mask_id), kind[going], end[going], prefix[going])
+    kind = torch.where(position < bounds.limit[slot][:, None], TAIL, PADDING)
+    kind = torch.where(position < bounds.total[slot][:, None], GENERATED, kind).to(state.kind.dtype)
+    state.reset_block(slot[going], torch.full_like(tokens[going], mask_id), kind[going], end[going], prior_flags[going])
 
     now = torch.where(repeat == 0, slot, slot[:1])
     rows = torch.cat((now, now[:1].expand(carried)))
-    index = state.start[rows] // length
+    index = state.block_start[rows] // length
     laid = state.tokens[rows]
     places = len(slot) + torch.arange(int(given.sum()), device=slot.device)
     rows[places], index[places], laid[places] = slot[given], block[given], tokens[given]
@@ -63,7 +63,7 @@ def advance_ref(state, bounds, slot, repeat, carried, mask_id):
 @triton.jit
 def _advance_kernel(
     SLOT, REPEAT, TOTAL, LIMIT, CHANGED,
-    TOKENS, KIND, START, STEP, POST_STEPS, FROZEN, PREFIX, COMMIT_STEP, COMMIT_CONFIDENCE,  # BlockState
+    TOKENS, KIND, BLOCK_START, STEP, POST_STEPS, FROZEN, PRIOR_FLAGS, COMMIT_STEP, COMMIT_CONFIDENCE,  # BlockState
     ROW, BLOCK, LAID, mask_id,
     A: tl.constexpr, C: tl.constexpr, L: tl.constexpr, ENTRIES: tl.constexpr, PLACES: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -74,10 +74,10 @@ def _advance_kernel(
     own = there & (tl.load(REPEAT + entry, mask=there, other=1) == 0)
     n = slot[:, None] * L + lane[None, :]
     inside = own[:, None] & (lane < L)[None, :]
-    start = tl.load(START + slot, mask=there, other=0)
+    start = tl.load(BLOCK_START + slot, mask=there, other=0)
     total = tl.load(TOTAL + slot, mask=own, other=0)
     limit = tl.load(LIMIT + slot, mask=own, other=0)
-    prefix = tl.load(PREFIX + slot, mask=own, other=0)
+    prior_flags = tl.load(PRIOR_FLAGS + slot, mask=own, other=0)
     tokens = tl.load(TOKENS + n, mask=inside, other=0)
     kind = tl.load(KIND + n, mask=inside, other=0)
     ready = own & (tl.load(FROZEN + slot, mask=own, other=0) == _DONE) & (start + L < total)
@@ -96,7 +96,7 @@ def _advance_kernel(
     holds_mask = tl.sum((inside & (tokens == mask_id) & (kind != _PROMPT)).to(tl.int32), 1) > 0
     start = tl.where(going, start + L, start)
     text, tail = (total - start).to(tl.int32)[:, None], (limit - start).to(tl.int32)[:, None]  # lanes before their ends
-    fresh = tl.where(lane[None, :] < text, _VALID, tl.where(lane[None, :] < tail, _TAIL, _ABSENT))
+    fresh = tl.where(lane[None, :] < text, _GENERATED, tl.where(lane[None, :] < tail, _TAIL, _PADDING))
     tokens = tl.where(going[:, None], mask_id, tokens)
     new = inside & going[:, None]
     tl.debug_barrier()  # every thread has read the state
@@ -105,11 +105,11 @@ def _advance_kernel(
     tl.store(COMMIT_STEP + n, tl.full([ENTRIES, LANES], -1, tl.int32), mask=new)
     tl.store(COMMIT_CONFIDENCE + n, tl.zeros([ENTRIES, LANES], tl.float32), mask=new)
     none = tl.zeros([ENTRIES], tl.int32)
-    tl.store(START + slot, start, mask=going)
+    tl.store(BLOCK_START + slot, start, mask=going)
     tl.store(STEP + slot, none, mask=going)
     tl.store(POST_STEPS + slot, none, mask=going)
     tl.store(FROZEN + slot, none, mask=going)
-    tl.store(PREFIX + slot, prefix | tl.where(holds_mask, _MASKED, 0), mask=going)
+    tl.store(PRIOR_FLAGS + slot, prior_flags | tl.where(holds_mask, _MASKED, 0), mask=going)
 
     # what is forwarded: the entries, and entry 0 wherever it is repeated
     first = entry == 0

@@ -29,7 +29,7 @@ SCRATCH_BYTES = 2**28  # partial results of one launch; more query blocks than f
 _TABLES = ["BLOCK_ROW", "BLOCK_INDEX", "PAGE_TABLE", "LIMIT"]  # compiled alike wherever they begin
 
 
-class Run(NamedTuple):
+class Span(NamedTuple):
     """num_blocks blocks of one row from block first_block on; pages: the row's pages from block 0 on.
 
     limit: how many positions of the row exist; later ones in the last page are never attended to.
@@ -60,7 +60,7 @@ class BlockBatch(NamedTuple):
 
     @classmethod
     def from_runs(cls, runs, device):
-        """The blocks of a list of Run, in order; a row per run."""
+        """The blocks of a list of Span, in order; a row per run."""
         ends = [run.first_block + run.num_blocks for run in runs]
         width = max(ends, default=0)
         blocks = [(i, b) for i, run in enumerate(runs) for b in range(run.first_block, ends[i])]
@@ -78,11 +78,11 @@ class BlockBatch(NamedTuple):
         return slot.masked_fill_(row < 0, -1).flatten()
 
     def runs(self):
-        """The used blocks as a list of (query block, Run of one block); for the reference."""
+        """The used blocks as a list of (query block, Span of one block); for the reference."""
         limits, tables = self.limit.tolist(), self.page_table.tolist()  # sync: reference
         blocks = zip(self.block_row.tolist(), self.block_index.tolist(), strict=True)  # sync: reference
         return [
-            (i, Run(tuple(tables[row][: index + 1]), index, 1, limits[row]))
+            (i, Span(tuple(tables[row][: index + 1]), index, 1, limits[row]))
             for i, (row, index) in enumerate(blocks)
             if row >= 0
         ]
@@ -113,7 +113,7 @@ def single_blocks(runs, ordinals):
 
 
 def place_blocks(blocks, length, x):
-    """blocks (list of Run or BlockBatch) as block_attention takes them for tensors like x, and their tokens' slots."""
+    """blocks (list of Span or BlockBatch) as block_attention takes them for tensors like x, and their tokens' slots."""
     if not isinstance(blocks, BlockBatch):
         if not use_triton(x):
             return blocks, torch.tensor(run_slots(blocks, length), dtype=torch.int64, device=x.device)
@@ -283,7 +283,7 @@ def _combine_kernel(
 def block_attention(q, k_cache, v_cache, blocks):
     """Block attention of packed query blocks: q [NB * L, nq, D], caches [pages, L, nk, D] -> [NB * L, nq, D].
 
-    blocks: list of Run or a BlockBatch; the latter on a GPU, where a list costs a copy to the device at every call.
+    blocks: list of Span or a BlockBatch; the latter on a GPU, where a list costs a copy to the device at every call.
     ValueError if shapes, dtypes or strides do not fit.
     """
     if use_triton(q):

@@ -1,4 +1,4 @@
-"""Block-scaled float8 (e4m3): weights with a scale per 128 x 128 block, activations with one per 1 x 128.
+"""Block-scaled fp8 (e4m3): weights with a scale per 128 x 128 block, activations with one per 1 x 128.
 
     scale = largest magnitude of the block / 448,  q = cast(x / scale)        x ~ q * scale
     y = cast(sum over K blocks of (sum_k q_x q_w) * scale_x * scale_w)        sums in float32
@@ -16,25 +16,25 @@ from . import product
 from ._ambient import run_kernel
 from ._triton import tl, triton, use_triton
 from ._tuned import measured_for
-from .gemm import BLOCK, TINY, Scaled, gemm, scale_of
+from .gemm import SCALE_GROUP, TINY, QuantTensor, gemm, scale_of
 
-E4M3 = torch.float8_e4m3fn
+FP8 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
 PROGRAMS = 256  # about two for each multiprocessor of a large GPU
-CAPABILITY = (8, 9)  # the first NVIDIA GPUs that multiply float8
+CAPABILITY = (8, 9)  # the first NVIDIA GPUs that multiply fp8
 
 
 def check_device(device):
-    """ValueError if float8 products cannot run on `device`. On a CPU the reference runs."""
+    """ValueError if fp8 products cannot run on `device`. On a CPU the reference runs."""
     device = torch.device(device)
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABILITY:
         name, needed = torch.cuda.get_device_name(device), ".".join(map(str, CAPABILITY))
-        raise ValueError(f"device: {name} has no float8 products, compute capability {needed} or higher expected")
+        raise ValueError(f"device: {name} has no fp8 products, compute capability {needed} or higher expected")
 
 
 def blocks(size):
     """Blocks along `size` elements."""
-    return -(-size // BLOCK)
+    return -(-size // SCALE_GROUP)
 
 
 def scale_shape(shape, parts=1):
@@ -48,39 +48,40 @@ def scale_ref(largest):
 
 
 def quantize_weight(weight, parts=1):
-    """weight [.., N, K] of any float type, on any device -> Scaled: e4m3 [.., N, K], float32 [.., N / 128, K / 128].
+    """weight [.., N, K] of any float type, anywhere -> QuantTensor: e4m3 [.., N, K], float32 [.., N / 128, K / 128].
 
     parts: matrices one above the other, each with its own blocks: 2 for gate and up.
     """
     if weight.ndim > 2:  # one after the other, for memory
-        return Scaled(*map(torch.stack, zip(*(quantize_weight(part, parts) for part in weight), strict=True)))
+        return QuantTensor(*map(torch.stack, zip(*(quantize_weight(part, parts) for part in weight), strict=True)))
     rows, columns = weight.shape[0] // parts, weight.shape[1]
-    padded = F.pad(weight.float().unflatten(0, (parts, rows)), (0, -columns % BLOCK, 0, -rows % BLOCK))
-    tiles = padded.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))  # [.., parts, N / 128, 128, K / 128, 128]
+    size = SCALE_GROUP
+    padded = F.pad(weight.float().unflatten(0, (parts, rows)), (0, -columns % size, 0, -rows % size))
+    tiles = padded.unflatten(-1, (-1, size)).unflatten(-3, (-1, size))  # [.., parts, N / 128, 128, K / 128, 128]
     scale = scale_ref(tiles.abs().amax((-3, -1)))
-    values = (tiles / scale[..., None, :, None]).to(E4M3).flatten(-4, -3).flatten(-2)
-    return Scaled(values[..., :rows, :columns].flatten(-3, -2).contiguous(), scale.flatten(-3, -2).contiguous())
+    values = (tiles / scale[..., None, :, None]).to(FP8).flatten(-4, -3).flatten(-2)
+    return QuantTensor(values[..., :rows, :columns].flatten(-3, -2).contiguous(), scale.flatten(-3, -2).contiguous())
 
 
 def dequantize_weight(weight, scale, parts=1):
     """float32 [.., N, K] of what quantize_weight gave."""
     rows, columns = weight.shape[-2] // parts, weight.shape[-1]
-    spread = scale.unflatten(-2, (parts, -1)).repeat_interleave(BLOCK, -2)[..., :rows, :].flatten(-3, -2)
-    return weight.float() * spread.repeat_interleave(BLOCK, -1)[..., :columns]
+    spread = scale.unflatten(-2, (parts, -1)).repeat_interleave(SCALE_GROUP, -2)[..., :rows, :].flatten(-3, -2)
+    return weight.float() * spread.repeat_interleave(SCALE_GROUP, -1)[..., :columns]
 
 
 def quantize_ref(x):
-    """x [.., K] -> Scaled: e4m3 [.., K], float32 [.., K / 128]."""
+    """x [.., K] -> QuantTensor: e4m3 [.., K], float32 [.., K / 128]."""
     columns = x.shape[-1]
-    groups = F.pad(x.float(), (0, -columns % BLOCK)).unflatten(-1, (-1, BLOCK))
+    groups = F.pad(x.float(), (0, -columns % SCALE_GROUP)).unflatten(-1, (-1, SCALE_GROUP))
     scale = scale_ref(groups.abs().amax(-1))
-    return Scaled((groups / scale[..., None]).to(E4M3).flatten(-2)[..., :columns], scale)
+    return QuantTensor((groups / scale[..., None]).to(FP8).flatten(-2)[..., :columns], scale)
 
 
 def linear_ref(x, weight, scale, parts=1):
     """x [.., K]; weight, scale from quantize_weight -> [.., N] in x's dtype: the product of what they stand for."""
     q = quantize_ref(x)
-    wide = q.values.float() * q.scale.repeat_interleave(BLOCK, -1)[..., : x.shape[-1]]
+    wide = q.values.float() * q.scale.repeat_interleave(SCALE_GROUP, -1)[..., : x.shape[-1]]
     return product.linear(wide, dequantize_weight(weight, scale, parts)).to(x.dtype)
 
 
@@ -97,12 +98,12 @@ def _quantize_kernel(X, OUT, SCALE, x_stride, K: tl.constexpr, GROUPS: tl.conste
 
 
 def quantize(x):
-    """x [T, K] -> Scaled; see quantize_ref. One launch."""
+    """x [T, K] -> QuantTensor; see quantize_ref. One launch."""
     if not use_triton(x):
         return quantize_ref(x)
     rows, columns = x.shape
     groups = blocks(columns)
-    out, scale = x.new_empty(rows, columns, dtype=E4M3), x.new_empty(rows, groups, dtype=torch.float32)
+    out, scale = x.new_empty(rows, columns, dtype=FP8), x.new_empty(rows, groups, dtype=torch.float32)
     if x.numel():
         x = x if x.stride(1) == 1 else x.contiguous()
         tile = min(8, triton.next_power_of_2(groups))
@@ -110,19 +111,19 @@ def quantize(x):
             _quantize_kernel, (rows, triton.cdiv(groups, tile)),
             x, out, scale, x.stride(0), K=columns, GROUPS=groups, TILE_G=tile, num_warps=4
         )  # fmt: skip
-    return Scaled(out, scale)
+    return QuantTensor(out, scale)
 
 
 def linear(x, weight, scale=None, bias=None):
     """x [.., K] -> x W^T (+ bias) [.., N] in x's dtype; weight [N, K] in x's dtype, or e4m3 with its scale.
 
-    float8 on a GPU: two launches, quantisation and product.
+    fp8 on a GPU: two launches, quantisation and product.
     """
     if scale is None:
         return product.linear(x, weight, bias)
     if use_triton(x):
         rows = x.reshape(-1, x.shape[-1])
-        y = dense(quantize(rows), Scaled(weight, scale), False, rows).values.unflatten(0, x.shape[:-1])
+        y = dense(quantize(rows), QuantTensor(weight, scale), False, rows).values.unflatten(0, x.shape[:-1])
     else:
         y = linear_ref(x, weight, scale)
     return y if bias is None else y + bias
@@ -147,7 +148,7 @@ def default_tiles(rows, gated, tokens):
 
 
 def dense(x, weight, gated, like):
-    """gemm of Scaled x [T, K] and one matrix, gated: of gate and up rows. One launch."""
+    """gemm of QuantTensor x [T, K] and one matrix, gated: of gate and up rows. One launch."""
     if weight.values.shape[1] != x.values.shape[1] or not weight.values.is_contiguous():
         raise ValueError(f"weight: contiguous [N, {x.values.shape[1]}] expected, got {list(weight.values.shape)}")
     expected = scale_shape(weight.values.shape, 2 if gated else 1)

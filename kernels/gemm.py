@@ -1,4 +1,4 @@
-"""Rows times weights, of one matrix or of one per expert, in float32, 16 bits or block-scaled float8; tile sizes.
+"""Rows times weights, of one matrix or of one per expert, in float32, 16 bits or block-scaled fp8; tile sizes.
 
     out[p] = x[row of p] W[expert of p]^T                               x [., K], W [E, N, K], out [., N]
     gated:   silu(gate) * up of the first and the second N rows of W    W [E, 2N, K]
@@ -15,7 +15,7 @@ many of them make a TILE_K, so that may be tuned too; in float32 it may not.
 Gate and up rows are read as stored, all gate rows before all up rows: a program reads a tile of each, both in full
 lines of K, so an interleaved layout would gain nothing.
 
-In float8 (fp8.py) TILE_K is the 128 of a scale: each tile's product starts at zero and is scaled into the sum. A gated
+In fp8 (fp8.py) TILE_K is the 128 of a scale: each tile's product starts at zero and is scaled into the sum. A gated
 product then comes out quantised for the next one.
 """
 
@@ -29,27 +29,27 @@ from ._triton import tl, triton
 from ._tuned import measured_for, table
 
 TILE_K = 64  # unless tuned
-BLOCK = 128  # rows and columns of a weight, columns of an activation, that share a float8 scale
+SCALE_GROUP = 128  # rows and columns of a weight, columns of an activation, that share an fp8 scale
 TINY = 1e-30  # stands in for the largest magnitude of a group of zeros
 _TINY = tl.constexpr(TINY)
 
 
-class Scaled(NamedTuple):
-    """A tensor; or float8 values (e4m3) and their scales, float32: value times scale is what they stand for."""
+class QuantTensor(NamedTuple):
+    """A tensor; or fp8 values (e4m3) and their scales, float32: value times scale is what they stand for."""
 
     values: torch.Tensor
     scale: torch.Tensor | None = None  # weights [.., N / 128, K / 128], activations [.., K / 128], rounded up
 
 
 @lru_cache(maxsize=1024)
-def tiles(device, hidden, tokens, float8=False):
+def tiles(device, hidden, tokens, fp8=False):
     """Tiles of an MoE layer: {"tile_m", "gate_up": {"tile_n", "num_warps", "num_stages"[, "tile_k"]}, "down"}.
 
-    device: a torch.device; hidden: the layer's H; float8: of its weights. What was measured on this device for this H
+    device: a torch.device; hidden: the layer's H; fp8: of its weights. What was measured on this device for this H
     and as many tokens, else the first of the entries for "any" that knows of as many. More tokens than those know of
     are taken for as many as they know.
     """
-    kind = "fp8" if float8 else "bf16"
+    kind = "fp8" if fp8 else "bf16"
     general = [entry for entry in table("moe") if entry["device"] == "any" and kind in entry]
     general.sort(key=lambda entry: entry["tokens"])
     tokens = min(tokens, general[-1]["tokens"])
@@ -79,7 +79,7 @@ def _gemm_kernel(
     product the former, so that a tile of weights, of which there are far more than of rows, comes from memory once.
 
     GATED: a row of X is a token, else a row of OUT. SHARED: one more matrix, or None. TILES None: one matrix, W, and
-    every row. Scales None: not float8. OUT_SCALE: OUT is float8 too, TILE_N 128. LIKE: of the type of activations.
+    every row. Scales None: not fp8. OUT_SCALE: OUT is fp8 too, TILE_N 128. LIKE: of the type of activations.
     """
     SPAN: tl.constexpr = (2 * N if GATED else N) * K
     GROUPS: tl.constexpr = (K + 127) // 128  # of a row's K that share a scale
@@ -166,27 +166,27 @@ def gemm(x, weight, shared, routing, gated, like, tile_m, tile_n, num_warps, num
     """All pairs of a Routing and, behind them, all tokens through `shared`; or routing None: x W^T. One launch.
 
     x [T, K] if gated or without routing, else [T * top_k (+ T), K]; weight [E, N or 2N, K], without routing no E;
-    shared [N or 2N, K] or None; all Scaled, contiguous but for the rows of an x that is not float8. Returns a Scaled:
-    [T * top_k (+ T), N], or [T, N], in the dtype of the tensor `like`, but float8 if gated with float8 weights. tile_m
-    must be the routing's if there is one; tile_n and tile_k are those of 16 bits.
+    shared [N or 2N, K] or None; all QuantTensor, contiguous but for the rows of an x that is not fp8. Returns a
+    QuantTensor: [T * top_k (+ T), N], or [T, N], in the dtype of the tensor `like`, but fp8 if gated with fp8 weights.
+    tile_m must be the routing's if there is one; tile_n and tile_k are those of 16 bits.
     """
     (tokens, top_k), bound = (routing.ids.shape, len(routing.tiles)) if routing else ((len(x.values), 1), 0)
     rows, depth = weight.values.shape[-2:]
     width = rows // 2 if gated else rows
     alone = shared is not None or routing is None
     count = tokens * (top_k if routing else 0) + (tokens if alone else 0)
-    float8 = weight.scale is not None
-    narrow = float8 and gated
+    fp8 = weight.scale is not None
+    narrow = fp8 and gated
     out = like.new_empty(count, width, dtype=weight.values.dtype if narrow else like.dtype)
-    out_scale = like.new_empty(count, triton.cdiv(width, BLOCK), dtype=torch.float32) if narrow else None
-    if float8:
-        tile_n, tile_k = (BLOCK if gated else tile_n), BLOCK
+    out_scale = like.new_empty(count, triton.cdiv(width, SCALE_GROUP), dtype=torch.float32) if narrow else None
+    if fp8:
+        tile_n, tile_k = (SCALE_GROUP if gated else tile_n), SCALE_GROUP
     else:
         # Triton multiplies float32 in TF32 on sm_100 if the left side has 64 rows or more, whatever the precision asked
         tile_n, tile_k = (32, 32) if like.dtype == torch.float32 else (tile_n, tile_k)
     tiles = bound + (triton.cdiv(tokens, tile_m) if alone else 0)
     if count == 0:
-        return Scaled(out, out_scale)
+        return QuantTensor(out, out_scale)
     run_kernel(
         _gemm_kernel, (tiles * triton.cdiv(width, tile_n),),
         x.values, weight.values, shared and shared.values, out,
@@ -195,4 +195,4 @@ def gemm(x, weight, shared, routing, gated, like, tile_m, tile_n, num_warps, num
         N=width, K=depth, TOP_K=top_k, GATED=gated, TILE_M=tile_m, TILE_N=tile_n, TILE_K=tile_k,
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
-    return Scaled(out, out_scale)
+    return QuantTensor(out, out_scale)

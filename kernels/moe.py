@@ -5,7 +5,7 @@ expert(h) = down( silu(gate(h)) * up(h) )                    gate_up [E, 2I, H] 
 
 Products of w_k and their sum are float32, in descending order of choice, with one cast; the shared expert is neither
 scaled nor gated and is added in h's dtype. On a GPU three launches: gate_up with its activation for all pairs and the
-shared expert, down likewise, and the sum; with float8 weights (fp8.py) one more, for quantising h. No atomics; only the
+shared expert, down likewise, and the sum; with fp8 weights (fp8.py) one more, for quantising h. No atomics; only the
 experts that some token chose are read.
 """
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from ._ambient import run_kernel
 from ._triton import tl, triton, use_triton
 from .fp8 import dense, linear_ref, quantize
-from .gemm import Scaled, gemm, rounded, tiles
+from .gemm import QuantTensor, gemm, rounded, tiles
 from .product import linear, rows_of
 
 
@@ -84,7 +84,7 @@ def _combine_kernel(OUTER, WEIGHTS, SHARED, OUT, H: tl.constexpr, K: tl.constexp
 
 
 def mlp(h, gate_up, down):
-    """Dense MLP: h [T, H], gate_up [2I, H] gate rows first, down [H, I], both Scaled -> [T, H]."""
+    """Dense MLP: h [T, H], gate_up [2I, H] gate rows first, down [H, I], both QuantTensor -> [T, H]."""
     if gate_up.scale is None:
         return linear(gated(linear(h, gate_up.values)), down.values)
     if use_triton(h):
@@ -95,8 +95,8 @@ def mlp(h, gate_up, down):
 def experts(h, routing, gate_up, down, shared=None):
     """Grouped expert MLP of h [T, H] with weighted sum, plus the shared expert's MLP if shared = (gate_up, down).
 
-    routing: what router.route returned for h; weights Scaled, shapes as in experts_ref and mlp. Returns [T, H] in h's
-    dtype. ValueError if shapes do not fit.
+    routing: what router.route returned for h; weights QuantTensor, shapes as in experts_ref and mlp. Returns [T, H] in
+    h's dtype. ValueError if shapes do not fit.
     """
     if not use_triton(h):
         scales = gate_up.scale, down.scale
@@ -109,7 +109,7 @@ def experts(h, routing, gate_up, down, shared=None):
     # a shared expert of another width (several in one) is not one more expert of the same product
     alike = shared is not None and shared[0].values.shape == gate_up.values.shape[1:]
     size = tiles(h.device, hidden, tokens, gate_up.scale is not None)
-    x = Scaled(h) if gate_up.scale is None else quantize(h)
+    x = QuantTensor(h) if gate_up.scale is None else quantize(h)
     inner = gemm(x, gate_up, shared[0] if alike else None, routing, True, h, routing.tile_m, **size["gate_up"])
     outer = gemm(inner, down, shared[1] if alike else None, routing, False, h, routing.tile_m, **size["down"]).values
     beside = outer[routing.ids.numel() :] if alike else None if shared is None else mlp(h, *shared)

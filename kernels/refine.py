@@ -6,7 +6,7 @@
     edit T2T    non-prompt positions holding a token, c != x and p > edit_threshold
     block end   the step that fills the last mask; with editing, the first mask-free step that edits nothing or the
                 max_post_steps-th mask-free step; never after more than max_steps
-    EOS         a row is finished as soon as a valid position holds an EOS with no mask before it
+    EOS         a row is finished as soon as a generated position holds an EOS with no mask before it
 
 Each row has its own block, parameters and counters and is computed by itself. Frozen rows (state.frozen != 0) change
 nothing. Shapes: R rows, L block_length, V vocab. Source: the LLaDA2.0/2.1 model cards' generate; diffusers'
@@ -26,8 +26,8 @@ import torch
 from ._ambient import run_kernel
 from ._triton import register_op, tl, triton, use_triton
 from .candidates import TILE_V, SampleParams, _combine, block_candidates_ref, launch_parts, row_layout
-from .roles import ABSENT, EDITING, FILL_PROMPT, PROMPT, VALID, _roles, roles_ref
 from .roles import BAN_MASK as BAN_MASK  # for callers, beside the others
+from .roles import EDITING, FILL_PROMPT, GENERATED, PADDING, PROMPT, _roles, roles_ref
 from .roles import OWN_SOFTMAX as OWN_SOFTMAX
 from .roles import TAIL as TAIL
 
@@ -38,8 +38,8 @@ EOS_COMMIT = 32  # LLaDA2.0 card: judge when this step committed an EOS, prompt 
 EOS_HOLDS = 64  # LLaDA2.0 card: a block that ends and holds an EOS at a generated position ends the row
 EOS_CLEAN = 128  # LLaDA2.1 card: the same, but only if the generated window holds no mask
 
-# BlockState.prefix
-PREFIX_MASK, PREFIX_EOS = 1, 2  # an earlier generated block holds a mask; the prompt holds an EOS
+# BlockState.prior_flags
+PRIOR_MASK, PRIOR_EOS = 1, 2  # an earlier generated block holds a mask; the prompt holds an EOS
 
 # columns of the status tensor, and the bits of its FLAGS
 FLAGS, MASKS_LEFT, COMMITS, EDITS, EOS_AT, STEP, POST_STEPS, MASKS_BEFORE = range(8)
@@ -70,15 +70,15 @@ class RefineParams:
 
 @dataclass
 class BlockState:
-    """Per-row state of the active block; refine_step updates all but kind, start and prefix in place."""
+    """Per-row state of the active block; refine_step updates all but kind, block_start and prior_flags in place."""
 
     tokens: torch.Tensor  # int64 [R, L]
-    kind: torch.Tensor  # int8 [R, L]: VALID, PROMPT, TAIL, ABSENT
-    start: torch.Tensor  # int64 [R]: absolute position of the block's first token
+    kind: torch.Tensor  # int8 [R, L]: GENERATED, PROMPT, TAIL, PADDING
+    block_start: torch.Tensor  # int64 [R]: absolute position of the block's first token
     step: torch.Tensor  # int32 [R]: steps done in this block
     post_steps: torch.Tensor  # int32 [R]: mask-free steps done in this block
     frozen: torch.Tensor  # int32 [R]: the row's BLOCK_DONE | FINISHED | ERROR bits; non-zero rows are left alone
-    prefix: torch.Tensor  # int32 [R]: PREFIX_MASK | PREFIX_EOS
+    prior_flags: torch.Tensor  # int32 [R]: PRIOR_MASK | PRIOR_EOS
     commit_step: torch.Tensor  # int32 [R, L]: step of the commit or edit that put the token there, -1 before
     commit_confidence: torch.Tensor  # float32 [R, L]: its confidence
 
@@ -87,21 +87,22 @@ class BlockState:
         return BlockState(*(getattr(self, f.name)[index] for f in fields(self)))
 
     @classmethod
-    def start_block(cls, tokens, kind, start, prefix=None):
-        """State of blocks nobody has touched yet: tokens [R, L] int64, kind [R, L] int8, start [R] int64."""
+    def fresh(cls, tokens, kind, block_start, prior_flags=None):
+        """State of blocks nobody has touched yet: tokens [R, L] int64, kind [R, L] int8, block_start [R] int64."""
         rows = tokens.shape[0]
         count = torch.zeros(rows, dtype=torch.int32, device=tokens.device)
         return cls(
-            tokens, kind, start, count.clone(), count.clone(), count.clone(),
-            count.clone() if prefix is None else prefix,
+            tokens, kind, block_start, count.clone(), count.clone(), count.clone(),
+            count.clone() if prior_flags is None else prior_flags,
             torch.full_like(tokens, -1, dtype=torch.int32),
             torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device),
         )  # fmt: skip
 
-    def begin(self, rows, tokens, kind, start, prefix):
-        """Lay a new block out in some rows: an int with tokens, kind [L], or int64 [n] with [n, L]; start, prefix like
-        rows."""
-        self.tokens[rows], self.kind[rows], self.start[rows], self.prefix[rows] = tokens, kind, start, prefix
+    def reset_block(self, rows, tokens, kind, block_start, prior_flags):
+        """Lay a new block out in some rows: an int with tokens, kind [L], or int64 [n] with [n, L]; block_start and
+        prior_flags like rows."""
+        self.tokens[rows], self.kind[rows] = tokens, kind
+        self.block_start[rows], self.prior_flags[rows] = block_start, prior_flags
         for counter in (self.step, self.post_steps, self.frozen, self.commit_confidence):
             counter[rows] = 0
         self.commit_step[rows] = -1
@@ -128,7 +129,7 @@ def refine_step_ref(logits, state, params, mask_id, index=None, only_needed=Fals
     sampling = SampleParams(params.temperature, params.top_k, params.top_p, params.seed)
     wanted = needed_positions(state, params, mask_id) if only_needed else None
     token, confidence = block_candidates_ref(
-        logits, state.start, state.step, sampling, mask_id, params.flags, index, wanted, tile_v
+        logits, state.block_start, state.step, sampling, mask_id, params.flags, index, wanted, tile_v
     )  # fmt: skip
     return _commit_ref(token, confidence, state, params, mask_id)
 
@@ -169,7 +170,7 @@ def _commit_ref(token, confidence, state, params, mask_id):
 
     # counters and the end of the block
     prompt = state.kind == PROMPT
-    present = state.kind != ABSENT
+    present = state.kind != PADDING
     holds_mask = (state.tokens == mask_id) & present
     generated_mask = holds_mask & ~prompt
     still_masked = generated_mask
@@ -204,20 +205,20 @@ def _judge_eos_ref(is_eos, commit, done, prompt, generated_mask, state, flags):
     """finished bool [R] and eos_at [R]; `first` = the first EOS that counts, `clear` or `clean` = no mask before it."""
     length = is_eos.shape[1]
     first_mask = _first(generated_mask)
-    first_valid = _first(is_eos & (state.kind == VALID))
+    first_generated = _first(is_eos & (state.kind == GENERATED))
     judged = ((flags & EOS_STEP) != 0) | (((flags & EOS_END) != 0) & done)
-    resolved = judged & (first_valid < length) & (first_mask > first_valid)
+    resolved = judged & (first_generated < length) & (first_mask > first_generated)
 
-    prefix_clean = (state.prefix & PREFIX_MASK) == 0
+    prior_clean = (state.prior_flags & PRIOR_MASK) == 0
     first_any = _first(is_eos)
-    in_prompt = (state.prefix & PREFIX_EOS) != 0
+    in_prompt = (state.prior_flags & PRIOR_EOS) != 0
     first_is_prompt = prompt.gather(1, first_any.clamp(max=length - 1)[:, None])[:, 0]
-    counts = in_prompt | first_is_prompt | (prefix_clean & (first_mask > first_any))
+    counts = in_prompt | first_is_prompt | (prior_clean & (first_mask > first_any))
     early = ((flags & EOS_COMMIT) != 0) & (is_eos & commit).any(-1) & counts
     holds = done & (is_eos & ~prompt).any(-1)
-    clean = (first_mask == length) & prefix_clean
+    clean = (first_mask == length) & prior_clean
     ended = holds & (((flags & EOS_HOLDS) != 0) | (((flags & EOS_CLEAN) != 0) & clean))
-    eos_at = torch.where(resolved, first_valid, torch.where(early, first_any, -1))
+    eos_at = torch.where(resolved, first_generated, torch.where(early, first_any, -1))
     return resolved | early | ended, eos_at.int()
 
 
@@ -226,11 +227,11 @@ def _first(mask):
     return torch.where(mask.any(-1), mask.to(torch.uint8).argmax(-1), mask.shape[1])
 
 
-_VALID, _PROMPT, _ABSENT = tl.constexpr(VALID), tl.constexpr(PROMPT), tl.constexpr(ABSENT)
+_GENERATED, _PROMPT, _PADDING = tl.constexpr(GENERATED), tl.constexpr(PROMPT), tl.constexpr(PADDING)
 _FILL_PROMPT, _EDITING = tl.constexpr(FILL_PROMPT), tl.constexpr(EDITING)
 _EOS_STEP, _EOS_END, _EOS_COMMIT = tl.constexpr(EOS_STEP), tl.constexpr(EOS_END), tl.constexpr(EOS_COMMIT)
 _EOS_HOLDS, _EOS_CLEAN = tl.constexpr(EOS_HOLDS), tl.constexpr(EOS_CLEAN)
-_PREFIX_MASK, _PREFIX_EOS = tl.constexpr(PREFIX_MASK), tl.constexpr(PREFIX_EOS)
+_PRIOR_MASK, _PRIOR_EOS = tl.constexpr(PRIOR_MASK), tl.constexpr(PRIOR_EOS)
 _BLOCK_DONE, _FINISHED = tl.constexpr(BLOCK_DONE), tl.constexpr(FINISHED)
 _ERROR, _CHANGED = tl.constexpr(ERROR), tl.constexpr(CHANGED)
 
@@ -249,7 +250,7 @@ def _first_lane(mask, lane, L: tl.constexpr):
 @triton.jit
 def _commit_kernel(
     INDEX, PART, PART_ID,  # see candidates.py
-    TOKENS, KIND, START, STEP, POST_STEPS, FROZEN, PREFIX, COMMIT_STEP, COMMIT_CONFIDENCE,  # BlockState
+    TOKENS, KIND, BLOCK_START, STEP, POST_STEPS, FROZEN, PRIOR_FLAGS, COMMIT_STEP, COMMIT_CONFIDENCE,  # BlockState
     TEMPERATURE, SEED, THRESHOLD, EDIT_THRESHOLD, STEPS, MIN_TRANSFER, MAX_STEPS, MAX_POST_STEPS, FLAGS, EOS_IDS,
     STATUS, TOKEN, CONFIDENCE, COMMIT, EDIT,  # RefineOutput
     mask_id, tiles,
@@ -261,7 +262,7 @@ def _commit_kernel(
     inside = lane < L
     n = row * L + lane
     held = tl.load(TOKENS + n, mask=inside, other=-1)
-    kind = tl.load(KIND + n, mask=inside, other=_ABSENT)
+    kind = tl.load(KIND + n, mask=inside, other=_PADDING)
     frozen = tl.load(FROZEN + row)
     flags = tl.load(FLAGS + row)
     old_step = tl.load(STEP + row)
@@ -274,7 +275,7 @@ def _commit_kernel(
         wanted &= masked | editable
     token, confidence, _top, _mass, _scale_ = _combine(
         PART, PART_ID, n, wanted, tl.num_programs(0) * L * TILES, tiles, tl.load(TEMPERATURE + row), flags,
-        tl.load(SEED + row), tl.load(START + row) + lane, old_step, TILES,
+        tl.load(SEED + row), tl.load(BLOCK_START + row) + lane, old_step, TILES,
     )  # fmt: skip
     token = token.to(tl.int64)
     confidence = tl.where(wanted, confidence, float("-inf"))
@@ -297,7 +298,7 @@ def _commit_kernel(
     new = tl.where(written, token, held)
 
     # counters and the end of the block
-    present = kind != _ABSENT
+    present = kind != _PADDING
     prompt = kind == _PROMPT
     left = _count((new == mask_id) & present & ((kind != _PROMPT) | ((flags & _FILL_PROMPT) != 0)))
     edits = _count(edit)
@@ -313,21 +314,21 @@ def _commit_kernel(
     for k in tl.static_range(NUM_EOS):
         is_eos |= new == tl.load(EOS_IDS + row * NUM_EOS + k)
     is_eos &= present
-    prefix = tl.load(PREFIX + row)
-    prefix_clean = (prefix & _PREFIX_MASK) == 0
+    prior_flags = tl.load(PRIOR_FLAGS + row)
+    prior_clean = (prior_flags & _PRIOR_MASK) == 0
     generated_mask = (new == mask_id) & (kind != _PROMPT) & present
     first_mask = _first_lane(generated_mask, lane, L)
-    first_valid = _first_lane(is_eos & (kind == _VALID), lane, L)
+    first_generated = _first_lane(is_eos & (kind == _GENERATED), lane, L)
     judged = ((flags & _EOS_STEP) != 0) | (((flags & _EOS_END) != 0) & done)
-    finished = judged & (first_valid < L) & (first_mask > first_valid)
+    finished = judged & (first_generated < L) & (first_mask > first_generated)
     first_any = _first_lane(is_eos, lane, L)
     first_is_prompt = _count(prompt & (lane == first_any)) > 0
-    counts = ((prefix & _PREFIX_EOS) != 0) | first_is_prompt | (prefix_clean & (first_mask > first_any))
+    counts = ((prior_flags & _PRIOR_EOS) != 0) | first_is_prompt | (prior_clean & (first_mask > first_any))
     early = ((flags & _EOS_COMMIT) != 0) & (_count(is_eos & commit) > 0) & counts
     holds = done & (_count(is_eos & (kind != _PROMPT)) > 0)
-    clean = (first_mask == L) & prefix_clean
+    clean = (first_mask == L) & prior_clean
     ended = holds & (((flags & _EOS_HOLDS) != 0) | (((flags & _EOS_CLEAN) != 0) & clean))
-    eos_at = tl.where(finished, first_valid, tl.where(early, first_any, -1))
+    eos_at = tl.where(finished, first_generated, tl.where(early, first_any, -1))
     finished = (finished | early | ended) & live
     now = frozen | done.to(tl.int32) * _BLOCK_DONE | finished.to(tl.int32) * _FINISHED | error.to(tl.int32) * _ERROR
 
@@ -364,7 +365,7 @@ def launch(logits, state, params, mask_id, index, filters, only_needed, tile_v=T
     sampling = (params.temperature, params.top_k, params.top_p, params.seed)
     roles = (state.tokens, state.kind, state.frozen) if only_needed else None
     parts, ids, tiles = launch_parts(
-        logits, index, roles, params.flags, state.start, state.step, sampling, mask_id, filters, tile_v=tile_v
+        logits, index, roles, params.flags, state.block_start, state.step, sampling, mask_id, filters, tile_v=tile_v
     )  # fmt: skip
     lanes, num_warps = row_layout(length)
     run_kernel(

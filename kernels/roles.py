@@ -4,7 +4,7 @@
     editable  holds a token and may be replaced        T2T edits it
 
 A step needs the logits of those positions only. Prompt positions are neither, but for mask ids under FILL_PROMPT;
-absent positions and frozen rows have no roles. Shapes: R rows, L block_length, V vocab; n = r * L + l.
+padding and frozen rows have no roles. Shapes: R rows, L block_length, V vocab; n = r * L + l.
 """
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from ._triton import tl, triton
 
 # kind of a position
-VALID, PROMPT, TAIL, ABSENT = 0, 1, 2, 3  # TAIL is denoised but never returned; ABSENT is not even denoised
+GENERATED, PROMPT, TAIL, PADDING = 0, 1, 2, 3  # TAIL is denoised but never returned; PADDING is not even denoised
 
 # bits of a row's flags that decide roles and candidates; refine.py has the others
 BAN_MASK = 1  # the mask id is never a candidate
@@ -20,7 +20,7 @@ FILL_PROMPT = 2  # mask ids at prompt positions are filled like any other (model
 EDITING = 4  # T2T editing
 OWN_SOFTMAX = 256  # a drawn token's confidence is its share of all ids at temperature 1, not of what it was drawn from
 
-_PROMPT, _ABSENT = tl.constexpr(PROMPT), tl.constexpr(ABSENT)
+_PROMPT, _PADDING = tl.constexpr(PROMPT), tl.constexpr(PADDING)
 _FILL_PROMPT, _EDITING = tl.constexpr(FILL_PROMPT), tl.constexpr(EDITING)
 
 
@@ -31,7 +31,7 @@ def roles_ref(tokens, kind, frozen, flags, mask_id, asked=~0):
     """
     holds_mask = tokens == mask_id
     generated = kind != PROMPT
-    live = (kind != ABSENT) & (frozen == 0)[:, None]
+    live = (kind != PADDING) & (frozen == 0)[:, None]
     fillable = generated | ((flags & FILL_PROMPT) != 0)[:, None] if asked & FILL_PROMPT else generated
     masked = live & holds_mask & fillable
     if not asked & EDITING:
@@ -42,7 +42,7 @@ def roles_ref(tokens, kind, frozen, flags, mask_id, asked=~0):
 @triton.jit
 def _roles(token, kind, frozen, flags, mask_id):
     """roles_ref in a kernel, of one position or of one row's positions; frozen and flags are the row's."""
-    live = (kind != _ABSENT) & (frozen == 0)
+    live = (kind != _PADDING) & (frozen == 0)
     masked = live & (token == mask_id) & ((kind != _PROMPT) | ((flags & _FILL_PROMPT) != 0))
     editable = live & (token != mask_id) & (kind != _PROMPT) & ((flags & _EDITING) != 0)
     return masked, editable

@@ -25,6 +25,7 @@ _HOME = {
     "EngineConfig": "config",
     "FINISHED": "refinement",
     "FLAGS": "refinement",
+    "GENERATED": "refinement",
     "GenerateOutput": "generate",
     "LLaDA2Model": "model",
     "LLaDA2MoeModelLM": "adapters.transformers",

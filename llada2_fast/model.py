@@ -15,8 +15,8 @@ from torch import nn
 from .config import DTYPES, ModelConfig, as_int, find_device, habits
 from .kernels._ambient import isolated, lasting
 from .kernels.attention import block_attention, masked_attention, place_blocks, single_blocks
-from .kernels.fp8 import E4M3, check_device, linear, scale_shape
-from .kernels.gemm import Scaled
+from .kernels.fp8 import FP8, check_device, linear, scale_shape
+from .kernels.gemm import QuantTensor
 from .kernels.moe import experts, mlp
 from .kernels.norm import add_rms_norm, rms_norm
 from .kernels.product import rows_of
@@ -24,7 +24,7 @@ from .kernels.rope import qk_norm_rope, qk_norm_rope_write, rope_angles
 from .kernels.router import route, token_blocks
 from .outputs import Output
 from .weights import checkpoint
-from .weights.conversion import KeepsFloat8, NeverNarrower
+from .weights.conversion import KeepsFp8, NeverNarrower
 from .weights.special_tokens import NAMES as SPECIAL_IDS
 from .weights.special_tokens import check_ids, save_special_ids, special_ids
 
@@ -94,23 +94,23 @@ class RMSNorm(nn.Module):
         return add_rms_norm(x, delta, self.weight, self.eps)
 
 
-class Linear(KeepsFloat8):
-    """x W^T (+ b). In float8, W is e4m3 with a `scale` per block; its `parts`, equal shares of its rows, share none."""
+class Linear(KeepsFp8):
+    """x W^T (+ b). In fp8, W is e4m3 with a `scale` per block; its `parts`, equal shares of its rows, share none."""
 
-    def __init__(self, size_in, size_out, bias=False, float8=False, parts=1, **kw):
+    def __init__(self, size_in, size_out, bias=False, fp8=False, parts=1, **kw):
         super().__init__()
-        self.weight, self.scale = _weight((size_out, size_in), float8, parts, **kw)
+        self.weight, self.scale = _weight((size_out, size_in), fp8, parts, **kw)
         self.bias = nn.Parameter(torch.empty(size_out, **kw)) if bias else None
 
     def forward(self, x):
         return linear(x, self.weight, self.scale, self.bias)
 
 
-def _weight(shape, float8, parts, dtype, device):
-    """A weight and its scale, which is None unless float8."""
-    weight = torch.empty(shape, dtype=E4M3 if float8 else dtype, device=device)
-    scale = torch.empty(scale_shape(shape, parts), dtype=torch.float32, device=device) if float8 else None
-    return nn.Parameter(weight, requires_grad=False), nn.Parameter(scale, requires_grad=False) if float8 else None
+def _weight(shape, fp8, parts, dtype, device):
+    """A weight and its scale, which is None unless fp8."""
+    weight = torch.empty(shape, dtype=FP8 if fp8 else dtype, device=device)
+    scale = torch.empty(scale_shape(shape, parts), dtype=torch.float32, device=device) if fp8 else None
+    return nn.Parameter(weight, requires_grad=False), nn.Parameter(scale, requires_grad=False) if fp8 else None
 
 
 class Attention(nn.Module):
@@ -126,11 +126,11 @@ class Attention(nn.Module):
         )  # fmt: skip
         self.eps = config.rms_norm_eps
         width = (self.heads + 2 * self.kv_heads) * self.head_dim
-        self.query_key_value = Linear(config.hidden_size, width, config.use_qkv_bias, config.float8, **kw)
+        self.query_key_value = Linear(config.hidden_size, width, config.use_qkv_bias, config.fp8, **kw)
         if config.use_qk_norm:
             self.query_layernorm = RMSNorm(self.head_dim, self.eps, **kw)
             self.key_layernorm = RMSNorm(self.head_dim, self.eps, **kw)
-        self.dense = Linear(self.heads * self.head_dim, config.hidden_size, config.use_bias, config.float8, **kw)
+        self.dense = Linear(self.heads * self.head_dim, config.hidden_size, config.use_bias, config.fp8, **kw)
         self.norms = config.use_qk_norm
 
     def forward(self, x, cos, sin, attend, pages=None):
@@ -147,12 +147,12 @@ class MLP(nn.Module):
 
     def __init__(self, config, inner, **kw):
         super().__init__()
-        self.gate_up = Linear(config.hidden_size, 2 * inner, float8=config.float8, parts=2, **kw)
-        self.down = Linear(inner, config.hidden_size, float8=config.float8, **kw)
+        self.gate_up = Linear(config.hidden_size, 2 * inner, fp8=config.fp8, parts=2, **kw)
+        self.down = Linear(inner, config.hidden_size, fp8=config.fp8, **kw)
 
     @property
     def weights(self):
-        return Scaled(self.gate_up.weight, self.gate_up.scale), Scaled(self.down.weight, self.down.scale)
+        return QuantTensor(self.gate_up.weight, self.gate_up.scale), QuantTensor(self.down.weight, self.down.scale)
 
     def forward(self, x, block=None):
         return mlp(x, *self.weights), None
@@ -165,26 +165,26 @@ class Router(NeverNarrower):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, **kw))
         self.expert_bias = nn.Parameter(torch.empty(config.num_experts, device=kw["device"], dtype=torch.float32))
-        self.float8 = config.float8  # of the experts' weights
+        self.fp8 = config.fp8  # of the experts' weights
         self.rule = (
             config.num_experts_per_tok, config.n_group, config.topk_group,
             config.routed_scaling_factor, config.expert_capacity,
         )  # fmt: skip
 
     def forward(self, x, block):
-        return route(x, self.weight, self.expert_bias, *self.rule, block, float8=self.float8)
+        return route(x, self.weight, self.expert_bias, *self.rule, block, fp8=self.fp8)
 
 
-class Experts(KeepsFloat8):
+class Experts(KeepsFp8):
     def __init__(self, config, **kw):
         super().__init__()
         count, inner, hidden = config.num_experts, config.moe_intermediate_size, config.hidden_size
-        self.gate_up, self.gate_up_scale = _weight((count, 2 * inner, hidden), config.float8, 2, **kw)
-        self.down, self.down_scale = _weight((count, hidden, inner), config.float8, 1, **kw)
+        self.gate_up, self.gate_up_scale = _weight((count, 2 * inner, hidden), config.fp8, 2, **kw)
+        self.down, self.down_scale = _weight((count, hidden, inner), config.fp8, 1, **kw)
 
     @property
     def weights(self):
-        return Scaled(self.gate_up, self.gate_up_scale), Scaled(self.down, self.down_scale)
+        return QuantTensor(self.gate_up, self.gate_up_scale), QuantTensor(self.down, self.down_scale)
 
 
 class MoE(nn.Module):
@@ -234,7 +234,7 @@ class LLaDA2Model(nn.Module):
         self.layers = nn.ModuleList(Layer(config, i, **kw) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **kw)
         if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, float8=config.float8, **kw)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, fp8=config.fp8, **kw)
         self.requires_grad_(False)
 
     @lasting
@@ -247,7 +247,7 @@ class LLaDA2Model(nn.Module):
         return {name: value for name, value in vars(self).items() if name != "_graphed_decoder"}
 
     def to(self, *args, **kwargs):
-        """torch.nn.Module.to: a device moves everything. A dtype leaves routers as wide as they are, and float8 weights
+        """torch.nn.Module.to: a device moves everything. A dtype leaves routers as wide as they are, and fp8 weights
         and their scales as they are. ValueError, and nothing is changed, for a device that is not supported or not
         there, and for a dtype other than float16, bfloat16, float32 and float64."""
         for value in (*args, *(kwargs.get(name) for name in ("device", "dtype", "tensor"))):
@@ -287,7 +287,7 @@ class LLaDA2Model(nn.Module):
             looked_up = "embeddings" in name and not self.config.tie_word_embeddings
             if weight.ndim < 2 or looked_up or name.endswith("scale"):
                 continue
-            wide = ".router." in name or weight.dtype == E4M3  # multiplied in float32
+            wide = ".router." in name or weight.dtype == FP8  # multiplied in float32
             dtype = torch.float32 if wide else weight.dtype
             found[(*weight.shape[-2:], dtype)] = rows_of(weight, dtype)
         return found
@@ -307,7 +307,7 @@ class LLaDA2Model(nn.Module):
 
         dtype or torch_dtype: torch dtype of the weights or its name, None or "auto" = the config's; the routers'
         tensors keep their own where it is wider. device or device_map: None = the CPU, "auto" = the GPU if there is
-        one. quantization: "fp8" turns the linear layers into block-scaled float8 while they are read, None = the
+        one. quantization: "fp8" turns the linear layers into block-scaled fp8 while they are read, None = the
         config's. kwargs: revision, cache_dir, token, local_files_only, force_download of a hub id, and what changes
         nothing here (habits.LOADING).
         Raises CheckpointError naming file and tensor, ValueError naming an argument that cannot be honoured.
@@ -318,7 +318,7 @@ class LLaDA2Model(nn.Module):
         config = ModelConfig.from_hf(folder)
         if quantization is not None:
             config = replace(config, quantization=quantization)
-        if config.float8:
+        if config.fp8:
             check_device(device)
         if dtype is None:
             dtype = getattr(torch, config.dtype or "bfloat16")
@@ -343,7 +343,7 @@ class LLaDA2Model(nn.Module):
         become views of the copy: it goes on working, nothing is held twice, and at most one layer's experts are while
         they are copied. Only what is not of the embeddings' dtype stays with the module and is converted for us (of the
         router: what is narrower). Special ids: its generation_config's, else its config's.
-        CheckpointError naming the tensor as in from_pretrained, ValueError if it is in float8.
+        CheckpointError naming the tensor as in from_pretrained, ValueError if it is in fp8.
         """
         config = ModelConfig.from_hf(model.config.to_dict())
         params = checkpoint.adopt(model, config)

@@ -1,14 +1,14 @@
 """The refinement step as a library, for engines with a model, a cache and a scheduler of their own. These names, their
 shapes and meanings are stable.
 
-    state = BlockState.start_block(tokens, kind, start)     # one block per row: int64 [R, L], int8 [R, L], int64 [R]
+    state = BlockState.fresh(tokens, kind, start)     # one block per row: int64 [R, L], int8 [R, L], int64 [R]
     params = refine_params([DecodeParams(threshold=0.7)] * R, L, seeds, eos_ids)
     output = refine_step(logits, state, params, mask_id)    # logits [R, L, V]; state.tokens is edited in place
     flags = output.status[:, FLAGS]                         # BLOCK_DONE | FINISHED | ERROR | CHANGED
 
 Two launches on a GPU (three with top-k or top-p), no host sync, nothing allocated by data: it can be captured in a CUDA
-graph. A row whose block is done, finished or in error is frozen until state.begin() lays its next block out. A block's
-keys and values are final once a forward has seen it after a step without CHANGED. README has a whole loop.
+graph. A row whose block is done, finished or in error is frozen until state.reset_block() lays its next block out. A
+block's keys and values are final once a forward has seen it after a step without CHANGED. README has a whole loop.
 """
 
 import torch
@@ -34,13 +34,15 @@ from .kernels.refine import (
     needed_positions,
     refine_step,
 )
-from .kernels.roles import ABSENT, PROMPT, TAIL, VALID
+from .kernels.roles import GENERATED, PADDING, PROMPT, TAIL
 
 __all__ = [
-    "ABSENT", "BLOCK_DONE", "CHANGED", "COMMITS", "EDITS", "EOS_AT", "ERROR", "FINISHED", "FLAGS", "MASKS_BEFORE",
-    "MASKS_LEFT", "POST_STEPS", "PROMPT", "STEP", "TAIL", "VALID", "BlockState", "RefineOutput", "RefineParams",
-    "needed_positions", "refine_params", "refine_step",
+    "BLOCK_DONE", "CHANGED", "COMMITS", "EDITS", "EOS_AT", "ERROR", "FINISHED", "FLAGS", "GENERATED", "MASKS_BEFORE",
+    "MASKS_LEFT", "PADDING", "POST_STEPS", "PROMPT", "STEP", "TAIL", "VALID", "BlockState", "RefineOutput",
+    "RefineParams", "needed_positions", "refine_params", "refine_step",
 ]  # fmt: skip
+
+VALID = GENERATED  # its older name
 
 _DTYPES = {"temperature": torch.float32, "top_p": torch.float32, "threshold": torch.float32,
            "edit_threshold": torch.float32}  # fmt: skip

@@ -80,7 +80,7 @@ def network(model):
 
 
 def engine(model):
-    engine = Engine(model, EngineConfig(max_running=2, cache_tokens=256))
+    engine = Engine(model, EngineConfig(max_num_seqs=2, cache_tokens=256))
     outputs = engine.generate(PROMPTS, [DecodeParams(gen_length=12, **CALLS[name]) for name in ("editing", "sampling")])
     return [(o.token_ids, o.confidences, o.steps, o.error) for o in outputs]
 
@@ -119,7 +119,7 @@ def steps(model):
     logits = torch.randn(2, 8, 50, generator=generator, dtype=torch.float32, device="cpu")
     ints = {"dtype": torch.int64, "device": "cpu"}
     blocks, start = torch.full((2, 8), 1, **ints), torch.zeros(2, **ints)
-    state = BlockState.start_block(blocks.clone(), torch.zeros_like(blocks, dtype=torch.int8), start)
+    state = BlockState.fresh(blocks.clone(), torch.zeros_like(blocks, dtype=torch.int8), start)
     each = [DecodeParams(temperature=t, top_p=0.9, threshold=0.3) for t in (0, 0.7)]
     params = refine_params(each, 8, [1, 2], [[], []])
     found = []
@@ -173,7 +173,7 @@ def test_logits_that_are_trained():
     logits = torch.randn(1, 4, 20, requires_grad=True)
     tokens = torch.full((1, 4), 1)
     for made in (logits, logits * 1):
-        state = BlockState.start_block(tokens.clone(), torch.zeros(1, 4, dtype=torch.int8), torch.tensor([0]))
+        state = BlockState.fresh(tokens.clone(), torch.zeros(1, 4, dtype=torch.int8), torch.tensor([0]))
         output = refine_step(made, state, refine_params([DecodeParams(threshold=0.0)], 4, [0], [[]]), 1)
         assert not output.confidence.requires_grad and not bool((state.tokens == 1).any())
         step = BlockRefinementScheduler(4, 4).step(made, 0, tokens, mask_token_id=1)
@@ -191,7 +191,7 @@ def test_autocast_is_back_on_behind_a_call():
 def test_an_engine_made_in_inference_mode_goes_on_outside():
     with torch.inference_mode():
         model = load()
-        made = Engine(model, EngineConfig(max_running=1, cache_tokens=256))
+        made = Engine(model, EngineConfig(max_num_seqs=1, cache_tokens=256))
         first = made.add_request(PROMPTS[0], DecodeParams(gen_length=12))
         made.step()
     while made.has_work:

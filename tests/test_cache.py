@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from llada2_fast.cache import PagedKVCache
 from llada2_fast.config import ModelConfig
 from llada2_fast.kernels._triton import force_ops
-from llada2_fast.kernels.attention import Run
+from llada2_fast.kernels.attention import Span
 from llada2_fast.model import LLaDA2Model, Read
 from tests.kernels.interpreter import interpreted
 
@@ -139,7 +139,7 @@ def logits_of(model, cache, spans, pages, rows, length):
     for r, begin, end in spans:
         tokens.append(rows[r][begin * length : end * length])
         position.append(torch.arange(begin * length, end * length))
-        runs.append(Run(pages[r], begin, end - begin, len(rows[r])))
+        runs.append(Span(pages[r], begin, end - begin, len(rows[r])))
     hidden = model.forward_blocks(torch.cat(tokens), torch.cat(position), runs, cache)
     return model.lm_logits(hidden).split([len(t) for t in tokens])
 
@@ -195,7 +195,7 @@ def test_positions_beyond_the_limit_do_not_exist(name):
     other = row.clone()
     other[13:] = (other[13:] + 1) % model.config.vocab_size
     for tokens in (row, other):
-        hidden = model.forward_blocks(tokens, torch.arange(16), [Run((1, 0), 0, 2, 13)], new_cache(model, 2, length))
+        hidden = model.forward_blocks(tokens, torch.arange(16), [Span((1, 0), 0, 2, 13)], new_cache(model, 2, length))
         torch.testing.assert_close(model.lm_logits(hidden)[:13], wanted, atol=NEAR, rtol=0)
         assert hidden.isfinite().all()
 
@@ -208,7 +208,7 @@ def test_what_is_read_and_written_does_not_depend_on_what_else_is_read(name, ops
     model, length = load(name), 8
     tokens = torch.randint(model.config.vocab_size, (32,), generator=torch.Generator().manual_seed(3))
     positions = torch.cat((torch.arange(16), torch.arange(16)))
-    runs = [Run((0, 1), 0, 2, 16), Run((2, 3), 0, 2, 16)]
+    runs = [Span((0, 1), 0, 2, 16), Span((2, 3), 0, 2, 16)]
     rows = [i * length + offset for i, offsets in enumerate(reads.values()) for offset in offsets]
     read = Read(list(reads), torch.tensor(rows, dtype=torch.int64))
     with force_ops(ops), interpreted() if ops == "triton" else nullcontext():

@@ -12,8 +12,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from llada2_fast import __version__, demo
-from llada2_fast.cli import doctor, options
 from llada2_fast.cli import commands as cli
+from llada2_fast.cli import doctor, options
 from llada2_fast.config import DecodeParams
 
 ROOT = Path(__file__).parent.parent

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from llada2_fast.config import DecodeParams, ModelConfig
+from llada2_fast.config import DecodeParams, EngineConfig, ModelConfig
 
 SETS = ["tiny", "group", "variant", "flat", "moe256", "bf16", "block22"]
 NAN, INF = float("nan"), float("inf")
@@ -289,3 +289,11 @@ def test_bad_decode_params_are_refused(given):
     name = next(iter(given))
     with pytest.raises(ValueError, match=rf"^{name}=.*: expected "):
         DecodeParams(**given)
+
+
+def test_older_names_of_engine_settings():
+    with pytest.warns(DeprecationWarning, match="max_num_seqs"):
+        old = EngineConfig(max_running=3, share_prefixes=False, prefill_tokens=64)
+    assert old == EngineConfig(max_num_seqs=3, enable_prefix_caching=False, max_num_batched_tokens=64)
+    with pytest.raises(ValueError, match="max_running=3: expected max_num_seqs alone"):
+        EngineConfig(max_running=3, max_num_seqs=3)

@@ -38,7 +38,7 @@ def test_what_the_kernels_ask_of_a_gpu(line):
     steps = [point for what, point in points.items() if what.startswith("denoise step")]
     assert refinement == [2, 2, 3]
     assert all(point["syncs"] == 0 and point["launches_outside_graph"] <= 2 for point in steps)
-    assert steps[0]["bytes"] > 1.8 * steps[1]["bytes"]  # bf16, float8
+    assert steps[0]["bytes"] > 1.8 * steps[1]["bytes"]  # bf16, fp8
 
 
 def test_golden_decodings_take_the_recorded_forwards(line):

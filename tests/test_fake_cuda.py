@@ -247,7 +247,7 @@ def test_generate_without_graphs(golden):
 
 @pytest.mark.parametrize("name, quantization", [("tiny", "fp8"), ("block22", None)])
 def test_other_networks(golden, name, quantization):
-    """A step a block: float8, and experts chosen per block."""
+    """A step a block: fp8, and experts chosen per block."""
     options = {"gen_length": 9, "block_length": 8, "threshold": 0.0, "profile": "hf-2.1", "num_to_transfer": 8}
     model = load(golden, name, quantization=quantization)
     ids = {"mask_id": model.config.vocab_size - 1, "eos_id": 3}
@@ -263,7 +263,7 @@ def test_an_engine_on_graphs(golden):
         DecodeParams(gen_length=11, threshold=0.4, mask_id=255, eos_ids=(252,)),
         DecodeParams(gen_length=8, threshold=0.4, mask_id=255, eos_ids=(252,), temperature=0.8, top_k=7, seed=3),
     ]
-    options = {"block_length": 8, "mask_id": 255, "max_running": 1, "cache_tokens": 64, "trace": False}
+    options = {"block_length": 8, "mask_id": 255, "max_num_seqs": 1, "cache_tokens": 64, "trace": False}
 
     def tokens(model, **more):
         engine = Engine(model, EngineConfig(**options, **more))
@@ -278,7 +278,7 @@ def test_an_engine_on_graphs(golden):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_float8_of_a_gpu_is_that_of_a_cpu(dtype):
+def test_fp8_of_a_gpu_is_that_of_a_cpu(dtype):
     """Weights by PyTorch, activations by PyTorch and by the kernel: the same bits everywhere."""
     x = torch.randn(40, 1100).to(dtype)
     weights, rows = fp8.quantize_weight(x, 2), fp8.quantize_ref(x)

@@ -428,7 +428,7 @@ def test_carried_places_repeat_a_block_or_take_ended_ones_along(machine, variant
         assert (tokens == step.mask_id).all(1).tolist() == [True] * real + [False] * (6 - real)
     assert step.carried == real and len(begun) == 2
     step.reset()
-    assert (step.state.start == 64).tolist() == [False] * real + [True] * (6 - real)
+    assert (step.state.block_start == 64).tolist() == [False] * real + [True] * (6 - real)
 
 
 def test_a_carried_block_adds_experts_to_the_floor_and_no_logits():
@@ -440,7 +440,7 @@ def test_a_carried_block_adds_experts_to_the_floor_and_no_logits():
 def test_one_network_is_kept_at_a_time(machine):
     bf16 = machine.network("mini")
     assert machine.network("mini") is bf16
-    fp8 = machine.network("mini", float8=True)
+    fp8 = machine.network("mini", fp8=True)
     assert fp8.lm_head.weight.dtype == torch.float8_e4m3fn and machine.network("mini") is not bf16
 
 
@@ -470,8 +470,8 @@ def test_masks_of_a_random_network_choose_almost_as_many_experts_as_other_tokens
     assert touched(plain, masks) < 0.7 * touched(plain, ids)
 
 
-def test_float8_weights_stand_for_values_of_the_usual_size(machine):
-    layer = gpu_gates.moe_layer(machine, float8=True)
+def test_fp8_weights_stand_for_values_of_the_usual_size(machine):
+    layer = gpu_gates.moe_layer(machine, fp8=True)
     for weight, scale, parts in (
         (layer.experts.gate_up, layer.experts.gate_up_scale, 2),
         (layer.shared_experts.down.weight, layer.shared_experts.down.scale, 1),

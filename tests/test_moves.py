@@ -9,7 +9,7 @@ import torch
 
 from llada2_fast import BlockRefinementScheduler, LLaDA2Model, LLaDA2Pipeline
 from llada2_fast.adapters.transformers import LLaDA2MoeModelLM
-from llada2_fast.kernels.fp8 import E4M3
+from llada2_fast.kernels.fp8 import FP8
 
 IDS = torch.randint(0, 100, (1, 16), generator=torch.Generator().manual_seed(0))
 WAYS = {
@@ -42,7 +42,7 @@ def fresh(*arguments):
 
 
 def bits(tensor):
-    return tensor.view(torch.uint8) if tensor.dtype == E4M3 else tensor
+    return tensor.view(torch.uint8) if tensor.dtype == FP8 else tensor
 
 
 def same(a, b):
@@ -89,14 +89,14 @@ def test_narrower_weights_and_routers_as_wide_as_before(golden, tmp_path, way):
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_float8_values_and_scales_stay_what_they_are(golden, dtype, way):
+def test_fp8_values_and_scales_stay_what_they_are(golden, dtype, way):
     before = loaded(golden / "tiny", torch.bfloat16, "fp8")
     moved = way(fresh(golden / "tiny", torch.bfloat16, "fp8"), dtype)
     assert moved.dtype == dtype and moved.norm.weight.dtype == dtype
     theirs = dict(before.named_parameters())
     seen = 0
     for name, x in moved.named_parameters():
-        if theirs[name].dtype == E4M3 or name.endswith("scale"):
+        if theirs[name].dtype == FP8 or name.endswith("scale"):
             assert x.dtype == theirs[name].dtype and torch.equal(bits(x), bits(theirs[name]))
             seen += 1
     assert seen and torch.isfinite(moved(IDS).logits).all()

@@ -137,7 +137,7 @@ def test_the_embedded_model_writes_the_same_on_a_gpu(kind):
     ours = model.generate(prompts, return_dict=True, graphs=True, **options)
     assert torch.equal(ours.sequences.cpu(), wanted.sequences)
     assert [row.forwards_per_block for row in ours.counters] == [row.forwards_per_block for row in wanted.counters]
-    engine = Engine(model, EngineConfig(graphs=True, max_running=2, cache_tokens=1024))
+    engine = Engine(model, EngineConfig(graphs=True, max_num_seqs=2, cache_tokens=1024))
     for output, tokens, count in zip(
         engine.generate(prompts, params), wanted.sequences, wanted.num_tokens, strict=True
     ):

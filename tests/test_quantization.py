@@ -1,4 +1,4 @@
-"""Float8 models: made from wider checkpoints, written and read back, refused when broken, and how far they deviate."""
+"""Fp8 models: made from wider checkpoints, written and read back, refused when broken, and how far they deviate."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ def equal(a, b):
 
 @pytest.fixture
 def saved(golden, tmp_path):
-    """Folder of the golden set tiny as a float8 checkpoint in one file, and its tensors."""
+    """Folder of the golden set tiny as an fp8 checkpoint in one file, and its tensors."""
     load(golden / "tiny", quantization="fp8").save_pretrained(tmp_path / "fp8")
     return tmp_path / "fp8", load_file(tmp_path / "fp8" / "model.safetensors")
 
@@ -126,11 +126,11 @@ BROKEN = {
     "scale not finite": (lambda t: t.update({SCALE: t[SCALE] * float("nan")}), SCALE),
     "scale beside a wide weight": (lambda t: t.update({NAME: t[NAME].float()}), SCALE),
     "weight with NaN": (lambda t: t[NAME].view(torch.uint8).fill_(0x7F), NAME),
-    "norm in float8": (
+    "norm in fp8": (
         lambda t: t.update({"model.norm.weight": t["model.norm.weight"].to(torch.float8_e4m3fn)}), "model.norm.weight",
     ),
-    "router in float8": (
-        lambda t: t.update({"model.layers.1.mlp.gate.weight": t["model.layers.1.mlp.gate.weight"].to(fp8.E4M3)}),
+    "router in fp8": (
+        lambda t: t.update({"model.layers.1.mlp.gate.weight": t["model.layers.1.mlp.gate.weight"].to(fp8.FP8)}),
         "model.layers.1.mlp.gate.weight",
     ),
     "scale of a norm": (lambda t: t.update({"model.norm.weight_scale_inv": torch.ones(1)}), "norm.weight_scale_inv"),
@@ -147,7 +147,7 @@ def test_refused(saved, kind):
         load(folder)
 
 
-def test_float8_tensors_need_a_config_that_says_so(saved):
+def test_fp8_tensors_need_a_config_that_says_so(saved):
     folder, _ = saved
     content = json.loads((folder / "config.json").read_text("utf-8"))
     del content["quantization_config"]
@@ -169,7 +169,7 @@ def test_float8_tensors_need_a_config_that_says_so(saved):
 )
 def test_other_quantisations_are_refused(golden, change, name):
     raw = json.loads((golden / "tiny" / "config.json").read_text("utf-8"))
-    assert ModelConfig.from_hf(raw | {"quantization_config": QUANTIZATION_CONFIG}).float8
+    assert ModelConfig.from_hf(raw | {"quantization_config": QUANTIZATION_CONFIG}).fp8
     with pytest.raises(ValueError, match=rf"^quantization_config\.{name}="):
         ModelConfig.from_hf(raw | {"quantization_config": QUANTIZATION_CONFIG | change})
 
@@ -190,7 +190,7 @@ def test_a_broken_source_is_refused_before_it_is_quantised(golden, tmp_path):
 
 @pytest.fixture(scope="module")
 def embedded():
-    """The embedded model in bfloat16 and in float8 with bfloat16 activations, and its tokenizer."""
+    """The embedded model in bfloat16 and in fp8 with bfloat16 activations, and its tokenizer."""
     folder = demo.path()
     wide, narrow = (load(folder, torch.bfloat16, quantization=name) for name in (None, "fp8"))
     return wide, narrow, load_tokenizer(folder)

@@ -130,7 +130,7 @@ def test_no_prompt_is_an_empty_one(tiny):
 
 def test_the_engine_and_our_pipeline_take_the_model_too(demo, tokenizer):
     params = llada2_fast.DecodeParams(gen_length=64, eos_early_stop=True)
-    engine = llada2_fast.Engine(demo, llada2_fast.EngineConfig(max_running=2), tokenizer)
+    engine = llada2_fast.Engine(demo, llada2_fast.EngineConfig(max_num_seqs=2), tokenizer)
     prompt = tokenizer.apply_chat_template(chat("Spell 4071."), add_generation_prompt=True)["input_ids"]
     (output,) = engine.generate([prompt], params)
     assert output.text == SPELL

@@ -9,8 +9,8 @@ from functools import partial
 import torch
 
 from llada2_fast.kernels import advance
-from llada2_fast.kernels.refine import BLOCK_DONE, PREFIX_MASK, BlockState
-from llada2_fast.kernels.roles import ABSENT, PROMPT, TAIL, VALID
+from llada2_fast.kernels.refine import BLOCK_DONE, PRIOR_MASK, BlockState
+from llada2_fast.kernels.roles import GENERATED, PADDING, PROMPT, TAIL
 
 from ..roofline import BLOCK
 from .cases import Case, Shapes, agree
@@ -22,7 +22,7 @@ def plain(state, bounds, slot, repeat, carried, mask_id):
     device, length = slot.device, state.tokens.shape[1]
     active, riding = [], []
     for row in slot.tolist():
-        start, total = int(state.start[row]), int(bounds.total[row])
+        start, total = int(state.block_start[row]), int(bounds.total[row])
         ready = int(state.frozen[row]) == BLOCK_DONE and start + length < total
         changed = bool(bounds.changed[row])
         if ready and (not changed or len(riding) < carried):
@@ -31,9 +31,9 @@ def plain(state, bounds, slot, repeat, carried, mask_id):
             masked = ((state.tokens[row] == mask_id) & (state.kind[row] != PROMPT)).any()
             start += length
             position = torch.arange(start, start + length, device=device)
-            kind = torch.where(position < bounds.limit[row], TAIL, ABSENT).masked_fill_(position < total, VALID)
-            prefix = state.prefix[row] | masked.int() * PREFIX_MASK
-            state.begin(row, torch.full_like(position, mask_id), kind.to(state.kind.dtype), start, prefix)
+            kind = torch.where(position < bounds.limit[row], TAIL, PADDING).masked_fill_(position < total, GENERATED)
+            prior_flags = state.prior_flags[row] | masked.int() * PRIOR_MASK
+            state.reset_block(row, torch.full_like(position, mask_id), kind.to(state.kind.dtype), start, prior_flags)
         active.append((row, start // length, state.tokens[row]))
     rows, index, laid = zip(*active, *riding, *active[:1] * (carried - len(riding)), strict=True)
     return *(torch.tensor(x, dtype=torch.int32, device=device) for x in (rows, index)), torch.stack(laid)
@@ -47,7 +47,7 @@ def case_of(rows):
     def make(ended=False):
         tokens = torch.randint(MASK + 1, (rows, BLOCK), device=shapes.device)
         start = each(rows).long() * BLOCK
-        state = BlockState.start_block(tokens, torch.full_like(tokens, VALID, dtype=torch.int8), start)
+        state = BlockState.fresh(tokens, torch.full_like(tokens, GENERATED, dtype=torch.int8), start)
         if ended:
             state.frozen[::2] = BLOCK_DONE
         total = start.int() + 2 * BLOCK - 5

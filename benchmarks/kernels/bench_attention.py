@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from llada2_fast.kernels import attention
-from llada2_fast.kernels.attention import BlockBatch, Run
+from llada2_fast.kernels.attention import BlockBatch, Span
 
 from ..roofline import BLOCK
 from .cases import Case, Shapes
@@ -19,7 +19,7 @@ def case_of(config, rows, prefix, prefill=False):
     c, count = shapes.config(), prefix // BLOCK + 1
     first = 0 if prefill else count - 1
     runs = [
-        Run(tuple(range(row * count, (row + 1) * count)), first, count - first, count * BLOCK) for row in range(rows)
+        Span(tuple(range(row * count, (row + 1) * count)), first, count - first, count * BLOCK) for row in range(rows)
     ]
     blocks = runs if shapes.dry else BlockBatch.from_runs(runs, shapes.device)
     at = torch.arange(count * BLOCK, device=shapes.device) // BLOCK

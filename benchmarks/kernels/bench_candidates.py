@@ -16,7 +16,7 @@ def arguments(step):
     p = step.params
     sample = candidates.SampleParams(p.temperature, p.top_k, p.top_p, p.seed)
     ban = torch.full_like(p.flags, candidates.BAN_MASK)
-    return step.logits, step.state.start, step.state.step, sample, step.mask_id, ban, None, step.filters
+    return step.logits, step.state.block_start, step.state.step, sample, step.mask_id, ban, None, step.filters
 
 
 def wide(logits):

@@ -1,6 +1,6 @@
-"""A linear layer in block-scaled float8, its activations quantised on the fly, for T tokens.
+"""A linear layer in block-scaled fp8, its activations quantised on the fly, for T tokens.
 
-The peer multiplies the weight that was quantised, in the activations' dtype: what float8 is to be faster than. Parity
+The peer multiplies the weight that was quantised, in the activations' dtype: what fp8 is to be faster than. Parity
 is against the product of what weight and activations stand for, in float32.
 """
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from llada2_fast.kernels import gemm, moe, router
-from llada2_fast.kernels.gemm import Scaled
+from llada2_fast.kernels.gemm import QuantTensor
 
 from .bench_router import arguments
 from .cases import Case, Shapes
@@ -37,7 +37,7 @@ def grouped(h, routing, gate_up):
 
 def kernel(h, routing, gate_up):
     tile = gemm.tiles(h.device, *reversed(h.shape))["gate_up"]
-    return gemm.gemm(Scaled(h), Scaled(gate_up), None, routing, True, h, routing.tile_m, **tile).values
+    return gemm.gemm(QuantTensor(h), QuantTensor(gate_up), None, routing, True, h, routing.tile_m, **tile).values
 
 
 def case_of(config, tokens):

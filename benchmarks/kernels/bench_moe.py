@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from llada2_fast.kernels import moe, router
-from llada2_fast.kernels.gemm import Scaled
+from llada2_fast.kernels.gemm import QuantTensor
 
 from .bench_router import arguments
 from .cases import Case, Shapes
@@ -37,8 +37,8 @@ def case_of(config, tokens):
 
     def make():
         shared = shapes.random(2 * inner, hidden, std=hidden**-0.5), shapes.random(hidden, inner, std=inner**-0.5)
-        weights = Scaled(shapes.experts(2 * inner, hidden)), Scaled(shapes.experts(hidden, inner))
-        return routed[0], routing, *weights, tuple(map(Scaled, shared))
+        weights = QuantTensor(shapes.experts(2 * inner, hidden)), QuantTensor(shapes.experts(hidden, inner))
+        return routed[0], routing, *weights, tuple(map(QuantTensor, shared))
 
     operations = 2.0 * expert * tokens * (c.num_experts_per_tok + 1)
     return Case(moe.experts, plain, "loop over experts", shapes.rotated(make, size), size, operations, graph=False)

@@ -64,7 +64,7 @@ class Step:
         )  # fmt: skip
         tokens = torch.full((rows, LENGTH), self.mask_id, device=device)
         kind = torch.zeros_like(tokens, dtype=torch.int8)
-        self.state = refine.BlockState.start_block(tokens, kind, torch.zeros_like(tokens[:, 0]))
+        self.state = refine.BlockState.fresh(tokens, kind, torch.zeros_like(tokens[:, 0]))
         if steady:
             self.state.step.fill_(LENGTH)  # past the schedule's last commit
 

@@ -30,8 +30,8 @@ class Shapes(Machine):
         self.dtype = torch.float32 if self.dry else torch.bfloat16
         self._config = (CONFIGS | {"small": SMALL})[name]
 
-    def config(self, name=None, float8=False):
-        return replace(self._config, quantization="fp8") if float8 else self._config
+    def config(self, name=None, fp8=False):
+        return replace(self._config, quantization="fp8") if fp8 else self._config
 
     def size(self, real, most):
         return real

@@ -9,7 +9,7 @@ from ..cache import PagedKVCache
 from ..decoding.decoder import PREFILL_TOKENS
 from ..decoding.inputs import check_prompts
 from ..kernels._ambient import isolated
-from ..kernels.attention import Run
+from ..kernels.attention import Span
 from ..model import Read, read_nothing
 
 _REAL = {"dtype": torch.float64, "device": "cpu"}
@@ -51,7 +51,7 @@ def likelihood_bound(
     chunk = max(1, PREFILL_TOKENS[model.device.type] // length)
     for begin in range(0, blocks - 1, chunk):
         end = min(begin + chunk, blocks - 1)
-        run = Run(tuple(range(end)), begin, end - begin, limit)
+        run = Span(tuple(range(end)), begin, end - begin, limit)
         nothing = read_nothing(model.device)
         model.forward_blocks(canvas[begin:end].flatten(), where[begin:end].flatten(), [run], cache, nothing)
 
@@ -63,7 +63,7 @@ def likelihood_bound(
         for rows in samples.to(model.device).split(batch_size):
             tokens = canvas[block].repeat(len(rows), 1)
             tokens[:, scored].masked_fill_(rows, mask_id)
-            runs = [Run((*range(block), blocks - 1 + row), block, 1, limit) for row in range(len(rows))]
+            runs = [Span((*range(block), blocks - 1 + row), block, 1, limit) for row in range(len(rows))]
             read = torch.zeros(tokens.shape, dtype=torch.bool, device=tokens.device)
             read[:, scored] = rows
             read = Read(list(range(len(rows))), torch.where(read.flatten())[0])

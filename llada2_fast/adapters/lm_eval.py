@@ -248,7 +248,7 @@ class LLaDA2LM:
 
     def _engine_config(self, needed):
         return EngineConfig(
-            block_length=self.params.block_length, max_running=self.batch_size, trace=False, graphs=self.graphs,
+            block_length=self.params.block_length, max_num_seqs=self.batch_size, trace=False, graphs=self.graphs,
             cache_tokens=needed if self.cache_tokens is None else self.cache_tokens, mask_id=self.params.mask_id,
             max_eos_ids=max(EngineConfig.max_eos_ids, len(self.params.eos_ids or ())),
         )  # fmt: skip
@@ -314,7 +314,7 @@ def _integer(name, value, low):
 def _batch_size(size, most):
     """Rows of an engine, from lm-eval's spellings: 8, "8", "auto", "auto:4" (which asks it to find out again)."""
     if isinstance(size, str) and size.partition(":")[0] == "auto":
-        return EngineConfig.max_running if most is None else _integer("max_batch_size", most, 1)
+        return EngineConfig.max_num_seqs if most is None else _integer("max_batch_size", most, 1)
     if isinstance(size, str) and size.isdecimal():
         size = int(size)
     return _integer("batch_size", size, 1)

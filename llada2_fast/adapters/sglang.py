@@ -108,7 +108,7 @@ class Settings:
 class Block:
     """What SGLang carries from step to step for a request's active block."""
 
-    kind: torch.Tensor  # int8 [L]: PROMPT or VALID
+    kind: torch.Tensor  # int8 [L]: PROMPT or GENERATED
     seed: int
     step: int = 0
     post_steps: int = 0
@@ -223,7 +223,7 @@ class Refinement:
         filters = self._sampling(forward_batch.sampling_info, params)
         state = BlockState(
             None, kind, forward_batch.positions.view(rows, -1)[:, 0].to(torch.int64).contiguous(),
-            step, post_steps, frozen, prefix=torch.zeros_like(frozen),
+            step, post_steps, frozen, prior_flags=torch.zeros_like(frozen),
             commit_step=torch.full_like(kind, -1, dtype=torch.int32),
             commit_confidence=torch.zeros_like(kind, dtype=torch.float32),
         )  # fmt: skip

@@ -3,6 +3,8 @@
 import json
 import math
 import numbers
+import warnings
+from functools import wraps
 
 import torch
 
@@ -124,3 +126,28 @@ def merge(name, value, other_name, other):
     if value is not None and other is not None and value != other:
         raise ValueError(f"{name}={value!r:.80} contradicts {other_name}={other!r:.80}: expected equal values")
     return other if value is None else value
+
+
+def renamed(**names):
+    """Decorates a class: keyword arguments are taken under older names, too, with a DeprecationWarning.
+
+    names: older name = name. ValueError if both are given.
+    """
+
+    def decorate(cls):
+        init = cls.__init__
+
+        @wraps(init)
+        def __init__(self, *args, **kwargs):
+            for old in names.keys() & kwargs.keys():
+                new, value = names[old], kwargs.pop(old)
+                if new in kwargs:
+                    raise bad(old, value, f"{new} alone, which is its name now")
+                warnings.warn(f"{cls.__name__}({old}=...) is called {new} now", DeprecationWarning, stacklevel=2)
+                kwargs[new] = value
+            init(self, *args, **kwargs)
+
+        cls.__init__ = __init__
+        return cls
+
+    return decorate

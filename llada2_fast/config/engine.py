@@ -3,27 +3,36 @@
 import math
 from dataclasses import dataclass
 
-from .checks import as_flag, as_float, as_int, check, put
+from .checks import as_flag, as_float, as_int, check, put, renamed
 
 
+@renamed(max_running="max_num_seqs", share_prefixes="enable_prefix_caching", prefill_tokens="max_num_batched_tokens")
 @dataclass(frozen=True)
 class EngineConfig:
-    """How an Engine shares its model among requests.
+    """How an Engine shares its model among requests; ValueError naming field, value and what is allowed.
 
-    `block_length` None = the model's; `max_running` rows are decoded together, `max_waiting` requests may wait for a
-    place; `cache_tokens` of K/V are kept for prompts, generated blocks and shared prefixes; `prefill_tokens` prompt
-    tokens at most go along with one step; `share_prefixes` lets requests use each other's committed blocks; a unit of
-    priority outweighs `priority_s` seconds of waiting; a request has at most `max_eos_ids` EOS ids; `mask_id` None =
-    the checkpoint's; `trace` records every commit and edit; `graphs` replays each denoise step as a CUDA graph, on a
-    GPU. With graphs and without a trace a step is launched before the last one's results are read, which then come a
-    step late; `trace` None = unless there are graphs."""
+    block_length: tokens of a block; None = the model's.
+    max_num_seqs: rows decoded together, at most.
+    max_waiting: requests that may wait for a place.
+    cache_tokens: positions of K/V kept for prompts, generated blocks and shared prefixes.
+    max_num_batched_tokens: prompt tokens that go along with one step, at most.
+    enable_prefix_caching: requests use each other's committed blocks.
+    priority_s: seconds of waiting that a unit of priority outweighs.
+    max_eos_ids: EOS ids a request may have.
+    mask_id: the mask token; None = the checkpoint's.
+    trace: record every commit and edit; None = unless there are graphs.
+    graphs: replay each denoise step as a CUDA graph, on a GPU. Without a trace a step is then launched before the last
+        one's results are read, which come a step late.
+    max_running, share_prefixes, prefill_tokens: older names of max_num_seqs, enable_prefix_caching and
+        max_num_batched_tokens, taken with a DeprecationWarning.
+    """
 
     block_length: int | None = None
-    max_running: int = 16
+    max_num_seqs: int = 16
     max_waiting: int = 1024
     cache_tokens: int = 65536
-    prefill_tokens: int = 512
-    share_prefixes: bool = True
+    max_num_batched_tokens: int = 512
+    enable_prefix_caching: bool = True
     priority_s: float = 60.0
     max_eos_ids: int = 8
     mask_id: int | None = None
@@ -34,10 +43,10 @@ class EngineConfig:
         for name, low in (("block_length", 1), ("mask_id", 0)):
             if getattr(self, name) is not None:
                 check(self, name, as_int, low)
-        for name in ("max_running", "max_waiting", "cache_tokens", "prefill_tokens", "max_eos_ids"):
+        for name in ("max_num_seqs", "max_waiting", "cache_tokens", "max_num_batched_tokens", "max_eos_ids"):
             check(self, name, as_int, 1)
         if self.trace is None:
             put(self, "trace", not self.graphs)
-        for name in ("share_prefixes", "trace", "graphs"):
+        for name in ("enable_prefix_caching", "trace", "graphs"):
             check(self, name, as_flag)
         check(self, "priority_s", as_float, ">= 0 and finite", lambda x: 0 <= x < math.inf)

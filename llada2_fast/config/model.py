@@ -131,7 +131,7 @@ class ModelConfig:
         return int(self.head_dim * self.partial_rotary_factor)
 
     @property
-    def float8(self) -> bool:
+    def fp8(self) -> bool:
         return self.quantization == "fp8"
 
     @classmethod

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ..config import DecodeParams
 from ..kernels import refine
 from ..kernels._ambient import lasting
-from ..kernels.attention import Run
+from ..kernels.attention import Span
 from ..kernels.refine import BlockState, RefineParams, needed_positions, refine_step
 from ..model import Read, read_nothing
 from .graph_runner import Report, Slots, StepGraph
@@ -54,7 +54,7 @@ class Row:
     canvas: torch.Tensor  # int64 [blocks * L]: prompt, committed blocks, masks
     kind: torch.Tensor  # int8 [blocks * L]
     block: int  # the active block
-    prefix: int  # PREFIX_MASK | PREFIX_EOS
+    prior_flags: int  # PRIOR_MASK | PRIOR_EOS
     pages: tuple[int, ...] = ()
     settled: int = 0  # leading blocks whose final K/V are in their pages
     started: bool = False  # its active block is laid out: it takes part in steps
@@ -169,7 +169,7 @@ class Forward:
     def refine(self, rows, state, params, mask_id, *prefill):
         """One step of the rows, forward and refinement. Returns RefineOutput [slots, ...] and the step's report."""
         if self.all_logits:
-            needed = (state.kind != refine.ABSENT) & (state.frozen == 0)[:, None]
+            needed = (state.kind != refine.PADDING) & (state.frozen == 0)[:, None]
         else:
             needed = needed_positions(state, params, mask_id)
         logits, index = self(rows, state, needed, *prefill)
@@ -265,7 +265,7 @@ class CachedForward(Forward):
             else:
                 tokens += [row.canvas[at : row.span.start], state.tokens[row.slot]]
             positions.append(torch.arange(at, end * row.length, device=row.canvas.device))
-            runs.append(Run(row.pages, begin, end - begin, row.limit))
+            runs.append(Span(row.pages, begin, end - begin, row.limit))
         return self.model.forward_blocks(torch.cat(tokens), torch.cat(positions), runs, self.cache, read)
 
 
@@ -344,7 +344,7 @@ class BlockDecoder:
         self.report = self._launched = None  # what the host has read, and what it has still to read
         self.rows = [None] * slots
         blocks = torch.full((slots, block_length), mask_id, dtype=torch.int64, device=device)
-        self.state = BlockState.start_block(
+        self.state = BlockState.fresh(
             blocks, torch.zeros_like(blocks, dtype=torch.int8), torch.zeros(slots, dtype=torch.int64, device=device)
         )
         self.state.frozen.fill_(refine.FINISHED)
@@ -373,16 +373,16 @@ class BlockDecoder:
         device = self.state.tokens.device
         canvas = torch.full((size,), self.mask_id, dtype=torch.int64, device=device)
         canvas[:n] = prompt
-        tail = refine.TAIL if params.attend_tail else refine.ABSENT
+        tail = refine.TAIL if params.attend_tail else refine.PADDING
         kind = torch.full((size,), tail, dtype=torch.int8, device="cpu")
         kind[:n] = refine.PROMPT
-        kind[n : n + params.gen_length] = refine.VALID
+        kind[n : n + params.gen_length] = refine.GENERATED
         eos = torch.full((self.params.eos_ids.shape[1],), -1, dtype=torch.int64, device=device)
         eos[: len(eos_ids)] = torch.tensor(eos_ids, dtype=torch.int64, device="cpu")
         in_prompt = bool(torch.isin(canvas[:n], eos).any())
         return Row(
             None, params, seed, eos, length, n, canvas, kind.to(device), block=n // length,
-            prefix=refine.PREFIX_EOS if in_prompt else 0, events=[] if self.trace else None,
+            prior_flags=refine.PRIOR_EOS if in_prompt else 0, events=[] if self.trace else None,
         )  # fmt: skip
 
     def place(self, slot, row):
@@ -478,7 +478,7 @@ class BlockDecoder:
 
     def _lay_out(self, row):
         """Put the active block into the row's slot."""
-        self.state.begin(row.slot, row.canvas[row.span], row.kind[row.span], row.span.start, row.prefix)
+        self.state.reset_block(row.slot, row.canvas[row.span], row.kind[row.span], row.span.start, row.prior_flags)
 
     def _next_block(self, row):
         row.block += 1
@@ -511,7 +511,7 @@ class BlockDecoder:
                 row.settled = row.block + 1  # the step that changed nothing has written the final K/V
             generated = tokens[max(0, row.prompt_length - row.span.start) :]
             if row.params.profile != "default" and bool((generated == self.mask_id).any()):
-                row.prefix |= refine.PREFIX_MASK
+                row.prior_flags |= refine.PRIOR_MASK
         if flags & refine.FINISHED:
             row.finish_reason = "eos"
             if status[refine.EOS_AT] >= 0:

@@ -86,7 +86,7 @@ class StepGraph:
         changed = self.slots.bounds.changed
         torch.where(entry < 0, changed, output.status[:, FLAGS] & CHANGED, out=changed)
         confidence = state.commit_confidence.view(torch.int32)
-        block = (state.start // length).int()[:, None]
+        block = (state.block_start // length).int()[:, None]
         return output, torch.cat((output.status, block, state.tokens.int(), state.commit_step, confidence), 1)
 
     def replay(self):

@@ -2,7 +2,7 @@
 
 `Engine` for programs that step it themselves, `AsyncEngine` for servers. A rollout, with what RL and evaluation need:
 
-    engine = Engine(model, EngineConfig(max_running=32), tokenizer)
+    engine = Engine(model, EngineConfig(max_num_seqs=32), tokenizer)
     params = DecodeParams.preset("speed", gen_length=256, temperature=1.0, eos_early_stop=True)
     for output in engine.generate(prompts, params):
         output.token_ids, output.text, output.finish_reason

@@ -6,7 +6,7 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer makes of the first
 
 
 @dataclass
-class TextStream:
+class IncrementalDetokenizer:
     """text: all complete characters of the tokens pushed so far; what is taken from it is never taken back.
 
     A tail that may become a character, or a stop string, is held back until it is clear what it is.

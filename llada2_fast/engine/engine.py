@@ -10,7 +10,7 @@ from ..cache import PagedKVCache, content_keys
 from ..config import DecodeParams, EngineConfig, as_float, as_ids
 from ..decoding.decoder import BlockDecoder, CachedForward, GraphedForward, row_rules
 from ..decoding.inputs import check_fit, resolve_ids, row_seed, row_seeds, split_prompts
-from .detokenizer import TextStream
+from .detokenizer import IncrementalDetokenizer
 from .output_processor import commit_block, draft_block, make_output, stops_inside
 from .request import DEFAULTS, FINISHED, Event, Request, check_params
 from .scheduler import Scheduler
@@ -38,11 +38,11 @@ class Engine:
         self.cache = PagedKVCache(model.config, pages, length, model.dtype, model.device)
         if config.graphs:
             most = min(pages, -(-model.config.max_position_embeddings // length))
-            self.forward = GraphedForward(model, self.cache, config.max_running, most, lag=0 if config.trace else 1)
+            self.forward = GraphedForward(model, self.cache, config.max_num_seqs, most, lag=0 if config.trace else 1)
         else:
             self.forward = CachedForward(model, self.cache, ahead=False)
         self.decoder = BlockDecoder(
-            self.forward, config.max_running, length, self.mask_id, model.device, config.max_eos_ids, config.trace
+            self.forward, config.max_num_seqs, length, self.mask_id, model.device, config.max_eos_ids, config.trace
         )
         self.scheduler = Scheduler(config, self.decoder, self.cache, clock)
         self.requests: dict[str, Request] = {}  # the unfinished ones
@@ -98,7 +98,7 @@ class Engine:
                 f"{self.block_length} tokens are needed, the whole cache has {self.cache.num_pages} (cache_tokens)"
             )
         request.ids = prompt[: len(prompt) // self.block_length * self.block_length]
-        if self.config.share_prefixes:
+        if self.config.enable_prefix_caching:
             request.keys = content_keys(request.ids, self.block_length)
         self.scheduler.add(request)
         self.requests[request_id] = request
@@ -193,7 +193,7 @@ class Engine:
                 if event is not None:
                     request.events.append(event)
                     events.append(event)
-                if self.config.share_prefixes:
+                if self.config.enable_prefix_caching:
                     self._publish(request)
                 if stopped or row.finish_reason:
                     events.append(self._finish(request, "stop" if stopped else row.finish_reason))
@@ -248,4 +248,4 @@ class Engine:
             raise ValueError(f"stop={stop!r:.80}: expected strings that are not empty")
         if stop and self.tokenizer is None:
             raise ValueError(f"stop={stop!r:.80}: stop strings need an Engine with a tokenizer")
-        return None if self.tokenizer is None else TextStream(self.tokenizer, tuple(stop))
+        return None if self.tokenizer is None else IncrementalDetokenizer(self.tokenizer, tuple(stop))

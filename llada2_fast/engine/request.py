@@ -8,7 +8,7 @@ from ..config import DecodeParams
 from ..decoding.decoder import Counters, Row
 from ..decoding.trace import Event as TraceEvent
 from ..decoding.trace import Trace
-from .detokenizer import TextStream
+from .detokenizer import IncrementalDetokenizer
 
 WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
 DEFAULTS = DecodeParams()
@@ -103,7 +103,7 @@ class Request:
     order: tuple[float, int]  # waiting requests are served in this order: aged priority, then arrival
     arrived: float
     stop_ids: frozenset[int] = frozenset()
-    stream: TextStream | None = None  # None without a tokenizer
+    stream: IncrementalDetokenizer | None = None  # None without a tokenizer
     status: str = WAITING
     output: RequestOutput | None = None
     row: Row | None = None  # from the first admission on

@@ -31,7 +31,7 @@ class Scheduler:
         self.config, self.decoder, self.cache, self.clock = config, decoder, cache, clock
         self.waiting: list[Request] = []
         self.running: list[Request] = []
-        self.prefill_blocks = max(1, config.prefill_tokens // cache.block_length)
+        self.prefill_blocks = max(1, config.max_num_batched_tokens // cache.block_length)
         self.preemptions = 0
         self._stuck = False  # the first waiting request does not fit, and nothing has changed since
 
@@ -96,7 +96,7 @@ class Scheduler:
 
     def _fits(self, request, gone):
         """Would there be a slot and pages for the request if the requests in `gone` had left?"""
-        if len(self.running) - len(gone) >= self.config.max_running:
+        if len(self.running) - len(gone) >= self.config.max_num_seqs:
             return False
         held = Counter(page for other in gone for page in other.row.pages)
 

@@ -20,13 +20,13 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ..config import DTYPES, ModelConfig, parse_json
-from ..kernels.fp8 import E4M3, quantize_weight
+from ..kernels.fp8 import FP8, quantize_weight
 from .weight_map import (
     STORED,
     CheckpointError,
     Entry,
-    Slot,
-    is_float8,
+    WeightTarget,
+    is_fp8,
     match,
     parameter_shapes,
     rename_table,
@@ -123,7 +123,7 @@ def _first_line(error):
     return lines[0] if lines else type(error).__name__
 
 
-def inspect(folder: str | os.PathLike, config: ModelConfig) -> list[tuple[Entry, Slot]]:
+def inspect(folder: str | os.PathLike, config: ModelConfig) -> list[tuple[Entry, WeightTarget]]:
     """What `load` will read, in file order, after every check that needs no weights, and a look at the LM head that a
     file may hold although config.json ties it: it must be equal to the embeddings. CheckpointError names file and
     tensor: broken index or header, wrong dtype or shape, a tensor that is unknown, provided twice or missing."""
@@ -138,7 +138,7 @@ def inspect(folder: str | os.PathLike, config: ModelConfig) -> list[tuple[Entry,
     return plan
 
 
-def router_dtypes(plan: list[tuple[Entry, Slot]], dtype: torch.dtype) -> dict[str, torch.dtype]:
+def router_dtypes(plan: list[tuple[Entry, WeightTarget]], dtype: torch.dtype) -> dict[str, torch.dtype]:
     """Parameter -> dtype for the routers of a network whose other weights are held as `dtype`: wide enough that neither
     the gate nor expert_bias loses a bit, because near-ties between experts are decided by it."""
     return {
@@ -149,7 +149,7 @@ def router_dtypes(plan: list[tuple[Entry, Slot]], dtype: torch.dtype) -> dict[st
 def load(
     folder: str | os.PathLike, config: ModelConfig, params: dict[str, torch.Tensor], progress: bool = True
 ) -> None:
-    """Fill `params` (named and shaped as `parameter_shapes`; bf16, fp16, fp32, or float8 where the config has it; on
+    """Fill `params` (named and shaped as `parameter_shapes`; bf16, fp16, fp32, or fp8 where the config has it; on
     any device) from the safetensors in `folder`, converting to each parameter's dtype. Beyond `params` it holds one
     tensor at a time. CheckpointError for whatever `inspect` refuses, for a file that ends early and for weights that
     are not finite in their target dtype."""
@@ -161,7 +161,7 @@ def load(
     with bar, torch.no_grad():
         for entry, slot in plan:
             source, target = _read(entry, buffer), slot.view(params[slot.param])
-            quantize = target.dtype == E4M3 != source.dtype
+            quantize = target.dtype == FP8 != source.dtype
             limit = source.dtype if quantize else target.dtype
             _check_finite(source, limit, entry)
             if quantize:
@@ -178,9 +178,9 @@ def adopt(module: torch.nn.Module, config: ModelConfig) -> dict[str, torch.Tenso
     parameter at a time, and become views of it. All have the embeddings' dtype, routers a wider one if theirs is. A
     tensor of another dtype is converted and left alone.
 
-    ValueError for float8. CheckpointError for what `inspect` refuses, for tensors that are not all on one device and
+    ValueError for fp8. CheckpointError for what `inspect` refuses, for tensors that are not all on one device and
     for those that are not finite."""
-    if config.float8:
+    if config.fp8:
         raise ValueError(f"quantization={config.quantization!r}: expected a model without; load its folder instead")
     tensors, what = module.state_dict(keep_vars=True), type(module).__name__
     spelling = {dtype: name for name, dtype in STORED.items()}
@@ -226,7 +226,7 @@ def save(
 ) -> None:
     """Write `params` in the standard layout, with config.json, and an index where they fill more than one shard.
 
-    Tensors keep their dtype, or are converted to `dtype`, all but expert_bias and float8. So a checkpoint that was
+    Tensors keep their dtype, or are converted to `dtype`, all but expert_bias and fp8. So a checkpoint that was
     loaded without conversion is written back byte for byte. A folder with weight files that would not be overwritten is
     refused."""
     _check_params(config, params)
@@ -267,8 +267,8 @@ def save(
 
 
 def _keeps_dtype(config, slot):
-    float8 = is_float8(config, slot.param) or slot.covers[0].endswith("_scale_inv")
-    return float8 or slot.param.endswith(".expert_bias")
+    fp8 = is_fp8(config, slot.param) or slot.covers[0].endswith("_scale_inv")
+    return fp8 or slot.param.endswith(".expert_bias")
 
 
 def _write_json(path, content):
@@ -397,7 +397,7 @@ def _check_params(config, params):
     for name, shape in shapes.items():
         if tuple(params[name].shape) != shape:
             raise ValueError(f"params: {name} has shape {list(params[name].shape)}, expected {list(shape)}")
-        allowed = (E4M3,) if is_float8(config, name) else tuple(DTYPES.values())
+        allowed = (FP8,) if is_fp8(config, name) else tuple(DTYPES.values())
         if params[name].dtype not in allowed:
             raise ValueError(f"params: {name} is {params[name].dtype}, expected one of {allowed}")
 
@@ -436,8 +436,8 @@ def _read(entry, buffer) -> torch.Tensor:
 
 
 def _check_finite(tensor, dtype, what):
-    """One pass without temporaries: NaN goes through aminmax and fails every comparison. float8 has no infinities."""
-    if tensor.dtype == E4M3:
+    """One pass without temporaries: NaN goes through aminmax and fails every comparison. fp8 has no infinities."""
+    if tensor.dtype == FP8:
         if bool((tensor.contiguous().view(torch.uint8) & 0x7F == 0x7F).any()):
             raise CheckpointError(f"{what} holds NaN")
         return

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ..kernels.fp8 import E4M3
+from ..kernels.fp8 import FP8
 
 
 class NeverNarrower(nn.Module):
@@ -13,14 +13,14 @@ class NeverNarrower(nn.Module):
         return super()._apply(lambda x: _converted(x, fn, lambda dtype: torch.promote_types(x.dtype, dtype)), recurse)
 
 
-class KeepsFloat8(nn.Module):
-    """Its float8 values and their scales, where it has them, keep their dtypes."""
+class KeepsFp8(nn.Module):
+    """Its fp8 values and their scales, where it has them, keep their dtypes."""
 
     def _apply(self, fn, recurse=True):
         scales = [scale for name, scale in self.named_parameters(recurse=False) if name.endswith("scale")]
 
         def kept(x):
-            own = x.dtype == E4M3 or any(x is scale for scale in scales)
+            own = x.dtype == FP8 or any(x is scale for scale in scales)
             return _converted(x, fn, lambda dtype: x.dtype if own else dtype)
 
         return super()._apply(kept, recurse)

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 
 from ..config import ModelConfig
-from ..kernels.fp8 import E4M3, scale_shape
+from ..kernels.fp8 import FP8, scale_shape
 
-STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": E4M3}  # safetensors' names
+STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": FP8}  # safetensors' names
 
 # Spellings found in published checkpoints, turned into the name the table knows.
 _ALIASES = (
@@ -23,7 +23,7 @@ _ALIASES = (
     (re.compile(r"\.mlp\.gate\.e_score_correction_bias$"), ".mlp.gate.expert_bias"),
     (re.compile(r"\.mlp\.(experts\.(?:gate|up|down)_proj|w1|w2)\.weight$"), r".mlp.\1"),
 )
-_FLOAT8 = re.compile(r"(query_key_value|dense|gate_up|down|lm_head)(\.weight)?$")  # parameters held in float8
+_FP8 = re.compile(r"(query_key_value|dense|gate_up|down|lm_head)(\.weight)?$")  # parameters held in fp8
 _IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")  # recomputed from the config
 
 
@@ -45,7 +45,7 @@ class Entry(NamedTuple):
         return f"{self.source}: tensor {self.name}"
 
 
-class Slot(NamedTuple):
+class WeightTarget(NamedTuple):
     """Where one tensor of a checkpoint goes: `view(params[param])` has its `shape`. `covers` are the names of the
     standard layout that it provides: its own, or those of every expert for merged tensors."""
 
@@ -57,12 +57,12 @@ class Slot(NamedTuple):
 
     @property
     def parts(self) -> int:
-        """Matrices one above the other that it holds, each with float8 blocks of its own."""
+        """Matrices one above the other that it holds, each with fp8 blocks of its own."""
         return 2 if "gate_up" in self.param and self.half is None else 1
 
     @property
-    def scale(self) -> "Slot":
-        """Where the float8 scales of what goes here go."""
+    def scale(self) -> "WeightTarget":
+        """Where the fp8 scales of what goes here go."""
         covers = tuple(f"{name}_scale_inv" for name in self.covers)
         return self._replace(param=_scale_name(self.param), shape=scale_shape(self.shape, self.parts), covers=covers)
 
@@ -106,30 +106,30 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes[f"{mlp}.experts.down"] = (E, H, width)
         if config.num_shared_experts:
             add_mlp(f"{mlp}.shared_experts", config.num_shared_experts * width)
-    if config.float8:
-        weights = {name: shape for name, shape in shapes.items() if is_float8(config, name)}
+    if config.fp8:
+        weights = {name: shape for name, shape in shapes.items() if is_fp8(config, name)}
         scales = {_scale_name(name): scale_shape(shape, 1 + ("gate_up" in name)) for name, shape in weights.items()}
         shapes.update(scales)
     return shapes
 
 
-def is_float8(config: ModelConfig, param: str) -> bool:
-    """Whether the network holds this parameter in float8."""
-    return config.float8 and _FLOAT8.search(param) is not None
+def is_fp8(config: ModelConfig, param: str) -> bool:
+    """Whether the network holds this parameter in fp8."""
+    return config.fp8 and _FP8.search(param) is not None
 
 
 def _scale_name(param):
-    """The parameter that holds the scales of a float8 one."""
+    """The parameter that holds the scales of an fp8 one."""
     return param.removesuffix(".weight") + (".scale" if param.endswith(".weight") else "_scale")
 
 
-def rename_table(config: ModelConfig) -> dict[str, Slot]:
+def rename_table(config: ModelConfig) -> dict[str, WeightTarget]:
     """Name in a checkpoint -> where it goes, for the standard layout and for merged experts; scales follow weights."""
     table = {}
 
     def add(name, param, shape, covers=None, **where):
-        table[name] = slot = Slot(param, shape, covers or (name,), **where)
-        if is_float8(config, param):
+        table[name] = slot = WeightTarget(param, shape, covers or (name,), **where)
+        if is_fp8(config, param):
             table[f"{name}_scale_inv"] = slot.scale
 
     for param, shape in parameter_shapes(replace(config, quantization=None)).items():
@@ -170,7 +170,7 @@ def split_tied_head(entries: list[Entry], config: ModelConfig) -> tuple[list[Ent
     for head in heads[1:]:
         raise CheckpointError(f"{head} is provided twice, also in {os.path.basename(heads[0].source)}")
     for head in heads:
-        if head.shape != (config.vocab_size, config.hidden_size) or STORED.get(head.dtype, E4M3) == E4M3:
+        if head.shape != (config.vocab_size, config.hidden_size) or STORED.get(head.dtype, FP8) == FP8:
             raise untied(head)
     return [entry for entry in entries if entry not in heads], heads[0] if heads else None
 
@@ -180,7 +180,9 @@ def untied(head: Entry) -> CheckpointError:
     return CheckpointError(f"{head} is not equal to the embeddings, to which tie_word_embeddings=true ties it")
 
 
-def match(entries: list[Entry], config: ModelConfig, where: Path | str, authority: str) -> list[tuple[Entry, Slot]]:
+def match(
+    entries: list[Entry], config: ModelConfig, where: Path | str, authority: str
+) -> list[tuple[Entry, WeightTarget]]:
     """The entries, in their order, and where each goes; those that the network recomputes are left out. CheckpointError
     names source and tensor: wrong dtype or shape, a tensor that is unknown, provided twice or missing. In its messages
     `where` is what a missing tensor is missing from and `authority` where `config` was read."""
@@ -208,7 +210,7 @@ def match(entries: list[Entry], config: ModelConfig, where: Path | str, authorit
         plan.append((entry, slot))
     wide = {f"{name}_scale_inv" for name, entry in provided.items() if entry.dtype != "F8_E4M3"}
     for name in sorted(wide & provided.keys()):
-        raise CheckpointError(f"{provided[name]} is unexpected: its weight is not float8")
+        raise CheckpointError(f"{provided[name]} is unexpected: its weight is not fp8")
     missing = [name for name, slot in table.items() if slot.covers == (name,) and name not in provided.keys() | wide]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -220,4 +222,4 @@ def _allowed(config, slot):
     """The dtypes that the tensor for `slot` may have."""
     if slot.covers[0].endswith("_scale_inv"):
         return ("F32",)
-    return tuple(name for name, dtype in STORED.items() if dtype != E4M3 or is_float8(config, slot.param))
+    return tuple(name for name, dtype in STORED.items() if dtype != FP8 or is_fp8(config, slot.param))

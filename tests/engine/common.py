@@ -56,7 +56,7 @@ def chat(text):
 
 def small_engine(model=None, tokenizer=None, clock=None, **config):
     """An engine with few places and pages unless told otherwise."""
-    config = EngineConfig(**{"max_running": 4, "cache_tokens": 256, "prefill_tokens": 16} | config)
+    config = EngineConfig(**{"max_num_seqs": 4, "cache_tokens": 256, "max_num_batched_tokens": 16} | config)
     kwargs = {} if clock is None else {"clock": clock}
     return Engine(random_model() if model is None else model, config, tokenizer, **kwargs)
 

@@ -116,7 +116,7 @@ def test_params_that_are_none_are_refused_though_the_queue_is_full():
             other.cancel()
         await asyncio.gather(*others, return_exceptions=True)
 
-    with_engine(test, max_running=1, max_waiting=1)
+    with_engine(test, max_num_seqs=1, max_waiting=1)
 
 
 def test_a_stream_tells_everything_in_order():
@@ -216,7 +216,7 @@ def test_a_full_queue_refuses_or_lets_wait():
                 assert_as_alone(await task, random_model(), prompt_of(n), PARAMS[0])
         await asyncio.gather(*waiting)
 
-    with_engine(test, model=unhurried_model(), max_running=1, max_waiting=2)
+    with_engine(test, model=unhurried_model(), max_num_seqs=1, max_waiting=2)
 
 
 def test_a_reader_that_is_slow_misses_drafts_but_no_commit():

@@ -39,7 +39,7 @@ JOBS = [(prompt_of(n, seed=n), params) for n, params in zip((0, 5, 8, 11, 17, 3,
 
 @pytest.mark.parametrize("running", [1, 3, 8])
 def test_every_kind_of_request_together_gives_what_it_gives_alone(running):
-    engine = small_engine(max_running=running)
+    engine = small_engine(max_num_seqs=running)
     outputs = engine.generate([prompt for prompt, _ in JOBS], [params for _, params in JOBS])
     for output, (prompt, params) in zip(outputs, JOBS, strict=True):
         assert_as_alone(output, random_model(), prompt, params)
@@ -53,7 +53,7 @@ def test_the_embedded_models_give_what_they_give_alone(preset):
     params = DecodeParams.preset(preset, **settings) if preset else DecodeParams(threshold=0.7, **settings)
     prompts = [chat(prompt) for task in tasks.TASKS for prompt in tasks.sample(task, 2, 3)]
     model = demo_model(UNDERTRAINED)
-    engine = Engine(model, EngineConfig(max_running=6, cache_tokens=1024, prefill_tokens=32), tokenizer())
+    engine = Engine(model, EngineConfig(max_num_seqs=6, cache_tokens=1024, max_num_batched_tokens=32), tokenizer())
     for prompt, output in zip(prompts, engine.generate(prompts, params), strict=True):
         assert_as_alone(output, model, prompt, params)
         assert output.text == tokenizer().decode(output.token_ids, skip_special_tokens=True)
@@ -97,7 +97,9 @@ def test_it_is_exact_at_every_block_length(length):
 def test_step_graphs_give_the_same_tokens(monkeypatch, lag):
     """What a GPU replays, run step by step: prompts in chunks, shared pages, preemption."""
     monkeypatch.setattr(StepGraph, "replay", StepGraph.run)
-    engine = with_step_graphs(small_engine(max_running=4, cache_tokens=160, prefill_tokens=8, trace=not lag), lag)
+    engine = with_step_graphs(
+        small_engine(max_num_seqs=4, cache_tokens=160, max_num_batched_tokens=8, trace=not lag), lag
+    )
     jobs = [(prompt_of(22)[: 10 + 2 * n], params) for n, params in enumerate(PARAMS[:6])]
     requests = [engine.add_request(*job, priority=n // 3) for n, job in enumerate(jobs)]
     for _ in range(7):
@@ -116,7 +118,7 @@ def test_step_graphs_give_the_same_tokens(monkeypatch, lag):
 
 def test_events_add_up_to_the_output():
     model, engine = demo_model(UNDERTRAINED), None
-    engine = Engine(model, EngineConfig(max_running=2, cache_tokens=1024), tokenizer())
+    engine = Engine(model, EngineConfig(max_num_seqs=2, cache_tokens=1024), tokenizer())
     params = DecodeParams.preset("speed", gen_length=64, eos_early_stop=True)
     request = engine.add_request(chat("Spell 4071, 22, 608."), params)
     engine.add_request(chat("Add 47 and 96."), params)
@@ -230,7 +232,7 @@ def test_two_streams_at_once():
 
 
 def test_more_requests_than_may_wait():
-    engine = small_engine(max_running=2, max_waiting=1)
+    engine = small_engine(max_num_seqs=2, max_waiting=1)
     outputs = engine.generate([prompt_of(n) for n in range(7)], PARAMS[0])
     for n, output in enumerate(outputs):
         assert_as_alone(output, random_model(), prompt_of(n), PARAMS[0])
@@ -287,7 +289,7 @@ def test_stop_strings(editing):
     tokens = tokens_alone(model, prompt, params)
     text = tokenizer().decode(tokens, skip_special_tokens=True)
     for stop in ("seventy", "\n", "ty t", ("zzz", "is six"), text[-6:], "e", ("thousand", "nd s")):
-        engine = Engine(model, EngineConfig(max_running=2, cache_tokens=512), tokenizer())
+        engine = Engine(model, EngineConfig(max_num_seqs=2, cache_tokens=512), tokenizer())
         request = engine.add_request(prompt, params, stop=stop)
         deltas = [event.text for event in engine.stream(request)]
         first = min(text.find(s) for s in ([stop] if isinstance(stop, str) else stop) if s in text)
@@ -425,7 +427,7 @@ def test_prompts_of_a_call_with_one_seed_draw_as_rows_of_generate_do():
     params = DecodeParams(gen_length=8, temperature=1.5, seed=42, eos_ids=())
     prompts = [[1, 2]] * 4
     wanted = random_model().generate(prompts, gen_length=8, temperature=1.5, seed=42, eos_id=(), block_length=4)
-    outputs = small_engine(max_running=2).generate(prompts, params)
+    outputs = small_engine(max_num_seqs=2).generate(prompts, params)
     assert [output.token_ids for output in outputs] == wanted.tolist()
     assert len({tuple(output.token_ids) for output in outputs}) == 4
     assert small_engine().generate(prompts[:1], params)[0].token_ids == outputs[0].token_ids

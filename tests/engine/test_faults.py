@@ -66,7 +66,7 @@ def failing_model(at, error):
 def test_nan_in_one_row_fails_that_request_alone(size):
     """In the open block, in a carried one, in prefill. Nobody finds the poisoned pages afterwards."""
     model = poisoned_model()
-    engine = small_engine(model=model, prefill_tokens=8)
+    engine = small_engine(model=model, max_num_batched_tokens=8)
     jobs = [(clean(prompt_of(n, n)), params) for n, params in zip((5, 12, 7), (PARAMS[1], *PARAMS[4:6]), strict=True)]
     good = [engine.add_request(*job) for job in jobs[:2]]
     bad = engine.add_request([*clean(prompt_of(size)), POISON, 1], PARAMS[0], request_id="bad")
@@ -89,7 +89,7 @@ def test_nan_in_one_row_fails_that_request_alone(size):
 @pytest.mark.parametrize("error", [RuntimeError("boom"), torch.OutOfMemoryError("no memory"), ValueError("x")])
 @pytest.mark.parametrize("at", [1, 2, 5, 9])
 def test_an_exception_in_a_forward_fails_the_requests_of_that_step(at, error):
-    engine = small_engine(model=failing_model(at, error), max_running=2)
+    engine = small_engine(model=failing_model(at, error), max_num_seqs=2)
     requests = [engine.add_request(prompt_of(n, n), SLOW) for n in (5, 9, 4, 6)]
     outputs = {}
     while engine.has_work:
@@ -112,7 +112,7 @@ def test_an_exception_in_a_forward_fails_the_requests_of_that_step(at, error):
 
 
 def test_an_exception_in_prefill_fails_who_was_prefilled():
-    engine = small_engine(model=failing_model(2, RuntimeError("boom")), prefill_tokens=8)
+    engine = small_engine(model=failing_model(2, RuntimeError("boom")), max_num_batched_tokens=8)
     long = engine.add_request(prompt_of(40), SLOW)
     while long.output is None:
         engine.step()
@@ -159,7 +159,7 @@ def test_closing_a_stream_cancels_its_request(read):
 
 @pytest.mark.parametrize("steps", range(12))
 def test_cancelling_at_any_step_frees_pages_at_once(steps):
-    engine = small_engine(prefill_tokens=8)
+    engine = small_engine(max_num_batched_tokens=8)
     request = engine.add_request(prompt_of(18), SLOW, request_id="x")
     for _ in range(steps):
         engine.step()

@@ -111,11 +111,11 @@ def test_a_second_turn_finds_the_first_one_s_prompt_and_answer(params):
     blocks = (14 + len(first.token_ids)) // LENGTH  # the last of them may not have been settled
     assert second.shared_tokens // LENGTH in (blocks - 1, blocks)
     assert_empty(engine)
-    assert small_engine(share_prefixes=False).generate([turn], params)[0].shared_tokens == 0
+    assert small_engine(enable_prefix_caching=False).generate([turn], params)[0].shared_tokens == 0
 
 
 def test_a_common_system_prompt_is_computed_once_even_if_all_come_at_once():
-    engine = small_engine(max_running=4, cache_tokens=256, prefill_tokens=8)
+    engine = small_engine(max_num_seqs=4, cache_tokens=256, max_num_batched_tokens=8)
     system = prompt_of(40)
     prompts = [system + prompt_of(3, seed) for seed in range(4)]
     outputs = engine.generate(prompts, PARAM)

@@ -51,10 +51,10 @@ prompts_of = st.builds(
 jobs_of = st.tuples(prompts_of, params_of, st.integers(0, 2), st.integers(0, 12), st.none() | st.integers(0, 15))
 engines_of = st.fixed_dictionaries(
     dict(
-        max_running=st.integers(1, 5),
+        max_num_seqs=st.integers(1, 5),
         cache_tokens=st.sampled_from([120, 200, 400]),
-        prefill_tokens=st.sampled_from([4, 16, 64]),
-        share_prefixes=st.sampled_from([True, True, False]),
+        max_num_batched_tokens=st.sampled_from([4, 16, 64]),
+        enable_prefix_caching=st.sampled_from([True, True, False]),
     )
 )
 
@@ -148,7 +148,7 @@ def test_any_mix_on_the_embedded_model(config, picks):
 @pytest.mark.parametrize("params", [PARAMS[1], PARAMS[3]], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("mode", ["alone", "random batch", "cached prefix"])
 def test_fifty_trials_give_one_output(mode, params):
-    prompt, engine, seen = prompt_of(21), small_engine(cache_tokens=400, max_running=6), set()
+    prompt, engine, seen = prompt_of(21), small_engine(cache_tokens=400, max_num_seqs=6), set()
     for trial in range(50):
         jobs = [(prompt, params)]
         if mode == "alone":

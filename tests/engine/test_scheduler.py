@@ -38,7 +38,7 @@ def run_out(engine):
 
 
 def test_equal_priorities_run_in_order_of_arrival():
-    engine = small_engine(max_running=1)
+    engine = small_engine(max_num_seqs=1)
     for name in "abc":
         engine.add_request(prompt_of(5), SLOW, request_id=name)
     ended = []
@@ -62,7 +62,7 @@ def test_a_higher_priority_goes_first_until_the_other_has_waited_long_enough():
 
 def test_a_request_waits_for_pages_and_nobody_overtakes_it():
     """64 pages: 40 are taken, the next needs 30, the third 1. The third could run at once, but waits behind."""
-    engine = small_engine(share_prefixes=False)
+    engine = small_engine(enable_prefix_caching=False)
     first = engine.add_request(prompt_of(150), DecodeParams(gen_length=10, threshold=0.0, eos_ids=()))
     second = engine.add_request(prompt_of(100), DecodeParams(gen_length=20, threshold=0.0, eos_ids=()))
     third = engine.add_request([1], DecodeParams(gen_length=2, threshold=0.0))
@@ -79,7 +79,7 @@ def test_a_request_waits_for_pages_and_nobody_overtakes_it():
 
 
 def test_a_row_that_ends_makes_room_at_the_next_step_and_nobody_waits_for_the_slowest_block():
-    engine = small_engine(max_running=2)
+    engine = small_engine(max_num_seqs=2)
     slow = engine.add_request(prompt_of(4), SLOW)
     quick = [engine.add_request(prompt_of(4, n), DecodeParams(gen_length=4, threshold=0.0)) for n in range(6)]
     for done in range(6):
@@ -93,7 +93,7 @@ def test_a_row_that_ends_makes_room_at_the_next_step_and_nobody_waits_for_the_sl
 @pytest.mark.parametrize("chunk", [4, 16, 64])
 def test_a_long_prompt_never_stalls_running_rows_for_more_than_a_chunk(chunk):
     """A step forwards at most a chunk of prompt tokens, whoever they belong to, and running rows go on meanwhile."""
-    engine = small_engine(cache_tokens=2048, prefill_tokens=chunk)
+    engine = small_engine(cache_tokens=2048, max_num_batched_tokens=chunk)
     running = engine.add_request(prompt_of(3), DecodeParams(gen_length=300, threshold=2.0, steps=4, eos_ids=()))
     engine.step()
     long = [engine.add_request(prompt_of(n, n), PARAMS[0]) for n in (170, 90)]
@@ -113,7 +113,7 @@ def test_a_long_prompt_never_stalls_running_rows_for_more_than_a_chunk(chunk):
 
 
 def test_the_queue_is_bounded():
-    engine = small_engine(max_running=1, max_waiting=2)
+    engine = small_engine(max_num_seqs=1, max_waiting=2)
     engine.add_request([1], SLOW)
     engine.step()
     engine.add_request([2], SLOW)
@@ -128,7 +128,7 @@ def test_the_queue_is_bounded():
 
 
 def preempting_engine(**config):
-    return small_engine(max_running=4, cache_tokens=64, **config)  # 16 pages
+    return small_engine(max_num_seqs=4, cache_tokens=64, **config)  # 16 pages
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -136,7 +136,7 @@ def preempting_engine(**config):
 @pytest.mark.parametrize("params", PARAMS)
 def test_a_preempted_request_gets_the_tokens_it_would_have_got(params, steps, share):
     """Wherever it is interrupted: in prefill, inside a block, between two. Its forwards count as if it had not been."""
-    engine = preempting_engine(share_prefixes=share, prefill_tokens=8)
+    engine = preempting_engine(enable_prefix_caching=share, max_num_batched_tokens=8)
     prompt = prompt_of(18, seed=2)
     request = engine.add_request(prompt, params)
     for _ in range(steps):
@@ -151,7 +151,7 @@ def test_a_preempted_request_gets_the_tokens_it_would_have_got(params, steps, sh
 
 
 def test_only_lower_priorities_are_preempted_as_few_as_do_the_latest_first():
-    engine = preempting_engine(share_prefixes=False)
+    engine = preempting_engine(enable_prefix_caching=False)
     for name, priority in (("a", 0), ("b", 2), ("c", 1), ("d", 0)):
         engine.add_request(prompt_of(4), SLOW, request_id=name, priority=priority)  # 5 pages each
     engine.step()
@@ -184,7 +184,7 @@ def test_a_request_that_has_waited_long_enough_is_not_preempted():
 
 def test_a_preempted_request_finds_its_finished_blocks_in_the_cache():
     """It comes back while the urgent one still runs beside it: its finished blocks are held, not computed again."""
-    engine = small_engine(max_running=1, cache_tokens=256)
+    engine = small_engine(max_num_seqs=1, cache_tokens=256)
     prompt = prompt_of(16)
     request = engine.add_request(prompt, SLOW)
     for _ in range(10):  # two blocks and a half
@@ -198,7 +198,7 @@ def test_a_preempted_request_finds_its_finished_blocks_in_the_cache():
 
 def test_times_are_told_by_the_clock():
     clock = Clock()
-    engine = small_engine(clock=clock, max_running=1, prefill_tokens=8)
+    engine = small_engine(clock=clock, max_num_seqs=1, max_num_batched_tokens=8)
     first = engine.add_request(prompt_of(2), DecodeParams(gen_length=4, threshold=2.0, steps=4, eos_ids=()))
     second = engine.add_request(prompt_of(20), DecodeParams(gen_length=4, threshold=2.0, steps=4, eos_ids=()))
     while engine.has_work:

@@ -13,7 +13,7 @@ def linear_cost(tokens, pairs):
 @pytest.mark.parametrize("rate", [None, 1.0])
 def test_every_request_is_served_and_packing_is_near_the_ideal(rate):
     jobs = workload(80, seed=3)
-    config = EngineConfig(max_running=16, max_waiting=8, cache_tokens=32768)
+    config = EngineConfig(max_num_seqs=16, max_waiting=8, cache_tokens=32768)
     figures = summary(simulate(jobs, linear_cost, config, rate), jobs, linear_cost, 16)
     assert figures["leaked_pages"] == 0 and figures["max_unfinished"] <= 16 + 8 + figures["preemptions"]
     assert 0.9 < figures["vs_ideal"] <= 1.001 or (rate and figures["vs_ideal"] <= 1.001)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llada2_fast.engine.detokenizer import TextStream
+from llada2_fast.engine.detokenizer import IncrementalDetokenizer
 from tests.engine.common import tokenizer
 
 texts_of = st.text(alphabet="ab é漢🙂\n.{}four twenty", max_size=40)
@@ -23,7 +23,7 @@ def pieces(ids, cuts):
 def test_pieces_add_up(text, cuts):
     """Characters of several tokens too: the tokenizer falls back to bytes."""
     ids = tokenizer().encode(text, add_special_tokens=False)
-    stream, shown = TextStream(tokenizer()), []
+    stream, shown = IncrementalDetokenizer(tokenizer()), []
     for piece in pieces(ids, list(cuts)):
         stream.push(piece)
         shown.append(stream.take())
@@ -36,7 +36,7 @@ def test_pieces_add_up(text, cuts):
 def test_a_stop_string_ends_the_text_where_it_begins(text, cuts, stops):
     ids = tokenizer().encode(text, add_special_tokens=False)
     found = [text.find(stop) for stop in stops if stop in text]
-    stream, shown, used = TextStream(tokenizer(), tuple(stops)), [], []
+    stream, shown, used = IncrementalDetokenizer(tokenizer(), tuple(stops)), [], []
     for piece in pieces(ids, list(cuts)):
         count = stream.tokens_to_stop(piece)
         assert count is None or 1 <= count <= len(piece)
@@ -60,7 +60,7 @@ def test_a_stop_string_ends_the_text_where_it_begins(text, cuts, stops):
 def test_broken_characters_show_at_the_end_only():
     ids = tokenizer().encode("a🙂", add_special_tokens=False)
     assert len(ids) == 5
-    stream = TextStream(tokenizer())
+    stream = IncrementalDetokenizer(tokenizer())
     stream.push(ids[:3])
     assert stream.take() == "a"
     assert set(stream.take(final=True)) == {"\N{REPLACEMENT CHARACTER}"}
@@ -68,14 +68,14 @@ def test_broken_characters_show_at_the_end_only():
 
 
 def test_special_tokens_are_no_text():
-    stream = TextStream(tokenizer())
+    stream = IncrementalDetokenizer(tokenizer())
     stream.push([tokenizer().eos_token_id])
     assert stream.take(final=True) == ""
 
 
 @pytest.mark.parametrize("stop", ["abc", "aab"])
 def test_a_tail_that_may_become_a_stop_is_held_back(stop):
-    stream, shown = TextStream(tokenizer(), (stop,)), []
+    stream, shown = IncrementalDetokenizer(tokenizer(), (stop,)), []
     for token in tokenizer().encode("aaab", add_special_tokens=False):
         stream.push([token])
         shown.append(stream.take())

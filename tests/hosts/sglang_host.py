@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import torch
 
 from llada2_fast.cache import PagedKVCache
-from llada2_fast.kernels.attention import Run
+from llada2_fast.kernels.attention import Span
 
 
 def dllm_config(name, config, length, fdfo, mask_id):
@@ -39,7 +39,7 @@ class Runner:
 
     def forward(self, batch, pp_proxy_tensors=None):
         first = [req.prefix_len // self.cache.block_length for req in batch.reqs]
-        runs = [Run(req.pages, block, 1, req.limit) for req, block in zip(batch.reqs, first, strict=True)]
+        runs = [Span(req.pages, block, 1, req.limit) for req, block in zip(batch.reqs, first, strict=True)]
         tokens = batch.input_ids.clone()
         hidden = self.model.forward_blocks(tokens, batch.positions.long(), runs, self.cache)
         for req, block, ids in zip(batch.reqs, first, tokens.view(len(runs), -1).tolist(), strict=True):

@@ -10,10 +10,10 @@ one process can also compile them. What Triton 3.6 and 3.7 need for that:
 2. The interpreter swaps the whole language for its own at every launch and every call of a device function, and puts
    back only the launch's share. Here it is swapped once on entry and put back on exit: faster, and nothing is left.
 3. A loaded value as a bound of range() needs an __index__ that numpy 2.4 accepts.
-4. float32 -> bfloat16 and float8 round to nearest even as on a device, where the interpreter truncates, or loses the
+4. float32 -> bfloat16 and fp8 round to nearest even as on a device, where the interpreter truncates, or loses the
    carry into the exponent; bfloat16 -> float32 keeps subnormals.
 5. Products of bfloat16 matrices are made in float32, where the interpreter multiplies the bits as integers; those of
-   float8 too, where it takes NaN for a number.
+   fp8 too, where it takes NaN for a number.
 6. A check for integer overflow after every sum and product, which wrapping products fail, is off.
 7. numpy warns where kernels mean it: unsigned products wrap, exp2 underflows, a tile may hold nothing but NaN.
 """
@@ -67,7 +67,7 @@ def _cast_with_bfloat16(self, value, to_type):
     return _cast(self, value, to_type)
 
 
-def _rounding_float8(self, value, to_type, rounding):
+def _rounding_fp8(self, value, to_type, rounding):
     if value.dtype.scalar != tl.float32 or to_type.scalar != tl.float8e4nv:
         return _fp_to_fp(self, value, to_type, rounding)
     rounded = torch.from_numpy(np.ascontiguousarray(value.data)).to(torch.float8_e4m3fn)
@@ -113,7 +113,7 @@ def interpreted():
             mock.patch.object(interpreter, "_patch_lang", lambda function: swapped),
             mock.patch.object(interpreter, "_get_np_dtype", _numpy_type),
             mock.patch.object(InterpreterBuilder, "cast_impl", _cast_with_bfloat16),
-            mock.patch.object(InterpreterBuilder, "create_fp_to_fp", _rounding_float8),
+            mock.patch.object(InterpreterBuilder, "create_fp_to_fp", _rounding_fp8),
             mock.patch.object(InterpreterBuilder, "create_dot", _dot_in_float32),
             mock.patch.object(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False)),
             np.errstate(all="ignore"),

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from llada2_fast.kernels import advance
 from llada2_fast.kernels._triton import force_ops
-from llada2_fast.kernels.refine import BLOCK_DONE, ERROR, FINISHED, PREFIX_MASK, BlockState
-from llada2_fast.kernels.roles import ABSENT, PROMPT, TAIL, VALID
+from llada2_fast.kernels.refine import BLOCK_DONE, ERROR, FINISHED, PRIOR_MASK, BlockState
+from llada2_fast.kernels.roles import GENERATED, PADDING, PROMPT, TAIL
 from tests.kernels.interpreter import interpreted
 
 MASK = 99
@@ -24,12 +24,12 @@ def slots_of(count, length, seed, device="cpu"):
         return torch.randint(low, high, shape, generator=generator)
 
     tokens = torch.where(pick(4, count, length) == 0, MASK, pick(50, count, length))
-    state = BlockState.start_block(tokens, pick(2, count, length).to(torch.int8), pick(5, count) * length)
+    state = BlockState.fresh(tokens, pick(2, count, length).to(torch.int8), pick(5, count) * length)
     state.frozen.copy_(torch.tensor([0, BLOCK_DONE, BLOCK_DONE, BLOCK_DONE | FINISHED, ERROR])[pick(5, count)])
-    for field in ("step", "post_steps", "prefix", "commit_step", "commit_confidence"):
+    for field in ("step", "post_steps", "prior_flags", "commit_step", "commit_confidence"):
         tensor = getattr(state, field)
         tensor.copy_(pick(4, *tensor.shape))
-    total = state.start + length + pick(2 * length, count, low=1 - length)
+    total = state.block_start + length + pick(2 * length, count, low=1 - length)
     limit = torch.where(pick(2, count) == 0, total, -(-total // length) * length)
     bounds = advance.RowBounds(total.int(), limit.int(), pick(2, count).int() * 8)
     for holder in (state, bounds):
@@ -94,8 +94,8 @@ def test_the_rule(seed, count, carried, length):
     rows, blocks, tokens = advance.advance_ref(state, bounds, slots, repeat, carried, MASK)
     used = 0
     for entry, slot in enumerate(slots[repeat == 0].tolist()):
-        block = int(before.start[slot]) // length
-        follows = int(before.start[slot]) + length < int(bounds.total[slot])
+        block = int(before.block_start[slot]) // length
+        follows = int(before.block_start[slot]) + length < int(bounds.total[slot])
         moves = before.frozen[slot] == BLOCK_DONE and follows
         if moves and bounds.changed[slot]:
             moves = used < carried
@@ -108,13 +108,13 @@ def test_the_rule(seed, count, carried, length):
         if not moves:
             untouched(state, before, slot)
             continue
-        assert (state.tokens[slot] == MASK).all() and state.start[slot] == before.start[slot] + length
+        assert (state.tokens[slot] == MASK).all() and state.block_start[slot] == before.block_start[slot] + length
         assert not state.frozen[slot] and not state.step[slot] and not state.post_steps[slot]
         assert (state.commit_step[slot] == -1).all() and not state.commit_confidence[slot].any()
         held = bool(((before.tokens[slot] == MASK) & (before.kind[slot] != PROMPT)).any())
-        assert state.prefix[slot] == before.prefix[slot] | (PREFIX_MASK if held else 0)
-        for position, kind in enumerate(state.kind[slot].tolist(), int(state.start[slot])):
-            there = VALID if position < bounds.total[slot] else TAIL if position < bounds.limit[slot] else ABSENT
+        assert state.prior_flags[slot] == before.prior_flags[slot] | (PRIOR_MASK if held else 0)
+        for position, kind in enumerate(state.kind[slot].tolist(), int(state.block_start[slot])):
+            there = GENERATED if position < bounds.total[slot] else TAIL if position < bounds.limit[slot] else PADDING
             assert kind == there
     spare = [*range(int((repeat == 0).sum()), 8), *range(8 + used, 8 + carried)]
     for at in spare:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from llada2_fast.cache import PagedKVCache
 from llada2_fast.kernels import attention
 from llada2_fast.kernels._triton import force_ops, tl, triton
-from llada2_fast.kernels.attention import BlockBatch, Run
+from llada2_fast.kernels.attention import BlockBatch, Span
 from llada2_fast.model import LLaDA2Model
 from tests.kernels.interpreter import interpreted
 
@@ -28,7 +28,7 @@ def make(rows, length, heads, kv_heads, dim, dtype=torch.float32, device="cpu", 
     exists = torch.zeros(len(order), length, dtype=torch.bool)
     runs = []
     for (first, count, lacks), pages in zip(rows, needed, strict=True):
-        run = Run(tuple(order[:pages]), first, count, pages * length - lacks)
+        run = Span(tuple(order[:pages]), first, count, pages * length - lacks)
         order = order[pages:]
         exists[list(run.pages)] = (torch.arange(pages * length) < run.limit).view(pages, length)
         runs.append(run)
@@ -199,13 +199,13 @@ def test_splits_are_few_and_even():
 
 
 def test_batch_of_runs():
-    runs = [Run((5, 2, 7, 9), 1, 2, 11), Run((3,), 0, 1, 4), Run((6, 1, 8), 2, 1, 12)]
+    runs = [Span((5, 2, 7, 9), 1, 2, 11), Span((3,), 0, 1, 4), Span((6, 1, 8), 2, 1, 12)]
     batch = BlockBatch.from_runs(runs, "cpu")
     assert all(x.dtype == torch.int32 for x in batch)
     assert batch.block_row.tolist() == [0, 0, 1, 2] and batch.block_index.tolist() == [1, 2, 0, 2]
     assert batch.page_table.shape == (3, 3) and batch.limit.tolist() == [11, 4, 12]
     assert batch.slots(4).tolist() == attention.run_slots(runs, 4)
-    single = [(0, Run((5, 2), 1, 1, 11)), (1, Run((5, 2, 7), 2, 1, 11)), (2, runs[1]), (3, runs[2])]
+    single = [(0, Span((5, 2), 1, 1, 11)), (1, Span((5, 2, 7), 2, 1, 11)), (2, runs[1]), (3, runs[2])]
     assert batch.runs() == single
     empty = BlockBatch.from_runs([], "cpu")
     assert empty.slots(4).shape == (0,) and empty.runs() == []
@@ -245,7 +245,7 @@ def test_reference_of_a_batch_is_the_reference_of_its_runs():
 
 
 def test_place_blocks():
-    runs = [Run((5, 2, 7), 1, 2, 11), Run((3,), 0, 1, 4)]
+    runs = [Span((5, 2, 7), 1, 2, 11), Span((3,), 0, 1, 4)]
     x = torch.zeros(1)
     blocks, slot = attention.place_blocks(runs, 4, x)
     assert blocks is runs and slot.tolist() == attention.run_slots(runs, 4)
@@ -260,7 +260,7 @@ def test_the_network_over_a_batch_with_unused_blocks(golden):
     """forward_blocks: a list of runs and a BlockBatch, references and kernels, give one result and write one cache."""
     model = LLaDA2Model.from_pretrained(golden / "tiny", progress=False)
     length, used = 8, [True, False, True, True]
-    runs = [Run((3,), 0, 1, 8), Run((5, 0, 2), 1, 2, 22)]
+    runs = [Span((3,), 0, 1, 8), Span((5, 0, 2), 1, 2, 22)]
     generator = torch.Generator().manual_seed(0)
     history = torch.randn(2, model.config.num_hidden_layers, 6, length, 2, 16, generator=generator)
     tokens = torch.randint(model.config.vocab_size, (4, length), generator=generator)

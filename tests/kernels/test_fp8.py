@@ -1,4 +1,4 @@
-"""Block-scaled float8: quantisation, products and experts in Triton's interpreter, and on a GPU at the real sizes."""
+"""Block-scaled fp8: quantisation, products and experts in Triton's interpreter, and on a GPU at the real sizes."""
 
 import pytest
 import torch
@@ -11,10 +11,10 @@ from tests.kernels.interpreter import interpreted, products_in_order
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Of the norm. Sums have another order; where a rounding between two products goes the other way, an e4m3 digit follows.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-3, torch.bfloat16: 1e-2}
-# Of experts on a GPU: its float8 products keep about 14 bits within 128 of K, so far more roundings go the other way.
+# Of experts on a GPU: its fp8 products keep about 14 bits within 128 of K, so far more roundings go the other way.
 GPU_TOLERANCE = 2e-2
 
-needs_float8 = pytest.mark.skipif(
+needs_fp8 = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() < fp8.CAPABILITY,
     reason=f"needs compute capability {fp8.CAPABILITY}",
 )
@@ -201,7 +201,7 @@ def test_gate_and_up_have_their_own_blocks():
     h, _, _, _, (_, _, gate_up, down) = expert_inputs(5)
     gate_up[:150] *= 1000
     shared = fp8.quantize_weight(gate_up, 2), fp8.quantize_weight(down)
-    exact = moe.mlp(h, gemm.Scaled(gate_up), gemm.Scaled(down))
+    exact = moe.mlp(h, gemm.QuantTensor(gate_up), gemm.QuantTensor(down))
     got = run(moe.mlp, h, *shared)
     close(got, moe.mlp(h, *shared))
     assert (got - exact).norm() <= 0.1 * exact.norm()
@@ -222,7 +222,7 @@ def test_a_token_gets_the_same_bits_alone_as_in_any_batch():
     head = fp8.quantize_weight(random(130, 140))
 
     def forward(x):
-        return fp8.linear(moe.experts(x, router.route(x, *rule, float8=True), *weights, shared), *head)
+        return fp8.linear(moe.experts(x, router.route(x, *rule, fp8=True), *weights, shared), *head)
 
     with force_ops("triton"), interpreted(), products_in_order():
         together = forward(h)
@@ -251,7 +251,7 @@ def test_no_bit_depends_on_the_tiles(gated):
 
 
 @pytest.mark.gpu
-@needs_float8
+@needs_fp8
 @pytest.mark.parametrize("rows, columns", [(3072, 2048), (5120, 4096), (157184, 2048)])
 @pytest.mark.parametrize("tokens", [1, 32, 300])
 def test_gpu_linear_at_real_sizes(rows, columns, tokens):
@@ -263,24 +263,24 @@ def test_gpu_linear_at_real_sizes(rows, columns, tokens):
 
 
 @pytest.mark.gpu
-@needs_float8
+@needs_fp8
 @pytest.mark.parametrize("hidden, inner", [(2048, 512), (4096, 1024)])
 @pytest.mark.parametrize("tokens", [1, 32, 33, 256, 2048])
 def test_gpu_experts_at_real_sizes(hidden, inner, tokens):
     h, weights, shared, rule, wide = expert_inputs(tokens, 8, 64, hidden, inner, torch.bfloat16, "cuda")
-    routing = router.route(h, *rule, float8=True)
+    routing = router.route(h, *rule, fp8=True)
     got = moe.experts(h, routing, *weights, shared)
     close(got, wanted(h, routing, weights, shared), GPU_TOLERANCE)
-    exact = moe.experts(h, routing, *map(gemm.Scaled, wide[:2]), tuple(map(gemm.Scaled, wide[2:])))
+    exact = moe.experts(h, routing, *map(gemm.QuantTensor, wide[:2]), tuple(map(gemm.QuantTensor, wide[2:])))
     assert (got.float() - exact.float()).norm() <= 0.08 * exact.float().norm()
 
 
 @pytest.mark.gpu
-@needs_float8
+@needs_fp8
 def test_gpu_a_token_gets_the_same_bits_in_any_batch():
     h, weights, shared, rule, _ = expert_inputs(2048, 8, 64, 2048, 512, torch.bfloat16, "cuda")
-    together = moe.experts(h, router.route(h, *rule, float8=True), *weights, shared)
+    together = moe.experts(h, router.route(h, *rule, fp8=True), *weights, shared)
     for rows in (slice(0, 1), slice(40, 72), slice(100, 356), slice(600, 1800)):
         assert torch.equal(
-            moe.experts(h[rows], router.route(h[rows], *rule, float8=True), *weights, shared), together[rows]
+            moe.experts(h[rows], router.route(h[rows], *rule, fp8=True), *weights, shared), together[rows]
         )

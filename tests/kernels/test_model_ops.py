@@ -117,10 +117,10 @@ def test_block_attention(heads, kv_heads):
     """Runs of one, two and many blocks, pages in any order, a tail nobody sees; a block sees its row up to its end."""
     length, dim, pages = 4, 6, 16
     runs = [
-        attention.Run((2, 3, 4), 2, 1, 12),  # one block behind two of prefix, pages side by side
-        attention.Run((9, 0), 0, 2, 6),  # two blocks, the last two positions of the second do not exist
-        attention.Run((15, 1, 8, 7, 6), 1, 4, 20),  # four blocks behind one, scattered pages
-        attention.Run((5,), 0, 1, 1),  # a block of one position
+        attention.Span((2, 3, 4), 2, 1, 12),  # one block behind two of prefix, pages side by side
+        attention.Span((9, 0), 0, 2, 6),  # two blocks, the last two positions of the second do not exist
+        attention.Span((15, 1, 8, 7, 6), 1, 4, 20),  # four blocks behind one, scattered pages
+        attention.Span((5,), 0, 1, 1),  # a block of one position
     ]
     k_rows = [torch.randn(len(run.pages) * length, kv_heads, dim) for run in runs]
     v_rows = [torch.randn(len(run.pages) * length, kv_heads, dim) for run in runs]
@@ -146,7 +146,7 @@ def test_block_attention(heads, kv_heads):
 def test_a_run_does_not_depend_on_its_neighbours_or_on_its_pages():
     length = 4
     k, v, q = torch.randn(8, length, 2, 8), torch.randn(8, length, 2, 8), torch.randn(12, 4, 8)
-    run, other = attention.Run((0, 1, 2), 1, 2, 12), attention.Run((5, 3), 1, 1, 8)
+    run, other = attention.Span((0, 1, 2), 1, 2, 12), attention.Span((5, 3), 1, 1, 8)
     together = attention.block_attention_ref(q, k, v, [run, other])
     order = torch.tensor([7, 4, 1, 3, 0, 5, 6, 2])
     moved_k, moved_v = torch.empty_like(k), torch.empty_like(v)
@@ -160,16 +160,16 @@ def test_a_block_does_not_depend_on_the_run_it_is_in():
     """However a prompt is cut into chunks, a block's attention has the same bits."""
     length, blocks = 4, 12
     k, v, q = (torch.randn(blocks, length, 2, 8) for _ in range(3))
-    whole = attention.block_attention_ref(q.flatten(0, 1), k, v, [attention.Run(tuple(range(blocks)), 0, blocks, 48)])
+    whole = attention.block_attention_ref(q.flatten(0, 1), k, v, [attention.Span(tuple(range(blocks)), 0, blocks, 48)])
     for cuts in ((0, 1, 12), (0, 5, 7, 12), tuple(range(13))):
         for first, end in zip(cuts, cuts[1:], strict=False):
-            run = attention.Run(tuple(range(end)), first, end - first, 48)
+            run = attention.Span(tuple(range(end)), first, end - first, 48)
             part = attention.block_attention_ref(q[first:end].flatten(0, 1), k, v, [run])
             assert torch.equal(part, whole[first * length : end * length])
 
 
 def test_write_pages_and_run_slots():
-    runs = [attention.Run((3, 1), 1, 1, 8), attention.Run((0, 2), 0, 2, 8)]
+    runs = [attention.Span((3, 1), 1, 1, 8), attention.Span((0, 2), 0, 2, 8)]
     slots = attention.run_slots(runs, 4)
     assert slots == [4, 5, 6, 7, 0, 1, 2, 3, 8, 9, 10, 11]
     k, v = torch.randn(2, 12, 2, 3)

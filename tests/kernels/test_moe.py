@@ -184,8 +184,8 @@ def expert_inputs(tokens, top_k=3, experts=7, hidden=40, inner=24, dtype=torch.f
         return torch.randn(shape, generator=generator, device=device).div_(shape[-1] ** 0.5).to(dtype)
 
     h = random(tokens, hidden) * hidden**0.5
-    shared = gemm.Scaled(random(2 * inner, hidden)), gemm.Scaled(random(hidden, inner))
-    weights = gemm.Scaled(random(experts, 2 * inner, hidden)), gemm.Scaled(random(experts, hidden, inner))
+    shared = gemm.QuantTensor(random(2 * inner, hidden)), gemm.QuantTensor(random(hidden, inner))
+    weights = gemm.QuantTensor(random(experts, 2 * inner, hidden)), gemm.QuantTensor(random(experts, hidden, inner))
     return h, weights, shared, (random(experts, hidden), torch.zeros(experts, device=device), top_k, 1, 1, 2.5)
 
 
@@ -219,7 +219,7 @@ def test_experts_of_other_widths(hidden, inner):
 
 def test_a_shared_expert_of_another_width():
     h, weights, _, rule = expert_inputs(9)
-    shared = gemm.Scaled(torch.randn(96, 40) / 6), gemm.Scaled(torch.randn(40, 48) / 7)
+    shared = gemm.QuantTensor(torch.randn(96, 40) / 6), gemm.QuantTensor(torch.randn(40, 48) / 7)
     routing = run(router.route, h, *rule)
     close(run(moe.experts, h, routing, *weights, shared), wanted(h, routing, weights, shared))
 
@@ -239,10 +239,10 @@ def test_steps_through_k_change_no_bit(dtype, hidden):
     """Of 16 bits. K that is no multiple of the longer step, and one that is."""
     generator = torch.Generator().manual_seed(0)
     h = torch.randn(9, hidden, generator=generator).to(dtype)
-    weight = gemm.Scaled((torch.randn(2 * 96, hidden, generator=generator) / hidden**0.5).to(dtype))
+    weight = gemm.QuantTensor((torch.randn(2 * 96, hidden, generator=generator) / hidden**0.5).to(dtype))
     size = {"tile_m": 16, "tile_n": 64, "num_warps": 4, "num_stages": 3}
     default, deep = (
-        run_in_order(gemm.gemm, gemm.Scaled(h), weight, None, None, True, h, **size, **step).values
+        run_in_order(gemm.gemm, gemm.QuantTensor(h), weight, None, None, True, h, **size, **step).values
         for step in ({}, {"tile_k": 128})
     )
     assert torch.equal(default, deep)
@@ -292,8 +292,8 @@ def test_experts_refuse():
     routing = run(router.route, h, *rule)
     for name, args in {
         "h": (h[:, :39], routing, gate_up, down),
-        "down: torch.float32": (h, routing, gate_up, gemm.Scaled(down.values[:, :, :23])),
-        "down: contiguous": (h, routing, gate_up, gemm.Scaled(down.values.mT.contiguous().mT)),
+        "down: torch.float32": (h, routing, gate_up, gemm.QuantTensor(down.values[:, :, :23])),
+        "down: contiguous": (h, routing, gate_up, gemm.QuantTensor(down.values.mT.contiguous().mT)),
         "routing": (h, routing._replace(order=None), gate_up, down),
     }.items():
         with pytest.raises(ValueError, match=f"^{name}"):

@@ -34,7 +34,9 @@ def make(size, dtype, layout, filters, seed, broken=0.1):
     which = one_of([0, 0, 0, 1, 2, 3, 4, 5], rows, length, dtype=torch.int64)
     full = one_of([False, False, True], rows, 1, dtype=torch.bool)  # rows without a mask, or with one at most
     tokens = few[which.where(~full | (torch.rand(rows, length, generator=generator) < 0.5 / length), which % 5 + 1)]
-    kinds = one_of([refine.PROMPT, refine.VALID, refine.VALID, refine.VALID, refine.TAIL, refine.ABSENT], rows, length)
+    kinds = one_of(
+        [refine.PROMPT, refine.GENERATED, refine.GENERATED, refine.GENERATED, refine.TAIL, refine.PADDING], rows, length
+    )
     state = refine.BlockState(
         tokens, kinds.to(torch.int8), one_of([0, 32, 2**31], rows, dtype=torch.int64),
         one_of([0, 0, 1, 7], rows, dtype=torch.int32), one_of([0, 1, 2], rows, dtype=torch.int32),
@@ -103,7 +105,7 @@ def decided(before, params, output, logits, index, mask_id, tile_v, only_needed)
                 continue
             known = truth.candidate(
                 of(row, at), float(params.temperature[row]), int(params.top_k[row]), float(params.top_p[row]),
-                int(params.seed[row]), int(before.start[row]) + at, int(before.step[row]), mask_id,
+                int(params.seed[row]), int(before.block_start[row]) + at, int(before.step[row]), mask_id,
                 int(params.flags[row]), tile_v,
             )  # fmt: skip
             if known is not None and known[4] < truth.NOT_SURE:
@@ -168,8 +170,8 @@ def test_blocks_from_first_to_last_step(flags):
     """Steps on the state that the steps before left, until every row is done; then one more changes nothing."""
     size = (4, 8, 250, 256)
     _, _, state, params, mask_id = make(size, torch.float32, "contiguous", False, 3)
-    state = refine.BlockState.start_block(
-        torch.full_like(state.tokens, mask_id), torch.zeros_like(state.kind), state.start
+    state = refine.BlockState.fresh(
+        torch.full_like(state.tokens, mask_id), torch.zeros_like(state.kind), state.block_start
     )
     state.kind[1, :3] = refine.PROMPT
     rules = {"flags": flags, "threshold": 0.9, "steps": 4, "min_transfer": 1, "max_steps": 2**30, "max_post_steps": 2}
@@ -203,7 +205,7 @@ def test_thresholds_are_strict(threshold, commits, edits):
     for name, value in (rules | {"steps": 1000, "min_transfer": 1}).items():
         getattr(params, name).fill_(value)
     for step in (refine.refine_step_ref, partial(refine.launch, filters=False, only_needed=False)):
-        fresh = refine.BlockState.start_block(tokens.clone(), torch.zeros_like(state.kind), state.start)
+        fresh = refine.BlockState.fresh(tokens.clone(), torch.zeros_like(state.kind), state.block_start)
         with interpreted():
             output = step(torch.zeros(1, 4, 64), fresh, params, mask_id, index=None)
         assert (int(output.commit.sum()), int(output.edit.sum())) == (commits, edits)

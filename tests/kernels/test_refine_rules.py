@@ -13,7 +13,7 @@ import torch
 from llada2_fast.kernels import candidates, refine
 
 V, M, E = 10, 9, 8
-VALID, PROMPT, TAIL, ABSENT = refine.VALID, refine.PROMPT, refine.TAIL, refine.ABSENT
+GENERATED, PROMPT, TAIL, PADDING = refine.GENERATED, refine.PROMPT, refine.TAIL, refine.PADDING
 DEFAULT = refine.BAN_MASK
 EDIT = refine.BAN_MASK | refine.EDITING
 NONE = float("-inf")
@@ -40,7 +40,7 @@ def params(rows=1, eos=(E,), **rules):
     return refine.RefineParams(**values, eos_ids=torch.tensor(padded, dtype=torch.int64))
 
 
-def state(*blocks, kind=None, start=0, prefix=0, step=0, post=0, frozen=0):
+def state(*blocks, kind=None, start=0, prior_flags=0, step=0, post=0, frozen=0):
     """BlockState of one row per block (a list of ids); the other arguments are one for all rows or a list."""
     tokens = torch.tensor(blocks)
 
@@ -49,7 +49,7 @@ def state(*blocks, kind=None, start=0, prefix=0, step=0, post=0, frozen=0):
 
     kinds = torch.tensor(kind, dtype=torch.int8) if kind else torch.zeros_like(tokens, dtype=torch.int8)
     kinds = kinds.expand(tokens.shape).clone()
-    made = refine.BlockState.start_block(tokens, kinds, per_row(start, torch.int64), per_row(prefix, torch.int32))
+    made = refine.BlockState.fresh(tokens, kinds, per_row(start, torch.int64), per_row(prior_flags, torch.int32))
     made.step, made.post_steps = per_row(step, torch.int32), per_row(post, torch.int32)
     made.frozen = per_row(frozen, torch.int32)
     return made
@@ -287,7 +287,7 @@ def test_without_editing_no_token_changes():
 
 
 def test_prompt_positions_are_never_edited_tail_positions_are():
-    kind = [PROMPT, VALID, TAIL, ABSENT]
+    kind = [PROMPT, GENERATED, TAIL, PADDING]
     logits = peaks(*[(1, 0.9)] * 4)
     got = step(logits, state([5, 5, 5, 5], kind=kind), params(flags=EDIT, edit_threshold=0.0))
     assert got.tokens == [5, 1, 1, 5]
@@ -297,27 +297,27 @@ def test_prompt_positions_are_never_edited_tail_positions_are():
 
 
 def test_a_mask_id_in_the_prompt_is_an_ordinary_prompt_token():
-    got = step(peaks(*[(1, 0.9)] * 3), state([M, M, M], kind=[PROMPT, VALID, VALID]), params(threshold=0.5))
+    got = step(peaks(*[(1, 0.9)] * 3), state([M, M, M], kind=[PROMPT, GENERATED, GENERATED]), params(threshold=0.5))
     assert got.tokens == [M, 1, 1] and got.done and (got.before, got.left) == (2, 0)
 
 
 def test_the_cards_fill_mask_ids_in_the_prompt():
-    made = state([M, M, 4], kind=[PROMPT, VALID, PROMPT])
+    made = state([M, M, 4], kind=[PROMPT, GENERATED, PROMPT])
     got = step(peaks(*[(1, 0.9)] * 3), made, params(threshold=0.5, flags=refine.FILL_PROMPT))
     assert got.tokens == [1, 1, 4] and (got.before, got.left) == (2, 0)
 
 
 def test_the_tail_is_denoised_where_it_is_attended_to_and_left_alone_where_it_is_absent():
     logits = peaks((1, 0.9), (2, 0.9), (3, 0.9))
-    tail = step(logits, state([M, M, M], kind=[VALID, TAIL, TAIL]), params(threshold=0.5))
+    tail = step(logits, state([M, M, M], kind=[GENERATED, TAIL, TAIL]), params(threshold=0.5))
     assert tail.tokens == [1, 2, 3] and tail.before == 3
-    absent = step(logits, state([M, M, M], kind=[VALID, ABSENT, ABSENT]), params(threshold=0.5))
+    absent = step(logits, state([M, M, M], kind=[GENERATED, PADDING, PADDING]), params(threshold=0.5))
     assert absent.tokens == [1, M, M] and absent.done and (absent.before, absent.left) == (1, 0)
 
 
 def test_needed_positions_are_the_masked_and_where_editing_the_editable():
     made = state([M, 5, M, M, M, 5], [M, 5, M, M, M, 5], [M, 5, M, M, M, 5], [M, 5, M, M, M, 5],
-                 kind=[VALID, VALID, TAIL, ABSENT, PROMPT, PROMPT], frozen=[0, 0, 0, 1])  # fmt: skip
+                 kind=[GENERATED, GENERATED, TAIL, PADDING, PROMPT, PROMPT], frozen=[0, 0, 0, 1])  # fmt: skip
     rules = params(4, flags=[DEFAULT, EDIT, refine.FILL_PROMPT, EDIT])
     needed = refine.needed_positions(made, rules, M).tolist()
     assert [[i for i, n in enumerate(row) if n] for row in needed] == [[0, 2], [0, 1, 2], [0, 2, 4], []]
@@ -404,14 +404,14 @@ def test_the_first_eos_decides():
 
 
 def test_a_mask_in_the_prompt_does_not_stand_before_an_eos():
-    got = step(peaks(*[(E, 0.9)] * 3), state([M, M, M], kind=[PROMPT, VALID, VALID]), params(flags=STOP))
+    got = step(peaks(*[(E, 0.9)] * 3), state([M, M, M], kind=[PROMPT, GENERATED, GENERATED]), params(flags=STOP))
     assert got.finished and got.eos_at == 1 and got.tokens == [M, E, M]
 
 
-@pytest.mark.parametrize("kind", [PROMPT, TAIL, ABSENT])
+@pytest.mark.parametrize("kind", [PROMPT, TAIL, PADDING])
 @pytest.mark.parametrize("flags", [STOP, STOP_END])
 def test_an_eos_in_prompt_or_tail_does_not_count(kind, flags):
-    made = state([E, 3], kind=[kind, VALID]) if kind == PROMPT else state([3, E], kind=[VALID, kind])
+    made = state([E, 3], kind=[kind, GENERATED]) if kind == PROMPT else state([3, E], kind=[GENERATED, kind])
     keep = peaks((E, 0.9), (3, 0.9)) if kind == PROMPT else peaks((3, 0.9), (E, 0.9))
     got = step(keep, made, params(flags=flags, edit_threshold=0.5))
     assert got.done and not got.finished and got.eos_at == -1
@@ -458,8 +458,10 @@ def test_the_2_0_card_ends_at_once_when_an_eos_is_committed_now():
     assert step(peaks((E, 0.9), (1, 0.2)), state([M, M], kind=[TAIL, TAIL]), rules).finished  # the tail counts
     behind_mask = peaks((1, 0.2), (E, 0.9))
     assert not step(behind_mask, state([M, M]), rules).finished
-    assert step(behind_mask, state([M, M], prefix=refine.PREFIX_EOS), rules).finished  # the first EOS is the prompt's
-    assert not step(peaks((E, 0.9), (1, 0.2)), state([M, M], prefix=refine.PREFIX_MASK), rules).finished
+    assert step(
+        behind_mask, state([M, M], prior_flags=refine.PRIOR_EOS), rules
+    ).finished  # the first EOS is the prompt's
+    assert not step(peaks((E, 0.9), (1, 0.2)), state([M, M], prior_flags=refine.PRIOR_MASK), rules).finished
 
 
 def test_the_cards_end_a_row_with_a_block_that_holds_an_eos():
@@ -467,11 +469,11 @@ def test_the_cards_end_a_row_with_a_block_that_holds_an_eos():
     holds, clean = params(flags=refine.EOS_HOLDS), params(flags=refine.EOS_CLEAN)
     for rules in (holds, clean):
         assert step(keep, state([M, E]), rules).finished
-        assert step(keep, state([M, E], kind=[VALID, TAIL]), rules).finished  # the tail counts
-        assert not step(keep, state([M, E], kind=[VALID, PROMPT]), rules).finished
+        assert step(keep, state([M, E], kind=[GENERATED, TAIL]), rules).finished  # the tail counts
+        assert not step(keep, state([M, E], kind=[GENERATED, PROMPT]), rules).finished
         assert not step(peaks((3, 0.9), (E, 0.9), (1, 0.2)), state([M, E, M]), rules).finished  # not its end yet
-    assert step(keep, state(full, prefix=refine.PREFIX_MASK), holds).finished
-    assert not step(keep, state(full, prefix=refine.PREFIX_MASK), clean).finished
+    assert step(keep, state(full, prior_flags=refine.PRIOR_MASK), holds).finished
+    assert not step(keep, state(full, prior_flags=refine.PRIOR_MASK), clean).finished
     left = dict(max_steps=1, min_transfer=0, steps=9, threshold=2.0)
     masks = state([M, E], step=9), state([M, E], step=9)
     assert step(keep, masks[0], params(flags=refine.EOS_HOLDS, **left)).finished
@@ -516,7 +518,7 @@ def test_bad_logits_stop_their_own_row_and_write_nothing(poison, temperature, fl
 def test_bad_logits_where_nobody_looks_are_no_error():
     logits = peaks((1, 0.9), (2, 0.9), (3, 0.9), (4, 0.9))
     logits[0, 1:] = math.nan
-    made = state([M, 5, M, M], kind=[VALID, VALID, PROMPT, ABSENT])
+    made = state([M, 5, M, M], kind=[GENERATED, GENERATED, PROMPT, PADDING])
     got = step(logits, made, params())
     assert not got.error and got.done and got.tokens == [1, 5, M, M]
 

@@ -66,14 +66,14 @@ def test_the_table_of_expert_tiles():
                 assert product["tile_n"] % 64 == 0 and product["num_warps"] % 4 == 0  # else not one instruction for all
 
 
-def test_the_table_of_float8_tiles():
+def test_the_table_of_fp8_tiles():
     for entry in _tuned.table("fp8"):
         assert entry.keys() == {*tune.KEYS["fp8"], "tiles"}
         assert entry["tiles"].keys() == {"tile_m", "tile_n", "num_warps", "num_stages"}
         assert entry["tiles"]["tile_n"] in (64, 128) and entry["tiles"]["num_warps"] % 4 == 0
 
 
-def test_tiles_of_a_float8_product(monkeypatch):
+def test_tiles_of_a_fp8_product(monkeypatch):
     """Told apart by a tile height that no default has."""
     default = dict(tile_n=64, num_warps=4, num_stages=4)
     assert fp8.tiles(CPU, 3072, 2048, False, 16) == default | {"tile_m": 16}
@@ -100,7 +100,7 @@ def expert_tiles(device, name, monkeypatch, entries):
     for module in (_tuned, gemm):
         monkeypatch.setattr(module, "table", lambda family: known)
     monkeypatch.setattr(_tuned, "device_name", lambda device: name)
-    return lambda tokens, float8=False: gemm.tiles.__wrapped__(device, 2048, tokens, float8)["tile_m"]
+    return lambda tokens, fp8=False: gemm.tiles.__wrapped__(device, 2048, tokens, fp8)["tile_m"]
 
 
 def test_an_entry_serves_its_tokens_and_fewer_but_not_more(monkeypatch):
@@ -304,7 +304,7 @@ def test_what_beats_the_defaults_by_more_than_the_noise_becomes_an_entry(machine
     assert found["refine"] == [{"device": "X"} | groups[2].shape | {"vocab_pass": None}]
 
 
-def test_every_float8_product_that_was_measured_has_an_entry(machine):
+def test_every_fp8_product_that_was_measured_has_an_entry(machine):
     """The defaults where nothing gains: else an entry measured at more tokens would be taken."""
     groups = tune_fp8.groups(tune.Shapes())[:4]
     lines = {
@@ -317,7 +317,7 @@ def test_every_float8_product_that_was_measured_has_an_entry(machine):
     assert qkv["rows"] == 3072 and qkv["columns"] == 2048 and qkv["tokens"] == 64 and qkv["gated"] is False
 
 
-def test_float8_tries_suit_their_tokens():
+def test_fp8_tries_suit_their_tokens():
     """Few tokens try many stages, many tokens high tiles, and the defaults are among what is tried."""
     for group in tune_fp8.groups(tune.Shapes()):
         rows, _, gated, tokens = group.shape.values()

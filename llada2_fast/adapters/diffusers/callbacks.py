@@ -22,7 +22,7 @@ def step_tensors(decoder, stepped, output, names, pad):
     tokens = decoder.state.tokens
     running = torch.zeros(len(tokens), 1, dtype=torch.bool, device=tokens.device)
     running[[row.slot for row in stepped]] = True
-    active = running & (decoder.state.kind == refine.VALID) & (output.commit | (tokens == decoder.mask_id))
+    active = running & (decoder.state.kind == refine.GENERATED) & (output.commit | (tokens == decoder.mask_id))
     chosen = output.token >= 0
     token = torch.where(chosen, output.token, tokens)
     probability = output.confidence.masked_fill(~chosen, 0.0)
@@ -62,7 +62,7 @@ def rewrite(decoder, stepped, block_x, vocab_size=None):
         if row.finish_reason is not None and row not in stepped:
             continue
         present = _window(decoder, row)
-        valid = row.kind[: row.span.stop] == refine.VALID
+        valid = row.kind[: row.span.stop] == refine.GENERATED
         wanted = torch.where(valid, block_x[row.slot, : row.span.stop].to(present.device), present)
         if not torch.equal(wanted, present):
             _check_tokens(row, wanted, decoder.mask_id, vocab_size)
@@ -80,7 +80,7 @@ def _check_tokens(row, wanted, mask_id, vocab_size):
 
 def _rewrite_row(decoder, row, wanted, present):
     state, slot, params = decoder.state, row.slot, row.params
-    masked = (wanted == decoder.mask_id) & (row.kind[: row.span.stop] == refine.VALID)
+    masked = (wanted == decoder.mask_id) & (row.kind[: row.span.stop] == refine.GENERATED)
     if int(state.step[slot]) >= params.steps:  # else a callback that puts masks back could go on for ever
         wanted = torch.where(masked, present, wanted)
         masked &= present == decoder.mask_id

@@ -367,10 +367,10 @@ def _mask_step(
         flags=per_row(refine.BAN_MASK | (refine.EDITING if editing else 0)),
         eos_ids=torch.full((rows, 1), -1, dtype=torch.int64, device=device),
     )
-    kind = torch.full_like(sample, refine.VALID, dtype=torch.int8)
+    kind = torch.full_like(sample, refine.GENERATED, dtype=torch.int8)
     if prompt_mask is not None:
         kind.masked_fill_(prompt_mask.to(device).bool(), refine.PROMPT)
-    state = BlockState.start_block(sample.clone(), kind, per_row(0, torch.int64))
+    state = BlockState.fresh(sample.clone(), kind, per_row(0, torch.int64))
     state.step.fill_(step_index)
     output = refine_step(logits, state, params, mask_id)
     _raise_on_error((output.status[:, refine.FLAGS] & refine.ERROR) != 0, step_index)

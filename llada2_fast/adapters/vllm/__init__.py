@@ -21,7 +21,7 @@ rest of that block is decoded over the prompt's keys and values as they were pre
 
 NOT RUN: no GPU was at hand, so vLLM as a whole has not served a token with this. Checked, against vLLM's own Python
 files on a CPU (tests/hosts/test_vllm.py): registration, config, weight loading, the network's maths, the calls between
-runner, state and sampler, the tokens. Not checked: CUDA graphs, torch.compile, tensor and expert parallelism, float8
+runner, state and sampler, the tokens. Not checked: CUDA graphs, torch.compile, tensor and expert parallelism, fp8
 checkpoints, the attention backends' kernels, speed. Refused: LLaDA2.2, pipeline parallelism, speculative decoding.
 """
 

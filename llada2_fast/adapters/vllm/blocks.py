@@ -12,14 +12,14 @@ import torch
 from ...config import DecodeParams
 from ...decoding.decoder import row_rules
 from ...refinement import (
-    ABSENT,
     BLOCK_DONE,
     CHANGED,
     ERROR,
     FINISHED,
     FLAGS,
+    GENERATED,
+    PADDING,
     PROMPT,
-    VALID,
     BlockState,
     refine_params,
     refine_step,
@@ -39,7 +39,7 @@ class Blocks:
         self.length, self.mask_id = length, mask_id
         tokens = torch.full((slots, length), mask_id, dtype=torch.int64, device=device)
         start = torch.zeros(slots, dtype=torch.int64, device=device)
-        self.state = BlockState.start_block(tokens, torch.zeros_like(tokens, dtype=torch.int8), start)
+        self.state = BlockState.fresh(tokens, torch.zeros_like(tokens, dtype=torch.int8), start)
         self.state.frozen.fill_(FINISHED)
         unused = [[-1] * MAX_EOS] * slots
         self.params = refine_params([DecodeParams()] * slots, length, [0] * slots, unused, device)
@@ -55,11 +55,11 @@ class Blocks:
         """
         lead = len(prompt)
         tokens = [*prompt, *[self.mask_id] * (self.length - lead)]
-        kind = [PROMPT] * lead + [VALID] * (width - lead) + [ABSENT] * (self.length - width)
+        kind = [PROMPT] * lead + [GENERATED] * (width - lead) + [PADDING] * (self.length - width)
         eos = [*eos_ids[:MAX_EOS], *[-1] * (MAX_EOS - len(eos_ids))]
         device = self.lead.device
         tokens, kind = (torch.tensor(ints, dtype=torch.int64, device=device) for ints in (tokens, kind))
-        self.state.begin(slot, tokens, kind, start, 0)
+        self.state.reset_block(slot, tokens, kind, start, 0)
         for name, value in (row_rules(params, self.length) | {"seed": seed}).items():
             getattr(self.params, name)[slot] = value
         self.params.eos_ids[slot] = torch.tensor(eos, dtype=torch.int64, device=device)
@@ -101,9 +101,10 @@ class Blocks:
     def _next(self, settled):
         """Lay out the block behind the settled ones."""
         state = self.state
-        state.start += settled * self.length
+        state.block_start += settled * self.length
         for target, value in (
-            (state.tokens, self.mask_id), (state.kind, VALID), (state.commit_step, -1), (state.commit_confidence, 0),
+            (state.tokens, self.mask_id), (state.kind, GENERATED), (state.commit_step, -1),
+            (state.commit_confidence, 0),
         ):  # fmt: skip
             target.masked_fill_(settled[:, None], value)
         for target, value in (
