@@ -1,6 +1,7 @@
 """DecodeParams: how one request is decoded."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .checks import (
     FLOAT32,
@@ -18,7 +19,37 @@ from .checks import (
 )
 
 SAMPLING_METHODS = ("auto", "greedy", "multinomial")
-PROFILES = ("default", "hf-2.0", "hf-2.1", "sglang-lowconf", "sglang-joint")
+
+
+class Profile(NamedTuple):
+    """What a profile says of DecodeParams' fields and of answers. Its rules of decoding are in decoding/rules.py.
+
+    edits: an editing_threshold may be given.
+    editing_threshold: what it is where none is given.
+    card: a model card's, which stops at EOS only where it is asked to.
+    needs_tail: attend_tail must be on.
+    padded: generate() fills answers up to gen_length; else up to the longest one.
+    cuts_canvas: an early return is cut at the first EOS of prompt and tail, too.
+    levenshtein: a LLaDA2.2 checkpoint may be decoded by it, as a plain LLaDA2.1 one.
+    """
+
+    edits: bool = True
+    editing_threshold: float | None = None
+    card: bool = False
+    needs_tail: bool = True
+    padded: bool = False
+    cuts_canvas: bool = False
+    levenshtein: bool = False
+
+
+PROFILES = {
+    "default": Profile(needs_tail=False, padded=True),
+    "hf-2.0": Profile(edits=False, card=True, cuts_canvas=True),
+    "hf-2.1": Profile(editing_threshold=0.9, card=True, levenshtein=True),
+    "sglang-lowconf": Profile(edits=False),
+    "sglang-joint": Profile(editing_threshold=0.0),
+    "diffusers": Profile(needs_tail=False, padded=True),
+}
 PRESETS = {  # the modes of the LLaDA2.1 model card
     "quality": {"threshold": 0.7, "editing_threshold": 0.5, "max_post_steps": 16},
     "speed": {"threshold": 0.5, "editing_threshold": 0.0, "max_post_steps": 16},
@@ -39,7 +70,7 @@ class DecodeParams:
     `eos_ids` None = the checkpoint's, () = none, an id outside the vocabulary never occurs; `seed` is an int64,
     None = drawn from torch's generator where tokens are drawn; `attend_tail` denoises the last block whole;
     `num_to_transfer` belongs to `hf-2.1` alone. The `sglang` profiles, SGLang's LowConfidence and JointThreshold, read
-    neither `steps` nor `minimal_topk`."""
+    neither `steps` nor `minimal_topk`; `diffusers` is the default but for the confidence of a drawn token."""
 
     gen_length: int = 2048
     block_length: int | None = None
@@ -86,7 +117,7 @@ class DecodeParams:
         if self.seed is not None:
             check(self, "seed", as_int, -INT64, INT64 - 1)
         check(self, "sampling_method", choice, SAMPLING_METHODS)
-        check(self, "profile", choice, PROFILES)
+        check(self, "profile", choice, tuple(PROFILES))
         self._check_profile()
 
     @property
@@ -99,13 +130,18 @@ class DecodeParams:
         """One of PRESETS, "quality" or "speed", with other fields as given."""
         return cls(**PRESETS[choice("preset", name, tuple(PRESETS))] | changes)
 
+    @property
+    def traits(self) -> Profile:
+        """What its profile says."""
+        return PROFILES[self.profile]
+
     def _check_profile(self):
-        if self.num_to_transfer != 1 and self.profile != "hf-2.1":
-            raise bad("num_to_transfer", self.num_to_transfer, f"1 outside profile='hf-2.1', not {self.profile!r}")
-        if self.profile != "default" and not self.attend_tail:
-            raise bad("attend_tail", self.attend_tail, f"True under profile={self.profile!r}")
-        if self.profile in ("hf-2.0", "sglang-lowconf") and self.editing_threshold is not None:
-            allowed = f"None under profile={self.profile!r}, which has no editing"
-            raise bad("editing_threshold", self.editing_threshold, allowed)
+        name, profile = self.profile, self.traits
+        if self.num_to_transfer != 1 and name != "hf-2.1":
+            raise bad("num_to_transfer", self.num_to_transfer, f"1 outside profile='hf-2.1', not {name!r}")
+        if profile.needs_tail and not self.attend_tail:
+            raise bad("attend_tail", self.attend_tail, f"True under profile={name!r}")
+        if not profile.edits and self.editing_threshold is not None:
+            raise bad("editing_threshold", self.editing_threshold, f"None under profile={name!r}, which has no editing")
         if self.editing_threshold is None:
-            put(self, "editing_threshold", {"hf-2.1": 0.9, "sglang-joint": 0.0}.get(self.profile))
+            put(self, "editing_threshold", profile.editing_threshold)
