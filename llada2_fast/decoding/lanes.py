@@ -1,0 +1,105 @@
+"""The decoder's lanes: what the device knows of the row in each of them, and the three things that happen to it.
+
+    open      a row's first block is laid out: the end of its prompt, then masks, then what lies behind its text
+    step      one refinement step of the blocks that are not frozen
+    advance   rows whose block has ended begin their next one
+
+All tensors stay at their addresses, so that a CUDA graph may hold them. Shapes: S lanes, L block_length, P pages of a
+row. vLLM's adapter, the engine and generate() all have one.
+"""
+
+import torch
+
+from ..kernels import refine
+from ..kernels._ambient import lasting
+from ..kernels.advance import RowBounds, advance
+from ..kernels.attention import pinned
+from ..kernels.refine import BlockState, RefineOutput, RefineParams, needed_positions, refine_step
+from .rules import Rule
+
+
+class Lanes:
+    """S lanes, all closed.
+
+    count: S.
+    block_length: L.
+    mask_id: the id of what is still to be written.
+    device: of all tensors.
+    max_eos: EOS ids that a row may have.
+    pages: P, 0 where no table of pages is needed.
+    """
+
+    @lasting
+    def __init__(self, count: int, block_length: int, mask_id: int, device="cpu", max_eos: int = 1, pages: int = 0):
+        self.count, self.block_length, self.mask_id = count, block_length, mask_id
+        self.device = torch.device(device)
+        self.state = BlockState.fresh(
+            self._new((count, block_length), mask_id, torch.int64), self._new((count, block_length), 0, torch.int8),
+            self._new(count, 0, torch.int64),
+        )  # fmt: skip
+        self.state.frozen.fill_(refine.FINISHED)
+        real, whole = torch.float32, torch.int32
+        self.params = RefineParams(
+            temperature=self._new(count, 0, real), top_k=self._new(count, 0, whole), top_p=self._new(count, 0, real),
+            seed=self._new(count, 0, torch.int64),
+            threshold=self._new(count, 0, real), edit_threshold=self._new(count, 0, real),
+            steps=self._new(count, 0, whole), min_transfer=self._new(count, 0, whole),
+            max_steps=self._new(count, 0, whole), max_post_steps=self._new(count, 0, whole),
+            flags=self._new(count, 0, whole), eos_ids=self._new((count, max_eos), -1, torch.int64),
+        )  # fmt: skip
+        self.bounds = RowBounds(*(self._new(count, 0, whole) for _ in range(3)))
+        self.page_table = self._new((count, pages), 0, whole)
+
+    def _new(self, shape, value, dtype):
+        return torch.full((shape,) if isinstance(shape, int) else shape, value, dtype=dtype, device=self.device)
+
+    @property
+    def max_eos(self) -> int:
+        return self.params.eos_ids.shape[1]
+
+    def open(
+        self, lane: int, block_start: int, prompt: list[int], total: int, limit: int, rule: Rule, seed: int = 0,
+        eos_ids: tuple[int, ...] = (), prior_flags: int = 0, pages: tuple[int, ...] = (),
+    ):  # fmt: skip
+        """Lay out a row's block.
+
+        lane: which; whatever was in it is forgotten.
+        block_start: position of the block's first token.
+        prompt: the ids that the block begins with, at most L.
+        total: the row's positions that are prompt or generated; later ones are tail.
+        limit: its positions that exist; later ones are padding.
+        rule: how its blocks are refined; seed: of its draws; eos_ids: at most max_eos.
+        prior_flags: what is known of what comes before the block.
+        pages: of the row's K/V from position 0 on, where runners read them here.
+        """
+        length = self.block_length
+        text, tail = (min(max(end - block_start, len(prompt)), length) for end in (total, limit))
+        tokens = prompt + [self.mask_id] * (length - len(prompt))
+        kind = [refine.PROMPT] * len(prompt) + [refine.GENERATED] * (text - len(prompt))
+        kind += [refine.TAIL] * (tail - text) + [refine.PADDING] * (length - max(tail, text))
+        tokens, kind = torch.tensor([tokens, kind], dtype=torch.int64, device="cpu").to(self.device).unbind()
+        self.state.reset_block(lane, tokens, kind, block_start, prior_flags)
+        for name, value in rule._asdict().items():
+            getattr(self.params, name)[lane] = value
+        self.params.seed[lane] = seed
+        unused = [-1] * (self.max_eos - len(eos_ids))
+        self.params.eos_ids[lane] = torch.tensor([*eos_ids, *unused], dtype=torch.int64, device="cpu")
+        self.bounds.total[lane], self.bounds.limit[lane], self.bounds.changed[lane] = total, limit, 0
+        if self.page_table.shape[1]:
+            self.page_table[lane, : len(pages)].copy_(pinned(pages, self.device), non_blocking=True)
+
+    def close(self, lane: int):
+        """Nothing happens to a closed lane."""
+        self.state.frozen[lane] = refine.FINISHED
+
+    def needed(self) -> torch.Tensor:
+        """bool [S, L]: the positions whose logits a step reads."""
+        return needed_positions(self.state, self.params, self.mask_id)
+
+    def step(self, logits, index=None, filters: bool = True, only_needed: bool = False) -> RefineOutput:
+        """One refinement step of all lanes; arguments as of kernels.refine.refine_step."""
+        return refine_step(logits, self.state, self.params, self.mask_id, index, filters, only_needed)
+
+    def advance(self, lanes: torch.Tensor, repeat: torch.Tensor, carried: int):
+        """Begin the next blocks of some lanes; arguments and values as of kernels.advance.advance."""
+        return advance(self.state, self.bounds, lanes, repeat, carried, self.mask_id)
