@@ -29,9 +29,10 @@ class Trace:
     events: tuple[Event, ...]
 
     @classmethod
-    def of(cls, row, num_tokens):
-        """The trace of a decoder.Row that was opened with trace=True; num_tokens: the answer's."""
-        return cls(row.prompt_length, row.length, tuple(events_of(row, num_tokens)))
+    def of(cls, sequence, num_tokens):
+        """The trace of a Sequence that was asked for one; num_tokens: the answer's."""
+        events = until(sequence.events, sequence.prompt_length + num_tokens)
+        return cls(sequence.prompt_length, sequence.block_length, tuple(events))
 
     def commits(self):
         """{position: its commit event}."""
@@ -47,9 +48,6 @@ class Trace:
         return {at: math.log(max(event.confidence, 1e-45)) for at, event in events.items()}
 
 
-def events_of(row, num_tokens, since=0):
-    """Events of a decoder.Row from number `since` on, without edits behind the first num_tokens generated ones."""
-    end = row.prompt_length + num_tokens
-    for step, at, kind, *rest in row.events[since:]:
-        if kind == "commit" or at < end:
-            yield Event(step, at // row.length, at, kind, *rest)
+def until(events, end):
+    """Events without the edits from position `end` on."""
+    return [event for event in events if event.kind == "commit" or event.position < end]

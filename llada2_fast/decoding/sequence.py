@@ -1,0 +1,285 @@
+"""A sequence: one prompt being continued, as the host knows it. Plain Python, no tensors.
+
+Positions are row-local, 0 .. total - 1, on a grid of blocks from position 0. What has become of its blocks is counted
+three times, because the three need not move together:
+
+    num_computed_blocks   leading blocks whose K/V are in their pages, final or not
+    num_final_blocks      leading blocks whose K/V there are final: nobody has to forward them again
+    num_delivered         generated tokens that somebody has been given, so that they cannot change any more
+"""
+
+from dataclasses import dataclass, field, replace
+from enum import Enum
+
+from ..config import DecodeParams
+from ..kernels import refine
+from .trace import Event
+
+
+class Phase(Enum):
+    """Where a sequence stands."""
+
+    WAITING = "waiting"  # in no lane, without pages
+    PREFILL = "prefill"  # it has pages, and its prompt is forwarded into them
+    DECODE = "decode"  # its active block is refined
+    BLOCK_END = "block end"  # its active block has ended, the next one has not begun
+    FINISHED = "finished"
+
+
+@dataclass
+class Counters:
+    """What a sequence cost. TPF = generated tokens / denoise_forwards; prefill and settling forwards count apart."""
+
+    denoise_forwards: int = 0
+    prefill_forwards: int = 0
+    settle_forwards: int = 0
+    commits: int = 0
+    edits: int = 0
+    forwards_per_block: list[int] = field(default_factory=list)
+    prefill_s: float = 0.0
+
+    def copy(self):
+        return replace(self, forwards_per_block=self.forwards_per_block.copy())
+
+
+class Sequence:
+    """One prompt, and how far it has been continued.
+
+    prompt: its ids, a list of ints that may be empty.
+    params: checked DecodeParams.
+    seed: int64, of its draws.
+    eos_ids: resolved, a tuple of ints.
+    block_length: L.
+    mask_id: what stands where nothing has been written.
+    trace: keep every commit and edit.
+    detailed: keep the confidence and the step of every token.
+
+    watched: the active block is looked at after every step, not only when it has ended; anybody may set it.
+    To be read: phase; block, the number of the active one; ids, the tokens of all blocks before it, its own as
+    well once it has ended; tokens, steps, confidences, of the active block as the last step that was read left it
+    (where details are kept); token_steps and token_confidences, of the generated tokens in ids (likewise);
+    finish_reason, "eos" or "length"; error; counters; events.
+    """
+
+    def __init__(
+        self, prompt: list[int], params: DecodeParams, seed: int, eos_ids: tuple[int, ...], block_length: int,
+        mask_id: int, trace: bool = False, detailed: bool = False,
+    ):  # fmt: skip
+        self.prompt, self.params, self.seed, self.eos_ids = prompt, params, seed, eos_ids
+        self.block_length, self.mask_id = block_length, mask_id
+        self.gen_length = params.gen_length
+        self.phase = Phase.WAITING
+        self.lane: int | None = None
+        self.pages: tuple[int, ...] = ()
+        self.block = self.first_block
+        self.ids = prompt[: self.block * block_length]
+        self.num_computed_blocks = self.num_final_blocks = self.num_delivered = 0
+        self.finish_reason: str | None = None
+        self.error: str | None = None
+        self.eos_position: int | None = None
+        self.counters = Counters()
+        self.detailed = detailed or trace
+        self.watched = trace
+        self.token_steps: list[int] = []
+        self.token_confidences: list[float] = []
+        self.events: list[Event] | None = [] if trace else None
+
+    # where things lie
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.prompt)
+
+    @property
+    def total(self) -> int:
+        """Prompt and generated positions, without the tail."""
+        return self.prompt_length + self.params.gen_length
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.total // self.block_length)
+
+    @property
+    def first_block(self) -> int:
+        """The block generation starts in."""
+        return self.prompt_length // self.block_length
+
+    @property
+    def limit(self) -> int:
+        """Positions that exist: the tail counts only where it is attended to."""
+        return self.num_blocks * self.block_length if self.params.attend_tail else self.total
+
+    @property
+    def block_start(self) -> int:
+        """Position of the active block's first token."""
+        return self.block * self.block_length
+
+    @property
+    def block_prompt(self) -> list[int]:
+        """The ids of the prompt that the active block begins with."""
+        return self.prompt[self.block_start :]
+
+    @property
+    def generated(self) -> slice:
+        """Where in the active block its generated tokens lie, without prompt and tail."""
+        return slice(
+            max(0, self.prompt_length - self.block_start), min(self.block_length, self.total - self.block_start)
+        )
+
+    @property
+    def prior_flags(self) -> int:
+        """PRIOR_MASK | PRIOR_EOS, of what comes before the active block."""
+        masked = self.mask_id in self.ids[self.prompt_length : self.block_start]
+        ends = any(eos in self.prompt for eos in self.eos_ids)
+        return refine.PRIOR_MASK * masked | refine.PRIOR_EOS * ends
+
+    @property
+    def canvas(self) -> list[int]:
+        """The ids of all its blocks: prompt, what has become final, masks."""
+        known = self.ids if len(self.ids) > self.block_start else self.ids + self.block_prompt
+        return known + [self.mask_id] * (self.num_blocks * self.block_length - len(known))
+
+    def answer(self) -> list[int]:
+        """The generated ids, cut after the first EOS of the first gen_length of them.
+
+        Under hf-2.0 an early return is cut where that model card cuts it: at the first EOS of prompt and tail, too.
+        """
+        whole = self.params.traits.cuts_canvas and self.eos_position is not None
+        begin, canvas = 0 if whole else self.prompt_length, self.canvas
+        end = len(canvas) if whole else self.prompt_length + self.gen_length
+        end = next((at + 1 for at in range(begin, end) if canvas[at] in self.eos_ids), end)
+        return canvas[self.prompt_length : end]
+
+    # what happens to it
+
+    @property
+    def running(self) -> bool:
+        """It has a block to be refined."""
+        return self.phase in (Phase.DECODE, Phase.BLOCK_END)
+
+    @property
+    def finished(self) -> bool:
+        return self.phase is Phase.FINISHED
+
+    @property
+    def next_block(self) -> int:
+        """The block that the next step refines."""
+        return self.block + (self.phase is Phase.BLOCK_END)
+
+    def leading(self) -> list[int]:
+        """Tokens of the blocks that the next step's forward must see before the one it refines: those that are not
+        final."""
+        return self.ids[self.num_final_blocks * self.block_length : self.next_block * self.block_length]
+
+    def settle(self, blocks: int):
+        """The K/V of so many leading blocks are final now."""
+        self.num_final_blocks = max(self.num_final_blocks, blocks)
+        self.num_computed_blocks = max(self.num_computed_blocks, blocks)
+
+    def begin(self):
+        """Its active block has been laid out in a lane."""
+        self.phase = Phase.DECODE
+        self._begin_block()
+
+    def begin_next(self):
+        """The device has begun the next block."""
+        self.block += 1
+        self.begin()
+
+    def _begin_block(self):
+        self._mark = self.counters.copy(), len(self.events or ())
+        self.counters.forwards_per_block.append(0)
+        begun = self.block_prompt
+        self.tokens = begun + [self.mask_id] * (self.block_length - len(begun))
+        self.steps, self.confidences = [-1] * self.block_length, [0.0] * self.block_length
+
+    def take_step(self, status: list[int], block: tuple[list[int], list[int], list[float]] | None):
+        """A step has refined the active block.
+
+        status: the row's columns of RefineOutput.status.
+        block: its tokens, steps and confidences, where the step has ended it or details are kept.
+        """
+        flags, counters = status[refine.FLAGS], self.counters
+        counters.denoise_forwards += 1
+        counters.forwards_per_block[-1] += 1
+        counters.commits += status[refine.COMMITS]
+        counters.edits += status[refine.EDITS]
+        if flags & refine.ERROR:
+            where = f"step {status[refine.STEP]} of block {self.block}"
+            self.fail(f"logits hold NaN or infinity at {where}")
+            return
+        if block is not None:
+            before, (self.tokens, self.steps, self.confidences) = self.tokens, block
+            self._record(before)
+        if flags & (refine.BLOCK_DONE | refine.FINISHED):
+            self.keep_block()
+        if flags & refine.BLOCK_DONE:
+            self.phase = Phase.BLOCK_END
+            if self.block + 1 == self.num_blocks:
+                self.finish("length")
+        if flags & refine.FINISHED:
+            if status[refine.EOS_AT] >= 0:
+                self.eos_position = self.block_start + status[refine.EOS_AT]
+            self.finish("eos")
+
+    def keep_block(self):
+        """The active block's tokens are taken into ids as they stand."""
+        self.ids[self.block_start :] = self.tokens
+        if self.detailed:
+            begin = self.generated.start
+            at = self.block_start + begin - self.prompt_length
+            self.token_steps[at:] = self.row_steps()[begin:]
+            self.token_confidences[at:] = self.confidences[begin:]
+
+    def row_steps(self) -> list[int]:
+        """`steps` counted from the sequence's first denoise forward on; -1 where nothing has been written."""
+        before = self._mark[0].denoise_forwards
+        return [step + before if step >= 0 else -1 for step in self.steps]
+
+    def block_events(self) -> list[Event]:
+        """The events of the active block so far."""
+        return (self.events or [])[self._mark[1] :]
+
+    def _record(self, before):
+        """Keep what the last step has written over `before`, by rising position: commits first, then edits."""
+        if self.events is None:
+            return
+        now = self.counters.denoise_forwards - 1
+        own = self.counters.forwards_per_block[-1] - 1
+        written = [at for at, step in enumerate(self.steps) if step == own]
+        for kind, masked in (("commit", True), ("edit", False)):
+            for at in written:
+                if (before[at] == self.mask_id) == masked:
+                    position = self.block_start + at
+                    self.events.append(
+                        Event(now, self.block, position, kind, self.tokens[at], self.confidences[at], before[at])
+                    )
+
+    def finish(self, reason: str):
+        """It goes on no further. reason: "eos" or "length"."""
+        self.phase, self.finish_reason = Phase.FINISHED, reason
+
+    def fail(self, what: str):
+        self.phase, self.error = Phase.FINISHED, what
+
+    def stop(self, count: int):
+        """End it as it stands, with so many generated tokens."""
+        self.gen_length, self.eos_position = count, None
+        self.finish("length")
+
+    def rewind(self, block: int):
+        """Somebody has rewritten tokens of this block: the K/V from there on are not final any more."""
+        self.num_final_blocks = min(self.num_final_blocks, block)
+        self.num_computed_blocks = min(self.num_computed_blocks, block)
+
+    def suspend(self):
+        """Take it out of its lane and its pages. It resumes behind its last finished block; the steps of the open one
+        are not counted, and it gets the tokens it would have got."""
+        if self.phase is Phase.BLOCK_END:
+            self.block += 1
+        elif self.phase is Phase.DECODE:
+            self.counters, events = self._mark
+            if self.events is not None:
+                del self.events[events:]
+        self.phase, self.lane, self.pages = Phase.WAITING, None, ()
+        self.rewind(0)
