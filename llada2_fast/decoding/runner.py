@@ -1,0 +1,164 @@
+"""A plan of ints in, a StepResult out: what runs on the device is here and in graph_runner.py, and nowhere else.
+
+A plan names lanes, blocks, pages and tokens; it has no tensors, so that it could be sent to other ranks. A runner has
+`lanes` and `execute(plan)`. The eager one does a step's work launch by launch, with any of the forwards that give
+logits: CachedForward over our own network, or those of other people's models (adapters/diffusers/foreign.py).
+"""
+
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+
+from ..kernels import refine
+from ..kernels.attention import Span
+from ..model import Read, read_nothing
+
+_ON_CPU = {"dtype": torch.int64, "device": "cpu"}
+
+
+class LaneStep(NamedTuple):
+    """What a step does in one lane.
+
+    block: the one that is refined; pages, limit: of its row, as of kernels.attention.Span.
+    first, leading: tokens of the blocks first .. block - 1, whose K/V are not final, so that they are forwarded, too.
+    begins: the lane's next block begins with this step.
+    """
+
+    lane: int
+    block: int
+    pages: tuple[int, ...]
+    limit: int
+    first: int
+    leading: list[int]
+    begins: bool
+
+
+class Prefill(NamedTuple):
+    """Whole blocks of a row, from block `first` on, that are forwarded for their K/V alone."""
+
+    pages: tuple[int, ...]
+    limit: int
+    first: int
+    tokens: list[int]
+
+
+class Plan(NamedTuple):
+    """One step. filters: some row draws with top-k or top-p; carried: how many lanes have to carry the block that has
+    ended with its next one, None = nobody knows yet."""
+
+    steps: list[LaneStep]
+    prefill: list[Prefill]
+    filters: bool = False
+    carried: int | None = None
+
+
+class StepResult:
+    """What a step did to the lanes; reading it waits for this step alone, not for steps launched since.
+
+    output: RefineOutput, on the device. After wait(): status, a list of 8 ints for each lane (kernels.refine.FLAGS ..
+    MASKS_BEFORE); blocks, by lane the number of the block that was refined.
+    """
+
+    def __init__(self, output, status, blocks, columns, arrived=None):
+        self.output, self.blocks = output, blocks
+        self._status, self._columns, self._arrived = status, columns, arrived
+
+    def wait(self):
+        """Until it is here; returns itself."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        self.status = self._status.tolist()  # sync: the one of a step
+        if isinstance(self.blocks, torch.Tensor):
+            self.blocks = self.blocks.tolist()  # sync: on the host already
+        return self
+
+    def read(self, lanes: list[int], details: bool = True):
+        """[(tokens, steps, confidences)] of the blocks in some lanes, lists of L numbers each; without details the last
+        two are None."""
+        columns = self._columns if details else self._columns[:1]
+        lists = [column[lanes].tolist() for column in columns]  # sync: only where blocks end or are looked at
+        return [(*row, *[None] * (3 - len(columns))) for row in zip(*lists, strict=True)] if lanes else []
+
+
+class EagerRunner:
+    """Steps launch by launch.
+
+    forward: called as forward(plan, state, needed) -> logits of the needed positions, [M, V] in the model's dtype, and
+        index int64 [S, L] into them or -1; forward.cached says whether it keeps K/V, forward.prefill(list of Prefill)
+        makes them.
+    lanes: Lanes.
+    all_logits: candidates for every position of a row's block, not only where its rule needs them.
+    """
+
+    carries = False  # the host says what is forwarded with a block
+
+    def __init__(self, forward, lanes, all_logits=False):
+        self.forward, self.lanes, self.all_logits = forward, lanes, all_logits
+        self.cached, self.prefill = forward.cached, forward.prefill
+
+    def execute(self, plan: Plan) -> StepResult:
+        lanes = self.lanes
+        self._begin([step.lane for step in plan.steps if step.begins])
+        needed = self._everything() if self.all_logits else lanes.needed()
+        logits, index = self.forward(plan, lanes.state, needed)
+        output = lanes.step(logits, index, plan.filters)
+        state = lanes.state
+        columns = (state.tokens, state.commit_step, state.commit_confidence)
+        return StepResult(output, output.status, {step.lane: step.block for step in plan.steps}, columns)
+
+    def _begin(self, lanes):
+        """Lanes whose block has ended begin their next one; what has to be carried is among `leading`."""
+        if lanes:
+            lanes = torch.tensor(lanes, dtype=torch.int32, device="cpu").to(self.lanes.device)
+            self.lanes.advance(lanes, torch.zeros_like(lanes), 0)
+
+    def _everything(self):
+        state = self.lanes.state
+        return (state.kind != refine.PADDING) & (state.frozen == 0)[:, None]
+
+
+class CachedForward:
+    """Forwards of our own network over a paged cache.
+
+    model: LLaDA2Model.
+    cache: PagedKVCache.
+    cached: False recomputes all blocks of a row at every step.
+    """
+
+    def __init__(self, model, cache, cached=True):
+        self.model, self.cache, self.cached = model, cache, cached
+
+    @torch.inference_mode()  # where no_grad costs 7 % more of a step on a CPU, in views and versions
+    def __call__(self, plan, state, needed):
+        spans = [Span(step.pages, step.first, step.block + 1 - step.first, step.limit) for step in plan.steps]
+        lanes = torch.tensor([step.lane for step in plan.steps], **_ON_CPU)
+        chosen = needed[lanes]
+        ends = list(accumulate(span.num_blocks for span in spans))
+        read = Read([end - 1 for end in ends], torch.where(chosen.flatten())[0])
+        tokens = state.tokens[lanes]  # [lanes, L]
+        if any(step.leading for step in plan.steps):
+            rows = zip(plan.steps, tokens.unbind(), strict=True)
+            tokens = torch.cat([part for step, row in rows for part in (self._ids(step.leading), row)])
+        hidden = self._forward(tokens.flatten(), spans, plan.prefill, read)
+        index = torch.full(needed.shape, -1, dtype=torch.int64, device=needed.device)
+        index[lanes] = torch.where(chosen, chosen.flatten().cumsum(0).view(chosen.shape) - 1, -1)
+        return self.model.lm_logits(hidden), index
+
+    @torch.inference_mode()
+    def prefill(self, blocks: list[Prefill]):
+        """Forward whole blocks for their K/V alone."""
+        self._forward(None, [], blocks, read_nothing(self.model.device))
+
+    def _forward(self, tokens, spans, prefill, read):
+        """Hidden states that `read` names. tokens [T]: of the spans; those of `prefill` go behind them."""
+        length = self.cache.block_length
+        if prefill:
+            more = self._ids([token for part in prefill for token in part.tokens])
+            tokens = more if tokens is None else torch.cat([tokens, more])
+            spans = [*spans, *(Span(p.pages, p.first, len(p.tokens) // length, p.limit) for p in prefill)]
+        at = [n for s in spans for n in range(s.first_block * length, (s.first_block + s.num_blocks) * length)]
+        return self.model.forward_blocks(tokens, self._ids(at), spans, self.cache, read)
+
+    def _ids(self, numbers):
+        return torch.tensor(numbers, **_ON_CPU).to(self.model.device)
