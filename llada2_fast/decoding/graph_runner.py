@@ -1,8 +1,8 @@
 """One denoise step as fixed-shape device work: ended blocks give way to the next ones, forward of the active blocks, LM
 head and refinement, replayed as a CUDA graph. The device knows by itself where each row stands, so the host names the
-slots that take part, and no more; it may launch a step before it has read what the last one did.
+lanes that take part, and no more; it may launch a step before it has read what the last one did.
 
-Shapes: A active blocks, C places for carried (ended) blocks, L block_length, S slots, P pages of a row. Entries of the
+Shapes: A active blocks, C places for carried (ended) blocks, L block_length, S lanes, P pages of a row. Entries of the
 plan that no row needs repeat the first one: they write the same keys and values to the same page and touch no further
 expert, so a graph of a larger size costs a smaller batch next to nothing and changes none of its bits.
 """
@@ -12,79 +12,104 @@ from functools import lru_cache
 import torch
 
 from ..kernels._ambient import lasting
-from ..kernels.advance import RowBounds, advance
 from ..kernels.attention import BlockBatch, pinned
-from ..kernels.refine import CHANGED, FLAGS, refine_step
+from ..kernels.refine import CHANGED, FLAGS
+from .runner import CachedForward, Plan, StepResult
 
 
-class Slots:
-    """What the device knows of the rows in the slots beside BlockState, at fixed addresses.
+def power_of_two(n):
+    """The least one that is at least n; 0 for 0."""
+    return 1 << (n - 1).bit_length() if n else 0
 
-    page_table int32 [S, P]: a row's pages; bounds: see RowBounds; pool: memory that all their graphs share, as no two
-    run at a time and what one returns is read before the next runs.
+
+class GraphRunner:
+    """Steps as CUDA graphs, captured as they are first needed, one per size: active blocks, rounded up to a power of
+    two, and places for carried ones. Prefill runs outside them.
+
+    model: LLaDA2Model.
+    cache: PagedKVCache.
+    lanes: Lanes with a table of pages.
+    capture: False does a step's work launch by launch.
     """
 
-    @lasting
-    def __init__(self, slots, pages, device):
-        self.page_table = torch.zeros(slots, pages, dtype=torch.int32, device=device)
-        self.bounds = RowBounds(*(torch.zeros(slots, dtype=torch.int32, device=device) for _ in range(3)))
-        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+    carries = True  # the device forwards an ended block with the next one
+    cached = True
 
-    def open(self, slot, pages, total, limit):
-        """Describe the row of a slot: its pages, a tuple of ints, and its bounds."""
-        device = self.page_table.device
-        self.page_table[slot, : len(pages)].copy_(pinned(pages, device), non_blocking=True)
-        self.bounds.total[slot], self.bounds.limit[slot] = total, limit
+    def __init__(self, model, cache, lanes, capture=True):
+        self.model, self.cache, self.lanes, self.capture = model, cache, lanes, capture
+        self.prefill = CachedForward(model, cache).prefill
+        self.pool = torch.cuda.graph_pool_handle() if capture and lanes.device.type == "cuda" else None
+        self._graphs = {}
+
+    def execute(self, plan: Plan) -> StepResult:
+        if plan.prefill:
+            self.prefill(plan.prefill)
+        graph = self.graph(*self._size(plan))
+        graph.load([step.lane for step in plan.steps], plan.filters)
+        output, report = graph.replay() if self.capture else graph.run()
+        return _on_its_way(output, report)
+
+    def graph(self, active: int, carried: int) -> "StepGraph":
+        """The step of one size."""
+        if (active, carried) not in self._graphs:
+            self._graphs[active, carried] = StepGraph(self.model, self.cache, self.lanes, active, carried, self.pool)
+        return self._graphs[active, carried]
+
+    @staticmethod
+    def _size(plan):
+        """Active blocks and places to carry ended ones: as many as end, or, where that is not known yet, for a quarter
+        of the rows: at the usual 4 to 8 steps a block so many end in a step. Without a place a row waits for a step."""
+        active = power_of_two(len(plan.steps))
+        return active, -(-active // 4) if plan.carried is None else power_of_two(plan.carried)
 
 
 class StepGraph:
     """The step of one size. run() does its work; replay() does it by a CUDA graph, captured at the first call.
 
-    state, params: the decoder's BlockState and RefineParams over S slots, read at replay, as `slots` is, at the
-    addresses they had at capture.
+    pool: memory that several graphs share, as no two run at a time and what one returns is read before the next runs.
+    What the lanes hold is read at replay, at the addresses it had at capture.
     """
 
     @lasting
-    def __init__(self, model, cache, state, params, mask_id, slots, active, carried):
-        self.model, self.cache, self.state, self.params, self.mask_id = model, cache, state, params, mask_id
-        self.slots, self.active, self.carried = slots, active, carried
+    def __init__(self, model, cache, lanes, active, carried, pool=None):
+        self.model, self.cache, self.lanes = model, cache, lanes
+        self.active, self.carried, self.pool = active, carried, pool
         self.graph = self.results = self.planned = None
         self.filters = False
         self.stale = True  # not captured yet, or without the launch that top-k and top-p need
-        # the plan: each entry's slot, whether it repeats entry 0; each slot's entry or -1
-        self._sizes = [active, active, state.tokens.shape[0]]
-        self._plan = torch.zeros(sum(self._sizes), dtype=torch.int32, device=state.tokens.device)
-        self._lanes = torch.arange(cache.block_length, device=state.tokens.device)
+        # the plan: each entry's lane, whether it repeats entry 0; each lane's entry or -1
+        self._sizes = [active, active, lanes.count]
+        self._plan = torch.zeros(sum(self._sizes), dtype=torch.int32, device=lanes.device)
+        self._offsets = torch.arange(cache.block_length, device=lanes.device)
 
-    def load(self, slots, filters):
-        """Plan a step. slots: the ints of those that take part, at least one; filters: some row has top_k or top_p."""
-        if slots != self.planned:
+    def load(self, lanes, filters):
+        """Plan a step. lanes: the ints of those that take part, at least one; filters: some row has top_k or top_p."""
+        if lanes != self.planned:
             entry = [-1] * self._sizes[-1]
-            for i, slot in enumerate(slots):
-                entry[slot] = i
-            spare = self.active - len(slots)
-            numbers = [*slots, *slots[:1] * spare, *[0] * len(slots), *[1] * spare, *entry]
+            for i, lane in enumerate(lanes):
+                entry[lane] = i
+            spare = self.active - len(lanes)
+            numbers = [*lanes, *lanes[:1] * spare, *[0] * len(lanes), *[1] * spare, *entry]
             self._plan.copy_(pinned(numbers, self._plan.device), non_blocking=True)
-            self.planned = list(slots)
+            self.planned = list(lanes)
         if filters and not self.filters:
             self.filters = self.stale = True
 
     def run(self):
-        """The step on whatever device; returns (RefineOutput, report int32 [S, 9 + 3 L]), see Report. No host sync, no
-        allocation that depends on data."""
-        length, state = self.cache.block_length, self.state
-        slot, repeat, entry = self._plan.split(self._sizes)
-        row, index, tokens = advance(state, self.slots.bounds, slot, repeat, self.carried, self.mask_id)
-        positions = torch.add(self._lanes, index[:, None], alpha=length)
-        blocks = BlockBatch(row, index, self.slots.page_table, self.slots.bounds.limit)
+        """The step on whatever device; returns (RefineOutput, report int32 [S, 9 + 3 L]). No host sync, no allocation
+        that depends on data. Columns of the report: status [8], number of the active block, its tokens, steps of commit
+        and bits of the confidences at commit [L each]."""
+        length, lanes = self.cache.block_length, self.lanes
+        state, bounds = lanes.state, lanes.bounds
+        lane, repeat, entry = self._plan.split(self._sizes)
+        row, index, tokens = lanes.advance(lane, repeat, self.carried)
+        positions = torch.add(self._offsets, index[:, None], alpha=length)
+        blocks = BlockBatch(row, index, lanes.page_table, bounds.limit)
         hidden = self.model.forward_blocks(tokens.flatten(), positions.flatten(), blocks, self.cache)
         logits = self.model.lm_logits(hidden[: self.active * length])
-        at = torch.add(self._lanes, entry[:, None], alpha=length)  # negative in slots without an entry
-        output = refine_step(
-            logits, state, self.params, self.mask_id, index=at, filters=self.filters, only_needed=True
-        )  # fmt: skip
-        changed = self.slots.bounds.changed
-        torch.where(entry < 0, changed, output.status[:, FLAGS] & CHANGED, out=changed)
+        at = torch.add(self._offsets, entry[:, None], alpha=length)  # negative in lanes without an entry
+        output = lanes.step(logits, index=at, filters=self.filters, only_needed=True)
+        torch.where(entry < 0, bounds.changed, output.status[:, FLAGS] & CHANGED, out=bounds.changed)
         confidence = state.commit_confidence.view(torch.int32)
         block = (state.block_start // length).int()[:, None]
         return output, torch.cat((output.status, block, state.tokens.int(), state.commit_step, confidence), 1)
@@ -99,10 +124,10 @@ class StepGraph:
 
     def _capture(self):
         """Compile and warm up, with the state put back afterwards, then capture."""
-        kept = [(x, x.clone()) for x in (*vars(self.state).values(), self.slots.bounds.changed)]
+        kept = [(x, x.clone()) for x in (*vars(self.lanes.state).values(), self.lanes.bounds.changed)]
         graph = torch.cuda.CUDAGraph()
         stream = _capture_stream(self._plan.device)
-        capture = torch.cuda.graph(graph, pool=self.slots.pool, stream=stream, capture_error_mode="thread_local")
+        capture = torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local")
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self.run()
@@ -122,36 +147,11 @@ def _capture_stream(device):
     return torch.cuda.Stream(device)
 
 
-class Report:
-    """A step's results on their way to the host; reading one waits for it alone, not for steps launched since.
-
-    rows: whose step it was. Columns of a report: status [8], number of the active block, its tokens, steps of commit
-    and bits of the confidences at commit [L each].
-    """
-
-    def __init__(self, rows, report):
-        self.rows = list(rows)
-        self._host = report.to("cpu", non_blocking=True)
-        self._arrived = None
-        if report.is_cuda:
-            self._arrived = torch.cuda.Event()
-            self._arrived.record(torch.cuda.current_stream(report.device))
-
-    def wait(self):
-        """Until it is here; then status, blocks: lists of ints over the slots, and what follows, are to be had."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        self.status, self.blocks = self._host[:, :8].tolist(), self._host[:, 8].tolist()  # sync: on the host already
-        self._tokens, self._steps, bits = self._host[:, 9:].chunk(3, 1)
-        self._confidence = bits.view(torch.float32)
-
-    def tokens(self, row):
-        """int32 [L] on the CPU."""
-        return self._tokens[row.slot]
-
-    def details(self, rows):
-        """[(tokens, steps, confidences)] of the active blocks of some rows, lists of L numbers each."""
-        slots = [row.slot for row in rows]
-        columns = (self._tokens, self._steps, self._confidence)
-        lists = [column[slots].tolist() for column in columns]  # sync: on the host already
-        return list(zip(*lists, strict=True))
+def _on_its_way(output, report):
+    """The StepResult of a report that is copied to the host while further steps are launched."""
+    host, arrived = report.to("cpu", non_blocking=True), None
+    if report.is_cuda:
+        arrived = torch.cuda.Event()
+        arrived.record(torch.cuda.current_stream(report.device))
+    tokens, steps, bits = host[:, 9:].chunk(3, 1)
+    return StepResult(output, host[:, :8], host[:, 8], (tokens, steps, bits.view(torch.float32)), arrived)
