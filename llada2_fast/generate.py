@@ -1,13 +1,18 @@
 """generate(): tokens in, tokens out, by the model cards' own signature."""
 
+import weakref
 from dataclasses import dataclass
 
 import torch
 
 from .cache import PagedKVCache
 from .config import DecodeParams, habits
-from .decoding.decoder import BlockDecoder, CachedForward, Counters, GraphedForward, power_of_two, run
+from .decoding.decoder import BlockDecoder, decode_all, prefill_all
+from .decoding.graph_runner import GraphRunner, power_of_two
 from .decoding.inputs import check_fit, resolve_ids, row_seeds, split_prompts
+from .decoding.lanes import Lanes
+from .decoding.runner import CachedForward, EagerRunner
+from .decoding.sequence import Counters, Sequence
 from .decoding.trace import Trace
 
 
@@ -75,9 +80,11 @@ def generate(
     (equal prompts get answers of their own), or one per row; without it each row's seed is drawn from `generator` (one
     torch.Generator, or one per row; default: torch's own, which greedy decoding leaves alone). trace: record every
     commit and edit.
-    progress: a tqdm bar over generated blocks. use_cache=False recomputes the prefix at every step; settle: "carry" or
-    "separate" (decoder.CachedForward). graphs=True (on a GPU) replays each step as a CUDA graph; graphs and cache stay
-    with the model for its next call. on_step(decoder, output): called after every step. others: arguments of
+    progress: a tqdm bar over generated blocks. use_cache=False recomputes the prefix at every step. settle: how a block
+    that its last step has changed gets its final K/V, "carry" = with the next block's first forward, "separate" = by a
+    forward of its own. graphs=True (on a GPU) replays each step as a CUDA graph; graphs and cache are kept for the
+    model's next call. on_step(decoder, result): called after every step with the BlockDecoder, whose `sequences` are
+    the rows, and the step's StepResult (decoding/runner.py). others: arguments of
     transformers' generate() that change nothing (habits.GENERATING, or do_sample if it says what temperature says).
 
     Returns int64 [1, n] cut after the first EOS for one prompt, [B, max n] filled with the pad id for several, or a
@@ -101,59 +108,79 @@ def generate(
     check_fit(model.config, prompts, params)
     seeds = row_seeds(seed, generator, len(prompts), params.draws)
     length = params.block_length or model.block_length
-    blocks = [-(-(len(p) + params.gen_length) // length) for p in prompts]
-    if graphs:
-        decoder = _graphed_decoder(model, blocks, length, mask, len(eos))
-        decoder.forward.lag = 0 if trace or on_step else 1
-        decoder.trace = trace
-    else:
-        cache = PagedKVCache(model.config, sum(blocks), length, model.dtype, model.device)
-        forward = CachedForward(model, cache, settle, reuse=use_cache)
-        decoder = BlockDecoder(forward, len(prompts), length, mask, model.device, max(1, len(eos)), trace)
-    rows = [
-        decoder.open(slot, prompt.to(model.device), params, seeds[slot], eos) for slot, prompt in enumerate(prompts)
+    sequences = [
+        Sequence(prompt.tolist(), params, one, eos, length, mask, trace)
+        for prompt, one in zip(prompts, seeds, strict=True)
     ]
-    run(decoder, progress, on_step)
+    runner, cache = _kept_runner(model, sequences) if graphs else _eager_runner(model, sequences, use_cache)
+    decoder = BlockDecoder(runner, overlap=int(graphs and on_step is None))
+    for sequence in sequences:
+        sequence.pages = cache.allocate(sequence.num_blocks)
+    if use_cache:
+        prefill_all(decoder, sequences)
+    for sequence in sequences:
+        decoder.admit(sequence)
+    decode_all(decoder, sequences, progress, settle, on_step)
     if graphs:
-        for row in rows:
-            decoder.close(row.slot)
-        model._graphed_decoder = decoder
-    return _collect(rows, params, eos, pad, return_dict, trace)
+        for sequence in sequences:
+            decoder.release(sequence)
+            cache.free(sequence.pages)
+        _KEPT[model] = runner, _addresses(model)
+    return _collect(sequences, params, pad, return_dict, model.device)
 
 
-def _graphed_decoder(model, blocks, length, mask, num_eos):
-    """A decoder that replays graphs, for rows of so many blocks: that of the model's last such call where it is large
-    enough, because its graphs are captured. A call has it to itself, and does not put it back if it fails."""
-    rows, widest, pages = len(blocks), max(blocks), sum(blocks)
-    decoder = vars(model).pop("_graphed_decoder", None)
-    if decoder is not None and (decoder.length, decoder.mask_id) == (length, mask):
-        slots, width = decoder.forward.slots.page_table.shape
-        room = slots, width, decoder.forward.cache.num_pages, decoder.params.eos_ids.shape[1]
-        if all(there >= asked for there, asked in zip(room, (rows, widest, pages, num_eos), strict=True)):
-            return decoder
-    del decoder  # before its successor's cache is made
-    slots, width, pages = (power_of_two(n) for n in (rows, widest, pages))
-    cache = PagedKVCache(model.config, pages, length, model.dtype, model.device)
-    forward = GraphedForward(model, cache, slots, width)
-    return BlockDecoder(forward, slots, length, mask, model.device, max(1, num_eos))
+def _eager_runner(model, sequences, use_cache):
+    one, pages = sequences[0], sum(s.num_blocks for s in sequences)
+    cache = PagedKVCache(model.config, pages, one.block_length, model.dtype, model.device)
+    lanes = Lanes(len(sequences), one.block_length, one.mask_id, model.device, max(1, len(one.eos_ids)))
+    return EagerRunner(CachedForward(model, cache, cached=use_cache), lanes), cache
 
 
-def _collect(rows, params, eos, pad, return_dict, trace):
-    texts = [row.output(eos) for row in rows]
+# By model, the runner of its last call with graphs, and where its weights were then.
+_KEPT: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def _kept_runner(model, sequences):
+    """A runner that replays graphs: that of the model's last such call where it is large enough, because its graphs are
+    captured. A call has it to itself, and does not put it back if it fails."""
+    one = sequences[0]
+    asked = [len(sequences), max(s.num_blocks for s in sequences), sum(s.num_blocks for s in sequences)]
+    runner, addresses = _KEPT.pop(model, (None, None))
+    if runner is not None and addresses == _addresses(model):
+        lanes = runner.lanes
+        room = *lanes.page_table.shape, runner.cache.num_pages, lanes.max_eos
+        alike = (lanes.block_length, lanes.mask_id) == (one.block_length, one.mask_id)
+        if alike and all(there >= n for there, n in zip(room, (*asked, len(one.eos_ids)), strict=True)):
+            return runner, runner.cache
+    del runner  # before its successor's cache is made
+    count, width, pages = map(power_of_two, asked)
+    cache = PagedKVCache(model.config, pages, one.block_length, model.dtype, model.device)
+    lanes = Lanes(count, one.block_length, one.mask_id, model.device, max(1, len(one.eos_ids)), width)
+    runner = GraphRunner(weakref.proxy(model), cache, lanes)  # if it held its model, that would be kept for ever
+    return runner, cache
+
+
+def _addresses(model):
+    """Where the weights are: graphs hold these addresses."""
+    return [weight.data_ptr() for weight in model.parameters()]
+
+
+def _collect(sequences, params, pad, return_dict, device):
+    answers = [sequence.answer() for sequence in sequences]
+    longest = max(map(len, answers))
     if not return_dict:
-        return texts[0][None] if len(texts) == 1 else _fill(texts, max(len(t) for t in texts), pad)
-    width = params.gen_length if params.profile == "default" else max(len(t) for t in texts)
+        return _fill(answers, longest, pad, device)
     return GenerateOutput(
-        _fill(texts, width, pad),
-        [len(t) for t in texts],
-        [row.finish_reason for row in rows],
-        [row.counters for row in rows],
-        [Trace.of(row, len(text)) for row, text in zip(rows, texts, strict=True)] if trace else None,
+        _fill(answers, params.gen_length if params.traits.padded else longest, pad, device),
+        [len(answer) for answer in answers],
+        [sequence.finish_reason for sequence in sequences],
+        [sequence.counters for sequence in sequences],
+        [Trace.of(s, len(answer)) for s, answer in zip(sequences, answers, strict=True)]
+        if sequences[0].events is not None
+        else None,
     )
 
 
-def _fill(rows, width, pad):
-    out = rows[0].new_full((len(rows), width), pad)
-    for i, ids in enumerate(rows):
-        out[i, : len(ids)] = ids
-    return out
+def _fill(rows, width, pad, device):
+    filled = [ids + [pad] * (width - len(ids)) for ids in rows]
+    return torch.tensor(filled, dtype=torch.int64, device="cpu").view(len(rows), width).to(device)

@@ -239,12 +239,7 @@ class LLaDA2Model(nn.Module):
 
     @lasting
     def _apply(self, fn, recurse=True):
-        vars(self).pop("_graphed_decoder", None)  # its graphs hold the addresses of the weights; see generate.py
         return super()._apply(fn, recurse)
-
-    def __getstate__(self):
-        """What a copy gets: all but the graphs, which compute with this model's weights."""
-        return {name: value for name, value in vars(self).items() if name != "_graphed_decoder"}
 
     def to(self, *args, **kwargs):
         """torch.nn.Module.to: a device moves everything. A dtype leaves routers as wide as they are, and fp8 weights
