@@ -1,10 +1,10 @@
 """Paged cache of keys and values: a page holds one block of one row, for all layers.
 
-Pages are counted, so that several rows may share the page of a committed block. A page can be published under a key
-that names its content: the block's tokens and all before them (`content_keys`). A published page that nobody holds
-keeps its content and can be found and held again, until the room is needed; then the least recently used goes first.
-Blank pages are given out lowest first and side by side where possible, because rows whose pages stand side by side are
-read as one view.
+Pages are counted, so that several rows may share the page of a committed block. A page can be entered under a hash that
+names its content: the block's tokens and all before them (`block_hashes`). An entered page that nobody holds keeps its
+content and can be matched and held again, until the room is needed; then the least recently used goes first. Blank
+pages are given out lowest first and side by side where possible, because rows whose pages stand side by side are read
+as one view on a CPU.
 """
 
 import hashlib
@@ -15,57 +15,105 @@ import torch
 from .kernels._ambient import lasting
 
 
-def content_keys(tokens, block_length, keys=()):
-    """Keys of the full blocks of a row, a list of bytes: hashes of a block's tokens and the key of the block before.
+def block_hashes(tokens: list[int], block_length: int, known: list[bytes] = ()) -> list[bytes]:
+    """The hashes of a row's full blocks, each of a block's tokens and the hash of the block before.
 
-    tokens: list of ints from position 0 on; keys: those of the leading blocks, where they are known already.
+    tokens: from position 0 on.
+    block_length: L.
+    known: hashes of the leading blocks.
     """
-    keys = list(keys)
-    for at in range(len(keys) * block_length, len(tokens) - block_length + 1, block_length):
-        before = keys[-1] if keys else b""
+    hashes = list(known)
+    for at in range(len(hashes) * block_length, len(tokens) - block_length + 1, block_length):
+        before = hashes[-1] if hashes else b""
         block = array("q", tokens[at : at + block_length]).tobytes()
-        keys.append(hashlib.blake2b(before + block, digest_size=16).digest())
-    return keys
+        hashes.append(hashlib.blake2b(before + block, digest_size=16).digest())
+    return hashes
+
+
+class _BlankPages:
+    """Pages without content, as stretches of neighbours: by their first page, the page behind their last one, and the
+    other way round."""
+
+    def __init__(self, count):
+        self.count = count
+        self._end, self._begin = {0: count}, {count: 0}
+
+    def take(self, count):
+        """So many pages, a list: the lowest that stand side by side, else the lowest."""
+        stretches = sorted(self._end.items())
+        fitting = [(begin, end) for begin, end in stretches if end - begin >= count][:1]
+        pages = []
+        for begin, end in fitting or stretches:
+            stop = min(end, begin + count - len(pages))
+            del self._end[begin], self._begin[end]
+            if stop < end:
+                self._end[stop], self._begin[end] = end, stop
+            pages += range(begin, stop)
+            if len(pages) == count:
+                break
+        self.count -= len(pages)
+        return pages
+
+    def give(self, page):
+        begin, end = self._begin.pop(page, page), self._end.pop(page + 1, page + 1)
+        self._end[begin], self._begin[end] = end, begin
+        self.count += 1
+
+    def pages(self):
+        return [page for begin, end in sorted(self._end.items()) for page in range(begin, end)]
 
 
 class PagedKVCache:
-    """k, v: [layers, pages, block_length, kv_heads, head_dim] in `dtype` on `device`.
+    """Pages of keys and values, and who holds them.
 
-    num_free: pages nobody holds, published ones among them. num_evicted: published pages given out again so far.
+    config: ModelConfig.
+    num_pages: P.
+    block_length: L.
+    dtype, device: of k and v.
+
+    k, v: [layers, P, L, kv_heads, head_dim]. num_evicted: entered pages given out again so far.
     """
 
     @lasting
-    def __init__(self, config, num_pages, block_length, dtype, device):
+    def __init__(self, config, num_pages: int, block_length: int, dtype, device):
         shape = (config.num_hidden_layers, num_pages, block_length, config.num_key_value_heads, config.head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.num_pages = num_pages
-        self.num_free = num_pages
         self.num_evicted = 0
         self.block_length = block_length
         self._count = [0] * num_pages
-        self._page = {}  # key -> its published page
-        self._key = {}  # published page -> its key
-        self._idle = {}  # published pages nobody holds, least recently used first (values unused)
+        self._blank = _BlankPages(num_pages)
+        self._page = {}  # hash -> the page entered under it
+        self._hash = {}  # entered page -> its hash
+        self._idle = {}  # entered pages nobody holds, least recently used first (values unused)
 
-    def allocate(self, n):
-        """n pages, a tuple of ints, held once each. ValueError if fewer are free; nothing is taken then."""
-        if n > self.num_free:
-            raise ValueError(f"cache: {n} pages needed, {self.num_free} of {self.num_pages} are free")
-        for page in list(self._idle)[: max(0, n - (self.num_free - len(self._idle)))]:
-            self._evict(page)
-        blank = [page for page, count in enumerate(self._count) if count == 0 and page not in self._idle]
-        at = next((i for i in range(len(blank) - n + 1) if n and blank[i + n - 1] - blank[i] == n - 1), 0)
-        pages = tuple(blank[at : at + n])
-        self.share(pages)
-        return pages
+    @property
+    def num_free(self) -> int:
+        """Pages nobody holds, entered ones among them."""
+        return self._blank.count + len(self._idle)
 
-    def share(self, pages):
-        """Hold pages once more."""
+    @property
+    def num_idle(self) -> int:
+        """Pages nobody holds whose content can still be matched."""
+        return len(self._idle)
+
+    def allocate(self, count: int) -> tuple[int, ...]:
+        """So many pages, held once each. ValueError if fewer are free; nothing is taken then."""
+        if count > self.num_free:
+            raise ValueError(f"cache: {count} pages needed, {self.num_free} of {self.num_pages} are free")
+        while self._blank.count < count:
+            self._evict(next(iter(self._idle)))
+        pages = self._blank.take(count)
+        for page in pages:
+            self._count[page] = 1
+        return tuple(pages)
+
+    def incref(self, pages):
+        """Hold pages that have content once more."""
         for page in pages:
             if self._count[page] == 0:
-                self.num_free -= 1
-                self._idle.pop(page, None)
+                del self._idle[page]
             self._count[page] += 1
 
     def free(self, pages):
@@ -74,48 +122,51 @@ class PagedKVCache:
             assert self._count[page] > 0, f"page {page} is free already"
             self._count[page] -= 1
             if self._count[page] == 0:
-                self.num_free += 1
-                if page in self._key:
+                if page in self._hash:
                     self._idle[page] = None
+                else:
+                    self._blank.give(page)
 
-    def count(self, page):
+    def count(self, page: int) -> int:
         """How often a page is held."""
         return self._count[page]
 
-    def publish(self, page, key):
-        """Let others find a held page whose K/V are final; the first page of a key stays the one that is found."""
+    def insert(self, page: int, block_hash: bytes):
+        """Let others match a held page whose K/V are final; the first page of a hash stays the one that is matched."""
         assert self._count[page] > 0, f"page {page} is nobody's"
-        if key not in self._page and page not in self._key:
-            self._page[key], self._key[page] = page, key
+        if block_hash not in self._page and page not in self._hash:
+            self._page[block_hash], self._hash[page] = page, block_hash
 
-    def find(self, keys):
-        """The published pages of the leading keys, as far as they are known: a tuple of ints, not held yet."""
+    def match_prefix(self, hashes) -> tuple[int, ...]:
+        """The pages entered under the leading hashes, as far as they are known; they are not held yet."""
         pages = []
-        for key in keys:
-            if key not in self._page:
+        for block_hash in hashes:
+            if block_hash not in self._page:
                 break
-            pages.append(self._page[key])
+            pages.append(self._page[block_hash])
         return tuple(pages)
 
     def clear(self):
-        """Forget the content of all published pages."""
+        """Forget the content of all entered pages."""
         for page in list(self._idle):
             self._evict(page)
-        self._page, self._key = {}, {}
+        self._page, self._hash = {}, {}
 
     def _evict(self, page):
-        del self._page[self._key.pop(page)], self._idle[page]
+        del self._page[self._hash.pop(page)], self._idle[page]
+        self._blank.give(page)
         self.num_evicted += 1
 
     def check_integrity(self, held):
-        """Assert that the pages held by somebody (an iterable of page tuples) are exactly the counted ones, and that
-        the published ones are known alike from either side."""
+        """Assert that the pages held by somebody (an iterable of page tuples) are exactly the counted ones, that the
+        entered ones are known alike from either side, and that all others are blank."""
         expected = [0] * self.num_pages
         for pages in held:
             for page in pages:
                 expected[page] += 1
         assert expected == self._count, f"cache: counts {self._count} but held {expected}"
-        assert self.num_free == self._count.count(0), f"cache: num_free {self.num_free} of counts {self._count}"
-        assert {page: key for key, page in self._page.items()} == self._key, "cache: keys and pages disagree"
-        idle = {page for page in self._key if self._count[page] == 0}
+        assert {page: one for one, page in self._page.items()} == self._hash, "cache: hashes and pages disagree"
+        idle = {page for page in self._hash if self._count[page] == 0}
         assert idle == self._idle.keys(), f"cache: idle pages {list(self._idle)} but unheld ones {sorted(idle)}"
+        blank = [page for page, count in enumerate(self._count) if count == 0 and page not in idle]
+        assert blank == self._blank.pages() and len(blank) == self._blank.count, "cache: blank pages are lost"
