@@ -20,9 +20,10 @@ class EngineConfig:
     priority_s: seconds of waiting that a unit of priority outweighs.
     max_eos_ids: EOS ids a request may have.
     mask_id: the mask token; None = the checkpoint's.
-    trace: record every commit and edit; None = unless there are graphs.
-    graphs: replay each denoise step as a CUDA graph, on a GPU. Without a trace a step is then launched before the last
-        one's results are read, which come a step late.
+    trace: keep every commit and edit of requests that do not say themselves; None = unless there are graphs.
+    graphs: replay each denoise step as a CUDA graph, on a GPU.
+    capture: False does what the graphs would do launch by launch, on any device.
+    overlap: with graphs, a step is launched before the last one's results are read, which come a step late.
     max_running, share_prefixes, prefill_tokens: older names of max_num_seqs, enable_prefix_caching and
         max_num_batched_tokens, taken with a DeprecationWarning.
     """
@@ -38,6 +39,8 @@ class EngineConfig:
     mask_id: int | None = None
     trace: bool | None = None
     graphs: bool = False
+    capture: bool = True
+    overlap: bool = True
 
     def __post_init__(self):
         for name, low in (("block_length", 1), ("mask_id", 0)):
@@ -47,6 +50,6 @@ class EngineConfig:
             check(self, name, as_int, 1)
         if self.trace is None:
             put(self, "trace", not self.graphs)
-        for name in ("enable_prefix_caching", "trace", "graphs"):
+        for name in ("enable_prefix_caching", "trace", "graphs", "capture", "overlap"):
             check(self, name, as_flag)
         check(self, "priority_s", as_float, ">= 0 and finite", lambda x: 0 <= x < math.inf)

@@ -1,22 +1,31 @@
 """Engine: add requests, step, read events. All requests share one BlockDecoder, the refinement loop of the project."""
 
+import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
 from dataclasses import replace
 
-from ..cache import PagedKVCache, content_keys
+from ..cache import PagedKVCache
 from ..config import DecodeParams, EngineConfig, as_float, as_ids
-from ..decoding.decoder import BlockDecoder, CachedForward, GraphedForward, row_rules
+from ..decoding.decoder import BlockDecoder
+from ..decoding.graph_runner import GraphRunner
 from ..decoding.inputs import check_fit, resolve_ids, row_seed, row_seeds, split_prompts
+from ..decoding.lanes import Lanes
+from ..decoding.rules import row_rule
+from ..decoding.runner import CachedForward, EagerRunner
+from ..decoding.sequence import Sequence
 from .detokenizer import IncrementalDetokenizer
-from .output_processor import commit_block, draft_block, make_output, stops_inside
-from .request import DEFAULTS, FINISHED, Event, Request, check_params
+from .output_processor import make_output, process
+from .request import DEFAULTS, Event, Request, check_params
 from .scheduler import Scheduler
+from .stats import EngineStats
 
 # What a forward may raise: all requests in it fail, the engine goes on. AssertionErrors are bugs of ours and raised.
 FAULTS = (ArithmeticError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
+_logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -27,42 +36,49 @@ class Engine:
     else is running; on a float32 CPU bit for bit where block_length is a multiple of 4.
     """
 
-    def __init__(self, model, config=None, tokenizer=None, clock=time.perf_counter):
+    def __init__(self, model, config: EngineConfig | None = None, tokenizer=None, clock=time.perf_counter):
         self.model, self.tokenizer, self.clock = model, tokenizer, clock
         self.config = config = config or EngineConfig()
-        if config.graphs and model.device.type != "cuda":
+        if config.graphs and config.capture and model.device.type != "cuda":
             raise ValueError(f"graphs=True: expected a model on a GPU, not on {model.device}")
         self.block_length = length = config.block_length or model.block_length
         self.mask_id = resolve_ids(model, DecodeParams(mask_id=config.mask_id, eos_ids=()))[0]
         pages = max(1, config.cache_tokens // length)
+        widest = min(pages, -(-model.config.max_position_embeddings // length))
         self.cache = PagedKVCache(model.config, pages, length, model.dtype, model.device)
-        if config.graphs:
-            most = min(pages, -(-model.config.max_position_embeddings // length))
-            self.forward = GraphedForward(model, self.cache, config.max_num_seqs, most, lag=0 if config.trace else 1)
-        else:
-            self.forward = CachedForward(model, self.cache, ahead=False)
-        self.decoder = BlockDecoder(
-            self.forward, config.max_num_seqs, length, self.mask_id, model.device, config.max_eos_ids, config.trace
+        lanes = Lanes(
+            config.max_num_seqs, length, self.mask_id, model.device, config.max_eos_ids, widest if config.graphs else 0
         )
+        if config.graphs:
+            self.decoder = BlockDecoder(GraphRunner(model, self.cache, lanes, config.capture), int(config.overlap))
+        else:
+            self.decoder = BlockDecoder(EagerRunner(CachedForward(model, self.cache), lanes))
         self.scheduler = Scheduler(config, self.decoder, self.cache, clock)
         self.requests: dict[str, Request] = {}  # the unfinished ones
         self.finished = Counter()  # how many requests ended for which reason
         self.num_steps = 0
+        self._totals = Counter()  # of finished requests; see EngineStats
         self._arrivals = 0
 
     @property
-    def has_work(self):
+    def has_work(self) -> bool:
         """Some request is not finished."""
         return bool(self.requests)
 
-    def add_request(self, prompt_ids, params=DEFAULTS, *, request_id=None, priority=0, stop=(), stop_token_ids=()):
-        """Let a request wait for its turn; returns its handle, a Request.
+    def add_request(
+        self, prompt_ids, params: DecodeParams = DEFAULTS, *, request_id=None, priority=0, stop=(), stop_token_ids=(),
+        trace: bool | None = None,
+    ) -> Request:  # fmt: skip
+        """Let a request wait for its turn; returns its handle.
 
-        prompt_ids: ints, or a tensor or array [n] of them; params: DecodeParams; priority: a finite number, higher goes
-        first; stop: a string or several that end the text, not part of it; stop_token_ids: ids that end the tokens,
-        part of them.
-        Stops count as soon as they are committed and no mask is left before them; with editing on, when their block
-        ends.
+        prompt_ids: ints, or a tensor or array [n] of them.
+        params: how it is decoded.
+        request_id: a name that no unfinished request has; made up unless given.
+        priority: a finite number, higher goes first.
+        stop: a string or several that end the text, not part of it. Stops count as soon as they are committed and no
+            mask is left before them; with editing on, when their block ends.
+        stop_token_ids: ids that end the tokens, part of them.
+        trace: keep every commit and edit; None = as the engine's config says.
         Raises ValueError for what can never be done, QueueFull if too many requests wait.
         """
         check_params(params)
@@ -81,43 +97,79 @@ class Engine:
                 raise ValueError(f"{name}={value!r:.80}: expected {own}, the engine's, or None")
         if len(eos_ids) > self.config.max_eos_ids:
             raise ValueError(f"eos_ids={eos_ids!r:.80}: expected at most max_eos_ids={self.config.max_eos_ids} ids")
-        if row_rules(params, self.block_length)["max_steps"] == 0:
+        if row_rule(params, self.block_length).max_steps == 0:
             raise ValueError(
                 f"minimal_topk={params.minimal_topk}: expected at most gen_length={params.gen_length} under "
                 f"profile='hf-2.0', which takes no step otherwise"
             )
-        now = self.clock()
-        request = Request(
-            request_id, prompt, params, row_seeds(params.seed, None, 1, params.draws)[0], eos_ids, self.block_length,
-            priority, (now - priority * self.config.priority_s, self._arrivals), now, frozenset(stop_token_ids),
-            self._text_stream(stop),
-        )  # fmt: skip
-        if request.num_blocks > self.cache.num_pages:
+        traced = self.config.trace if trace is None else trace
+        seed = row_seeds(params.seed, None, 1, params.draws)[0]
+        sequence = Sequence(prompt, params, seed, eos_ids, self.block_length, self.mask_id, traced, detailed=True)
+        if sequence.num_blocks > self.cache.num_pages:
             raise ValueError(
-                f"gen_length={params.gen_length}: with {len(prompt)} prompt tokens {request.num_blocks} pages of "
+                f"gen_length={params.gen_length}: with {len(prompt)} prompt tokens {sequence.num_blocks} pages of "
                 f"{self.block_length} tokens are needed, the whole cache has {self.cache.num_pages} (cache_tokens)"
             )
-        request.ids = prompt[: len(prompt) // self.block_length * self.block_length]
-        if self.config.enable_prefix_caching:
-            request.keys = content_keys(request.ids, self.block_length)
+        now = self.clock()
+        request = Request(
+            request_id, sequence, priority, (now - priority * self.config.priority_s, self._arrivals), now,
+            frozenset(stop_token_ids), self._detokenizer(stop),
+        )  # fmt: skip
         self.scheduler.add(request)
         self.requests[request_id] = request
         return request
 
-    def step(self):
+    def step(self) -> list[Event]:
         """Schedule, one forward for all, deliver. Returns the events of this step."""
-        plan = self.scheduler.schedule()
-        prefill = [(request.row, blocks) for request, blocks in plan.prefill]
-        rows = [request.row for request in plan.denoise]
+        work, events, result = self.scheduler.schedule(), [], None
+        with self._failing(work.requests(), events):
+            result = self._forward(work)
+        return events + self._deliver(result)
+
+    def _forward(self, work):
+        """The result of the step whose results have come, None if none has."""
+        self.num_steps += bool(work.requests())
+        prefill = [(request.sequence, blocks) for request, blocks in work.prefill]
+        return self.decoder.step([request.sequence for request in work.denoise], prefill)
+
+    def _deliver(self, result):
+        """Events of the requests whose step has been read."""
+        if result is None:
+            return []
+        now, events, refined = self.clock(), [], set(result.sequences)
+        for request in [request for request in self.scheduler.running if request.sequence in refined]:
+            request.prefilled = now if request.prefilled is None else request.prefilled
+            if request.sequence.error:
+                events.append(self._fail(request, request.sequence.error))
+                continue
+            with self._failing([request], events):
+                fresh, reason = process(request, now)
+                self.scheduler.insert(request)
+                events += fresh
+                if reason:
+                    events.append(self._finish(request, reason))
+        return events
+
+    @contextmanager
+    def _failing(self, requests, events):
+        """What goes wrong inside ends these requests, and no others."""
         try:
-            if rows:
-                self.decoder.step(rows, prefill)
-            elif prefill:
-                self.forward.settle_ahead(prefill)
+            yield
         except FAULTS as error:
-            return [self._fail(request, f"{type(error).__name__}: {error}") for request in plan.requests()]
-        self.num_steps += bool(rows or prefill)
-        return self._deliver() if rows else []
+            _logger.exception("a step failed: %d requests end", len(requests))
+            what = f"{type(error).__name__}: {error}"
+            events += [self._fail(request, what) for request in requests if request.output is None]
+
+    def stats(self) -> EngineStats:
+        """What the engine has done and holds."""
+        return EngineStats(
+            num_running=len(self.scheduler.running), num_waiting=len(self.scheduler.waiting),
+            num_finished=dict(self.finished), num_preemptions=self.scheduler.preemptions, num_steps=self.num_steps,
+            prompt_tokens=self._totals["prompt"], generated_tokens=self._totals["generated"],
+            shared_tokens=self._totals["shared"], denoise_forwards=self._totals["forwards"],
+            num_pages=self.cache.num_pages, num_free_pages=self.cache.num_free, num_idle_pages=self.cache.num_idle,
+            num_evicted_pages=self.cache.num_evicted,
+        )  # fmt: skip
 
     def stream(self, request, drafts=True):
         """Events of a request as they come; the engine steps while there are none. Closing the iterator cancels it."""
@@ -163,64 +215,31 @@ class Engine:
         return request is not None
 
     def check_integrity(self):
-        """Assert that every page, slot and request is where it belongs."""
+        """Assert that every page, lane and request is where it belongs."""
         running, waiting = self.scheduler.running, self.scheduler.waiting
-        self.cache.check_integrity([request.row.pages for request in running])
+        self.cache.check_integrity([request.sequence.pages for request in running])
         assert {id(r) for r in self.requests.values()} == {id(r) for r in running + waiting}
-        assert [r for r in self.decoder.rows if r is not None] == sorted((r.row for r in running), key=lambda r: r.slot)
+        in_lanes = [request.sequence for request in running if request.sequence.lane is not None]
+        assert [s for s in self.decoder.sequences if s is not None] == sorted(in_lanes, key=lambda s: s.lane)
         assert waiting == sorted(waiting, key=lambda r: r.order)
         for request in waiting:
-            assert request.row is None or (request.row.slot is None and not request.row.pages)
-
-    def _deliver(self):
-        """Events of the requests that took part in the last step the decoder has a report of."""
-        report = self.decoder.report
-        if report is None:
-            return []
-        now, events = self.clock(), []
-        took_part = set(report.rows)
-        requests = [request for request in self.scheduler.running if request.row in took_part]
-        for request in requests:
-            request.prefilled = now if request.prefilled is None else request.prefilled
-            if request.row.error:
-                events.append(self._fail(request, request.row.error))
-        told = [r for r in requests if r.output is None and (r.row.block_done or r.row.finish_reason or r.watched)]
-        for request, block in zip(told, report.details([r.row for r in told]), strict=True):
-            row = request.row
-            if row.block_done or row.finish_reason or stops_inside(request, block[0], self.mask_id):
-                event, stopped = commit_block(request, *block, now)
-                request.draft = None
-                if event is not None:
-                    request.events.append(event)
-                    events.append(event)
-                if self.config.enable_prefix_caching:
-                    self._publish(request)
-                if stopped or row.finish_reason:
-                    events.append(self._finish(request, "stop" if stopped else row.finish_reason))
-            elif request.drafts and not request.closed:
-                request.draft = draft_block(request, *block, now)
-                events.append(request.draft)
-        return events
-
-    def _publish(self, request):
-        """Let others find the blocks whose K/V are final. A denoise step without NaN has proved them all finite."""
-        row = request.row
-        request.keys = content_keys(request.ids, row.length, request.keys)
-        for block in range(request.published, min(row.settled, row.limit // row.length)):
-            self.cache.publish(row.pages[block], request.keys[block])
-            request.published = block + 1
+            assert request.sequence.lane is None and not request.sequence.pages
 
     def _fail(self, request, what):
         return self._finish(request, "error", f"request {request.request_id}: {what}")
 
     def _finish(self, request, reason, error=None):
-        now, tail = self.clock(), request.stream.take(final=True) if request.stream else ""
-        request.output = make_output(request, reason, error, now)
+        now, tail = self.clock(), request.detokenizer.take(final=True) if request.detokenizer else ""
         self.scheduler.remove(request)
+        output = request.output = make_output(request, reason, error, now)
         del self.requests[request.request_id]
-        request.status, request.row, request.draft = FINISHED, None, None
+        request.draft = None
         self.finished[reason] += 1
-        event = Event(request.request_id, "finish", now, text=tail, output=request.output)
+        self._totals.update(
+            prompt=output.prompt_length, generated=len(output.token_ids), shared=output.shared_tokens,
+            forwards=output.counters.denoise_forwards,
+        )  # fmt: skip
+        event = Event(request.request_id, "finish", now, text=tail, output=output)
         request.events.append(event)
         return event
 
@@ -235,13 +254,13 @@ class Engine:
         return [replace(params, seed=row_seed(params.seed, i)) for i in range(count)]
 
     def _check_prompt(self, prompt_ids, params):
-        prompts = split_prompts([prompt_ids] if isinstance(prompt_ids, Sequence) else prompt_ids, name="prompt_ids")
+        prompts = split_prompts([prompt_ids] if isinstance(prompt_ids, SequenceOf) else prompt_ids, name="prompt_ids")
         if len(prompts) != 1:
             raise ValueError(f"prompt_ids: one prompt expected, got {len(prompts)}")
         check_fit(self.model.config, prompts, params)
         return prompts[0].tolist()
 
-    def _text_stream(self, stop):
+    def _detokenizer(self, stop):
         stop = () if stop is None else (stop,) if isinstance(stop, str) else stop
         several = isinstance(stop, (list, tuple, set, frozenset))
         if not several or not all(isinstance(text, str) and text for text in stop):

@@ -1,106 +1,115 @@
-"""What a step did to a request -> events and its output. Host side only: lists of ints, no tensors."""
+"""What a step did to requests -> events and outputs. Host side only: lists of ints, no tensors."""
 
 from itertools import takewhile
 
-from ..decoding.decoder import Counters
-from ..decoding.trace import Trace, events_of
-from .request import Event, RequestOutput
+from ..decoding.sequence import Phase
+from ..decoding.trace import Trace, until
+from .request import Event, Request, RequestOutput
 
 
-def fresh_tokens(request, tokens):
+def process(request: Request, now: float) -> tuple[list[Event], str | None]:
+    """The events of a request whose sequence a step has refined, and why it ends, None if it goes on.
+
+    now: on the engine's clock.
+    """
+    sequence = request.sequence
+    over = sequence.finished or sequence.phase is Phase.BLOCK_END
+    if not over and _stops_inside(request):
+        sequence.keep_block()
+        over = True
+    if over:
+        event, stopped = _commit_block(request, now)
+        request.draft = None
+        request.events.extend(event)
+        return event, "stop" if stopped else sequence.finish_reason
+    if request.drafts and not request.closed:
+        request.draft = _draft_block(request, now)
+        return [request.draft], None
+    return [], None
+
+
+def _fresh_tokens(request):
     """The generated tokens of the active block, up to the first EOS of the request; none if there was one before."""
     if request.closed:
         return []
-    begin, end = _span(request)
-    ids = tokens[begin:end]
-    return ids[: next((i + 1 for i, token in enumerate(ids) if token in request.eos_ids), len(ids))]
+    sequence = request.sequence
+    ids = sequence.tokens[sequence.generated]
+    return ids[: next((i + 1 for i, token in enumerate(ids) if token in sequence.eos_ids), len(ids))]
 
 
-def stops_inside(request, tokens, mask_id):
+def _stops_inside(request):
     """Is a stop committed in the open block, with no mask before it? Never with editing on: the tokens may change."""
-    if request.params.editing_threshold is not None or not request.has_stops:
+    sequence = request.sequence
+    if sequence.params.editing_threshold is not None or not request.has_stops:
         return False
-    resolved = takewhile(lambda token: token != mask_id, fresh_tokens(request, tokens))
+    resolved = takewhile(lambda token: token != sequence.mask_id, _fresh_tokens(request))
     return request.stops(list(resolved)) is not None
 
 
-def commit_block(request, tokens, steps, confidences, now):
-    """Take in the active block of a request, which is finished or holds a stop. Returns (its event, or None if it adds
-    no tokens; whether a stop ends the request)."""
-    row, begin = request.row, _span(request)[0]
-    fresh = fresh_tokens(request, tokens)
+def _commit_block(request, now):
+    """Give out the active block of a request, which has ended or holds a stop. Returns (its event in a list, or none if
+    it adds no tokens; whether a stop ends the request)."""
+    sequence, fresh = request.sequence, _fresh_tokens(request)
     stop = request.stops(fresh)
-    stopped = stop is not None and not (stop == len(fresh) and row.finish_reason == "eos")
+    stopped = stop is not None and not (stop == len(fresh) and sequence.finish_reason == "eos")
     fresh = fresh[:stop]
-    request.closed = request.closed or bool(fresh and fresh[-1] in request.eos_ids)
-    confidences, steps = confidences[begin:], _row_steps(row, steps)[begin:]
-    request.ids[row.span.start :] = tokens
-    request.confidences += confidences
-    request.steps += steps
+    request.closed = request.closed or bool(fresh and fresh[-1] in sequence.eos_ids)
     if not fresh:
-        return None, stopped
+        return [], stopped
     text = ""
-    if request.stream:
-        request.stream.push(fresh)
-        text = request.stream.take()
-    start, count = request.delivered, len(fresh)
-    request.delivered += count
+    if request.detokenizer:
+        request.detokenizer.push(fresh)
+        text = request.detokenizer.take()
+    start = sequence.num_delivered
+    end = sequence.num_delivered = start + len(fresh)
     event = Event(
-        request.request_id, "commit", now, start, fresh, confidences[:count], steps[:count],
-        _edits(row, request.delivered), text,
+        request.request_id, "commit", now, start, fresh, sequence.token_confidences[start:end],
+        sequence.token_steps[start:end], _edits(sequence, end), text,
     )  # fmt: skip
-    return event, stopped
+    return [event], stopped
 
 
-def draft_block(request, tokens, steps, confidences, now):
+def _draft_block(request, now):
     """The event that shows the open block as it stands."""
-    row, (begin, end) = request.row, _span(request)
+    sequence = request.sequence
+    where = sequence.generated
+    start = sequence.block_start + where.start - sequence.prompt_length
     return Event(
-        request.request_id, "draft", now, row.span.start + begin - row.prompt_length, tokens[begin:end],
-        confidences[begin:end], _row_steps(row, steps)[begin:end], _edits(row, row.params.gen_length),
+        request.request_id, "draft", now, start, sequence.tokens[where], sequence.confidences[where],
+        sequence.row_steps()[where], _edits(sequence, sequence.gen_length),
     )  # fmt: skip
 
 
-def make_output(request, reason, error, now):
-    """The output of a request that has ended."""
-    row, n, count = request.row, len(request.prompt), request.delivered
-    text = request.stream.text if request.stream else None
-    if row is not None and row.params.profile != "default" and reason in ("eos", "length"):
-        count = len(row.output(request.eos_ids))  # the cards' own rule where to cut
-        text = text and request.stream.tokenizer.decode(request.ids[n : n + count], skip_special_tokens=True)
+def _edits(sequence, num_tokens):
+    """Edits of the active block so far among the first num_tokens generated ones, none without a trace."""
+    events = until(sequence.block_events(), sequence.prompt_length + num_tokens)
+    return [event for event in events if event.kind == "edit"]
+
+
+def make_output(request: Request, reason: str, error: str | None, now: float) -> RequestOutput:
+    """The output of a request that ends for this reason; error: what happened, where it is "error"."""
+    sequence, n, count = request.sequence, request.sequence.prompt_length, request.sequence.num_delivered
+    text = request.detokenizer.text if request.detokenizer else None
+    if reason in ("eos", "length") and count != len(sequence.answer()):
+        count = len(sequence.answer())  # a model card's own rule where to cut
+        ids = sequence.ids[n : n + count]
+        text = text and request.detokenizer.tokenizer.decode(ids, skip_special_tokens=True)
     admitted = now if request.admitted is None else request.admitted
     prefilled = now if request.prefilled is None else request.prefilled
     return RequestOutput(
         request_id=request.request_id,
-        token_ids=request.ids[n : n + count],
+        token_ids=sequence.ids[n : n + count],
         text=text,
         finish_reason=reason,
         error=error,
-        confidences=request.confidences[:count],
-        steps=request.steps[:count],
-        trace=None if row is None or row.events is None else Trace.of(row, count),
-        counters=row.counters if row else Counters(),
-        prompt_length=len(request.prompt),
+        confidences=sequence.token_confidences[:count],
+        steps=sequence.token_steps[:count],
+        trace=None if sequence.events is None else Trace.of(sequence, count),
+        counters=sequence.counters,
+        prompt_length=n,
         shared_tokens=request.shared_tokens,
         preemptions=request.preemptions,
         queue_s=admitted - request.arrived,
         prefill_s=prefilled - admitted,
         decode_s=now - prefilled,
     )
-
-
-def _span(request):
-    """Where the active block's generated tokens lie in it: (begin, end), without prompt and tail."""
-    row = request.row
-    return max(0, row.prompt_length - row.span.start), min(row.length, row.total - row.span.start)
-
-
-def _row_steps(row, steps):
-    """Steps of the block -> steps of the row; -1 stays."""
-    before = row.mark[0].denoise_forwards
-    return [step + before if step >= 0 else -1 for step in steps]
-
-
-def _edits(row, num_tokens):
-    """Edits of the active block so far among the first num_tokens generated ones, none without traces."""
-    return [event for event in events_of(row, num_tokens, row.mark[1]) if event.kind == "edit"] if row.events else []

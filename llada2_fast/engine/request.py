@@ -5,7 +5,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from ..config import DecodeParams
-from ..decoding.decoder import Counters, Row
+from ..decoding.sequence import Counters, Phase, Sequence
 from ..decoding.trace import Event as TraceEvent
 from ..decoding.trace import Trace
 from .detokenizer import IncrementalDetokenizer
@@ -28,12 +28,18 @@ class QueueFull(RuntimeError):
 class RequestOutput:
     """What a request gave and what it cost.
 
-    token_ids end with the first EOS or the token that completed a stop; text is None without a tokenizer and ends
-    before a stop string. finish_reason: "eos", "length", "stop", "cancelled" or "error", then error says what happened.
+    token_ids: the answer; they end with the first EOS or the token that completed a stop.
+    text: None without a tokenizer; it ends before a stop string.
+    finish_reason: "eos", "length", "stop", "cancelled" or "error"; then `error` says what happened.
     confidences, steps: of the write, commit or edit, that put each token there; step = the request's denoise forward
-    from 0 on; trace: every write (trace.commits() has the first ones), None with traces off. shared_tokens: positions
-    whose K/V were found in the cache; preemptions: how often it had to give up its place. queue_s, prefill_s, decode_s:
-    seconds until admission, from there until the step by which the prompt was in the cache, and from there to the end.
+        from 0 on.
+    trace: every write (trace.commits() has the first ones), None unless asked for.
+    counters: what it cost.
+    prompt_length: in tokens.
+    shared_tokens: positions whose K/V were found in the cache.
+    preemptions: how often it had to give up its place.
+    queue_s, prefill_s, decode_s: seconds until admission, from there until the step by which the prompt was in the
+        cache, and from there to the end.
     """
 
     request_id: str
@@ -53,17 +59,17 @@ class RequestOutput:
     decode_s: float
 
     @property
-    def logprobs(self):
+    def logprobs(self) -> list[float]:
         """Log-probability of each token when it was written."""
         return [math.log(max(p, 1e-45)) for p in self.confidences]
 
     @property
-    def edits(self):
+    def edits(self) -> list[TraceEvent]:
         """Every token of the answer that was replaced: trace events of kind "edit"."""
         return [event for event in self.trace.events if event.kind == "edit"] if self.trace else []
 
     @property
-    def tokens_per_forward(self):
+    def tokens_per_forward(self) -> float:
         """TPF: generated tokens per denoise forward; prefill does not count."""
         return len(self.token_ids) / max(1, self.counters.denoise_forwards)
 
@@ -72,9 +78,10 @@ class RequestOutput:
 class Event:
     """Something that happened to a request, at `time` on the engine's clock.
 
-    "draft": the open block as it stands; masks have confidence 0 and step -1. "commit": final tokens, never taken back;
-    text: what they add to the text. "finish": the last event, with the output and the text held back until then.
+    kind: "draft", the open block as it stands, where masks have confidence 0 and step -1; "commit", final tokens, never
+        taken back; "finish", the last event, with the output.
     start: index of the first token among the generated ones.
+    text: what a commit adds to the text; of a finish, what was held back until then.
     """
 
     request_id: str
@@ -91,60 +98,69 @@ class Event:
 
 @dataclass(eq=False)
 class Request:
-    """The handle of a request: `request_id`, `status` and, when it is finished, `output` are for everybody."""
+    """The handle of a request: `request_id`, `prompt`, `params`, `status` and, when it is finished, `output` are for
+    everybody."""
 
     request_id: str
-    prompt: list[int]
-    params: DecodeParams
-    seed: int
-    eos_ids: tuple[int, ...]
-    length: int  # block_length L
-    priority: int
+    sequence: Sequence
+    priority: float
     order: tuple[float, int]  # waiting requests are served in this order: aged priority, then arrival
     arrived: float
     stop_ids: frozenset[int] = frozenset()
-    stream: IncrementalDetokenizer | None = None  # None without a tokenizer
-    status: str = WAITING
+    detokenizer: IncrementalDetokenizer | None = None  # None without a tokenizer
     output: RequestOutput | None = None
-    row: Row | None = None  # from the first admission on
-    ids: list[int] = field(default_factory=list)  # full blocks of the prompt, then the finished blocks
-    keys: list[bytes] = field(default_factory=list)  # content keys of the blocks in `ids`
-    confidences: list[float] = field(default_factory=list)  # of the generated tokens in `ids`
-    steps: list[int] = field(default_factory=list)
-    published: int = 0  # leading blocks whose pages are published, or somebody else's
-    delivered: int = 0  # generated tokens given out
+    block_hashes: list[bytes] = field(default_factory=list)  # of the leading blocks
+    num_inserted: int = 0  # leading blocks whose pages others can match, or that are somebody else's
     closed: bool = False  # an EOS was given out: what comes after it is not
     admitted: float | None = None
     prefilled: float | None = None
     shared_tokens: int = 0
     preemptions: int = 0
-    drafts: bool = False  # somebody wants to see the open block
     draft: Event | None = None  # the latest one nobody has read
     events: deque = field(default_factory=deque)
+    _drafts: bool = False
+
+    def __post_init__(self):
+        self.drafts = False
 
     @property
-    def num_blocks(self):
-        """Pages it needs, all of them reserved before it runs."""
-        return -(-(len(self.prompt) + self.params.gen_length) // self.length)
+    def status(self) -> str:
+        """WAITING, RUNNING or FINISHED."""
+        if self.output is not None:
+            return FINISHED
+        return WAITING if self.sequence.phase is Phase.WAITING else RUNNING
 
     @property
-    def watched(self):
-        """The open block is looked at after every step, not only when it ends."""
-        return self.drafts or self.has_stops
+    def prompt(self) -> list[int]:
+        return self.sequence.prompt
 
     @property
-    def has_stops(self):
-        return bool(self.stop_ids or (self.stream and self.stream.stop))
+    def params(self) -> DecodeParams:
+        return self.sequence.params
 
-    def stops(self, tokens):
+    @property
+    def drafts(self) -> bool:
+        """Somebody wants to see the open block."""
+        return self._drafts
+
+    @drafts.setter
+    def drafts(self, wanted):
+        self._drafts = wanted
+        self.sequence.watched = wanted or self.has_stops or self.sequence.events is not None
+
+    @property
+    def has_stops(self) -> bool:
+        return bool(self.stop_ids or (self.detokenizer and self.detokenizer.stop))
+
+    def stops(self, tokens: list[int]) -> int | None:
         """How many of the next generated tokens complete a stop; None if all of them do not."""
         by_id = next((i + 1 for i, token in enumerate(tokens) if token in self.stop_ids), None)
-        by_text = None if self.stream is None else self.stream.tokens_to_stop(tokens)
+        by_text = None if self.detokenizer is None else self.detokenizer.tokens_to_stop(tokens)
         return min((count for count in (by_id, by_text) if count is not None), default=None)
 
-    def next_event(self):
+    def next_event(self) -> Event | None:
         """The oldest event nobody has read, None if there is none. A draft not read in time gives way to the next."""
-        draft = self.draft  # read first, since another thread may write: what was committed before it comes before it
+        draft = self.draft  # read the draft before the queue, or a commit could overtake it: another thread may write
         if self.events:
             return self.events.popleft()
         self.draft = None

@@ -1,4 +1,4 @@
-"""Who runs: admission by pages, preemption, and what goes into the next step.
+"""Who runs: admission by pages, preemption, and what goes into the next step. Pages are taken and given here alone.
 
 Every request reserves the pages of its prompt and its whole budget before it runs, so nothing runs out of memory half
 way. Waiting requests are admitted in order, nobody overtakes the first. A request's place in the order is fixed when it
@@ -11,11 +11,13 @@ from bisect import insort
 from collections import Counter
 from typing import NamedTuple
 
-from .request import RUNNING, WAITING, QueueFull, Request
+from ..cache import block_hashes
+from ..decoding.sequence import Phase
+from .request import WAITING, QueueFull, Request
 
 
-class Plan(NamedTuple):
-    """What one step does: rows that have started are refined, others have some blocks of their prompt prefilled."""
+class Work(NamedTuple):
+    """What one step does: some requests' blocks are refined, others have some blocks of their prompt prefilled."""
 
     denoise: list[Request]
     prefill: list[tuple[Request, int]]  # (request, number of blocks)
@@ -25,7 +27,13 @@ class Plan(NamedTuple):
 
 
 class Scheduler:
-    """waiting: in order; running: in order of admission. Moves rows in and out of the slots of a BlockDecoder."""
+    """waiting: in order; running: in order of admission.
+
+    config: EngineConfig.
+    decoder: the BlockDecoder whose lanes requests are admitted to when their prompt is in the cache.
+    cache: the PagedKVCache.
+    clock: seconds.
+    """
 
     def __init__(self, config, decoder, cache, clock):
         self.config, self.decoder, self.cache, self.clock = config, decoder, cache, clock
@@ -36,49 +44,64 @@ class Scheduler:
         self._stuck = False  # the first waiting request does not fit, and nothing has changed since
 
     @property
-    def has_room(self):
+    def has_room(self) -> bool:
         """One more request may wait."""
         return len(self.waiting) < self.config.max_waiting
 
-    def add(self, request):
+    def add(self, request: Request):
         """Let a request wait. QueueFull if too many do already."""
         if not self.has_room:
             raise QueueFull(
                 f"request {request.request_id}: {len(self.waiting)} requests are waiting and "
                 f"max_waiting={self.config.max_waiting} may"
             )
+        self._hash(request)
         self._enqueue(request)
 
-    def remove(self, request):
-        """Drop a waiting or running request; its slot and pages are free at once."""
-        if request.status == RUNNING:
-            self.running.remove(request)
-            self.decoder.close(request.row.slot)
-        else:
+    def remove(self, request: Request):
+        """Drop a waiting or running request; its lane and pages are free at once."""
+        if request.status == WAITING:
             self.waiting.remove(request)
+        else:
+            self.running.remove(request)
+            self._take_away(request)
         self._stuck = False
 
-    def schedule(self):
-        """Admit and preempt; returns the Plan of the next step, empty lists if there is nothing to do."""
+    def schedule(self) -> Work:
+        """Admit and preempt; returns the next step's work, empty lists if there is nothing to do."""
         self._admit()
-        plan, room = Plan([], []), self.prefill_blocks
+        work, room = Work([], []), self.prefill_blocks
         for request in self.running:
-            row = request.row
-            if not row.started:
+            sequence = request.sequence
+            if sequence.phase is Phase.PREFILL:
                 self._share(request)
-                pending = row.block - row.settled
+                pending = sequence.block - sequence.num_final_blocks
                 if pending <= room:  # what is left of the prompt is carried along with the first denoise forward
-                    self.decoder.start(row)
+                    self.decoder.admit(sequence)
                     room -= pending
                 elif room:
-                    plan.prefill.append((request, room))
+                    work.prefill.append((request, room))
                     room = 0
-            if row.started:
-                plan.denoise.append(request)
-        return plan
+            if sequence.running:
+                work.denoise.append(request)
+        return work
+
+    def insert(self, request: Request):
+        """Let others match the blocks whose K/V are final. A denoise step without NaN has proved them all finite."""
+        sequence = request.sequence
+        if self.config.enable_prefix_caching:
+            self._hash(request)
+            whole = min(sequence.num_final_blocks, sequence.limit // sequence.block_length)
+            for block in range(request.num_inserted, whole):
+                self.cache.insert(sequence.pages[block], request.block_hashes[block])
+                request.num_inserted = block + 1
+
+    def _hash(self, request):
+        sequence = request.sequence
+        if self.config.enable_prefix_caching:
+            request.block_hashes = block_hashes(sequence.ids, sequence.block_length, request.block_hashes)
 
     def _enqueue(self, request):
-        request.status = WAITING
         insort(self.waiting, request, key=lambda waiting: waiting.order)
         self._stuck = False
 
@@ -95,17 +118,17 @@ class Scheduler:
             self._place(request)
 
     def _fits(self, request, gone):
-        """Would there be a slot and pages for the request if the requests in `gone` had left?"""
+        """Would there be a lane and pages for the request if the requests in `gone` had left?"""
         if len(self.running) - len(gone) >= self.config.max_num_seqs:
             return False
-        held = Counter(page for other in gone for page in other.row.pages)
+        held = Counter(page for other in gone for page in other.sequence.pages)
 
         def is_free(page):
             return self.cache.count(page) == held[page]
 
-        found = self.cache.find(request.keys)
+        found = self.cache.match_prefix(request.block_hashes)
         free = self.cache.num_free + sum(map(is_free, held)) - sum(map(is_free, found))
-        return request.num_blocks - len(found) <= free
+        return request.sequence.num_blocks - len(found) <= free
 
     def _victims(self, request):
         """The fewest running requests that must go for this one, lowest priority and latest first; None: it waits."""
@@ -115,37 +138,46 @@ class Scheduler:
 
     def _preempt(self, request):
         self.running.remove(request)
-        self.decoder.suspend(request.row)
+        self._take_away(request)
+        request.sequence.suspend()
+        request.num_inserted = 0
         request.preemptions += 1
         self.preemptions += 1
         self._enqueue(request)
 
+    def _take_away(self, request):
+        """Free a request's lane and pages."""
+        sequence = request.sequence
+        self.decoder.release(sequence)
+        self.cache.free(sequence.pages)
+        sequence.pages = ()
+
     def _place(self, request):
-        """Reserve pages, those of known blocks among them, and put the request's row into a free slot."""
-        if request.row is None:
-            prompt = self.decoder.state.tokens.new_tensor(request.prompt)
-            request.row = self.decoder.new_row(prompt, request.params, request.seed, request.eos_ids)
-            request.admitted = self.clock()
-        found = self.cache.find(request.keys)
-        self.cache.share(found)
-        row = request.row
-        row.pages = found + self.cache.allocate(request.num_blocks - len(found))
-        row.settled = request.published = len(found)
-        request.shared_tokens += len(found) * row.length
-        self.decoder.place(self.decoder.rows.index(None), row)
-        request.status = RUNNING
+        """Reserve pages, those of known blocks among them."""
+        sequence = request.sequence
+        request.admitted = self.clock() if request.admitted is None else request.admitted
+        found = self.cache.match_prefix(request.block_hashes)
+        self.cache.incref(found)
+        sequence.pages = found + self.cache.allocate(sequence.num_blocks - len(found))
+        sequence.phase = Phase.PREFILL
+        self._found(request, 0, found)
         self.running.append(request)
 
     def _share(self, request):
         """Take over blocks that somebody else has finished since the request was admitted."""
-        row = request.row
-        found = self.cache.find(request.keys[row.settled :])
+        sequence, begin = request.sequence, request.sequence.num_final_blocks
+        found = self.cache.match_prefix(request.block_hashes[begin:])
         if found:
-            self.cache.share(found)
-            end = row.settled + len(found)
-            self.cache.free(row.pages[row.settled : end])
-            row.pages = row.pages[: row.settled] + found + row.pages[end:]
-            row.settled = request.published = end
-            self.decoder.forward.open(row)  # it has other pages now
-            request.shared_tokens += len(found) * row.length
+            end = begin + len(found)
+            self.cache.incref(found)
+            self.cache.free(sequence.pages[begin:end])
+            sequence.pages = sequence.pages[:begin] + found + sequence.pages[end:]
+            self._found(request, begin, found)
             self._stuck = False
+
+    @staticmethod
+    def _found(request, begin, pages):
+        """Note that the blocks from `begin` on were found in the cache."""
+        request.num_inserted = begin + len(pages)
+        request.sequence.settle(begin + len(pages))
+        request.shared_tokens += len(pages) * request.sequence.block_length
