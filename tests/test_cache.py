@@ -59,7 +59,7 @@ def test_a_request_that_does_not_fit_takes_nothing():
 def test_a_shared_page_is_free_when_its_last_holder_lets_go():
     cache = cache_of(3)
     pages = cache.allocate(2)
-    cache.share(pages[:1])
+    cache.incref(pages[:1])
     cache.free(pages)
     assert cache.num_free == 2 and cache.allocate(1) == (1,)
     cache.free(pages[:1])
@@ -103,7 +103,7 @@ class Bookkeeping(RuleBasedStateMachine):
     def share(self, data):
         pages = data.draw(st.sampled_from(self.held))
         pages = pages[: data.draw(st.integers(0, len(pages)))]
-        self.cache.share(pages)
+        self.cache.incref(pages)
         self.held.append(pages)
 
     @precondition(lambda self: self.held)

@@ -8,20 +8,17 @@ import torch
 from llada2_fast.cache import PagedKVCache
 from llada2_fast.config import DecodeParams
 from llada2_fast.decoding import graph_runner as graphs
-from llada2_fast.decoding.decoder import BlockDecoder, CachedForward, GraphedForward, run
-from llada2_fast.decoding.graph_runner import Report, StepGraph
-from llada2_fast.generate import _graphed_decoder
+from llada2_fast.decoding.decoder import BlockDecoder, decode_all, prefill_all
+from llada2_fast.decoding.graph_runner import GraphRunner, StepGraph
+from llada2_fast.decoding.lanes import Lanes
+from llada2_fast.decoding.runner import CachedForward, EagerRunner
+from llada2_fast.decoding.sequence import Sequence
 from llada2_fast.model import LLaDA2Model
 
 
 @pytest.fixture(scope="module")
 def model(golden):
     return LLaDA2Model.from_pretrained(golden / "tiny", dtype=torch.float32, progress=False)
-
-
-@pytest.fixture
-def eager(monkeypatch):
-    monkeypatch.setattr(StepGraph, "replay", StepGraph.run)  # the same work, not captured
 
 
 PARAMS = {
@@ -37,92 +34,107 @@ LENGTHS = [[0], [21], [3, 40, 8, 17, 9]]
 OPTIONS = {"gen_length": 40, "block_length": 8, "threshold": 0.6, "mask_id": 255, "eos_id": 252}  # of generate()
 
 
-def decode(model, lengths, params, lag=None, trace=False):
-    """Finished rows of some prompts; lag: None = the cached forward, else graphs with this lag."""
+class Watched(GraphRunner):
+    """Notes what is launched and what is read, in order."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.order = []
+
+    def execute(self, plan):
+        self.order.append("launch")
+        result = super().execute(plan)
+        wait = result.wait
+        result.wait = lambda: self.order.append("read") or wait()
+        return result
+
+
+def decoder_of(model, lengths, params, overlap=None, capture=False, trace=False):
+    """(a decoder, its admitted sequences); overlap: None = the eager runner, else graphs with this overlap."""
     params = DecodeParams(gen_length=19, block_length=8, **params)
-    blocks = [-(-(n + params.gen_length) // 8) for n in lengths]
-    cache = PagedKVCache(model.config, sum(blocks), 8, model.dtype, model.device)
-    if lag is None:
-        forward = CachedForward(model, cache)
+    rows = []
+    for n in lengths:
+        prompt = torch.randint(0, 250, (n,), generator=torch.Generator().manual_seed(n)).tolist()
+        rows.append(Sequence(prompt, params, n, (252,), 8, 255, trace))
+    cache = PagedKVCache(model.config, sum(row.num_blocks for row in rows), 8, model.dtype, model.device)
+    lanes = Lanes(len(rows), 8, 255, model.device, pages=max(row.num_blocks for row in rows))
+    if overlap is None:
+        decoder = BlockDecoder(EagerRunner(CachedForward(model, cache), lanes))
     else:
-        forward = GraphedForward(model, cache, len(lengths), max(blocks), lag)
-    decoder = BlockDecoder(forward, len(lengths), 8, mask_id=255, device=model.device, max_eos=1, trace=trace)
-    for slot, n in enumerate(lengths):
-        prompt = torch.randint(0, 250, (n,), generator=torch.Generator().manual_seed(n))
-        decoder.open(slot, prompt.to(model.device), params, seed=n, eos_ids=(252,))
-    run(decoder)
-    return decoder.rows
+        decoder = BlockDecoder(Watched(model, cache, lanes, capture), overlap)
+    for row in rows:
+        row.pages = cache.allocate(row.num_blocks)
+    prefill_all(decoder, rows)
+    for row in rows:
+        decoder.admit(row)
+    return decoder, rows
+
+
+def decode(*args, **kwargs):
+    """Finished sequences; arguments as of decoder_of."""
+    decoder, rows = decoder_of(*args, **kwargs)
+    decode_all(decoder, rows)
+    return rows
 
 
 def facts(rows):
     return [
-        (row.output((252,)).tolist(), row.finish_reason, row.counters.forwards_per_block, row.counters.commits,
-         row.counters.edits, row.events)
+        (row.answer(), row.finish_reason, row.counters.forwards_per_block, row.counters.commits, row.counters.edits,
+         row.events)
         for row in rows
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("overlap", [0, 1])
 @pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_the_graphs_work_gives_the_cached_forwards_tokens(model, eager, lengths, params, lag):
-    assert facts(decode(model, lengths, params, lag)) == facts(decode(model, lengths, params))
+def test_the_graphs_work_gives_the_cached_forwards_tokens(model, lengths, params, overlap):
+    assert facts(decode(model, lengths, params, overlap)) == facts(decode(model, lengths, params))
 
 
 @pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS)
-def test_traces_are_the_same(model, eager, params):
-    with_graphs = facts(decode(model, LENGTHS[2], params, lag=0, trace=True))
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_traces_are_the_same(model, params, overlap):
+    """Also where the host learns a step late what was written."""
+    with_graphs = facts(decode(model, LENGTHS[2], params, overlap, trace=True))
     assert with_graphs == facts(decode(model, LENGTHS[2], params, trace=True))
     assert any(events for *_, events in with_graphs)
 
 
-def test_a_row_without_a_place_waits_for_one_step(model, eager):
+def test_a_row_without_a_place_waits_for_one_step(model):
     """A step fills a block: five rows end theirs at once, two find places. Three wait; then they go on freely while the
     two end their second block and find places again; and of the three one waits once more."""
     params = {"threshold": 0.0}
-    rows = decode(model, [8] * 5, params, lag=1)
+    rows = decode(model, [8] * 5, params, overlap=1)
     assert all(row.counters.forwards_per_block == [1, 1, 1] for row in rows)
     assert sum(row.counters.settle_forwards for row in rows) == 4
-    assert sum(row.counters.settle_forwards for row in decode(model, [8] * 5, params, lag=0)) == 0
+    assert sum(row.counters.settle_forwards for row in decode(model, [8] * 5, params, overlap=0)) == 0
 
 
-def test_steps_are_launched_before_the_last_one_is_read(model, eager, monkeypatch):
-    order = []
-    replay, wait = StepGraph.replay, Report.wait
-    monkeypatch.setattr(StepGraph, "replay", lambda self: order.append("launch") or replay(self))
-    monkeypatch.setattr(Report, "wait", lambda self: order.append("read") or wait(self))
-    decode(model, [21], PARAMS["greedy"], lag=1)
-    assert order[:6] == ["launch", "launch", "read", "launch", "read", "launch"]
+def test_steps_are_launched_before_the_last_one_is_read(model):
+    decoder, rows = decoder_of(model, [21], PARAMS["greedy"], overlap=1)
+    decode_all(decoder, rows)
+    assert decoder.runner.order[:6] == ["launch", "launch", "read", "launch", "read", "launch"]
+
+
+@pytest.mark.parametrize("places, runs", [(0, (5, 5, 5)), (3, (8, 5, 5))])
+def test_the_sizes_of_graphs(model, places, runs):
+    """A block that has ended needs a place only if its last step has changed it."""
+    editing = {"threshold": 0.0, "editing_threshold": 2.0, "max_post_steps": 1}  # its last step changes nothing
+    decoder, rows = decoder_of(model, [8] * 5, {"threshold": 0.0} if places else editing, overlap=0)
+    seen = []
+    decoder.runner.graph = lambda *size, graph=decoder.runner.graph: seen.append(size) or graph(*size)
+    decode_all(decoder, rows)
+    assert {active for active, _ in seen} == {8} and max(carried for _, carried in seen) == (8 if places else 0)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("overlap", [0, 1])
 @pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS)
 @pytest.mark.parametrize("lengths", LENGTHS[1:], ids=str)
-def test_captured_graphs_give_the_cpu_references_tokens(golden, model, lengths, params, lag):
+def test_captured_graphs_give_the_cpu_references_tokens(golden, model, lengths, params, overlap):
     on_gpu = LLaDA2Model.from_pretrained(golden / "tiny", dtype=torch.float32, device="cuda", progress=False)
-    assert facts(decode(on_gpu, lengths, params, lag)) == facts(decode(model, lengths, params))
-
-
-def test_a_model_keeps_the_decoder_of_its_last_call(model):
-    def decoder(blocks, length=8, num_eos=1):
-        return _graphed_decoder(model, blocks, length, 255, num_eos)
-
-    try:
-        model._graphed_decoder = first = decoder([3, 5, 1])
-        assert first.forward.slots.page_table.shape == (4, 8) and first.forward.cache.num_pages == 16
-        for blocks in ([3, 5, 1], [8], [4, 4, 4, 4]):
-            assert decoder(blocks) is first
-            assert decoder(blocks) is not first  # somebody else has it
-            model._graphed_decoder = first
-        for larger in ([9], [1] * 5, [8, 8, 8], {"length": 4}, {"num_eos": 2}):
-            model._graphed_decoder = first
-            assert (decoder([1], **larger) if isinstance(larger, dict) else decoder(larger)) is not first
-        model._graphed_decoder = first
-        model.to("cpu")  # weights may be elsewhere now
-        assert decoder([1]) is not first
-    finally:
-        vars(model).pop("_graphed_decoder", None)
+    assert facts(decode(on_gpu, lengths, params, overlap, capture=True)) == facts(decode(model, lengths, params))
 
 
 @pytest.mark.gpu
@@ -185,5 +197,5 @@ def test_a_failed_capture_leaves_the_stream_that_was_current(model, monkeypatch)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream(current[0]))
     monkeypatch.setattr(graphs, "_capture_stream", lambda device: Stream("capture"))
     with pytest.raises(RuntimeError, match="capture failed"):
-        decode(model, [21], {"threshold": 0.6}, lag=0)
+        decode(model, [21], {"threshold": 0.6}, overlap=0, capture=True)
     assert current == ["default"]

@@ -1,9 +1,7 @@
 """Whole decodings on the Triton kernels, under the interpreter: tokens as of the PyTorch reference and the goldens."""
 
-import copy
 import json
 import math
-from itertools import zip_longest
 from unittest import mock
 
 import pytest
@@ -15,6 +13,7 @@ from llada2_fast.kernels._triton import force_ops
 from llada2_fast.model import LLaDA2Model
 from tests.engine.common import chat
 from tests.kernels.interpreter import interpreted
+from tests.rounding import decode, first_difference, undecided_from, writes
 
 SETS = ("tiny", "group", "variant", "flat", "moe256", "bf16")
 PROMPTS = ("Add 847 and 96.", "Spell 4071.", "Reverse moon crow bread lamp.")
@@ -38,41 +37,6 @@ def cases(golden, name, label):
 def first_of_each_label(golden, name):
     known = json.loads((golden / name / "generate.json").read_bytes())["cases"]
     return list({case["label"]: case for case in reversed(known)}.values())
-
-
-def generate(model, case, **options):
-    prompt = torch.tensor([case["prompt"]], dtype=torch.int64)
-    return model.generate(prompt, profile=f"hf-{case['version']}", **case["params"], **options)
-
-
-def decode(model, case, **options):
-    return generate(model, case, **options)[0].tolist()
-
-
-def writes(model, case, **options):
-    """What is written when: events without their confidences."""
-    trace = generate(model, case, trace=True, return_dict=True, **options).trace[0]
-    return [event[:5] for event in trace.events]
-
-
-def first_difference(ours, theirs):
-    """The first step at which two lists of writes differ, inf if they are equal."""
-    pairs = zip_longest(ours, theirs)
-    return next((min(write[0] for write in pair if write) for pair in pairs if pair[0] != pair[1]), math.inf)
-
-
-def nudged(model, seed):
-    """The model with weights off by about 1e-6 of each: what another order of summation may do."""
-    twin, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
-    for weight in twin.parameters():
-        weight.data.mul_(1 + 1e-6 * torch.randn(weight.shape, generator=generator))
-    return twin
-
-
-def undecided_from(model, case, draws=12):
-    """The first step of a decoding that hangs on a rounding: a nudged model writes otherwise there. inf: none does."""
-    wanted = writes(model, case)
-    return min(first_difference(writes(nudged(model, seed), case), wanted) for seed in range(draws))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import torch
 
 from llada2_fast import demo
 from llada2_fast.config import DecodeParams, EngineConfig, ModelConfig
-from llada2_fast.decoding.decoder import GraphedForward
 from llada2_fast.engine import Engine
 from llada2_fast.generate import generate
 from llada2_fast.model import LLaDA2Model
@@ -59,14 +58,6 @@ def small_engine(model=None, tokenizer=None, clock=None, **config):
     config = EngineConfig(**{"max_num_seqs": 4, "cache_tokens": 256, "max_num_batched_tokens": 16} | config)
     kwargs = {} if clock is None else {"clock": clock}
     return Engine(random_model() if model is None else model, config, tokenizer, **kwargs)
-
-
-def with_step_graphs(engine, lag):
-    """The engine on what a GPU replays, run step by step (StepGraph.replay must be StepGraph.run)."""
-    width = -(-engine.model.config.max_position_embeddings // engine.block_length)
-    forward = GraphedForward(engine.model, engine.cache, len(engine.decoder.rows), width, lag)
-    engine.forward = engine.decoder.forward = forward
-    return engine
 
 
 def prompt_of(size, seed=0):

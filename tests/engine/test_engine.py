@@ -11,7 +11,6 @@ import torch
 from transformers import BatchEncoding
 
 from llada2_fast.config import PRESETS, DecodeParams, EngineConfig
-from llada2_fast.decoding.graph_runner import StepGraph
 from llada2_fast.demo import tasks
 from llada2_fast.engine import Engine
 from llada2_fast.model import LLaDA2Model
@@ -30,7 +29,6 @@ from tests.engine.common import (
     small_engine,
     tokenizer,
     tokens_alone,
-    with_step_graphs,
 )
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -93,12 +91,11 @@ def test_it_is_exact_at_every_block_length(length):
         assert_as_alone(output, random_model(), prompt, params)
 
 
-@pytest.mark.parametrize("lag", [0, 1])
-def test_step_graphs_give_the_same_tokens(monkeypatch, lag):
+@pytest.mark.parametrize("overlap", [False, True])
+def test_step_graphs_give_the_same_tokens(overlap):
     """What a GPU replays, run step by step: prompts in chunks, shared pages, preemption."""
-    monkeypatch.setattr(StepGraph, "replay", StepGraph.run)
-    engine = with_step_graphs(
-        small_engine(max_num_seqs=4, cache_tokens=160, max_num_batched_tokens=8, trace=not lag), lag
+    engine = small_engine(
+        max_num_seqs=4, cache_tokens=160, max_num_batched_tokens=8, graphs=True, capture=False, overlap=overlap
     )
     jobs = [(prompt_of(22)[: 10 + 2 * n], params) for n, params in enumerate(PARAMS[:6])]
     requests = [engine.add_request(*job, priority=n // 3) for n, job in enumerate(jobs)]
@@ -144,17 +141,14 @@ def test_events_add_up_to_the_output():
 
 
 @pytest.mark.parametrize("trace", [True, False])
-@pytest.mark.parametrize("lag", [None, 0, 1])
-def test_a_token_s_numbers_are_those_of_what_wrote_it(trace, lag, monkeypatch):
+@pytest.mark.parametrize("graphs", [{}, *({"graphs": True, "capture": False, "overlap": x} for x in (False, True))])
+def test_a_token_s_numbers_are_those_of_what_wrote_it(trace, graphs):
     """Commit or edit; with a trace, without one, and where the host lags a step behind."""
     jobs = [
         (prompt_of(n), DecodeParams(gen_length=21, threshold=0.2, editing_threshold=0.2, max_post_steps=4, eos_ids=()))
         for n in range(4, 10)
     ]
-    engine = small_engine(trace=trace and not lag)
-    if lag is not None:
-        monkeypatch.setattr(StepGraph, "replay", StepGraph.run)
-        with_step_graphs(engine, lag)
+    engine = small_engine(trace=trace, **graphs)
     edited = 0
     for output, (prompt, params) in zip(engine.generate(*map(list, zip(*jobs, strict=True))), jobs, strict=True):
         last = {}

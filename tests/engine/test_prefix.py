@@ -2,7 +2,7 @@
 
 import pytest
 
-from llada2_fast.cache import PagedKVCache, content_keys
+from llada2_fast.cache import PagedKVCache, block_hashes
 from llada2_fast.config import DecodeParams
 from tests.engine.common import (
     LENGTH,
@@ -23,63 +23,65 @@ def cache_of(pages):
 
 
 def test_a_key_names_a_block_and_all_before_it():
-    keys = content_keys(list(range(11)), 4)
-    assert len(keys) == 2 and content_keys(list(range(16)), 4)[:2] == keys
-    assert content_keys(list(range(16)), 4, keys[:1]) == content_keys(list(range(16)), 4)
-    other = content_keys([9, *range(1, 11)], 4)
+    keys = block_hashes(list(range(11)), 4)
+    assert len(keys) == 2 and block_hashes(list(range(16)), 4)[:2] == keys
+    assert block_hashes(list(range(16)), 4, keys[:1]) == block_hashes(list(range(16)), 4)
+    other = block_hashes([9, *range(1, 11)], 4)
     assert other[0] != keys[0] and other[1] != keys[1]  # the second block's tokens are equal
-    assert content_keys(list(range(8)), 8)[0] not in keys and content_keys([1, 2], 4) == []
-    assert content_keys([-1, 2**62], 2) != content_keys([2**62, -1], 2)
+    assert block_hashes(list(range(8)), 8)[0] not in keys and block_hashes([1, 2], 4) == []
+    assert block_hashes([-1, 2**62], 2) != block_hashes([2**62, -1], 2)
 
 
 def test_published_pages_are_found_held_and_evicted_least_recently_used_first():
     cache, keys = cache_of(4), [bytes([i]) for i in range(6)]
     a = cache.allocate(2)
     for page, key in zip(a, keys, strict=False):
-        cache.publish(page, key)
-    assert cache.find(keys) == a and cache.find(keys[1:]) == a[1:] and cache.find(keys[2:]) == ()
+        cache.insert(page, key)
+    assert (
+        cache.match_prefix(keys) == a and cache.match_prefix(keys[1:]) == a[1:] and cache.match_prefix(keys[2:]) == ()
+    )
     cache.free(a)
     cache.check_integrity([])
-    assert cache.num_free == 4 and cache.find(keys[:2]) == a  # nobody holds them, their content stays
+    assert cache.num_free == 4 and cache.match_prefix(keys[:2]) == a  # nobody holds them, their content stays
     b = cache.allocate(2)
     assert set(b).isdisjoint(a) and cache.num_evicted == 0  # blank pages go first
-    cache.share(a[:1])
+    cache.incref(a[:1])
     assert cache.num_free == 1
     c = cache.allocate(1)
-    assert c == a[1:] and cache.find(keys) == a[:1] and cache.num_evicted == 1
+    assert c == a[1:] and cache.match_prefix(keys) == a[:1] and cache.num_evicted == 1
     with pytest.raises(ValueError, match="1 pages needed, 0 of 4 are free"):
         cache.allocate(1)
     cache.check_integrity([a[:1], b, c])
     cache.free(a[:1])
-    cache.publish(b[0], keys[2])
+    cache.insert(b[0], keys[2])
     cache.free(b)
-    cache.share(cache.find(keys[:1]))  # used again: younger than b[0]
+    cache.incref(cache.match_prefix(keys[:1]))  # used again: younger than b[0]
     cache.free(a[:1])
     cache.allocate(2)  # a blank one and the older of the published
-    assert cache.find(keys[2:]) == () and cache.find(keys) == a[:1]
+    assert cache.match_prefix(keys[2:]) == () and cache.match_prefix(keys) == a[:1]
 
 
 def test_a_row_s_last_blocks_are_evicted_before_the_ones_they_need():
     cache, keys = cache_of(3), [bytes([i]) for i in range(3)]
     pages = cache.allocate(3)
     for page, key in zip(pages, keys, strict=True):
-        cache.publish(page, key)
+        cache.insert(page, key)
     cache.free(pages)
     for left in (2, 1, 0):
         cache.allocate(1)
-        assert cache.find(keys) == pages[:left]
+        assert cache.match_prefix(keys) == pages[:left]
 
 
 def test_the_first_page_of_a_key_stays_and_a_page_keeps_its_key():
     cache = cache_of(3)
     first, second = cache.allocate(1), cache.allocate(1)
-    cache.publish(first[0], b"x")
-    cache.publish(second[0], b"x")
-    cache.publish(first[0], b"y")
-    assert cache.find([b"x"]) == first and cache.find([b"y"]) == ()
+    cache.insert(first[0], b"x")
+    cache.insert(second[0], b"x")
+    cache.insert(first[0], b"y")
+    assert cache.match_prefix([b"x"]) == first and cache.match_prefix([b"y"]) == ()
     cache.check_integrity([first, second])
     cache.clear()
-    assert cache.find([b"x"]) == () and cache.num_free == 1
+    assert cache.match_prefix([b"x"]) == () and cache.num_free == 1
     cache.check_integrity([first, second])
 
 
@@ -87,10 +89,10 @@ def test_faults_of_published_pages_are_caught():
     cache = cache_of(3)
     pages = cache.allocate(2)
     with pytest.raises(AssertionError, match="nobody's"):
-        cache.publish(2, b"x")
-    cache.publish(pages[0], b"x")
+        cache.insert(2, b"x")
+    cache.insert(pages[0], b"x")
     cache.free(pages)
-    for spoil in (cache._key, cache._page, cache._idle):
+    for spoil in (cache._hash, cache._page, cache._idle):
         kept = dict(spoil)
         spoil.clear()
         with pytest.raises(AssertionError, match="cache"):
@@ -134,7 +136,7 @@ def test_readers_share_pages_while_they_run():
     engine.step()
     assert all(request.status == "running" for request in requests)
     assert engine.cache.num_free == 32 - 10 - 4 * 4
-    assert len({request.row.pages[:10] for request in requests}) == 1
+    assert len({request.sequence.pages[:10] for request in requests}) == 1
     engine.check_integrity()
     engine.cancel(requests[0].request_id)  # its own pages only
     assert engine.cache.num_free == 32 - 10 - 3 * 4
@@ -181,5 +183,5 @@ def test_a_partly_absent_last_block_is_not_published():
     )
     output = engine.generate([prompt_of(4)], params)[0]
     assert output.counters.forwards_per_block == [2, 2]  # the last step changed nothing: K/V of both blocks are final
-    published = content_keys(prompt_of(4) + output.token_ids + [0, 0], LENGTH)
-    assert len(engine.cache.find(published)) == 2 and len(engine.cache._key) == 2
+    published = block_hashes(prompt_of(4) + output.token_ids + [0, 0], LENGTH)
+    assert len(engine.cache.match_prefix(published)) == 2 and engine.cache.num_idle == 2

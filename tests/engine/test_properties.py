@@ -1,14 +1,11 @@
 """The property that sells it: whatever else runs, whenever it arrives, a request gets the tokens it would get alone."""
 
-from unittest import mock
-
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from llada2_fast.config import DecodeParams
-from llada2_fast.decoding.graph_runner import StepGraph
 from llada2_fast.engine import QueueFull
 from tests.engine.common import (
     PARAMS,
@@ -22,7 +19,6 @@ from tests.engine.common import (
     random_model,
     small_engine,
     tokens_alone,
-    with_step_graphs,
 )
 
 QUICK = (Phase.explicit, Phase.generate)
@@ -78,7 +74,7 @@ def play(engine, jobs):
 def assert_all_as_alone(model, requests, jobs):
     for request, (prompt, params, *_) in zip(requests, jobs, strict=True):
         if request.output.finish_reason == "cancelled":
-            assert tokens_alone(model, prompt, params)[: request.delivered] == request.output.token_ids
+            assert tokens_alone(model, prompt, params)[: request.sequence.num_delivered] == request.output.token_ids
             events = alone(model, prompt, params).trace[0].events
             if request.output.trace is not None:
                 assert events[: len(request.output.trace.events)] == request.output.trace.events
@@ -95,20 +91,19 @@ def test_any_mix_gives_every_request_its_own_tokens(seed, layers, config, jobs):
     assert_empty(engine)
 
 
-@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("overlap", [False, True])
 @settings(max_examples=25, phases=QUICK)
 @given(st.integers(0, 2), engines_of, st.lists(jobs_of, min_size=2, max_size=7))
-def test_any_mix_on_step_graphs(lag, seed, config, jobs):
+def test_any_mix_on_step_graphs(overlap, seed, config, jobs):
     """Also where the host learns a step late what it did, while requests come, go, share pages and are preempted."""
     model = random_model(seed)
-    with mock.patch.object(StepGraph, "replay", StepGraph.run):
-        engine = with_step_graphs(small_engine(model=model, trace=not lag, **config), lag)
-        requests = play(engine, jobs)
+    engine = small_engine(model=model, trace=True, graphs=True, capture=False, overlap=overlap, **config)
+    requests = play(engine, jobs)
     for request, (prompt, params, *_) in zip(requests, jobs, strict=True):
         if request.output.finish_reason == "cancelled":
-            assert tokens_alone(model, prompt, params)[: request.delivered] == request.output.token_ids
+            assert tokens_alone(model, prompt, params)[: request.sequence.num_delivered] == request.output.token_ids
         else:
-            assert_as_alone(request.output, model, prompt, params, traced=not lag)
+            assert_as_alone(request.output, model, prompt, params)
     assert_empty(engine)
 
 

@@ -85,7 +85,7 @@ def test_a_row_that_ends_makes_room_at_the_next_step_and_nobody_waits_for_the_sl
     for done in range(6):
         engine.step()
         assert [request.output is not None for request in quick] == [n <= done for n in range(6)]
-    assert slow.status == "running" and slow.row.counters.denoise_forwards == 6
+    assert slow.status == "running" and slow.sequence.counters.denoise_forwards == 6
     run_out(engine)
     assert_as_alone(slow.output, random_model(), prompt_of(4), SLOW)
 
@@ -98,12 +98,14 @@ def test_a_long_prompt_never_stalls_running_rows_for_more_than_a_chunk(chunk):
     engine.step()
     long = [engine.add_request(prompt_of(n, n), PARAMS[0]) for n in (170, 90)]
     while any(request.prefilled is None for request in long):
-        settled = sum(request.row.settled for request in long if request.row)
-        forwards = running.row.counters.denoise_forwards
+        settled = sum(request.sequence.num_final_blocks for request in long)
+        forwards = running.sequence.counters.denoise_forwards
         engine.step()
-        assert running.row.counters.denoise_forwards == forwards + 1
-        rows = [request.row for request in long if request.row]
-        assert sum(row.settled for row in rows) - settled <= max(1, chunk // LENGTH) + 1  # 1: a block it generated
+        assert running.sequence.counters.denoise_forwards == forwards + 1
+        rows = [request.sequence for request in long if request.sequence.pages]
+        assert (
+            sum(row.num_final_blocks for row in rows) - settled <= max(1, chunk // LENGTH) + 1
+        )  # 1: a block it generated
     assert engine.num_steps >= 260 // chunk
     engine.cancel(running.request_id)
     run_out(engine)
