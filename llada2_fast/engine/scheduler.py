@@ -89,12 +89,12 @@ class Scheduler:
     def insert(self, request: Request):
         """Let others match the blocks whose K/V are final. A denoise step without NaN has proved them all finite."""
         sequence = request.sequence
-        if self.config.enable_prefix_caching:
+        whole = min(sequence.num_final_blocks, sequence.limit // sequence.block_length)
+        if self.config.enable_prefix_caching and request.num_inserted < whole:
             self._hash(request)
-            whole = min(sequence.num_final_blocks, sequence.limit // sequence.block_length)
             for block in range(request.num_inserted, whole):
                 self.cache.insert(sequence.pages[block], request.block_hashes[block])
-                request.num_inserted = block + 1
+            request.num_inserted = whole
 
     def _hash(self, request):
         sequence = request.sequence

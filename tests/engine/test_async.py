@@ -148,7 +148,7 @@ def test_leaving_a_stream_cancels_its_request(how):
             await read()
         else:
             task = asyncio.create_task(read())
-            await until(lambda: "x" in engine.requests and engine.requests["x"].delivered)
+            await until(lambda: "x" in engine.requests and engine.requests["x"].sequence.num_delivered)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task

@@ -79,7 +79,7 @@ def test_nan_in_one_row_fails_that_request_alone(size):
     for request, (prompt, params) in zip(good, jobs, strict=True):
         assert_as_alone(request.output, model, prompt, params)
     assert_empty(engine)
-    assert engine.cache.match_prefix(bad.keys) == ()
+    assert engine.cache.match_prefix(bad.block_hashes) == ()
     again = engine.generate([bad.prompt, *(prompt for prompt, _ in jobs)], [PARAMS[0], *(p for _, p in jobs)])
     assert [output.finish_reason == "error" for output in again] == [True, False, False, False]
     for output, (prompt, params) in zip(again[1:], jobs, strict=True):
