@@ -233,8 +233,8 @@ def test_the_cards_profiles_go_on_behind_an_eos_unless_told_otherwise(tiny, prof
     ids, more = random_ids(1, 12), dict(gen_length=24, threshold=2.0, profile=profile)
     own, rates = dict(block_length=8, mask_id=MASK), []
     eos = llada2_fast.generate(tiny, ids, eos_id=-1, **more, **own)[0, 4].item()
-    for given, early in (({}, False), ({"eos_early_stop": True}, True)):
-        out = tiny.generate(ids, eos_token_id=eos, return_dict_in_generate=True, **more, **given)
+    for said, early in (({}, False), ({"eos_early_stop": True}, True)):
+        out = tiny.generate(ids, eos_token_id=eos, return_dict_in_generate=True, **more, **said)
         answer = llada2_fast.generate(tiny, ids, eos_id=eos, eos_early_stop=early, return_dict=True, **more, **own)
         assert torch.equal(out.sequences[:, 12:], answer.sequences)
         rates.append(out.tokens_per_forward.item())
