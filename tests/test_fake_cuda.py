@@ -251,6 +251,24 @@ def test_graphs_kept_with_a_model_know_another_mask(golden):
     assert not torch.equal(*got)
 
 
+class Measured(LLaDA2Model):
+    """Notes how many tokens each forward has."""
+
+    def forward_blocks(self, tokens, *args):
+        vars(self).setdefault("sizes", []).append(tokens.numel())
+        return super().forward_blocks(tokens, *args)
+
+
+@pytest.mark.parametrize("editing, sizes", [(None, [4, 8]), (5.0, [4, 4, 4, 4])])
+def test_a_graph_has_no_place_for_a_block_that_was_seen_as_it_stays(golden, editing, sizes):
+    """A block that a step has filled goes along with the next one; not where a step without an edit has followed."""
+    options = {"gen_length": 7, "block_length": 4, "threshold": 0.0, "mask_id": 255, "eos_id": -1}
+    with fake_cuda():
+        model = move(Measured.from_pretrained(golden / "tiny", progress=False))
+        model.generate([[1]], graphs=True, trace=True, editing_threshold=editing, **options)
+    assert model.sizes == sizes
+
+
 class Recorder:
     """A streamer that keeps what it is given, drafts too."""
 
