@@ -3,6 +3,8 @@
 import argparse
 import json
 import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -125,6 +127,14 @@ def test_the_gate_counts_missing_tokens(capsys):
     for tokens in ([[1, 2]], [[1, 2, 3, 4]], [[1, 2, 4]]):
         with pytest.raises(SystemExit, match="x: .* expected all"):
             workload.require_equal(tokens, [[1, 2, 3]], "x", torch.float32)
+
+
+@pytest.mark.parametrize("returned, code", [(None, 0), (0, 0), (1, 1), (3, 3)])
+def test_what_a_benchmark_returns_is_the_exit_code(bench, monkeypatch, returned, code):
+    monkeypatch.setitem(cli.BENCHMARKS, "another", ("another", "one more benchmark"))
+    another = SimpleNamespace(main=lambda options: returned)
+    monkeypatch.setitem(sys.modules, "llada2_fast.benchmarks.another", another)
+    assert bench("another") == (code, "", "")
 
 
 # The others

@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from transformers import MaxLengthCriteria
 from triton.runtime.jit import JITFunction
 
 from llada2_fast import Engine, EngineConfig
+from llada2_fast.adapters.transformers import LLaDA2MoeModelLM
 from llada2_fast.config import DecodeParams
 from llada2_fast.decoding.graph_runner import StepGraph
 from llada2_fast.kernels import candidates, fp8, norm, refine
@@ -236,6 +238,69 @@ def test_what_kernels_leave_each_other_is_not_of_the_default_dtype(golden, dtype
     assert torch.equal(held(got.sequences), wanted.sequences)
     theirs = [event.confidence for row in wanted.trace for event in row.events]
     assert [event.confidence for row in got.trace for event in row.events] == pytest.approx(theirs, abs=1e-4)
+
+
+def test_graphs_kept_with_a_model_know_another_mask(golden):
+    """Where the second call took the first one's graphs, its masks would be tokens."""
+    options = OPTIONS | {"gen_length": 3, "threshold": 0.0}  # a step
+    with fake_cuda():
+        model = move(load(golden))
+        got = [held(model.generate(PROMPTS[1:], graphs=True, **options | {"mask_id": mask})) for mask in (255, 254)]
+    for mask, tokens in zip((255, 254), got, strict=True):
+        assert torch.equal(tokens, load(golden).generate(PROMPTS[1:], **options | {"mask_id": mask}))
+    assert not torch.equal(*got)
+
+
+class Measured(LLaDA2Model):
+    """Notes how many tokens each forward has."""
+
+    def forward_blocks(self, tokens, *args):
+        vars(self).setdefault("sizes", []).append(tokens.numel())
+        return super().forward_blocks(tokens, *args)
+
+
+@pytest.mark.parametrize("editing, sizes", [(None, [4, 8]), (5.0, [4, 4, 4, 4])])
+def test_a_graph_has_no_place_for_a_block_that_was_seen_as_it_stays(golden, editing, sizes):
+    """A block that a step has filled goes along with the next one; not where a step without an edit has followed."""
+    options = {"gen_length": 7, "block_length": 4, "threshold": 0.0, "mask_id": 255, "eos_id": -1}
+    with fake_cuda():
+        model = move(Measured.from_pretrained(golden / "tiny", progress=False))
+        model.generate([[1]], graphs=True, trace=True, editing_threshold=editing, **options)
+    assert model.sizes == sizes
+
+
+class Recorder:
+    """A streamer that keeps what it is given, drafts too."""
+
+    def __init__(self):
+        self.seen = []
+
+    def put(self, value):
+        self.seen.append(("final", *value[0].tolist()))
+
+    def put_draft(self, value):
+        self.seen.append(("draft", *value[0].tolist()))
+
+    def end(self):
+        self.seen.append(("end",))
+
+
+def test_streamers_and_stops_see_a_step_of_a_graph_when_it_is_done(golden):
+    """As without graphs: the same drafts after the same steps, and no step behind the one that ends a row."""
+    options = {"max_new_tokens": 11, "block_length": 4, "threshold": 0.5, "mask_token_id": 255, "eos_token_id": 252}
+
+    def decode(place, **more):
+        model, recorder = place(LLaDA2MoeModelLM.from_pretrained(golden / "tiny", progress=False)), Recorder()
+        out = model.generate(
+            torch.tensor(PROMPTS[1:]), streamer=recorder, stopping_criteria=[MaxLengthCriteria(5 + 5)],
+            return_dict_in_generate=True, **options, **more,
+        )  # fmt: skip
+        return held(out.sequences).tolist(), held(out.tokens_per_forward).tolist(), recorder.seen
+
+    wanted = decode(lambda model: model)
+    with fake_cuda():
+        assert decode(move, graphs=True) == wanted
+    assert len(wanted[0][0]) == 5 + 5 and len(wanted[2]) == 10
 
 
 def test_generate_without_graphs(golden):

@@ -154,6 +154,18 @@ def test_masks_of_several_answers_may_be_lists(tiny):
         assert torch.equal(tiny.generate(ids, attention_mask=same, **more), wanted)
 
 
+def test_the_answers_to_a_prompt_stand_together(tiny):
+    ids, mask = random_ids(2, 12), torch.ones(2, 12, dtype=torch.int64)
+    mask[0, :5] = 0
+    more = dict(max_new_tokens=8, num_return_sequences=2, do_sample=True, eos_token_id=-1)
+    both = tiny.generate(ids, attention_mask=mask, seed=[1, 2, 3, 4], **more)
+    each = [
+        tiny.generate(ids[i : i + 1], attention_mask=mask[i : i + 1], seed=seed, **more)
+        for i, seed in enumerate(([1, 2], [3, 4]))
+    ]
+    assert torch.equal(both, torch.cat(each))
+
+
 def test_empty_processors_change_nothing(tiny):
     ids = torch.tensor([[3, 5, 200]])
     empty = {"logits_processor": LogitsProcessorList(), "stopping_criteria": StoppingCriteriaList(), "num_beams": 1}
@@ -213,6 +225,21 @@ def test_sampling_and_thresholds(tiny, given, expected):
     asked = {"gen_length": 20, "block_length": 8, "mask_id": MASK, "seed": 3, "eos_early_stop": True} | expected
     answer = llada2_fast.generate(tiny, ids, **asked)
     assert torch.equal(tiny.generate(ids, max_new_tokens=20, seed=3, **given)[:, 12:], answer)
+
+
+@pytest.mark.parametrize("profile", ["hf-2.0", "hf-2.1"])
+def test_the_cards_profiles_go_on_behind_an_eos_unless_told_otherwise(tiny, profile):
+    """Which the forwards tell: the tokens behind an EOS are cut in any case."""
+    ids, more = random_ids(1, 12), dict(gen_length=24, threshold=2.0, profile=profile)
+    own, rates = dict(block_length=8, mask_id=MASK), []
+    eos = llada2_fast.generate(tiny, ids, eos_id=-1, **more, **own)[0, 4].item()
+    for said, early in (({}, False), ({"eos_early_stop": True}, True)):
+        out = tiny.generate(ids, eos_token_id=eos, return_dict_in_generate=True, **more, **said)
+        answer = llada2_fast.generate(tiny, ids, eos_id=eos, eos_early_stop=early, return_dict=True, **more, **own)
+        assert torch.equal(out.sequences[:, 12:], answer.sequences)
+        rates.append(out.tokens_per_forward.item())
+        assert rates[-1] == pytest.approx(answer.tokens_per_forward)
+    assert rates[0] < rates[1]
 
 
 def test_seeds(tiny):

@@ -99,7 +99,6 @@ class AsyncEngine:
 
     async def aclose(self):
         """Cancel all requests and end the thread."""
-        self._send(Call(Future(), lambda: [self.engine.cancel(name) for name in list(self.engine.requests)]))
         self._send(None)
         await asyncio.to_thread(self._thread.join)
 
@@ -144,7 +143,9 @@ class AsyncEngine:
             if self._calls.empty():
                 self._tell_readers()  # of what calls have ended, before the thread sleeps
             call = self._calls.get()
-            if call is None:
+            if call is None:  # in one go: who waits for room must not be let in by the requests that are cancelled
+                for name in list(self.engine.requests):
+                    self.engine.cancel(name)
                 return False
             if call.wait and (self._waiting or not scheduler.has_room):
                 self._waiting.append(call)

@@ -25,10 +25,14 @@ class Unhurried(LLaDA2Model):
         return super().forward_blocks(*args)
 
 
+def copy_of(model, cls):
+    copy = cls(model.config)
+    copy.load_state_dict(model.state_dict())
+    return copy
+
+
 def unhurried_model():
-    model = Unhurried(random_model().config)
-    model.load_state_dict(random_model().state_dict())
-    return model
+    return copy_of(random_model(), Unhurried)
 
 
 def with_engine(test, **config):
@@ -129,6 +133,32 @@ def test_a_stream_tells_everything_in_order():
     with_engine(test)
 
 
+class Paced(LLaDA2Model):
+    """Makes a forward when it is told to, or after a minute."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.go_on = threading.Semaphore(1)
+
+    def forward_blocks(self, *args):
+        self.go_on.acquire(timeout=60)
+        return super().forward_blocks(*args)
+
+
+def test_a_reader_that_keeps_up_sees_every_draft():
+    """It hears of a draft when there is one, not when the block is done."""
+    model = copy_of(random_model(), Paced)
+
+    async def test(serving):
+        kinds = []
+        async for event in serving.stream(prompt_of(8), SLOW, drafts=True):
+            kinds.append(event.kind)
+            model.go_on.release()
+        assert kinds == ["draft", "draft", "draft", "commit"] * 4 + ["finish"]
+
+    with_engine(test, model=model)
+
+
 @pytest.mark.parametrize("how", ["close", "break", "task"])
 def test_leaving_a_stream_cancels_its_request(how):
     async def test(serving):
@@ -155,6 +185,17 @@ def test_leaving_a_stream_cancels_its_request(how):
         await until(lambda: "x" not in engine.requests)
         assert engine.finished["cancelled"] == 1
         assert_as_alone(await other, random_model(), prompt_of(7), PARAMS[1])
+
+    with_engine(test, model=unhurried_model())
+
+
+def test_a_reader_that_leaves_late_does_not_cancel_who_has_its_id_now():
+    async def test(serving):
+        async for event in serving.stream(prompt_of(5), SLOW, request_id="x"):
+            if event.kind == "finish":
+                second = asyncio.create_task(serving.generate(prompt_of(6), SLOW, request_id="x"))
+                await until(lambda: "x" in serving.engine.requests)
+        assert (await second).finish_reason == "length"
 
     with_engine(test, model=unhurried_model())
 
@@ -219,6 +260,27 @@ def test_a_full_queue_refuses_or_lets_wait():
     with_engine(test, model=unhurried_model(), max_num_seqs=1, max_waiting=2)
 
 
+def test_who_has_waited_longest_is_next_when_a_call_makes_room():
+    async def test(serving):
+        engine, ended = serving.engine, []
+
+        async def ask(name, params=SLOW):
+            output = await serving.generate([1], params, wait=True, request_id=name)
+            ended.append((name, output.finish_reason))
+
+        tasks = [asyncio.create_task(ask("running", LONG))]
+        await until(lambda: engine.scheduler.running)
+        tasks += [asyncio.create_task(ask(name)) for name in ("queued", "patient")]
+        await until(lambda: engine.scheduler.waiting)
+        tasks += [asyncio.create_task(serving.cancel("queued")), asyncio.create_task(ask("late"))]
+        await until(lambda: ended)
+        await serving.cancel("running")
+        await asyncio.gather(*tasks)
+        assert ended == [("queued", "cancelled"), ("running", "cancelled"), ("patient", "length"), ("late", "length")]
+
+    with_engine(test, model=unhurried_model(), max_num_seqs=1, max_waiting=1)
+
+
 def test_a_reader_that_is_slow_misses_drafts_but_no_commit():
     async def test(serving):
         kinds = []
@@ -269,6 +331,22 @@ def test_closing_ends_what_runs():
         await serving.aclose()
         assert {(await task).finish_reason for task in tasks} == {"cancelled"}
         await serving.aclose()
+
+    asyncio.run(asyncio.wait_for(main(), 200))
+    assert_empty(engine)
+
+
+def test_closing_refuses_whoever_waits_for_room():
+    engine = small_engine(model=unhurried_model(), cache_tokens=2048, max_num_seqs=1, max_waiting=1)
+
+    async def main():
+        serving = AsyncEngine(engine)
+        tasks = [asyncio.create_task(serving.generate(prompt_of(n), LONG, wait=True)) for n in range(3)]
+        await until(lambda: engine.scheduler.running and engine.scheduler.waiting)
+        await serving.aclose()
+        *added, refused = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [output.finish_reason for output in added] == ["cancelled", "cancelled"]
+        assert isinstance(refused, RuntimeError) and str(refused) == "the engine is closed"
 
     asyncio.run(asyncio.wait_for(main(), 200))
     assert_empty(engine)

@@ -299,10 +299,13 @@ def test_stop_strings(editing):
 def test_a_stop_that_never_comes_changes_nothing():
     prompt = chat("Add 47 and 96.")
     params = DecodeParams(gen_length=64, threshold=0.9, eos_early_stop=True)
+    text = tokenizer().decode(tokens_alone(demo_model(), prompt, params), skip_special_tokens=True)
     engine = Engine(demo_model(), EngineConfig(cache_tokens=512), tokenizer())
-    output = engine.generate([prompt], params, stop=["15", "answer is 1439"], stop_token_ids=[5])[0]
-    assert "15" not in output.text
-    assert_as_alone(output, demo_model(), prompt, params)
+    stop = ["15", "answer is 1439", text[-4:] + "!"]  # the last one's beginning is held back until the end
+    request = engine.add_request(prompt, params, stop=stop, stop_token_ids=[5])
+    events = list(engine.stream(request))
+    assert "15" not in text and "".join(event.text for event in events) == request.output.text == text
+    assert_as_alone(request.output, demo_model(), prompt, params)
 
 
 # --- what is refused

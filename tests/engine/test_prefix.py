@@ -128,6 +128,24 @@ def test_a_common_system_prompt_is_computed_once_even_if_all_come_at_once():
     assert_empty(engine)
 
 
+def test_known_pages_that_nobody_holds_are_free_only_once():
+    """Three of four pages are held by nobody. A request that needs four finds two of them: the others are too few."""
+    engine, prompt = small_engine(cache_tokens=4 * LENGTH), prompt_of(2 * LENGTH)
+    engine.generate([prompt], DecodeParams(gen_length=4, threshold=0.0))
+    other = engine.add_request([1], DecodeParams(gen_length=3, threshold=2.0, steps=4, eos_ids=()))
+    engine.step()
+    params = DecodeParams(gen_length=8, threshold=0.4)
+    request = engine.add_request(prompt, params)
+    engine.step()
+    assert (other.status, request.status, engine.cache.num_free) == ("running", "waiting", 3)
+    while engine.has_work:
+        engine.step()
+        engine.check_integrity()
+    assert request.output.shared_tokens == 2 * LENGTH
+    assert_as_alone(request.output, random_model(), prompt, params)
+    assert_empty(engine)
+
+
 def test_readers_share_pages_while_they_run():
     engine = small_engine(cache_tokens=128)  # 32 pages; alone each of the four needs 13
     system = prompt_of(40)

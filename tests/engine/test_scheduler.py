@@ -171,6 +171,25 @@ def test_only_lower_priorities_are_preempted_as_few_as_do_the_latest_first():
     assert engine.finished == {"length": 7} or engine.finished.total() == 7
 
 
+def test_nobody_is_preempted_for_pages_that_others_share():
+    """Without the sharer 2 of 6 pages would be free and 3 are needed: its other 2 are the first one's, too."""
+    engine, prompt = small_engine(cache_tokens=6 * LENGTH), prompt_of(2 * LENGTH)
+    first = engine.add_request(prompt, DecodeParams(gen_length=8, threshold=2.0, steps=4, eos_ids=()), priority=1)
+    while not any(event.kind == "commit" for event in engine.step()):
+        pass  # its prompt is known once it has committed a block
+    sharer = engine.add_request(prompt, DecodeParams(gen_length=4, threshold=2.0, steps=4, eos_ids=()))
+    engine.step()
+    assert sharer.status == "running" and engine.cache.num_free == 1
+    newcomer = engine.add_request([1], DecodeParams(gen_length=11, threshold=0.4), priority=1)
+    engine.step()
+    assert (first.status, sharer.status, newcomer.status) == ("running", "running", "waiting")
+    run_out(engine)
+    for request in (first, sharer, newcomer):
+        assert request.output.preemptions == 0
+        assert_as_alone(request.output, random_model(), request.prompt, request.params)
+    assert_empty(engine)
+
+
 def test_a_request_that_has_waited_long_enough_is_not_preempted():
     clock = Clock()
     engine = preempting_engine(clock=clock, priority_s=10.0)
