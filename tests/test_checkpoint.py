@@ -592,6 +592,15 @@ def test_save_refuses_what_load_would(golden, tmp_path):
     same_bytes(loaded(tmp_path / "twice")[1], params)
 
 
+def test_an_index_left_behind_is_not_saved_beside(golden, tmp_path):
+    """With it the one file written would be refused when it is loaded."""
+    config, params = loaded(golden / "tiny")
+    shutil.copy(golden / "group" / INDEX, tmp_path)
+    with pytest.raises(CheckpointError, match=f"{INDEX}: belongs to another checkpoint"):
+        checkpoint.save(tmp_path, config, params)
+    assert [path.name for path in tmp_path.iterdir()] == [INDEX]
+
+
 def test_resolve(golden, tmp_path, monkeypatch):
     assert checkpoint.resolve(golden / "tiny") == checkpoint.resolve(str(golden / "tiny")) == golden / "tiny"
     for path, message in (
