@@ -19,13 +19,20 @@ def resolve(
     patterns: tuple[str, ...] = ("*.json", "*.safetensors", "*.jinja"),
     subfolders: bool = False,
 ) -> Path:
-    """The local folder of a checkpoint: the folder itself, or a snapshot of a Hugging Face Hub repository; of either,
-    the `subfolder` if one is named.
+    """The local folder of a checkpoint. Where the hub cannot be reached or refuses, a snapshot in the cache is used.
 
-    revision: its branch, tag or commit; the arguments after it as in huggingface_hub.snapshot_download. Only files that
-    match `patterns` are fetched, from `subfolders` only if asked for. Where the hub cannot be reached or refuses, a
-    snapshot in the cache is used. CheckpointError in one line when there is neither folder nor snapshot, ValueError for
-    a subfolder that is none."""
+    path_or_hub_id: a folder, or owner/name of a hub repository, of which a snapshot is taken.
+    revision: its branch, tag or commit; None = its main branch.
+    cache_dir: where snapshots are kept; None = the hub library's folder.
+    token: for private and gated repositories; True or None = the one that is logged in.
+    local_files_only: ask the cache alone.
+    force_download: fetch files again that are in the cache.
+    subfolder: the folder inside the checkpoint that is meant.
+    patterns: only files that match one of them are fetched.
+    subfolders: fetch them from folders inside, too.
+    Raises CheckpointError in one line when there is neither folder nor snapshot, ValueError for a subfolder that is
+    none.
+    """
     name, below = os.fspath(path_or_hub_id), _subfolder(subfolder)
     if os.path.isdir(name):
         return _existing(Path(name, below))
@@ -35,7 +42,7 @@ def resolve(
         raise CheckpointError(f"{name}: no such folder, and not the id of a hub repository (owner/name)")
     from huggingface_hub import errors, snapshot_download
 
-    def snapshot(local_files_only):
+    def snapshot(local_files_only: bool) -> Path:
         return Path(snapshot_download(
             name, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only,
             force_download=bool(force_download), allow_patterns=[(below / p).as_posix() for p in patterns],
@@ -57,21 +64,21 @@ def resolve(
     raise CheckpointError(f"{name}: no such folder, and the hub did not provide it: {reason}") from failure
 
 
-def _subfolder(subfolder):
-    """It as a relative path."""
+def _subfolder(subfolder) -> Path:
+    """`subfolder` as a relative path; ValueError for anything else."""
     path = Path(subfolder or "") if isinstance(subfolder, (str, os.PathLike, type(None))) else None
     if path is None or path.is_absolute() or ".." in path.parts:
         raise ValueError(f"subfolder={subfolder!r:.80}: expected the name of a folder inside the checkpoint")
     return path
 
 
-def _existing(folder):
+def _existing(folder: Path) -> Path:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     return folder
 
 
-def _hub_reason(error, revision, errors):
+def _hub_reason(error: Exception, revision: str | None, errors) -> str:
     """One line for an error of huggingface_hub, whose own are long, with what helps on the later lines."""
     if isinstance(error, errors.GatedRepoError):
         return "the repository is gated: accept its terms on the hub, then log in or give token"
@@ -84,6 +91,6 @@ def _hub_reason(error, revision, errors):
     return _first_line(error)
 
 
-def _first_line(error):
+def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
