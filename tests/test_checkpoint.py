@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llada2_fast.config import ModelConfig
 from llada2_fast.model import LLaDA2Model
-from llada2_fast.weights import checkpoint
+from llada2_fast.weights import checkpoint, files
 from llada2_fast.weights.checkpoint import CheckpointError
 
 SETS = ["tiny", "group", "variant", "flat", "moe256", "bf16", "block22"]
@@ -546,7 +546,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(golden, tmp_path, monke
     truncate(tmp_path, -4)
     buffer = torch.empty(10**6, dtype=torch.uint8)
     with pytest.raises(CheckpointError, match=rf"{ONE}: truncated: tensor {plan[-1][0].name}"):
-        checkpoint._read(plan[-1][0], buffer)
+        files.read(plan[-1][0], buffer)
 
 
 def test_pickles_beside_safetensors_are_never_opened(golden, tmp_path):
