@@ -1,16 +1,18 @@
-"""Hugging Face safetensors <-> the parameters of `LLaDA2Model`, by the rename table of names.py.
+"""Hugging Face safetensors <-> the parameters of `LLaDA2Model`, by the rename table of weight_map.py.
 
 With quantization "fp8" linear weights are e4m3 with scales: stored so, or made from wider ones as they are read.
 
 Reading: `inspect` matches every header of every shard with the table before a single weight is read; `load` then
-streams the weights, one tensor at a time. Writing: `save` applies the same table backwards. Only safetensors is ever
-opened: nothing pickled, no code from the checkpoint. `adopt` takes the tensors of a module that is loaded already.
+copies the weights out of the mapped files, tensor after tensor. Writing: `save` applies the same table backwards.
+`adopt` takes the tensors of a module that is loaded already. Only safetensors is ever opened: nothing pickled, no code
+from the checkpoint.
 """
 
 import json
 import math
 import os
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -19,7 +21,7 @@ from tqdm.auto import tqdm
 
 from ..config import DTYPES, ModelConfig
 from ..kernels.fp8 import FP8, quantize_weight
-from .files import INDEX, ONE_FILE, read, refuse_stale, weight_files
+from .files import INDEX, ONE_FILE, WeightFile, refuse_stale, weight_files
 from .hub import resolve as resolve
 from .weight_map import (
     STORED,
@@ -61,26 +63,37 @@ def router_dtypes(plan: list[tuple[Entry, WeightTarget]], dtype: torch.dtype) ->
 def load(
     folder: str | os.PathLike, config: ModelConfig, params: dict[str, torch.Tensor], progress: bool = True
 ) -> None:
-    """Fill `params` (named and shaped as `parameter_shapes`; bf16, fp16, fp32, or fp8 where the config has it; on
-    any device) from the safetensors in `folder`, converting to each parameter's dtype. Beyond `params` it holds one
-    tensor at a time. CheckpointError for whatever `inspect` refuses, for a file that ends early and for weights that
-    are not finite in their target dtype."""
+    """Fill `params` from the safetensors in a folder, converting to each parameter's dtype.
+
+    folder: the checkpoint's.
+    config: its config; with quantization "fp8" wider weights become fp8.
+    params: name -> tensor, named and shaped as `parameter_shapes`; bf16, fp16, fp32, or fp8 where the config has it; on
+        any device. Beyond them it holds nothing, or one tensor where weights become fp8.
+    progress: show a bar.
+    Raises CheckpointError for whatever `inspect` refuses, for a file that becomes shorter and for weights that are not
+    finite in their target dtype.
+    """
     _check_params(config, params)
     plan = inspect(folder, config)
-    sizes = [entry.end - entry.begin for entry, _ in plan]
-    buffer = torch.empty(max(sizes), dtype=torch.uint8, device="cpu")
-    bar = tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="Loading weights", disable=not progress)
+    total = sum(entry.nbytes for entry, _ in plan)
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=not progress)
     with bar, torch.no_grad():
-        for entry, slot in plan:
-            source, target = read(entry, buffer), slot.view(params[slot.param])
-            quantize = target.dtype == FP8 != source.dtype
-            limit = source.dtype if quantize else target.dtype
-            _check_finite(source, limit, entry)
-            if quantize:
-                source, scale = quantize_weight(source.to(target.device), slot.parts)
-                slot.scale.view(params[slot.scale.param]).copy_(scale)
-            target.copy_(source)
-            bar.update(entry.end - entry.begin)
+        for path, part in groupby(plan, key=lambda item: item[0].source):
+            file = WeightFile(path)
+            for entry, slot in part:
+                _fill(params, slot, file.read(entry.name), entry)
+                bar.update(entry.nbytes)
+
+
+def _fill(params, slot, source, what):
+    """Copy `source`, a tensor of a checkpoint that errors call `what`, to where it goes."""
+    target = slot.view(params[slot.param])
+    quantize = target.dtype == FP8 != source.dtype
+    _check_finite(source, source.dtype if quantize else target.dtype, what)
+    if quantize:
+        source, scale = quantize_weight(source.to(target.device), slot.parts)
+        slot.scale.view(params[slot.scale.param]).copy_(scale)
+    target.copy_(source)
 
 
 @torch.no_grad()
@@ -189,7 +202,7 @@ def _write_json(path, content):
 
 def _check_plausible(folder, config, entries):
     """Refuse absurd sizes before the table, which has an entry per layer and expert, is built for them."""
-    held = sum(entry.end - entry.begin for entry in entries)
+    held = sum(entry.nbytes for entry in entries)
     if config.num_hidden_layers * config.num_experts > held:
         sizes = f"num_hidden_layers={config.num_hidden_layers}, num_experts={config.num_experts}"
         raise CheckpointError(f"{folder}/config.json: {sizes}: the weight files hold only {held} bytes of tensors")
@@ -216,18 +229,11 @@ def _equal(a, b):
 
 
 def _check_tied(head, embeddings):
-    """Some rows at a time, so that it needs no memory to speak of."""
-    rows, width = embeddings.shape
-    step = max(1, 2**22 // width)
-    for begin in range(0, rows, step):
-        count, parts = min(step, rows - begin), []
-        for entry in (head, embeddings):
-            size = width * STORED[entry.dtype].itemsize
-            at = entry.begin + begin * size
-            part = entry._replace(shape=(count, width), begin=at, end=at + count * size)
-            parts.append(read(part, torch.empty(count * size, dtype=torch.uint8, device="cpu")))
-        if not _equal(*parts):
-            raise untied(head)
+    """Some rows at a time: those of different dtypes are both widened."""
+    rows = max(1, 2**22 // embeddings.shape[1])
+    both = (WeightFile(entry.source).read(entry.name).split(rows) for entry in (head, embeddings))
+    if not all(_equal(a, b) for a, b in zip(*both, strict=True)):
+        raise untied(head)
 
 
 def _check_finite(tensor, dtype, what):

@@ -1,10 +1,16 @@
-"""The weight files of a checkpoint: which ones belong to it, what they hold, and a tensor's values."""
+"""The weight files of a checkpoint: which ones belong to it, what they hold, and the values of tensors.
+
+The safetensors library reads them. What it would take in silence, or refuse in words that do not name the tensor, is
+checked here first.
+"""
 
 import math
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from ..config import parse_json
 from .weight_map import STORED, CheckpointError, Entry
@@ -35,7 +41,7 @@ def weight_files(folder) -> Iterator[list[Entry]]:
         if _WEIGHT_FILE.fullmatch(name) and name not in files:
             raise CheckpointError(f"{folder / name}: weights that do not belong to the checkpoint ({', '.join(files)})")
     for file in files:
-        entries = _header(folder / file)
+        entries = _entries(folder / file)
         if weight_map is not None:
             _check_listed(folder / file, {entry.name for entry in entries}, weight_map)
         yield entries
@@ -66,48 +72,78 @@ def _check_listed(path, held, weight_map):
             raise CheckpointError(f"{path}: does not hold tensor {tensor}, which {INDEX} lists there")
 
 
-def _header(path) -> list[Entry]:
-    """The tensors of one safetensors file in file order. The file is 8 bytes of header length, a JSON header, then the
-    tensors' bytes, which must follow each other without gap or overlap to the end of the file."""
+class WeightFile:
+    """A safetensors file that is mapped into memory: what is read of a tensor are the bytes of the part asked for.
+
+    path: the file. CheckpointError in the library's words if it is none.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self._size = path, path.stat().st_size
+        try:
+            self._file = safe_open(path, "pt")
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+
+    def entries(self) -> list[Entry]:
+        """Its tensors, in file order."""
+        slices = {name: self._file.get_slice(name) for name in self._file.offset_keys()}
+        return [Entry(self.path, name, x.get_dtype(), tuple(x.get_shape())) for name, x in slices.items()]
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> torch.Tensor:
+        """The part of a tensor at `index`, not copied, on the CPU. CheckpointError if the file has become shorter:
+        to touch what was mapped behind its end would end the process."""
+        if self.path.stat().st_size < self._size:
+            raise CheckpointError(f"{self.path}: truncated: tensor {name} was not read yet")
+        with torch.device("cpu"):  # else the host's default device
+            return self._file.get_slice(name)[index]
+
+
+def _entries(path) -> list[Entry]:
+    """The tensors of one file, in file order, after all checks of its header."""
+    header = _checked_header(path)
+    try:
+        return WeightFile(path).entries()
+    except CheckpointError as error:
+        unjudged = [name for name, fields in header.items() if fields["dtype"] not in STORED]
+        raise CheckpointError(f"{error}; see tensor {unjudged[0]}" if unjudged else str(error)) from None
+
+
+def _checked_header(path) -> dict[str, dict]:
+    """Name -> dtype, shape and data_offsets, as the header has them. CheckpointError for what safe_open takes (a name
+    given twice, an unknown field) and for what it refuses without the tensor's name or in words that do not help.
+
+    The file is 8 bytes of header length, a JSON header, then the tensors' bytes. That these follow each other without
+    gap or overlap is left to safe_open."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
             raise CheckpointError(f"{path}: truncated or corrupt: {size} bytes with a header of {length} bytes")
         header = _parse(file.read(length), path)
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"{path}: corrupt header: __metadata__ must map strings to strings")
-    entries = [_entry(path, name, fields, 8 + length) for name, fields in header.items()]
-    entries.sort(key=lambda entry: (entry.begin, entry.end))
-    position = 8 + length
-    for entry in entries:
-        if entry.begin != position:
-            kind = "overlaps the tensor before it" if entry.begin < position else "leaves a gap before it"
-            raise CheckpointError(f"{path}: corrupt header: tensor {entry.name} {kind} at byte {entry.begin}")
-        if entry.end > size:
-            raise CheckpointError(f"{path}: truncated: tensor {entry.name} ends at byte {entry.end} of {size}")
-        position = entry.end
-    if position != size:
-        raise CheckpointError(f"{path}: corrupt: {size - position} bytes after the last tensor")
-    return entries
+    header.pop("__metadata__", None)
+    for name, fields in header.items():
+        _check_fields(f"{path}: corrupt header: tensor {name}", fields)
+    last = max(header, key=lambda name: header[name]["data_offsets"][1], default=None)
+    end = 8 + length + (header[last]["data_offsets"][1] if header else 0)
+    if size < end:
+        raise CheckpointError(f"{path}: truncated: tensor {last} ends at byte {end} of {size}")
+    if size > end:
+        raise CheckpointError(f"{path}: corrupt: {size - end} bytes after the last tensor")
+    return header
 
 
-def _entry(path, name, fields, data_begin) -> Entry:
-    what = f"{path}: corrupt header: tensor {name}"
-    if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"{what} needs exactly dtype, shape and data_offsets")
-    dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
-    for key, numbers in (("shape", shape), ("data_offsets", offsets)):
-        if not isinstance(numbers, list) or not all(type(n) is int and n >= 0 for n in numbers):
-            raise CheckpointError(f"{what} has {key}={numbers!r:.80}: expected a list of integers >= 0")
-    if not isinstance(dtype, str):
-        raise CheckpointError(f"{what} has dtype={dtype!r:.80}: expected a name")
-    if len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"{what} has data_offsets={offsets}: expected a begin and an end")
-    if dtype in STORED and math.prod(shape) * STORED[dtype].itemsize != offsets[1] - offsets[0]:
-        raise CheckpointError(f"{what}: {dtype} of shape {shape} does not fill data_offsets={offsets}")
-    return Entry(path, name, dtype, tuple(shape), data_begin + offsets[0], data_begin + offsets[1])
+def _check_fields(what, fields):
+    """Of one tensor in a header: all fields and no others, and a size that fits if the dtype is one that we load."""
+    match fields:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end]} if len(fields) == 3 and all(
+            type(number) is int and number >= 0 for number in (*shape, begin, end)
+        ):
+            if dtype in STORED and math.prod(shape) * STORED[dtype].itemsize != end - begin:
+                raise CheckpointError(f"{what}: {dtype} of shape {shape} does not fill data_offsets={[begin, end]}")
+        case _:
+            expected = "dtype, shape and data_offsets=[begin, end], of integers >= 0, and nothing else"
+            raise CheckpointError(f"{what}: {fields!r:.80}: expected {expected}")
 
 
 def _parse(data, path):
@@ -115,16 +151,6 @@ def _parse(data, path):
         return parse_json(data, path)
     except ValueError as error:
         raise CheckpointError(str(error)) from None
-
-
-def read(entry, buffer) -> torch.Tensor:
-    """The tensor's values, in the front of the uint8 `buffer`."""
-    window = buffer[: entry.end - entry.begin]
-    with open(entry.source, "rb") as file:
-        file.seek(entry.begin)
-        if file.readinto(memoryview(window.numpy())) != len(window):
-            raise CheckpointError(f"{entry.source}: truncated: tensor {entry.name} ends at byte {entry.end}")
-    return window.view(STORED[entry.dtype]).view(entry.shape)
 
 
 def refuse_stale(folder, files):
