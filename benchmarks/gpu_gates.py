@@ -12,7 +12,7 @@ import torch
 
 from llada2_fast.kernels import attention, norm, refine, rope
 from llada2_fast.kernels._triton import force_ops
-from llada2_fast.model import MoE
+from llada2_fast.layers import MoE
 
 from .gpu_machine import poisoned
 from .gpu_weights import fill

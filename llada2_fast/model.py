@@ -15,16 +15,13 @@ from torch import nn
 from .config import DTYPES, ModelConfig, as_int, find_device, habits
 from .kernels._ambient import isolated, lasting
 from .kernels.attention import block_attention, masked_attention, place_blocks, single_blocks
-from .kernels.fp8 import FP8, check_device, linear, scale_shape
-from .kernels.gemm import QuantTensor
-from .kernels.moe import experts, mlp
-from .kernels.norm import add_rms_norm, rms_norm
+from .kernels.fp8 import FP8, check_device, linear
 from .kernels.product import rows_of
-from .kernels.rope import qk_norm_rope, qk_norm_rope_write, rope_angles
-from .kernels.router import route, token_blocks
+from .kernels.rope import rope_angles
+from .kernels.router import token_blocks
+from .layers import Layer, Linear, RMSNorm
 from .outputs import Output
 from .weights import checkpoint
-from .weights.conversion import KeepsFp8, NeverNarrower
 from .weights.special_tokens import NAMES as SPECIAL_IDS
 from .weights.special_tokens import check_ids, save_special_ids, special_ids
 
@@ -78,147 +75,6 @@ def seen_block_length(logits):
 
 def _whole(tensor):
     return tensor if tensor._base is None else tensor._base
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, size, eps, **kw):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(size, **kw))
-        self.eps = eps
-
-    def forward(self, x):
-        return rms_norm(x, self.weight, self.eps)
-
-    def add(self, x, delta):
-        """x + delta and its norm."""
-        return add_rms_norm(x, delta, self.weight, self.eps)
-
-
-class Linear(KeepsFp8):
-    """x W^T (+ b). In fp8, W is e4m3 with a `scale` per block; its `parts`, equal shares of its rows, share none."""
-
-    def __init__(self, size_in, size_out, bias=False, fp8=False, parts=1, **kw):
-        super().__init__()
-        self.weight, self.scale = _weight((size_out, size_in), fp8, parts, **kw)
-        self.bias = nn.Parameter(torch.empty(size_out, **kw)) if bias else None
-
-    def forward(self, x):
-        return linear(x, self.weight, self.scale, self.bias)
-
-
-def _weight(shape, fp8, parts, dtype, device):
-    """A weight and its scale, which is None unless fp8."""
-    weight = torch.empty(shape, dtype=FP8 if fp8 else dtype, device=device)
-    scale = torch.empty(scale_shape(shape, parts), dtype=torch.float32, device=device) if fp8 else None
-    return nn.Parameter(weight, requires_grad=False), nn.Parameter(scale, requires_grad=False) if fp8 else None
-
-
-class Attention(nn.Module):
-    """QKV projection, QK-norm, RoPE, attention by the caller's `attend(q, k, v)`, output projection.
-
-    With pages = (k_cache, v_cache, slot) k and v go to their pages instead, and attend(q) finds them there.
-    """
-
-    def __init__(self, config, **kw):
-        super().__init__()
-        self.heads, self.kv_heads, self.head_dim = (
-            config.num_attention_heads, config.num_key_value_heads, config.head_dim,
-        )  # fmt: skip
-        self.eps = config.rms_norm_eps
-        width = (self.heads + 2 * self.kv_heads) * self.head_dim
-        self.query_key_value = Linear(config.hidden_size, width, config.use_qkv_bias, config.fp8, **kw)
-        if config.use_qk_norm:
-            self.query_layernorm = RMSNorm(self.head_dim, self.eps, **kw)
-            self.key_layernorm = RMSNorm(self.head_dim, self.eps, **kw)
-        self.dense = Linear(self.heads * self.head_dim, config.hidden_size, config.use_bias, config.fp8, **kw)
-        self.norms = config.use_qk_norm
-
-    def forward(self, x, cos, sin, attend, pages=None):
-        qkv = self.query_key_value(x).unflatten(-1, (-1, self.head_dim))
-        q_weight = self.query_layernorm.weight if self.norms else None
-        k_weight = self.key_layernorm.weight if self.norms else None
-        args = (qkv, q_weight, k_weight, cos, sin, self.eps, self.heads, self.kv_heads)
-        o = attend(*qk_norm_rope(*args)) if pages is None else attend(qk_norm_rope_write(*args, *pages))
-        return self.dense(o.flatten(-2))
-
-
-class MLP(nn.Module):
-    """down( silu(gate(x)) * up(x) ); gate and up are one projection, gate rows first."""
-
-    def __init__(self, config, inner, **kw):
-        super().__init__()
-        self.gate_up = Linear(config.hidden_size, 2 * inner, fp8=config.fp8, parts=2, **kw)
-        self.down = Linear(inner, config.hidden_size, fp8=config.fp8, **kw)
-
-    @property
-    def weights(self):
-        return QuantTensor(self.gate_up.weight, self.gate_up.scale), QuantTensor(self.down.weight, self.down.scale)
-
-    def forward(self, x, block=None):
-        return mlp(x, *self.weights), None
-
-
-class Router(NeverNarrower):
-    """Near-ties between experts are decided by the last bits of its weights."""
-
-    def __init__(self, config, **kw):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, **kw))
-        self.expert_bias = nn.Parameter(torch.empty(config.num_experts, device=kw["device"], dtype=torch.float32))
-        self.fp8 = config.fp8  # of the experts' weights
-        self.rule = (
-            config.num_experts_per_tok, config.n_group, config.topk_group,
-            config.routed_scaling_factor, config.expert_capacity,
-        )  # fmt: skip
-
-    def forward(self, x, block):
-        return route(x, self.weight, self.expert_bias, *self.rule, block, fp8=self.fp8)
-
-
-class Experts(KeepsFp8):
-    def __init__(self, config, **kw):
-        super().__init__()
-        count, inner, hidden = config.num_experts, config.moe_intermediate_size, config.hidden_size
-        self.gate_up, self.gate_up_scale = _weight((count, 2 * inner, hidden), config.fp8, 2, **kw)
-        self.down, self.down_scale = _weight((count, hidden, inner), config.fp8, 1, **kw)
-
-    @property
-    def weights(self):
-        return QuantTensor(self.gate_up, self.gate_up_scale), QuantTensor(self.down, self.down_scale)
-
-
-class MoE(nn.Module):
-    """Routed experts plus the shared expert, which is neither scaled nor gated."""
-
-    def __init__(self, config, **kw):
-        super().__init__()
-        self.router = Router(config, **kw)
-        self.experts = Experts(config, **kw)
-        shared = config.num_shared_experts * config.moe_intermediate_size
-        self.shared_experts = MLP(config, shared, **kw) if shared else None
-
-    def forward(self, x, block=None):
-        routing = self.router(x, block)
-        shared = None if self.shared_experts is None else self.shared_experts.weights
-        return experts(x, routing, *self.experts.weights, shared), routing.ids
-
-
-class Layer(nn.Module):
-    def __init__(self, config, index, **kw):
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **kw)
-        self.attention = Attention(config, **kw)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **kw)
-        dense = index < config.first_k_dense_replace
-        self.mlp = MLP(config, config.intermediate_size, **kw) if dense else MoE(config, **kw)
-
-    def forward(self, x, delta, cos, sin, attend, block=None, pages=None, read=None):
-        """delta: what the layer before adds to x, None for the first layer. Returns x, its own delta and expert ids:
-        each sum is made by the norm that follows it. read: the tokens that `attend` returns, if not all."""
-        x, h = (x, self.input_layernorm(x)) if delta is None else self.input_layernorm.add(x, delta)
-        attended = self.attention(h, cos, sin, attend, pages)
-        x, h = self.post_attention_layernorm.add(x if read is None else x[read], attended)
-        return x, *self.mlp(h, block)
 
 
 class LLaDA2Model(nn.Module):

@@ -90,7 +90,7 @@ def test_everything_takes_an_id_offline(home):
 
 
 CACHED = """
-from llada2_fast.checkpoint import resolve
+from llada2_fast.weights.checkpoint import resolve
 print(resolve("org/demo", "0123456789abcdef0123456789abcdef01234567"), resolve("org/demo"), resolve("org/demo", "main"))
 """
 

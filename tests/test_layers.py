@@ -18,6 +18,7 @@ TIERS = [
     {"folders"},
     {"kernels", "config", "outputs"},
     {"weights", "cache"},
+    {"layers"},
     {"model"},
     {"decoding"},
     {"refinement", "generate", "engine"},
@@ -182,7 +183,8 @@ def sync_faults(source):
 
 def no_sync_files():
     rooms = python_files("llada2_fast/decoding")
-    return [*python_files("kernels"), ROOT / "llada2_fast" / "model.py", *(p for p in rooms if p.stem != "inputs")]
+    networks = [ROOT / "llada2_fast" / f"{name}.py" for name in ("layers", "model")]
+    return [*python_files("kernels"), *networks, *(p for p in rooms if p.stem != "inputs")]
 
 
 @pytest.mark.parametrize("path", no_sync_files(), ids=lambda path: str(path.relative_to(ROOT)))

@@ -1,26 +1,28 @@
-"""Hugging Face safetensors <-> the parameters of `LLaDA2Model`, by the rename table of names.py.
+"""Hugging Face safetensors <-> the parameters of `LLaDA2Model`, by the rename table of weight_map.py.
 
 With quantization "fp8" linear weights are e4m3 with scales: stored so, or made from wider ones as they are read.
 
 Reading: `inspect` matches every header of every shard with the table before a single weight is read; `load` then
-streams the weights, one tensor at a time. Writing: `save` applies the same table backwards. Only safetensors is ever
-opened: nothing pickled, no code from the checkpoint. `adopt` takes the tensors of a module that is loaded already.
+copies the weights out of the mapped files, tensor after tensor. Writing: `save` applies the same table backwards.
+`adopt` takes the tensors of a module that is loaded already. Only safetensors is ever opened: nothing pickled, no code
+from the checkpoint.
 """
 
 import json
 import math
 import os
-import re
-from collections.abc import Iterator
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from ..config import DTYPES, ModelConfig, parse_json
+from ..config import DTYPES, ModelConfig
 from ..kernels.fp8 import FP8, quantize_weight
+from .files import INDEX, ONE_FILE, WeightFile, refuse_stale, weight_files
+from .hub import resolve as resolve
 from .weight_map import (
     STORED,
     CheckpointError,
@@ -34,101 +36,13 @@ from .weight_map import (
     untied,
 )
 
-INDEX = "model.safetensors.index.json"
-ONE_FILE = "model.safetensors"
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-_WEIGHT_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-
-
-def resolve(
-    path_or_hub_id: str | os.PathLike,
-    revision: str | None = None,
-    *,
-    cache_dir: str | os.PathLike | None = None,
-    token: str | bool | None = None,
-    local_files_only: bool | None = None,
-    force_download: bool | None = None,
-    subfolder: str | None = None,
-    patterns: tuple[str, ...] = ("*.json", "*.safetensors", "*.jinja"),
-    subfolders: bool = False,
-) -> Path:
-    """The local folder of a checkpoint: the folder itself, or a snapshot of a Hugging Face Hub repository; of either,
-    the `subfolder` if one is named.
-
-    revision: its branch, tag or commit; the arguments after it as in huggingface_hub.snapshot_download. Only files that
-    match `patterns` are fetched, from `subfolders` only if asked for. Where the hub cannot be reached or refuses, a
-    snapshot in the cache is used. CheckpointError in one line when there is neither folder nor snapshot, ValueError for
-    a subfolder that is none."""
-    name, below = os.fspath(path_or_hub_id), _subfolder(subfolder)
-    if os.path.isdir(name):
-        return _existing(Path(name, below))
-    if os.path.exists(name):
-        raise CheckpointError(f"{name}: is a file; expected the folder of a checkpoint")
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
-        raise CheckpointError(f"{name}: no such folder, and not the id of a hub repository (owner/name)")
-    from huggingface_hub import errors, snapshot_download
-
-    def snapshot(local_files_only):
-        return Path(snapshot_download(
-            name, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only,
-            force_download=bool(force_download), allow_patterns=[(below / p).as_posix() for p in patterns],
-            ignore_patterns=None if subfolders else [(below / "*/*").as_posix()],
-        ))  # fmt: skip
-
-    # bases: OSError and what the hub's own HTTP library raises, httpx or with huggingface_hub 2 httpx2
-    failures = (*errors.HfHubHTTPError.__bases__, errors.HFValidationError)
-    try:
-        return _existing(snapshot(bool(local_files_only)) / below)
-    except failures as error:
-        failure = error
-    if re.fullmatch(r"[0-9a-f]{40}", revision or "") and not force_download:
-        try:  # snapshot_download looks into the cache for a branch, but asks the hub for the files of a commit
-            return _existing(snapshot(True) / below)
-        except failures:
-            pass  # the first failure says more
-    reason = _hub_reason(failure, revision, errors)
-    raise CheckpointError(f"{name}: no such folder, and the hub did not provide it: {reason}") from failure
-
-
-def _subfolder(subfolder):
-    """It as a relative path."""
-    path = Path(subfolder or "") if isinstance(subfolder, (str, os.PathLike, type(None))) else None
-    if path is None or path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"subfolder={subfolder!r:.80}: expected the name of a folder inside the checkpoint")
-    return path
-
-
-def _existing(folder):
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder")
-    return folder
-
-
-def _hub_reason(error, revision, errors):
-    """One line for an error of huggingface_hub, whose own are long, with what helps on the later lines."""
-    if isinstance(error, errors.GatedRepoError):
-        return "the repository is gated: accept its terms on the hub, then log in or give token"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return "no such repository, or a private one: check the id, log in or give token"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"the repository has no revision {revision!r:.80}"
-    if isinstance(error, errors.LocalEntryNotFoundError) and revision is not None:
-        return f"revision {revision!r:.80}: {_first_line(error)}"
-    return _first_line(error)
-
-
-def _first_line(error):
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
 
 def inspect(folder: str | os.PathLike, config: ModelConfig) -> list[tuple[Entry, WeightTarget]]:
     """What `load` will read, in file order, after every check that needs no weights, and a look at the LM head that a
     file may hold although config.json ties it: it must be equal to the embeddings. CheckpointError names file and
     tensor: broken index or header, wrong dtype or shape, a tensor that is unknown, provided twice or missing."""
     folder = Path(folder)
-    entries = [entry for file in _weight_files(folder) for entry in file]
+    entries = [entry for file in weight_files(folder) for entry in file]
     _check_plausible(folder, config, entries)
     files = {entry.source for entry in entries}
     entries, head = split_tied_head(entries, config)
@@ -149,26 +63,37 @@ def router_dtypes(plan: list[tuple[Entry, WeightTarget]], dtype: torch.dtype) ->
 def load(
     folder: str | os.PathLike, config: ModelConfig, params: dict[str, torch.Tensor], progress: bool = True
 ) -> None:
-    """Fill `params` (named and shaped as `parameter_shapes`; bf16, fp16, fp32, or fp8 where the config has it; on
-    any device) from the safetensors in `folder`, converting to each parameter's dtype. Beyond `params` it holds one
-    tensor at a time. CheckpointError for whatever `inspect` refuses, for a file that ends early and for weights that
-    are not finite in their target dtype."""
+    """Fill `params` from the safetensors in a folder, converting to each parameter's dtype.
+
+    folder: the checkpoint's.
+    config: its config; with quantization "fp8" wider weights become fp8.
+    params: name -> tensor, named and shaped as `parameter_shapes`; bf16, fp16, fp32, or fp8 where the config has it; on
+        any device. Beyond them it holds nothing, or one tensor where weights become fp8.
+    progress: show a bar.
+    Raises CheckpointError for whatever `inspect` refuses, for a file that becomes shorter and for weights that are not
+    finite in their target dtype.
+    """
     _check_params(config, params)
     plan = inspect(folder, config)
-    sizes = [entry.end - entry.begin for entry, _ in plan]
-    buffer = torch.empty(max(sizes), dtype=torch.uint8, device="cpu")
-    bar = tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="Loading weights", disable=not progress)
+    total = sum(entry.nbytes for entry, _ in plan)
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=not progress)
     with bar, torch.no_grad():
-        for entry, slot in plan:
-            source, target = _read(entry, buffer), slot.view(params[slot.param])
-            quantize = target.dtype == FP8 != source.dtype
-            limit = source.dtype if quantize else target.dtype
-            _check_finite(source, limit, entry)
-            if quantize:
-                source, scale = quantize_weight(source.to(target.device), slot.parts)
-                slot.scale.view(params[slot.scale.param]).copy_(scale)
-            target.copy_(source)
-            bar.update(entry.end - entry.begin)
+        for path, part in groupby(plan, key=lambda item: item[0].source):
+            file = WeightFile(path)
+            for entry, slot in part:
+                _fill(params, slot, file.read(entry.name), entry)
+                bar.update(entry.nbytes)
+
+
+def _fill(params, slot, source, what):
+    """Copy `source`, a tensor of a checkpoint that errors call `what`, to where it goes."""
+    target = slot.view(params[slot.param])
+    quantize = target.dtype == FP8 != source.dtype
+    _check_finite(source, source.dtype if quantize else target.dtype, what)
+    if quantize:
+        source, scale = quantize_weight(source.to(target.device), slot.parts)
+        slot.scale.view(params[slot.scale.param]).copy_(scale)
+    target.copy_(source)
 
 
 @torch.no_grad()
@@ -251,7 +176,7 @@ def save(
         used, total = used + size, total + size
     files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     files = files if len(shards) > 1 else [ONE_FILE]
-    _refuse_stale(folder, [*files, INDEX] if len(files) > 1 else files)
+    refuse_stale(folder, [*files, INDEX] if len(files) > 1 else files)
     for file, names in zip(files, shards, strict=True):
         tensors = {}
         for name in names:
@@ -275,116 +200,9 @@ def _write_json(path, content):
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _refuse_stale(folder, files):
-    for path in sorted(folder.iterdir()):
-        if (path.name == INDEX or _WEIGHT_FILE.fullmatch(path.name)) and path.name not in files:
-            raise CheckpointError(f"{path}: belongs to another checkpoint; save to an empty folder")
-
-
-def _weight_files(folder) -> Iterator[list[Entry]]:
-    """The tensors of each weight file of a checkpoint, which must be exactly those that its index lists."""
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder")
-    names = sorted(path.name for path in folder.iterdir())
-    if INDEX in names:
-        weight_map = _weight_map(folder / INDEX)
-        files = sorted(set(weight_map.values()))
-    elif ONE_FILE in names:
-        weight_map, files = None, [ONE_FILE]
-    else:
-        pickled = [name for name in names if name.endswith(_PICKLES)]
-        if pickled:
-            raise CheckpointError(f"{folder / pickled[0]}: pickled weights are never opened; expected {ONE_FILE}")
-        raise CheckpointError(f"{folder}: no {ONE_FILE} and no {INDEX}")
-    for name in names:
-        if _WEIGHT_FILE.fullmatch(name) and name not in files:
-            raise CheckpointError(f"{folder / name}: weights that do not belong to the checkpoint ({', '.join(files)})")
-    for file in files:
-        entries = _header(folder / file)
-        if weight_map is not None:
-            _check_listed(folder / file, {entry.name for entry in entries}, weight_map)
-        yield entries
-
-
-def _weight_map(path) -> dict[str, str]:
-    """Tensor name -> shard file name, from an index."""
-    weight_map = _parse(path.read_bytes(), path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path}: weight_map is missing or empty; expected tensor names and their shards")
-    for tensor, shard in weight_map.items():
-        if not isinstance(shard, str) or not re.fullmatch(r"\w[\w.-]*\.safetensors", shard, re.ASCII):
-            raise CheckpointError(
-                f"{path}: tensor {tensor} is in {shard!r:.80}: expected a plain *.safetensors file name"
-            )
-        if not (path.parent / shard).is_file():
-            raise CheckpointError(f"{path}: tensor {tensor} is in {shard}, which does not exist")
-    return weight_map
-
-
-def _check_listed(path, held, weight_map):
-    for tensor in sorted(held):
-        if weight_map.get(tensor) != path.name:
-            listed = f"lists in {weight_map[tensor]}" if tensor in weight_map else "does not list"
-            raise CheckpointError(f"{path}: holds tensor {tensor}, which {INDEX} {listed}")
-    for tensor, shard in weight_map.items():
-        if shard == path.name and tensor not in held:
-            raise CheckpointError(f"{path}: does not hold tensor {tensor}, which {INDEX} lists there")
-
-
-def _header(path) -> list[Entry]:
-    """The tensors of one safetensors file in file order. The file is 8 bytes of header length, a JSON header, then the
-    tensors' bytes, which must follow each other without gap or overlap to the end of the file."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise CheckpointError(f"{path}: truncated or corrupt: {size} bytes with a header of {length} bytes")
-        header = _parse(file.read(length), path)
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"{path}: corrupt header: __metadata__ must map strings to strings")
-    entries = [_entry(path, name, fields, 8 + length) for name, fields in header.items()]
-    entries.sort(key=lambda entry: (entry.begin, entry.end))
-    position = 8 + length
-    for entry in entries:
-        if entry.begin != position:
-            kind = "overlaps the tensor before it" if entry.begin < position else "leaves a gap before it"
-            raise CheckpointError(f"{path}: corrupt header: tensor {entry.name} {kind} at byte {entry.begin}")
-        if entry.end > size:
-            raise CheckpointError(f"{path}: truncated: tensor {entry.name} ends at byte {entry.end} of {size}")
-        position = entry.end
-    if position != size:
-        raise CheckpointError(f"{path}: corrupt: {size - position} bytes after the last tensor")
-    return entries
-
-
-def _entry(path, name, fields, data_begin) -> Entry:
-    what = f"{path}: corrupt header: tensor {name}"
-    if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"{what} needs exactly dtype, shape and data_offsets")
-    dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
-    for key, numbers in (("shape", shape), ("data_offsets", offsets)):
-        if not isinstance(numbers, list) or not all(type(n) is int and n >= 0 for n in numbers):
-            raise CheckpointError(f"{what} has {key}={numbers!r:.80}: expected a list of integers >= 0")
-    if not isinstance(dtype, str):
-        raise CheckpointError(f"{what} has dtype={dtype!r:.80}: expected a name")
-    if len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"{what} has data_offsets={offsets}: expected a begin and an end")
-    if dtype in STORED and math.prod(shape) * STORED[dtype].itemsize != offsets[1] - offsets[0]:
-        raise CheckpointError(f"{what}: {dtype} of shape {shape} does not fill data_offsets={offsets}")
-    return Entry(path, name, dtype, tuple(shape), data_begin + offsets[0], data_begin + offsets[1])
-
-
-def _parse(data, path):
-    try:
-        return parse_json(data, path)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from None
-
-
 def _check_plausible(folder, config, entries):
     """Refuse absurd sizes before the table, which has an entry per layer and expert, is built for them."""
-    held = sum(entry.end - entry.begin for entry in entries)
+    held = sum(entry.nbytes for entry in entries)
     if config.num_hidden_layers * config.num_experts > held:
         sizes = f"num_hidden_layers={config.num_hidden_layers}, num_experts={config.num_experts}"
         raise CheckpointError(f"{folder}/config.json: {sizes}: the weight files hold only {held} bytes of tensors")
@@ -411,28 +229,11 @@ def _equal(a, b):
 
 
 def _check_tied(head, embeddings):
-    """Some rows at a time, so that it needs no memory to speak of."""
-    rows, width = embeddings.shape
-    step = max(1, 2**22 // width)
-    for begin in range(0, rows, step):
-        count, parts = min(step, rows - begin), []
-        for entry in (head, embeddings):
-            size = width * STORED[entry.dtype].itemsize
-            at = entry.begin + begin * size
-            part = entry._replace(shape=(count, width), begin=at, end=at + count * size)
-            parts.append(_read(part, torch.empty(count * size, dtype=torch.uint8, device="cpu")))
-        if not _equal(*parts):
-            raise untied(head)
-
-
-def _read(entry, buffer) -> torch.Tensor:
-    """The tensor's values, in the front of the uint8 `buffer`."""
-    window = buffer[: entry.end - entry.begin]
-    with open(entry.source, "rb") as file:
-        file.seek(entry.begin)
-        if file.readinto(memoryview(window.numpy())) != len(window):
-            raise CheckpointError(f"{entry.source}: truncated: tensor {entry.name} ends at byte {entry.end}")
-    return window.view(STORED[entry.dtype]).view(entry.shape)
+    """Some rows at a time: those of different dtypes are both widened."""
+    rows = max(1, 2**22 // embeddings.shape[1])
+    both = (WeightFile(entry.source).read(entry.name).split(rows) for entry in (head, embeddings))
+    if not all(_equal(a, b) for a, b in zip(*both, strict=True)):
+        raise untied(head)
 
 
 def _check_finite(tensor, dtype, what):

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from ..config import habits, parse_json
-from .checkpoint import resolve
+from .hub import resolve
 
 NAMES = ("mask_token_id", "eos_token_id", "pad_token_id")
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")

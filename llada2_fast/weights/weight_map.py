@@ -4,6 +4,7 @@
 duplicates, extras, missing. Nothing here reads a weight.
 """
 
+import math
 import os
 import re
 from dataclasses import replace
@@ -38,8 +39,11 @@ class Entry(NamedTuple):
     name: str
     dtype: str  # safetensors' name for it, or the source's own if not in STORED
     shape: tuple[int, ...]
-    begin: int = 0  # bytes begin to end of the file hold it
-    end: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes, 1 for an element of a dtype not in STORED."""
+        return math.prod(self.shape) * (STORED[self.dtype].itemsize if self.dtype in STORED else 1)
 
     def __str__(self):
         return f"{self.source}: tensor {self.name}"
