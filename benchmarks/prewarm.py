@@ -141,7 +141,7 @@ def without_gpu():
     with (
         force_ops("triton"),
         torch.no_grad(),
-        mock.patch.object(refine, "_op", refine._run),  # PyTorch would take a tensor on "meta" for one that it traces
+        mock.patch.object(refine, "_op", refine._dispatch),  # PyTorch would take a "meta" tensor for one that it traces
     ):
         yield
 

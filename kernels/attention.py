@@ -288,13 +288,13 @@ def block_attention(q, k_cache, v_cache, blocks):
     """
     if use_triton(q):
         batch = blocks if isinstance(blocks, BlockBatch) else BlockBatch.from_runs(blocks, q.device)
-        return _launch(q, k_cache, v_cache, batch)
+        return launch(q, k_cache, v_cache, batch)
     if isinstance(blocks, BlockBatch):
         return batch_attention_ref(q, k_cache, v_cache, blocks)
     return block_attention_ref(q, k_cache, v_cache, blocks)
 
 
-def _launch(q, k_cache, v_cache, batch):
+def launch(q, k_cache, v_cache, batch):
     check_caches(q, k_cache, v_cache, k_cache.shape[-2])
     _, length, kv_heads, dim = k_cache.shape
     tokens, heads, _ = q.shape

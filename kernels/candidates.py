@@ -465,7 +465,7 @@ def _empty(logits, index, runner_up):
     return tuple(logits.new_empty(shape, dtype=dtype) for dtype in types)
 
 
-def _run(logits, start, step, temperature, top_k, top_p, seed, mask_id, flags, index, filters, runner_up):
+def _dispatch(logits, start, step, temperature, top_k, top_p, seed, mask_id, flags, index, filters, runner_up):
     params = SampleParams(temperature, top_k, top_p, seed)
     if use_triton(logits):
         return list(launch(logits, start, step, params, mask_id, flags, index, filters, runner_up))
@@ -475,7 +475,7 @@ def _run(logits, start, step, temperature, top_k, top_p, seed, mask_id, flags, i
 _op = register_op(
     "candidates(Tensor logits, Tensor start, Tensor step, Tensor temperature, Tensor top_k, Tensor top_p, Tensor seed, "
     "int mask_id, Tensor flags, Tensor? index, bool filters, bool runner_up) -> Tensor[]",
-    _run,
+    _dispatch,
     lambda logits, *arguments: list(_empty(logits, arguments[-3], arguments[-1])),
 )
 

@@ -49,15 +49,15 @@ def _rms_norm_kernel(
 
 def rms_norm(x, weight, eps):
     """RMSNorm over the last dimension; see rms_norm_ref for shapes. One launch. ValueError if they do not fit."""
-    return _launch(x, None, weight, eps)[1] if use_triton(x) else rms_norm_ref(x, weight, eps)
+    return launch(x, None, weight, eps)[1] if use_triton(x) else rms_norm_ref(x, weight, eps)
 
 
 def add_rms_norm(x, delta, weight, eps):
     """x + delta and its RMSNorm; see add_rms_norm_ref for shapes. One launch. ValueError if they do not fit."""
-    return _launch(x, delta, weight, eps) if use_triton(x) else add_rms_norm_ref(x, delta, weight, eps)
+    return launch(x, delta, weight, eps) if use_triton(x) else add_rms_norm_ref(x, delta, weight, eps)
 
 
-def _launch(x, delta, weight, eps):
+def launch(x, delta, weight, eps):
     size = x.shape[-1]
     if not 0 < size <= MAX_SIZE or x.dtype not in FLOATS:
         raise ValueError(f"x: {FLOATS} of 1 to {MAX_SIZE} in the last dimension expected, got {x.dtype} of {size}")

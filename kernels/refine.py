@@ -388,7 +388,7 @@ def _empty(tokens):
     )  # fmt: skip
 
 
-def _run(logits, *arguments):
+def _dispatch(logits, *arguments):
     state = BlockState(*arguments[:_NUM_STATE])
     params = RefineParams(*arguments[_NUM_STATE:-4])
     mask_id, index, filters, only_needed = arguments[-4:]
@@ -406,7 +406,7 @@ _op = register_op(
     "refine_step(Tensor logits, "
     + ", ".join(f"Tensor{_ALIAS.get(f.name, '')} {f.name}" for f in (*fields(BlockState), *fields(RefineParams)))
     + ", int mask_id, Tensor? index, bool filters, bool only_needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _run,
+    _dispatch,
     lambda logits, tokens, *arguments: tuple(_empty(tokens)),
 )
 

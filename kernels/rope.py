@@ -111,7 +111,7 @@ def qk_norm_rope(qkv, q_weight, k_weight, cos, sin, eps, num_heads, num_kv_heads
     if not use_triton(qkv):
         return qk_norm_rope_ref(qkv, q_weight, k_weight, cos, sin, eps, num_heads, num_kv_heads)
     k = qkv.new_empty(qkv.shape[0], num_kv_heads, qkv.shape[2])
-    q = _launch(qkv, q_weight, k_weight, cos, sin, eps, num_heads, num_kv_heads, k[:, None], None, None)
+    q = launch(qkv, q_weight, k_weight, cos, sin, eps, num_heads, num_kv_heads, k[:, None], None, None)
     return q, k, qkv[:, num_heads + num_kv_heads :]
 
 
@@ -120,10 +120,10 @@ def qk_norm_rope_write(
 ):  # fmt: skip
     """QK-norm, rotary embedding and page writes; see qk_norm_rope_write_ref. One launch. Returns q [T, nq, D]."""
     args = (qkv, q_weight, k_weight, cos, sin, eps, num_heads, num_kv_heads, k_cache, v_cache, slot)
-    return _launch(*args) if use_triton(qkv) else qk_norm_rope_write_ref(*args)
+    return launch(*args) if use_triton(qkv) else qk_norm_rope_write_ref(*args)
 
 
-def _launch(qkv, q_weight, k_weight, cos, sin, eps, num_heads, num_kv_heads, k_cache, v_cache, slot):
+def launch(qkv, q_weight, k_weight, cos, sin, eps, num_heads, num_kv_heads, k_cache, v_cache, slot):
     tokens, heads, dim = qkv.shape
     rot = cos.shape[-1]
     if heads != num_heads + 2 * num_kv_heads or qkv.stride()[1:] != (dim, 1) or qkv.dtype not in FLOATS:

@@ -349,12 +349,12 @@ def route(
     """
     if use_triton(h):
         tile_m = tile_m or gemm.tiles(h.device, h.shape[1], h.shape[0], fp8)["tile_m"]
-        return _launch(h, weight, bias, top_k, n_group, topk_group, scale, capacity, block, tile_m)
+        return launch(h, weight, bias, top_k, n_group, topk_group, scale, capacity, block, tile_m)
     ids = None if block is None else block.ids
     return Routing(*route_ref(h, weight, bias, top_k, n_group, topk_group, scale, capacity, ids))
 
 
-def _launch(h, weight, bias, top_k, n_group, topk_group, scale, capacity, block, tile_m):
+def launch(h, weight, bias, top_k, n_group, topk_group, scale, capacity, block, tile_m):
     (tokens, hidden), experts = h.shape, weight.shape[0]
     if h.stride(1) != 1:
         raise ValueError(f"h: the elements of a row side by side expected, got strides {h.stride()}")

@@ -23,7 +23,7 @@ from llada2_fast.model import LLaDA2Model
 from tests.kernels.interpreter import interpreted
 
 CUDA = torch.device("cuda:1")  # not the current one
-OPS = {refine._op: refine._run, candidates._op: candidates._run}
+OPS = {refine._op: refine._dispatch, candidates._op: candidates._dispatch}
 MULTIPLIED = {"div": torch.Tensor.mul, "div_": torch.Tensor.mul_}  # what / and /= become where a number divides
 WAITING = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero", "masked_select", "unique"}
 
@@ -366,7 +366,7 @@ def test_what_is_seen():
             with pytest.raises(RuntimeError, match="tensors on the CPU and on the GPU"):
                 mix()
         with pytest.raises(AssertionError, match="_rms_norm_kernel: a tensor on the CPU"):
-            norm._launch(y, None, x, 1e-6)
+            norm.launch(y, None, x, 1e-6)
         mode.waits.clear()
         report = y.to("cpu", non_blocking=True)  # pinned
         back = report[1:].to("cuda", non_blocking=True)
