@@ -4,16 +4,20 @@ GenerationConfig, streamers, stopping criteria, num_return_sequences. Names are 
 
 import copy
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
 from transformers.utils import ModelOutput
 
-from ...config import DecodeParams
+from ...config import PROFILES, DecodeParams
+from ...config.checks import choice
 from ...config.habits import GENERATING, is_neutral, token_ids
+from ...decoding.decoder import BlockDecoder
 from ...decoding.inputs import padding_mask
+from ...decoding.runner import StepResult
+from ...decoding.sequence import Phase, Sequence
 
 # The model cards' names for settings of a GenerationConfig.
 _CARD_NAMES = {
@@ -92,7 +96,8 @@ class LLaDA2GenerationMixin:
         arguments = {name: getattr(config, name, None) for name in (*_SETTINGS, "use_cache")}
         arguments |= {name: call.get(name) for name in _OF_A_CALL}
         if arguments["eos_early_stop"] is None:
-            arguments["eos_early_stop"] = arguments["profile"] not in ("hf-2.0", "hf-2.1")
+            profile = DecodeParams.profile if arguments["profile"] is None else arguments["profile"]
+            arguments["eos_early_stop"] = not PROFILES[choice("profile", profile, tuple(PROFILES))].card
         if config.do_sample:
             arguments["temperature"] = 1.0 if config.temperature is None else config.temperature
             arguments |= {"top_k": config.top_k, "top_p": config.top_p}
@@ -235,38 +240,43 @@ class _Observer:
             raise ValueError("streamer: expected one that takes the ids of drafts; their logits are not kept")
         streamer.put(prompt.cpu())
 
-    def __call__(self, decoder, output):
-        for slot in sorted(self.open):
-            row = decoder.rows[slot]
+    def __call__(self, decoder: BlockDecoder, result: StepResult):
+        """A step has been taken; rows are in the lanes of their numbers."""
+        for lane in sorted(self.open):
+            sequence = decoder.sequences[lane]
             if hasattr(self.streamer, "put_draft"):
-                self.streamer.put_draft(value=_draft(decoder, row, output.token[slot])[None].cpu())
-            if not (row.block_done or row.finish_reason):
+                self.streamer.put_draft(value=_draft(decoder, sequence, result.output.token[lane])[None].cpu())
+            if sequence.phase is Phase.DECODE:
                 continue
-            final = self._stop(slot, row, row.output(row.eos.tolist())[: row.span.stop - row.prompt_length])
+            final = self._stop(decoder.lanes.device, sequence)
             # hf-2.0 may return early and then cut at an EOS of the prompt: only its last word is final
-            if self.streamer is not None and (row.finish_reason or row.params.profile != "hf-2.0"):
+            if self.streamer is not None and (sequence.finished or not sequence.params.traits.cuts_canvas):
                 if len(final) > self.sent:
-                    self.streamer.put(final[None, self.sent :].cpu())
+                    self.streamer.put(torch.tensor([final[self.sent :]], dtype=torch.int64, device="cpu"))
                 self.sent = len(final)
-            if row.finish_reason:
-                self.open.remove(slot)
+            if sequence.finished:
+                self.open.remove(lane)
 
-    def _stop(self, slot, row, final):
-        """End the row where a criterion says so or time is up. Returns what is final now."""
-        old, self.asked[slot] = self.asked[slot], len(final)
-        ids = torch.cat([self.prompt[slot].to(final.device), final])[None]
-        begin = ids.shape[1] - len(final)
-        lengths = range(old + 1, len(final) + 1) if self.criteria else ()
-        end = next((n for n in lengths if self.criteria(ids[:, : begin + n], None).all()), None)
+    def _stop(self, device, sequence):
+        """End a row where a criterion says so or time is up. Returns what is final of its answer now."""
+        final = sequence.answer()[: sequence.block_start + sequence.block_length - sequence.prompt_length]
+        old, self.asked[sequence.lane] = self.asked[sequence.lane], len(final)
+        end = None
+        if self.criteria:
+            new = torch.tensor(final, dtype=torch.int64, device="cpu").to(device)
+            ids = torch.cat([self.prompt[sequence.lane].to(device), new])[None]
+            begin = ids.shape[1] - len(final)
+            lengths = range(old + 1, len(final) + 1)
+            end = next((n for n in lengths if self.criteria(ids[:, : begin + n], None).all()), None)
         if end is None and self.deadline is not None and time.monotonic() > self.deadline:
             end = len(final)
         if end:
-            row.params, row.finish_reason, row.eos_position = replace(row.params, gen_length=end), "length", None
+            sequence.stop(end)
         return final[:end]
 
 
-def _draft(decoder, row, candidates):
-    """The generated part of a row's block with the last step's candidates where masks are."""
-    tokens = decoder.state.tokens[row.slot]
-    guess = torch.where((tokens == decoder.mask_id) & (candidates >= 0), candidates, tokens)
-    return guess[max(0, row.prompt_length - row.span.start) : row.total - row.span.start]
+def _draft(decoder: BlockDecoder, sequence: Sequence, candidates: torch.Tensor) -> torch.Tensor:
+    """The generated part of a row's block, int64 [n], with the last step's candidates [L] where masks are."""
+    tokens = decoder.lanes.state.tokens[sequence.lane]
+    guess = torch.where((tokens == decoder.lanes.mask_id) & (candidates >= 0), candidates, tokens)
+    return guess[sequence.generated]
