@@ -1,8 +1,9 @@
-"""The decoder's lanes: what the device knows of the row in each of them, and the three things that happen to it.
+"""The decoder's lanes: what the device knows of the row in each of them, and what happens to it.
 
     open      a row's first block is laid out: the end of its prompt, then masks, then what lies behind its text
     step      one refinement step of the blocks that are not frozen
     advance   rows whose block has ended begin their next one
+    judge     where somebody has rewritten a block after a step, what is over is decided again
 
 All tensors stay at their addresses, so that a CUDA graph may hold them. Shapes: S lanes, L block_length, P pages of a
 row. vLLM's adapter, the engine and generate() all have one.
@@ -15,6 +16,7 @@ from ..kernels._ambient import lasting
 from ..kernels.advance import RowBounds, advance
 from ..kernels.attention import pinned
 from ..kernels.refine import BlockState, RefineOutput, RefineParams, needed_positions, refine_step
+from ..kernels.roles import roles_ref
 from .rules import Rule
 
 
@@ -100,6 +102,43 @@ class Lanes:
         """One refinement step of all lanes; arguments as of kernels.refine.refine_step."""
         return refine_step(logits, self.state, self.params, self.mask_id, index, filters, only_needed)
 
+    def judge(self, lanes: list[int], earlier: list[list[int]], output: RefineOutput) -> list[int]:
+        """Decide again what is over in lanes whose tokens somebody has rewritten after a step.
+
+        lanes: which; earlier: for each the generated ids of its blocks before, without masks, as they are now.
+        output: what the step did, whose edits and masks count as before.
+        Returns the bits BLOCK_DONE and FINISHED of each lane, as they are in state.frozen now.
+        """
+        rows = torch.tensor(lanes, dtype=torch.int64, device="cpu").to(self.device)
+        width = max(map(len, earlier))
+        before = [[*ids, *[self.mask_id] * (width - len(ids))] for ids in earlier]
+        kind = [[refine.GENERATED] * len(ids) + [refine.PADDING] * (width - len(ids)) for ids in earlier]
+        before, kind = torch.tensor([before, kind], dtype=torch.int64, device="cpu").to(self.device).unbind()
+        state = self.state.rows(rows)  # as if each row were in one wide block, of which the step has written the end
+        state.tokens, state.kind = torch.cat((before, state.tokens), 1), torch.cat((kind.to(torch.int8), state.kind), 1)
+        output = RefineOutput(*(part[rows] for part in output))
+        commit = torch.cat((torch.zeros_like(before, dtype=torch.bool), output.commit), 1)
+        over = _over(commit, output.status, state, self.params.rows(rows), self.mask_id)
+        self.state.frozen[rows] = over
+        return over.tolist()  # sync: after a callback, which has read the step
+
     def advance(self, lanes: torch.Tensor, repeat: torch.Tensor, carried: int):
         """Begin the next blocks of some lanes; arguments and values as of kernels.advance.advance."""
         return advance(self.state, self.bounds, lanes, repeat, carried, self.mask_id)
+
+
+def _over(commit, status, state, params, mask_id):
+    """int32 [n], BLOCK_DONE | FINISHED: block end and EOS of rewritten blocks, as kernels/refine.py has them.
+
+    Masks that were put back are for the next step to fill: with them a block is no longer free of masks.
+    """
+    prompt, present = state.kind == refine.PROMPT, state.kind != refine.PADDING
+    left = roles_ref(state.tokens, state.kind, torch.zeros_like(state.frozen), params.flags, mask_id)[0].any(-1)
+    one_phase = ((params.flags & refine.EDITING) == 0) | (params.max_post_steps == 0)
+    at_rest = (status[:, refine.EDITS] == 0) | (state.post_steps >= params.max_post_steps)
+    settled = ~left & (status[:, refine.MASKS_BEFORE] == 0) & at_rest
+    done = torch.where(one_phase, ~left, settled) | (state.step >= params.max_steps)
+    is_eos = (state.tokens[:, :, None] == params.eos_ids[:, None, :]).any(-1) & present
+    masked = (state.tokens == mask_id) & present & ~prompt
+    finished, _ = refine._judge_eos_ref(is_eos, commit, done, prompt, masked, state, params.flags)
+    return done.int() * refine.BLOCK_DONE | finished.int() * refine.FINISHED

@@ -211,6 +211,12 @@ class Sequence:
         if block is not None:
             before, (self.tokens, self.steps, self.confidences) = self.tokens, block
             self._record(before)
+        self._end(flags)
+        if flags & refine.FINISHED and status[refine.EOS_AT] >= 0:
+            self.eos_position = self.block_start + status[refine.EOS_AT]
+
+    def _end(self, flags):
+        """BLOCK_DONE, FINISHED among the flags: its block, it itself is over."""
         if flags & (refine.BLOCK_DONE | refine.FINISHED):
             self.keep_block()
         if flags & refine.BLOCK_DONE:
@@ -218,8 +224,6 @@ class Sequence:
             if self.block + 1 == self.num_blocks:
                 self.finish("length")
         if flags & refine.FINISHED:
-            if status[refine.EOS_AT] >= 0:
-                self.eos_position = self.block_start + status[refine.EOS_AT]
             self.finish("eos")
 
     def keep_block(self):
@@ -271,6 +275,18 @@ class Sequence:
         """Somebody has rewritten tokens of this block: the K/V from there on are not final any more."""
         self.num_final_blocks = min(self.num_final_blocks, block)
         self.num_computed_blocks = min(self.num_computed_blocks, block)
+
+    def rewrite(self, ids: list[int], changed: int, flags: int):
+        """Somebody has rewritten it after a step, and may have ended its block or opened it again.
+
+        ids: of all blocks up to the active one.
+        changed: the first position that is new.
+        flags: what is over now, of BLOCK_DONE and FINISHED.
+        """
+        self.rewind(changed // self.block_length)
+        self.ids, self.tokens = ids[: self.block_start], ids[self.block_start :]
+        self.phase, self.finish_reason, self.eos_position = Phase.DECODE, None, None
+        self._end(flags)
 
     def suspend(self):
         """Take it out of its lane and its pages. It resumes behind its last finished block; the steps of the open one
