@@ -1,12 +1,15 @@
-"""Forwards of models that are not ours, for decoder.BlockDecoder: no cache, the whole window at every step.
+"""Forwards of models that are not ours, for decoding.runner.EagerRunner: no cache, the whole window at every step.
 
-Both call `model(ids, attention_mask=, position_ids=).logits` and are called as forward(rows, state, needed) ->
-(logits [M, V], index int64 [slots, L] into them or -1), like decoder.CachedForward. ids, position_ids: int64 [B, S].
+Both call `model(ids, attention_mask=, position_ids=).logits` and are called as forward(plan, state, needed) ->
+(logits [M, V], index int64 [S, L] into them or -1), like runner.CachedForward. ids, position_ids: int64 [B, W]. A plan
+of theirs names all tokens of its rows: those before the active block are its `leading` ones.
 """
 
 import torch
 
-from ...decoding.decoder import Forward
+from ...decoding.runner import Plan
+from ...decoding.sequence import Sequence
+from ...kernels.refine import BlockState
 from ...model import block_causal_mask
 
 
@@ -31,74 +34,72 @@ def _tensors(model):
 
 
 def _index(needed):
-    """int64, shape of `needed`: the number of each needed position in slot-major order, -1 for the others."""
+    """int64, shape of `needed`: the number of each needed position in the order of the lanes, -1 for the others."""
     return torch.where(needed, needed.flatten().cumsum(0).view(needed.shape) - 1, -1)
 
 
-class BlockCausalForward(Forward):
+class BlockCausalForward:
     """Another implementation of LLaDA2: each row alone on its own grid, with a 4D block-causal mask.
 
-    attention_mask: [1, 1, S, S] in the model's dtype, 0 where a position is seen and -inf elsewhere, as the model
+    attention_mask: [1, 1, W, W] in the model's dtype, 0 where a position is seen and -inf elsewhere, as the model
     authors' generate builds it. The tail counts only where it is attended to.
     """
+
+    cached = False
+    prefill = None  # there is nothing to be filled
 
     def __init__(self, model):
         self.model = model
 
-    def open(self, row):
-        """Nothing is kept for a row."""
-
-    def close(self, row):
-        """Nothing was kept for a row."""
-
-    def __call__(self, rows, state, needed):
+    def __call__(self, plan: Plan, state: BlockState, needed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits = []
-        for row in sorted(rows, key=lambda row: row.slot):  # the order of _index
-            block = self._logits(row, state.tokens[row.slot])
-            logits.append(block[needed[row.slot]])
+        for step in sorted(plan.steps, key=lambda step: step.lane):  # the order of _index
+            block = self._logits(step, state.tokens[step.lane])
+            logits.append(block[needed[step.lane]])
         return torch.cat(logits), _index(needed)
 
-    def _logits(self, row, tokens):
+    def _logits(self, step, tokens):
         """[L, V] of the active block, which holds `tokens`."""
-        size, device = row.span.stop, tokens.device
-        ids = torch.cat([row.canvas[: row.span.start], tokens])
+        device, length = tokens.device, len(tokens)
+        before = torch.tensor(step.leading, dtype=torch.int64, device="cpu").to(device)
+        ids = torch.cat([before, tokens])
+        size = len(ids)
         position = torch.arange(size, device=device)
-        seen = block_causal_mask(size, row.length, device) & (position < row.limit)
+        seen = block_causal_mask(size, length, device) & (position < step.limit)
         mask = torch.zeros(size, size, dtype=model_dtype(self.model), device=device)
         mask.masked_fill_(~seen, float("-inf"))
         output = self.model(ids[None], attention_mask=mask[None, None], position_ids=position[None])
-        return output.logits[0, row.span]
+        return output.logits[0, size - length :]
 
 
-class WindowForward(Forward):
+class WindowForward:
     """Any other model, as diffusers calls it: all rows together in one padded layout, with a 2D mask.
 
-    prompt_mask: [B, P], 0 where a row's prompt is padding; rows are opened with their padded prompts, so that all
-    generate from position P on and are at the same block at every step. attention_mask: int64 [B, S], zero at padding
-    and in the tail. What a row gets may depend on the others.
+    prompt_mask: [B, P], 0 where a row's prompt is padding.
+    sequences: all B of them, by lane, finished ones too. Their prompts are the padded ones, so that all generate from
+        position P on and are at the same block at every step.
+
+    attention_mask: int64 [B, W], zero at padding and in the tail. What a row gets may depend on the others.
     """
 
-    def __init__(self, model, prompt_mask):
-        self.model, self.prompt_mask = model, prompt_mask.long()
-        self.rows = []
+    cached = False
+    prefill = None  # there is nothing to be filled
 
-    def open(self, row):
-        """Rows are opened in the order of their slots."""
-        self.rows.append(row)
+    def __init__(self, model, prompt_mask: torch.Tensor, sequences: list[Sequence]):
+        self.model, self.prompt_mask, self.sequences = model, prompt_mask.long(), sequences
 
-    def close(self, row):
-        self.rows.remove(row)
-
-    def __call__(self, rows, state, needed):
-        span, limit = rows[0].span, rows[0].limit
-        ids = torch.stack([row.canvas[: span.stop] for row in self.rows])
-        for row in rows:
-            ids[row.slot, span] = state.tokens[row.slot]
-        batch, size = ids.shape
-        position = torch.arange(size, device=ids.device).expand(batch, size)
+    def __call__(self, plan: Plan, state: BlockState, needed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        device, length = needed.device, needed.shape[1]
+        step = plan.steps[0]
+        begin, size = step.block * length, (step.block + 1) * length
+        known = [sequence.canvas[:size] for sequence in self.sequences]
+        ids = torch.tensor(known, dtype=torch.int64, device="cpu").to(device)  # [B, W]
+        lanes = torch.tensor([step.lane for step in plan.steps], dtype=torch.int64, device="cpu").to(device)
+        ids[lanes, begin:] = state.tokens[lanes]
+        position = torch.arange(size, device=device).expand(ids.shape)
         mask = torch.ones_like(ids)
         prompt = self.prompt_mask[:, :size]
         mask[:, : prompt.shape[1]] = prompt
-        mask[:, limit:] = 0
-        logits = self.model(ids, attention_mask=mask, position_ids=position).logits[:, span]
+        mask[:, step.limit :] = 0
+        logits = self.model(ids, attention_mask=mask, position_ids=position).logits[:, begin:]
         return logits[needed], _index(needed)
