@@ -556,6 +556,24 @@ def test_a_callback_ends_and_reopens_rows():
     assert out.sequences.tolist() == [[9] * 8 + [2] * 8] and len(model.calls) == 3
 
 
+def test_an_eos_in_an_earlier_block_ends_the_row():
+    model = Plain()
+    stop = put({(2, 0, 3): 2})
+    out = plain(pipeline(model), [[]], num_inference_steps=2, gen_length=16, eos_token_id=2, callback_on_step_end=stop)
+    assert out.sequences.tolist() == [[7] * 3 + [2] * 13] and len(model.calls) == 3
+
+
+@pytest.mark.parametrize("when, forwards", [(0, 4), (1, 2)])
+def test_with_editing_a_row_ends_with_its_block(when, forwards):
+    """The step after the last mask edits nothing and ends the block, or edits the callback's EOS away."""
+    model = Plain()
+    out = plain(
+        pipeline(model), [[]], num_inference_steps=1, gen_length=16, eos_token_id=2, editing_threshold=0.1,
+        max_post_steps=1, callback_on_step_end=put({(when, 0, 3): 2}),
+    )  # fmt: skip
+    assert out.sequences.tolist() == [[7] * 16 if when == 0 else [7] * 3 + [2] * 13] and len(model.calls) == forwards
+
+
 def test_finished_rows_stay_as_they_are():
     class Stops(Plain):
         def forward(self, input_ids, attention_mask=None, position_ids=None):
