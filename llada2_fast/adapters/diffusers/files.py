@@ -1,4 +1,4 @@
-"""A pipeline's folder: model/, scheduler/, tokenizer/, model_index.json, as diffusers has them, or a plain checkpoint."""
+"""A pipeline's folder: model/, scheduler/, tokenizer/ and model_index.json as in diffusers, or a plain checkpoint."""
 
 import json
 from pathlib import Path

@@ -1,29 +1,33 @@
 """BlockRefinementScheduler: diffusers' class of that name, over the one refinement step of kernels/refine.py.
 
-Mask mode is kernels/refine.py's rule. Uniform mode (no mask token) is this file's own: see `_uniform_step`.
+Mask mode is in masked.py, uniform mode (no mask token) in uniform.py.
 Source of the interface: diffusers 0.42.1, schedulers/scheduling_block_refinement.py. diffusers itself is not needed.
 """
 
 import json
-import math
 import os
 import warnings
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 
 import torch
 
-from ...config import SAMPLING_METHODS, as_float32, as_temperature, habits, parse_json
-from ...decoding.inputs import check_temperature, checked_sampling, checked_thresholds, row_seeds, sharpened
-from ...kernels import refine
-from ...kernels.refine import BlockState, RefineParams, refine_step
-from ...model import seen_block_length
+from ...config import habits, parse_json
+from ...decoding.inputs import checked_sampling, checked_thresholds, sharpened
 from ...outputs import Output
 from ...weights import checkpoint
+from .checks import (
+    NO_STEPS,
+    check_block_length,
+    check_blocks,
+    check_method,
+    check_positive,
+    check_timestep,
+)
+from .masked import mask_step
+from .uniform import sample_from_logits, top_k_filtering, top_p_filtering, uniform_step
 
 _MOST_STEPS = 2**20  # of a schedule, which is a tensor
-_NO_STEPS = 2**30  # as RefineParams.steps: the built-in quota is then at most one, ours comes as min_transfer
 
 
 @dataclass(eq=False)
@@ -93,8 +97,8 @@ class BlockRefinementScheduler:
         """Replace some settings. ValueError for values out of range."""
         config = SchedulerConfig({**getattr(self, "_config", {}), **settings})
         for name in ("block_length", "num_inference_steps"):
-            _positive(name, config[name], _MOST_STEPS)
-        _positive("minimal_topk", config["minimal_topk"])
+            check_positive(name, config[name], _MOST_STEPS)
+        check_positive("minimal_topk", config["minimal_topk"])
         checked_thresholds(config["threshold"], config["editing_threshold"])
         self._config = config
 
@@ -150,9 +154,9 @@ class BlockRefinementScheduler:
 
     def set_timesteps(self, num_inference_steps, device=None, block_length=None):
         """Spread the commits of a block (default: the config's block_length) over num_inference_steps steps."""
-        _positive("num_inference_steps", num_inference_steps, _MOST_STEPS)
+        check_positive("num_inference_steps", num_inference_steps, _MOST_STEPS)
         block_length = self.config.block_length if block_length is None else block_length
-        _positive("block_length", block_length)
+        check_positive("block_length", block_length)
         self.num_inference_steps = num_inference_steps
         self.timesteps = torch.arange(num_inference_steps - 1, -1, -1, device=device or "cpu")
         self._transfer_schedule = self.get_num_transfer_tokens(block_length, num_inference_steps).to(device or "cpu")
@@ -188,13 +192,13 @@ class BlockRefinementScheduler:
         threshold = config.threshold if threshold is None else threshold
         editing_threshold = config.editing_threshold if editing_threshold is None else editing_threshold
         minimal_topk = config.minimal_topk if minimal_topk is None else minimal_topk
-        step_index = _step_index(timestep)
-        _check_blocks(model_output, sample, prompt_mask)
-        _check_block_length(model_output, sample)
+        step_index = check_timestep(timestep)
+        check_blocks(model_output, sample, prompt_mask)
+        check_block_length(model_output, sample)
         threshold, editing_threshold = checked_thresholds(threshold, editing_threshold)
-        _positive("minimal_topk", minimal_topk)
+        check_positive("minimal_topk", minimal_topk)
         sampling = checked_sampling(temperature, top_k, top_p)
-        _check_method(sampling_method)
+        check_method(sampling_method)
         if editing_threshold is not None and editing_threshold <= 0:
             editing_threshold = None
         if sampling_method == "greedy":
@@ -203,12 +207,13 @@ class BlockRefinementScheduler:
             self._warned = True
             warnings.warn(warning, stacklevel=2)
         if mask_token_id is None:
-            fields = self._uniform_step(
-                model_output, step_index, sample, threshold, editing_threshold, sampling, generator
-            )
+            *fields, self._committed = uniform_step(
+                model_output, step_index, self.num_inference_steps, sample, self._committed, threshold,
+                editing_threshold, sampling, generator,
+            )  # fmt: skip
         else:
             quota = self._quota(step_index, minimal_topk).to(sample.device, torch.int32)
-            fields = _mask_step(
+            fields = mask_step(
                 model_output, step_index, sample, mask_token_id, quota, threshold, editing_threshold, sampling,
                 prompt_mask, generator,
             )  # fmt: skip
@@ -220,72 +225,13 @@ class BlockRefinementScheduler:
         schedule = self._transfer_schedule
         if schedule is None:
             schedule = self.get_num_transfer_tokens(self.config.block_length, self.num_inference_steps)
-        return schedule[min(step_index, len(schedule) - 1)].clamp(min=min(minimal_topk, _NO_STEPS))
-
-    def _uniform_step(self, logits, step_index, sample, threshold, editing_threshold, sampling, generator):
-        """No mask token: what is committed is remembered in `_committed`, the rest is drawn anew uniformly.
-
-        commit  what is not committed and among the `needed` most confident (ties: lowest position), or p > threshold;
-                needed = max(0, ceil((t + 1) L / steps) - committed)
-        edit    what is committed, c != x and p > editing_threshold
-        """
-        if step_index == 0 or self._committed is None or self._committed.shape != sample.shape:
-            self._committed = torch.zeros_like(sample, dtype=torch.bool)
-        committed = self._committed
-        candidates, confidence = self._sample_from_logits(
-            logits, **sampling, generator=generator, use_multinomial=sampling["temperature"] > 0
-        )
-        _raise_on_error(~torch.isfinite(confidence).all(-1), step_index)
-        owed = -(-(step_index + 1) * sample.shape[1] // self.num_inference_steps)
-        needed = (owed - committed.sum(-1, keepdim=True)).clamp(min=0)
-        ranked = confidence.masked_fill(committed, float("-inf"))
-        rank = ranked.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        commit = ~committed & ((rank < needed) | (confidence > threshold))
-        edit = torch.zeros_like(commit)
-        if editing_threshold is not None:
-            edit = committed & (candidates != sample) & (confidence > editing_threshold)
-        tokens = torch.where(commit | edit, candidates, sample)
-        self._committed = committed | commit
-        tokens = torch.where(self._committed, tokens, _noise(sample, logits, generator))
-        return tokens, commit, edit, candidates, confidence
+        return schedule[min(step_index, len(schedule) - 1)].clamp(min=min(minimal_topk, NO_STEPS))
 
     # sampling, as plain functions of logits [..., V]
 
-    @staticmethod
-    def _top_k_filtering(logits, top_k):
-        """Logits below the k-th largest become the dtype's least value; ties at the k-th are kept."""
-        if top_k is None or top_k <= 0 or top_k >= logits.shape[-1]:
-            return logits
-        least = torch.topk(logits, top_k, dim=-1).values[..., -1:]
-        return logits.masked_fill(logits < least, torch.finfo(logits.dtype).min)
-
-    @staticmethod
-    def _top_p_filtering(logits, top_p):
-        """A logit stays iff the mass of what is larger is at most top_p; ties at the cut are kept."""
-        top_p = checked_sampling(0, None, top_p)["top_p"]
-        if top_p is None:
-            return logits
-        ordered = torch.sort(logits, descending=True, dim=-1).values
-        mass = torch.softmax(ordered.float(), dim=-1)
-        stays = mass.cumsum(-1) - mass <= top_p
-        stays[..., 0] = True
-        least = ordered.gather(-1, stays.sum(-1, keepdim=True) - 1)
-        return logits.masked_fill(logits < least, torch.finfo(logits.dtype).min)
-
-    @staticmethod
-    def _sample_from_logits(logits, *, temperature, top_k, top_p, generator, use_multinomial):
-        """(token, its probability after temperature and filters), [...] int64 and float32, by torch.multinomial."""
-        temperature = check_temperature(temperature)
-        if temperature == 0.0 or not use_multinomial:
-            probability = torch.softmax(logits.float(), dim=-1)
-            token = logits.argmax(dim=-1)
-        else:
-            scaled = logits / max(temperature, 1e-30)  # below that quotients leave float32
-            filtered = BlockRefinementScheduler._top_k_filtering(scaled, top_k)
-            filtered = BlockRefinementScheduler._top_p_filtering(filtered, top_p)
-            probability = torch.softmax(filtered.float(), dim=-1)
-            token = _multinomial(probability, generator)
-        return token, probability.gather(-1, token[..., None])[..., 0]
+    _top_k_filtering = staticmethod(top_k_filtering)
+    _top_p_filtering = staticmethod(top_p_filtering)
+    _sample_from_logits = staticmethod(sample_from_logits)
 
     # what a loop asks after a step
 
@@ -323,7 +269,7 @@ class BlockRefinementScheduler:
         original_samples, attention_mask: int64 [B, S]. Of every block after the prompt a fraction drawn for the row and
         the block is masked. Returns noisy, noisy_rev (int64) and masked, masked_rev (bool), all [B, S].
         """
-        _positive("block_length", block_length)
+        check_positive("block_length", block_length)
         batch, size = original_samples.shape
         device = original_samples.device
         valid = attention_mask.bool()
@@ -339,110 +285,3 @@ class BlockRefinementScheduler:
         noisy = original_samples.masked_fill(masked, mask_token_id)
         noisy_rev = original_samples.masked_fill(masked_rev, mask_token_id)
         return noisy, noisy_rev, masked, masked_rev
-
-
-def _mask_step(
-    logits, step_index, sample, mask_id, quota, threshold, editing_threshold, sampling, prompt_mask, generator
-):  # fmt: skip
-    """kernels/refine.py's step on fresh blocks. quota: int32 []; other arguments as in step, checked."""
-    rows, device = len(sample), sample.device
-
-    def per_row(value, dtype=torch.int32):
-        return torch.full((rows,), value, dtype=dtype, device=device)
-
-    temperature, top_k, top_p = sampling.values()
-    seeds = row_seeds(None, generator, rows) if temperature > 0 else [0] * rows
-    editing = editing_threshold is not None
-    params = RefineParams(
-        temperature=per_row(as_temperature(temperature), torch.float32),
-        top_k=per_row(min(max(top_k or 0, 0), logits.shape[-1])),
-        top_p=per_row(1.0 if top_p is None else top_p, torch.float32),
-        seed=torch.tensor(seeds, dtype=torch.int64, device=device),
-        threshold=per_row(as_float32(threshold), torch.float32),
-        edit_threshold=per_row(as_float32(editing_threshold) if editing else 0.0, torch.float32),
-        steps=per_row(_NO_STEPS),
-        min_transfer=quota.expand(rows).contiguous(),
-        max_steps=per_row(_NO_STEPS),
-        max_post_steps=per_row(_NO_STEPS),
-        flags=per_row(refine.BAN_MASK | (refine.EDITING if editing else 0)),
-        eos_ids=torch.full((rows, 1), -1, dtype=torch.int64, device=device),
-    )
-    kind = torch.full_like(sample, refine.GENERATED, dtype=torch.int8)
-    if prompt_mask is not None:
-        kind.masked_fill_(prompt_mask.to(device).bool(), refine.PROMPT)
-    state = BlockState.fresh(sample.clone(), kind, per_row(0, torch.int64))
-    state.step.fill_(step_index)
-    output = refine_step(logits, state, params, mask_id)
-    _raise_on_error((output.status[:, refine.FLAGS] & refine.ERROR) != 0, step_index)
-    return state.tokens, output.commit, output.edit, output.token, output.confidence
-
-
-def _positive(name, value, most=math.inf):
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise ValueError(f"`{name}` must be an integer, got {value!r:.80}.")
-    if value <= 0:
-        raise ValueError(f"`{name}` must be > 0, got {value}.")
-    if value > most:
-        raise ValueError(f"`{name}` must be <= {most}, got {value!r:.80}.")
-
-
-def _check_method(sampling_method):
-    if not isinstance(sampling_method, str) or sampling_method not in SAMPLING_METHODS:
-        allowed = "{'auto','greedy','multinomial'}"
-        raise ValueError(f"`sampling_method` must be one of {allowed}, got {sampling_method!r:.80}.")
-
-
-def _step_index(timestep):
-    try:
-        index = int(timestep)
-    except (TypeError, ValueError, OverflowError):
-        index = -1
-    if index < 0:
-        raise ValueError(f"`timestep` must be >= 0, got {timestep!r:.80}.")
-    if index > _NO_STEPS:
-        raise ValueError(f"`timestep` must be <= {_NO_STEPS}, got {timestep!r:.80}.")
-    return index
-
-
-def _check_blocks(logits, sample, prompt_mask):
-    if sample.ndim != 2 or sample.dtype != torch.int64:
-        raise ValueError(f"`sample` must be int64 [R, L], got {sample.dtype} {list(sample.shape)}.")
-    if logits.ndim != 3 or logits.shape[:2] != sample.shape:
-        raise ValueError(f"`model_output` must be {[*sample.shape, 'V']}, got {list(logits.shape)}.")
-    if prompt_mask is not None and prompt_mask.shape not in (sample.shape[1:], sample.shape):
-        expected = f"{list(sample.shape[1:])} or {list(sample.shape)}"
-        raise ValueError(f"`prompt_mask` must be {expected}, got {list(prompt_mask.shape)}.")
-
-
-def _check_block_length(logits, sample):
-    """Warn if our model saw other blocks than the sample: whoever calls both may have asked neither for its length."""
-    length = seen_block_length(logits)
-    if length not in (None, sample.shape[1]):
-        warnings.warn(
-            f"block_length: a block of {sample.shape[1]} to a model of {length}: expected "
-            f"BlockRefinementScheduler(block_length={length}), and calls that name no other",
-            stacklevel=3,
-        )
-
-
-def _raise_on_error(error, step_index):
-    if error.any():
-        row = int(error.to(torch.uint8).argmax())
-        raise RuntimeError(f"row {row}: logits hold NaN or infinity at step {step_index}")
-
-
-def _multinomial(probability, generator):
-    """One draw from each distribution [..., V]; with a list of generators, each row from its own."""
-    if isinstance(generator, (list, tuple)):
-        if len(generator) != len(probability):
-            raise ValueError(f"generator={generator!r:.80}: expected one, or one for each of {len(probability)} rows")
-        return torch.stack([_multinomial(p, g) for p, g in zip(probability, generator, strict=True)])
-    flat = probability.reshape(-1, probability.shape[-1])
-    return torch.multinomial(flat, 1, generator=generator).view(probability.shape[:-1])
-
-
-def _noise(sample, logits, generator):
-    """Uniformly random ids, int64 [R, L]."""
-    if isinstance(generator, (list, tuple)):
-        return torch.cat([_noise(row[None], logits, g) for row, g in zip(sample, generator, strict=True)])
-    return torch.randint(logits.shape[-1], sample.shape, device=sample.device, generator=generator)
