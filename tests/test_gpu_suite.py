@@ -1,5 +1,6 @@
 """The GPU suite on a CPU: order, deadline, resume, error lines, goals, gates, and every path of a dry run."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -10,13 +11,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_gates, gpu_goals, gpu_machine, gpu_profile, gpu_steps
+from benchmarks import gpu, gpu_gates, gpu_goals, gpu_machine, gpu_peers, gpu_profile, gpu_steps
 from benchmarks.gpu_machine import DoesNotFit, Machine, Point
 from benchmarks.gpu_steps import Step
 from benchmarks.gpu_weights import SHARP, fill, random_model
 from benchmarks.harness import ROOT
 from benchmarks.lines import lines_of
 from benchmarks.roofline import GPUS, MINI, gpu_of, step_costs
+from llada2_fast.cache import PagedKVCache
 from llada2_fast.kernels import attention, norm
 from llada2_fast.kernels.fp8 import dequantize_weight
 from llada2_fast.model import LLaDA2Model
@@ -110,6 +112,22 @@ def test_dry_run_of_steps_and_peers(capsys, tmp_path):
     assert verdicts["host syncs in a step, at most 0"] == "met"
     for line, (text, verdict) in zip(printed[-1 - len(verdicts) : -1], verdicts.items(), strict=True):
         assert line.startswith(verdict) and line.endswith(text)
+
+
+def test_rounding_alone_does_not_fail_the_gate_of_the_peers(machine):
+    """A GPU's kernels round otherwise than PyTorch's; here float32 does. In all twenty layers nothing would agree."""
+    deep = replace(machine.config("mini"), num_hidden_layers=20, hidden_size=512, moe_intermediate_size=128)
+    machine.config = lambda name: deep
+    step = gpu_peers.gate_step(machine, 1024)
+    wide = copy.deepcopy(step)
+    wide.model.float()
+    wide.cache = PagedKVCache(wide.model.config, step.cache.num_pages, 32, torch.float32, machine.device)
+    wide.cache.k.copy_(step.cache.k)
+    wide.cache.v.copy_(step.cache.v)
+    with torch.no_grad():
+        assert gpu_peers.agreeing(step, gpu_peers.reference_step(wide)) > 0.7 > gpu_peers.AGREE
+        wide.model.layers[1].mlp.router.weight.mul_(-1)  # other experts: another network
+        assert gpu_peers.agreeing(step, gpu_peers.reference_step(wide)) < gpu_peers.AGREE
 
 
 def test_a_profile_names_each_kernel_with_its_count_and_times():
