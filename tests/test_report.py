@@ -5,8 +5,10 @@ import shutil
 
 import pytest
 
-from benchmarks import report, report_plots, report_tables
 from benchmarks.harness import ROOT
+from benchmarks.report import __main__ as report
+from benchmarks.report import plots
+from benchmarks.report import tables as report_tables
 
 CARD = {"device": "Test CPU", "threads": 1, "versions": {"torch": "2.13.0"}, "commit": "abc1234"}
 DECODE = {
@@ -194,12 +196,12 @@ def test_full_runs_go_before_quick_ones_and_newer_before_older():
 def test_plots_are_drawn_anew_only_where_their_data_changed(root):
     report.main([], root)
     folder, lines = root / "benchmarks" / "plots", report_tables.read(root / "benchmarks" / "results")
-    assert report_plots.stale(folder, lines) == []
+    assert plots.stale(folder, lines) == []
     before = (folder / "peers.svg").read_bytes()
-    report_plots.draw("peers", folder, lines)
+    plots.draw("peers", folder, lines)
     assert (folder / "peers.svg").read_bytes() == before  # the same bytes for the same line
     lines[-1].data["points"][0]["tok_s"] += 1
-    assert report_plots.stale(folder, lines) == ["peers"]
+    assert plots.stale(folder, lines) == ["peers"]
 
 
 def test_gpu_lines_become_goals_points_and_a_plot(root):
@@ -214,7 +216,7 @@ def test_gpu_lines_become_goals_points_and_a_plot(root):
     assert goals.startswith("Test GPU: 1 lines of `gpu.jsonl`, 2026-01-03") and "none" not in goals
     assert "at most 1.25 (unknown device, H200's floor) | 1.2 | met |" in goals and "| not measured |" in goals
     assert "| step mini bf16 b1 p1024 | 6.500 | 5.000 | 1.30x | 34.0 |" in points
-    report_plots.draw("gpu", root / "plots", lines)
+    plots.draw("gpu", root / "plots", lines)
     assert "Test GPU" in (root / "plots" / "gpu.svg").read_text("utf-8")
 
 
@@ -259,7 +261,7 @@ def test_two_cards_are_kept_apart_each_by_its_own_floor(root):
     assert "| decode mini bf16 b1: tokens/s | 670 | 700 | 885 | 900 |" in predictions
     assert "| attention b8 p32768: percent of copy bandwidth | 72 to 78 |  |  |  |" in predictions
     assert "H100: measured" not in report.BLOCKS["gpu-predictions"]([])
-    bars = report_plots.gpu_data(lines)["steps"]
+    bars = plots.gpu_data(lines)["steps"]
     assert bars["decode mini bf16 b1, H100"] == [7.0, 9.5] and bars["step mini bf16 b1 p1024, H100"] == [7.0, 9.25]
 
 

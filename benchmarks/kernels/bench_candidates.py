@@ -6,7 +6,7 @@ import torch
 
 from llada2_fast.kernels import candidates
 
-from ..gpu_gates import require
+from ..gpu.gates import require
 from .bench_refine import LENGTH, Step
 from .cases import Case, Shapes, agree
 

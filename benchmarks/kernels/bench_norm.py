@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from llada2_fast.kernels import norm
 
-from ..gpu_gates import norm_case
+from ..gpu.gates import norm_case
 from .cases import Case, Shapes
 
 

@@ -21,7 +21,7 @@ from llada2_fast.kernels import refine
 from llada2_fast.kernels._triton import force_ops
 
 from ..aot import recorded
-from ..gpu_machine import Machine, ceilings
+from ..gpu.machine import Machine, ceilings
 from ..harness import add_options, finish, timed_rounds
 from .cases import Case, Shapes, agree
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from llada2_fast.kernels import rope
 
-from ..gpu_gates import rope_case
+from ..gpu.gates import rope_case
 from .cases import Case, Shapes, agree
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from llada2_fast.kernels import router
 
-from ..gpu_gates import require
+from ..gpu.gates import require
 from .cases import Case, Shapes, agree
 
 

@@ -10,8 +10,8 @@ from functools import partial
 
 import torch
 
-from ..gpu_gates import BF16_ERROR, relative, require
-from ..gpu_machine import CONFIGS, Machine
+from ..gpu.gates import BF16_ERROR, relative, require
+from ..gpu.machine import CONFIGS, Machine
 from ..models import SMALL
 
 F32_ERROR = 1e-5

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.gpu_machine import Machine
+from benchmarks.gpu.machine import Machine
 from benchmarks.kernels import bench_refine
 
 

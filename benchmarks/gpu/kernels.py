@@ -17,9 +17,9 @@ import torch
 from llada2_fast.kernels import attention, norm, refine, rope
 from llada2_fast.kernels._triton import force_ops
 
-from .gpu_gates import GATES, attention_case, moe_layer, norm_case, refine_case, rope_case
-from .gpu_machine import Point
-from .roofline import BLOCK
+from ..roofline import BLOCK
+from .gates import GATES, attention_case, moe_layer, norm_case, refine_case, rope_case
+from .machine import Point
 
 BATCHES, PREFIXES, TOKENS = (1, 8, 32, 128), (1024, 8192, 32768), (32, 64, 256, 1024, 4096)
 MODES = ("greedy", "sampling", "filters")

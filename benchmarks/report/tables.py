@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from . import sampling
-from .gpu_goals import GOALS, PREDICTIONS, judge
-from .roofline import GPUS, gpu_of
+from .. import sampling
+from ..gpu.goals import GOALS, PREDICTIONS, judge
+from ..roofline import GPUS, gpu_of
 
 LEAST_SHARE = 0.005  # of a replay, for a kernel to have a row of its own
 COMMANDS = {  # benchmark -> the module that makes its lines

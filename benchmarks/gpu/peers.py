@@ -25,10 +25,10 @@ from llada2_fast.kernels.norm import rms_norm_ref
 from llada2_fast.kernels.rope import qk_norm_rope_ref, rope_angles
 from llada2_fast.kernels.router import route_ref
 
-from .gpu_machine import Point
-from .gpu_steps import Step
-from .gpu_weights import random_model
-from .roofline import BLOCK
+from ..roofline import BLOCK
+from .machine import Point
+from .steps import Step
+from .weights import random_model
 
 AGREE = 0.5
 GATE_LAYERS = 2  # a dense one and one of experts: all others are like that. Rounding costs a token in ten

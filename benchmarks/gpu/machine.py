@@ -20,9 +20,9 @@ import torch
 
 from llada2_fast.model import LLaDA2Model
 
-from .gpu_weights import random_model
-from .models import SMALL
-from .roofline import MODELS
+from ..models import SMALL
+from ..roofline import MODELS
+from .weights import random_model
 
 CONFIGS = {name: replace(config, mask_token_id=156895) for name, config in MODELS.items()}  # that of LLaDA2.0 and 2.1
 TINY = replace(

@@ -14,9 +14,9 @@ from llada2_fast.kernels import attention, norm, refine, rope
 from llada2_fast.kernels._triton import force_ops
 from llada2_fast.model import MoE
 
-from .gpu_machine import poisoned
-from .gpu_weights import fill
-from .roofline import BLOCK
+from ..roofline import BLOCK
+from .machine import poisoned
+from .weights import fill
 
 BF16_ERROR = 1e-2
 _NEVER = 2**30
