@@ -83,6 +83,10 @@ class Machine:
         cache = torch.cuda.get_device_properties(self.device).L2_cache_size
         return min(64, max(1, math.ceil(4 * cache / size)))
 
+    def rotated(self, make, size):
+        """What make() gives, as often as there must be buffers of `size` bytes."""
+        return [make() for _ in range(self.copies(size))]
+
     def kernel_us(self, calls, rounds=10, least=16):
         """Median µs of a call, made in turn by replays of one CUDA graph that holds them all: no launch overhead.
 

@@ -54,7 +54,7 @@ SOURCES = {  # section -> modules of benchmarks, beside the package itself, that
     "decode": (*_INPUTS, "gpu/decode", "peers"),
     "profile": (*_INPUTS, "gpu/steps", "gpu/profile"),
     "steps": (*_INPUTS, "gpu/steps"),
-    "kernels": (*_INPUTS, "gpu/kernels"),
+    "kernels": (*_INPUTS, "gpu/kernels", "kernels/*"),
     "peers": (*_INPUTS, "gpu/steps", "gpu/peers"),
     "tune": (*_INPUTS, "tune/*"),
 }

@@ -157,7 +157,7 @@ def share(us, default_us):
 def kernels_of(machine):
     """Within it kernels run: on the GPU as they are, in a dry run in Triton's interpreter, products as on a GPU."""
     if machine.dry:
-        from tests.kernels.interpreter import interpreted, products_in_order
+        from ..interpreter import interpreted, products_in_order
 
         with interpreted(), products_in_order():
             yield
