@@ -1,4 +1,4 @@
-"""Runs Triton kernels on CPU tensors in Triton's interpreter, chosen per call.
+"""Runs Triton kernels on CPU tensors in Triton's interpreter, chosen per call; for dry runs, counts and tests.
 
     with interpreted():
         kernel[grid](x, ...)        every launch inside runs in the interpreter, on CPU tensors, one program at a time
