@@ -73,7 +73,7 @@ test-gpu: $(VENV)/.installed-test
 
 sanitize: $(VENV)/.installed-test
 	@command -v compute-sanitizer >/dev/null || { echo "sanitize: needs compute-sanitizer (CUDA toolkit), found none"; exit 2; }
-	@$(BIN)/python -m benchmarks.gpu_day --only memcheck,racecheck --minutes 60 --out build/sanitize
+	@$(BIN)/python -m benchmarks.gpu.day --only memcheck,racecheck --minutes 60 --out build/sanitize
 
 check: $(VENV)/.installed-test
 	@$(BIN)/ruff check .

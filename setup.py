@@ -29,7 +29,7 @@ TEST = [
 FOLDERS = {
     "llada2_fast.kernels": "kernels",
     "llada2_fast.benchmarks": "benchmarks",
-    "llada2_fast.benchmarks.kernels": "benchmarks/kernels",
+    **{f"llada2_fast.benchmarks.{name}": f"benchmarks/{name}" for name in ("gpu", "kernels", "report", "tune")},
 }
 
 setup(

@@ -30,7 +30,7 @@ from .harness import add_options, add_plot_option, drawing, finish
 from .memory import peak_bytes
 from .models import SMALL, random_model
 from .peers import ABLATIONS, AT_THE_BASE, BLOCK, PEERS, Task, ours
-from .report_plots import draw_cost
+from .report.plots import draw_cost
 
 STEPS = 8
 

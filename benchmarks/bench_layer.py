@@ -18,7 +18,7 @@ from llada2_fast.kernels.attention import Span
 from llada2_fast.model import LLaDA2Model
 
 from . import harness
-from .gpu_machine import CONFIGS
+from .gpu.machine import CONFIGS
 from .roofline import BLOCK
 
 PREFIX = 1024

@@ -38,8 +38,8 @@ from llada2_fast.weights.special_tokens import load_tokenizer
 
 from . import compare, harness
 from .aot import SCENARIOS, compile_launch, compiled, recorded
-from .gpu_machine import CONFIGS, Machine
-from .gpu_steps import Step
+from .gpu.machine import CONFIGS, Machine
+from .gpu.steps import Step
 from .kernels.bench_refine import LENGTH, launches, passes
 from .roofline import BLOCK, step_costs
 

@@ -12,9 +12,11 @@ from unittest.mock import ANY
 import pytest
 import torch
 
-from benchmarks import first_light, gpu, gpu_checks, gpu_day
-from benchmarks.apart import apart
-from benchmarks.gpu_day import Day, Phase
+from benchmarks.gpu import checks, first_light
+from benchmarks.gpu import day as gpu_day
+from benchmarks.gpu import suite as gpu
+from benchmarks.gpu.apart import apart
+from benchmarks.gpu.day import Day, Phase
 from benchmarks.harness import ROOT
 from benchmarks.lines import lines_of
 from tests import unruly
@@ -41,7 +43,7 @@ def test_dry_run(tmp_path, capsys):
     )
     day = lines_of(tmp_path / "day.jsonl")
     assert [line["phase"] for line in day if "phase" in line][-1] == "decode" and all(line["ok"] for line in day)
-    assert {line["check"] for line in day if "check" in line} == set(gpu_checks.checks())
+    assert {line["check"] for line in day if "check" in line} == set(checks.checks())
     assert [line.split() for line in capsys.readouterr().out.splitlines()[-4:]] == [
         [name, ANY, "s", "passed"] for name in ("prewarm", "light", "tests", "decode")
     ]
@@ -139,7 +141,7 @@ def test_a_phase_with_points_left_is_out_of_time_and_a_named_one_then_failed(tmp
 
 
 def test_a_signal_to_the_day_ends_what_it_runs(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.gpu_day", "--dry-run", "--out", str(tmp_path), "--only", "light"]
+    command = [sys.executable, "-m", "benchmarks.gpu.day", "--dry-run", "--out", str(tmp_path), "--only", "light"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as day:
         while len(processes(str(tmp_path))) < 2:
             assert day.poll() is None
@@ -162,7 +164,7 @@ def test_a_failed_test_has_a_line_as_soon_as_it_failed(tmp_path):
     (tmp_path / "test_a.py").write_text("def test_a():\n    assert 1 == 2\n", "utf-8")
     (tmp_path / "test_b.py").write_text(waits.format(str(path)), "utf-8")
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2", "--rootdir", str(tmp_path)]
-    words += ["-p", "benchmarks.failed_tests", "--failed-to", str(path), str(tmp_path)]
+    words += ["-p", "benchmarks.gpu.failed_tests", "--failed-to", str(path), str(tmp_path)]
     passed, lines = run(tmp_path, Phase("tests", 120.0, words), seconds=120.0)
     failed = lines_of(path)
     assert not passed and lines["tests"]["error"] == "exit code 1"
@@ -173,7 +175,7 @@ def test_a_failed_test_has_a_line_as_soon_as_it_failed(tmp_path):
 def test_a_file_of_tests_that_cannot_be_read_has_a_line(tmp_path):
     path = tmp_path / "failed.jsonl"
     (tmp_path / "test_a.py").write_text("import nothing_of_this_name\n", "utf-8")
-    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "benchmarks.failed_tests"]
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.failed_tests"]
     passed, _ = run(
         tmp_path, Phase("tests", 60.0, [*words, "--failed-to", str(path), "--rootdir", str(tmp_path), str(tmp_path)])
     )

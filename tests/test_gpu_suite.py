@@ -1,5 +1,6 @@
 """The GPU suite on a CPU: order, deadline, resume, error lines, goals, gates, and every path of a dry run."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -10,13 +11,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_gates, gpu_goals, gpu_machine, gpu_profile, gpu_steps
-from benchmarks.gpu_machine import DoesNotFit, Machine, Point
-from benchmarks.gpu_steps import Step
-from benchmarks.gpu_weights import SHARP, fill, random_model
+from benchmarks.gpu import gates, goals, peers, profile
+from benchmarks.gpu import machine as gpu_machine
+from benchmarks.gpu import steps as gpu_steps
+from benchmarks.gpu import suite as gpu
+from benchmarks.gpu.machine import DoesNotFit, Machine, Point
+from benchmarks.gpu.steps import Step
+from benchmarks.gpu.weights import SHARP, fill, random_model
 from benchmarks.harness import ROOT
 from benchmarks.lines import lines_of
 from benchmarks.roofline import GPUS, MINI, gpu_of, step_costs
+from llada2_fast.cache import PagedKVCache
 from llada2_fast.kernels import attention, norm
 from llada2_fast.kernels.fp8 import dequantize_weight
 from llada2_fast.model import LLaDA2Model
@@ -106,10 +111,26 @@ def test_dry_run_of_steps_and_peers(capsys, tmp_path):
     assert "step flash fp8 b1 p65504" in lines
     *_, summary = printed = capsys.readouterr().out.splitlines()
     verdicts = json.loads(summary)["goals"]
-    assert [text.split(", at ")[0] for text in verdicts] == [goal.text for goal in gpu_goals.GOALS]
+    assert [text.split(", at ")[0] for text in verdicts] == [goal.text for goal in goals.GOALS]
     assert verdicts["host syncs in a step, at most 0"] == "met"
     for line, (text, verdict) in zip(printed[-1 - len(verdicts) : -1], verdicts.items(), strict=True):
         assert line.startswith(verdict) and line.endswith(text)
+
+
+def test_rounding_alone_does_not_fail_the_gate_of_the_peers(machine):
+    """A GPU's kernels round otherwise than PyTorch's; here float32 does. In all twenty layers nothing would agree."""
+    deep = replace(machine.config("mini"), num_hidden_layers=20, hidden_size=512, moe_intermediate_size=128)
+    machine.config = lambda name: deep
+    step = peers.gate_step(machine, 1024)
+    wide = copy.deepcopy(step)
+    wide.model.float()
+    wide.cache = PagedKVCache(wide.model.config, step.cache.num_pages, 32, torch.float32, machine.device)
+    wide.cache.k.copy_(step.cache.k)
+    wide.cache.v.copy_(step.cache.v)
+    with torch.no_grad():
+        assert peers.agreeing(step, peers.reference_step(wide)) > 0.7 > peers.AGREE
+        wide.model.layers[1].mlp.router.weight.mul_(-1)  # other experts: another network
+        assert peers.agreeing(step, peers.reference_step(wide)) < peers.AGREE
 
 
 def test_a_profile_names_each_kernel_with_its_count_and_times():
@@ -120,7 +141,7 @@ def test_a_profile_names_each_kernel_with_its_count_and_times():
     events = [(gemm, "2x1x1", us) for us in (200.0, 100.0)]
     events += [(gemm, "4x1x1", 50.0), (fill, "", 2.0), ("Memcpy DtoD (Device -> Device)", "", 1.5)]
     events += [(f"nvjet_{i}", "", 0.5) for i in range(24)]
-    kernels, rest = gpu_profile.summed(events)
+    kernels, rest = profile.summed(events)
     assert kernels[0] == {
         "name": gemm, "grid": "2x1x1", "count": 2, "us": 150.0, "total_us": 300.0, "least_us": 100.0, "most_us": 200.0,
     }  # fmt: skip
@@ -128,16 +149,16 @@ def test_a_profile_names_each_kernel_with_its_count_and_times():
     assert kernels[2]["name"] == "vectorized_elementwise_kernel<4, FillFunctor<int>, std::a..."
     assert len(kernels) == 25 and (rest["count"], rest["total_us"]) == (3, 1.5)
     line = {"ms": 0.4, "kernels_ms": 0.3655, "gaps_ms": 0.0345, "launches": 29, "kernels": kernels, "rest": rest}
-    text = list(gpu_profile.show(line))
+    text = list(profile.show(line))
     assert text[1].split() == ["2", "150.00", "100.00", "200.00", "300.0", gemm, "2x1x1"]
     assert text[-1].endswith("365.5  in all; the replay takes 400.0, gaps are 34.5") and len(text) == 28
 
 
 def test_without_diffusers_its_ratio_is_null(machine, monkeypatch):
-    from benchmarks import gpu_decode
+    from benchmarks.gpu import decode
 
-    monkeypatch.setattr(gpu_decode, "find_spec", lambda name: None)
-    line = gpu_decode.time_diffusers(machine)
+    monkeypatch.setattr(decode, "find_spec", lambda name: None)
+    line = decode.time_diffusers(machine)
     assert line["ratio_vs_diffusers"] is None and line["diffusers_tok_s"] is None and line["call_tok_s"] > 0
 
 
@@ -151,7 +172,7 @@ def test_points_go_in_two_rounds_through_the_sections_with_gates_first():
     assert order == sorted(order)
     at = {point.name: i for i, point in enumerate(points)}
     assert all(at[point.gate] < at[point.name] for point in points[1:])
-    telling = {name for goal in gpu_goals.GOALS for name in goal.points if not name.startswith("peer ")}
+    telling = {name for goal in goals.GOALS for name in goal.points if not name.startswith("peer ")}
     assert all(not points[at[name]].later for name in telling)
     assert [point.name for point in points[1:4]] == [
         f"decode mini {kind}" for kind in ("bf16 b1", "bf16 b32", "fp8 b1")
@@ -216,8 +237,8 @@ def test_a_call_that_never_returns_leaves_a_line_and_ends_the_process(tmp_path):
     path = tmp_path / "gpu.jsonl"
     program = f"""
 import os, pathlib, signal, time
-from benchmarks import gpu
-from benchmarks.gpu_machine import Machine, Point
+from benchmarks.gpu import suite as gpu
+from benchmarks.gpu.machine import Machine, Point
 
 def never(machine):  # like a driver's call that waits for a kernel: no signal is handled
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
@@ -263,6 +284,11 @@ def test_a_failure_is_recorded_tried_again_and_costs_no_other_point(machine, tmp
     assert suite(machine, path, points, resume=True)[0] == gpu.Outcome(measured=1, failed=1)
 
 
+def test_sources_name_files_that_there_are():
+    for name in {name for names in gpu.SOURCES.values() for name in names}:
+        assert list((ROOT / "benchmarks").glob(f"{name}.py")), name
+
+
 def test_lines_are_resumed_by_the_sources_of_their_section(machine, tmp_path, monkeypatch):
     path = tmp_path / "gpu.jsonl"
     points = [Point("a step", "steps", 0.1, lambda machine: {"ms": 1.0}), Point("a bad step", "steps", 0.1, fails)]
@@ -279,10 +305,10 @@ def test_lines_are_resumed_by_the_sources_of_their_section(machine, tmp_path, mo
             ROOT / folder, root / folder, ignore=shutil.ignore_patterns("*.safetensors", "results", "__pycache__")
         )
     monkeypatch.setattr(gpu, "ROOT", root)
-    for unrelated in ("benchmarks/gpu.py", "benchmarks/report.py", "benchmarks/tune.py"):
+    for unrelated in ("benchmarks/gpu/suite.py", "benchmarks/report/tables.py", "benchmarks/tune/tuner.py"):
         (root / unrelated).write_text("# another one")
     assert len(again()) == 3
-    (root / "benchmarks" / "gpu_steps.py").write_text("# another one")
+    (root / "benchmarks" / "gpu" / "steps.py").write_text("# another one")
     assert again() == ["decode"]
     assert again(any_sources=True) == ["a step", "decode"]  # what failed may be mended
     assert again(any_sources=True, anew=["step"]) == ["decode"]
@@ -318,8 +344,8 @@ def test_goals_are_met_missed_or_not_measured():
     step, one, many = "step mini bf16 b1 p1024", "decode mini bf16 b1", "decode mini bf16 b32"
     lines = {step: {"over_floor_default": 1.25, "host_syncs": 1, "launches_outside_graph": 2, "peak_gb": None}}
     lines |= {one: {"tok_s": 1099.0}, many: {"tok_s": 9000.0}, "attention b8 p32768": {"error": "no", "us": 1.0}}
-    by_start = {goal.text: goal.verdict for goal in gpu_goals.judge(lines)}
-    assert len(by_start) == len(gpu_goals.GOALS)
+    by_start = {goal.text: goal.verdict for goal in goals.judge(lines)}
+    assert len(by_start) == len(goals.GOALS)
     assert by_start["mini bf16 b1 p1024: step over its default floor"] == "met"
     assert by_start["host syncs in a step"] == "missed"
     assert by_start["launches outside the graph in a step"] == "met"
@@ -333,7 +359,7 @@ def test_goals_are_met_missed_or_not_measured():
 def test_each_card_is_judged_by_its_own_floor():
     def verdicts(device, **ceilings):
         lines = {"ceilings": {"device": device, **ceilings}, "decode mini bf16 b1": {"device": device, "tok_s": 900.0}}
-        return {goal.text: goal for goal in gpu_goals.judge(lines)}
+        return {goal.text: goal for goal in goals.judge(lines)}
 
     speed, step = "mini bf16 b1: tokens/s at TPF 6.63", "mini bf16 b1 p1024: step over its default floor"
     h200, h100 = verdicts("NVIDIA H200"), verdicts("NVIDIA H100 80GB HBM3")
@@ -360,8 +386,8 @@ def test_the_roofline_knows_a_gpu_by_its_name(name, gpu):
 
 def test_every_goal_reads_points_that_exist():
     names = {point.name for point in gpu.all_points()}
-    assert {name for goal in gpu_goals.GOALS for name in goal.points} <= names
-    assert {prediction.point for prediction in gpu_goals.PREDICTIONS} <= names
+    assert {name for goal in goals.GOALS for name in goal.points} <= names
+    assert {prediction.point for prediction in goals.PREDICTIONS} <= names
 
 
 # gates and steps
@@ -383,9 +409,9 @@ def test_gates_find_wrong_kernels(machine, monkeypatch):
     monkeypatch.setattr(norm, "add_rms_norm", wrong_norm)
     monkeypatch.setattr(attention, "block_attention", unwritten)
     with pytest.raises(ArithmeticError, match=r"norm, relative error: 0\.0[45]"):
-        gpu_gates.gate_norm(machine)
+        gates.gate_norm(machine)
     with pytest.raises(ArithmeticError, match="attention, relative error: nan"):
-        gpu_gates.gate_attention(machine)
+        gates.gate_attention(machine)
 
 
 def test_poison_ends_with_its_block():
@@ -471,7 +497,7 @@ def test_masks_of_a_random_network_choose_almost_as_many_experts_as_other_tokens
 
 
 def test_fp8_weights_stand_for_values_of_the_usual_size(machine):
-    layer = gpu_gates.moe_layer(machine, fp8=True)
+    layer = gates.moe_layer(machine, fp8=True)
     for weight, scale, parts in (
         (layer.experts.gate_up, layer.experts.gate_up_scale, 2),
         (layer.shared_experts.down.weight, layer.shared_experts.down.scale, 1),

@@ -160,6 +160,13 @@ def test_kernels_are_imported_as_ours(path):
     assert [f"line {line}: {target}" for line, target, _ in targets if target.split(".")[0] == "kernels"] == []
 
 
+@files("benchmarks")
+def test_benchmarks_need_no_tests(path):
+    """They ship, tests do not."""
+    targets = imports(ast.parse(path.read_text("utf-8")), "none")
+    assert [f"line {line}: {target}" for line, target, _ in targets if target.split(".")[0] == "tests"] == []
+
+
 SYNCS = {"item", "tolist", "cpu", "nonzero"}
 CASTS = {"int", "float", "bool"}  # a sync if given a tensor, which a parser cannot see: may be marked, need not be
 

@@ -18,8 +18,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from benchmarks import aot, prewarm
-from benchmarks.gpu_machine import TINY
+from benchmarks import aot
+from benchmarks.gpu import prewarm
+from benchmarks.gpu.machine import TINY
 from llada2_fast.kernels import _tuned, gemm, norm
 
 TARGET = GPUTarget("cuda", 90, 32)

@@ -13,7 +13,7 @@ from llada2_fast.kernels.refine import BLOCK_DONE, PRIOR_MASK, BlockState
 from llada2_fast.kernels.roles import GENERATED, PADDING, PROMPT, TAIL
 
 from ..roofline import BLOCK
-from .cases import Case, Shapes, agree
+from .cases import Case, agree
 
 MASK = 1000
 
@@ -39,13 +39,12 @@ def plain(state, bounds, slot, repeat, carried, mask_id):
     return *(torch.tensor(x, dtype=torch.int32, device=device) for x in (rows, index)), torch.stack(laid)
 
 
-def case_of(rows):
-    shapes = Shapes()
-    each = partial(torch.arange, device=shapes.device, dtype=torch.int32)
+def case_of(machine, rows):
+    each = partial(torch.arange, device=machine.device, dtype=torch.int32)
     carried = rows // 4
 
     def make(ended=False):
-        tokens = torch.randint(MASK + 1, (rows, BLOCK), device=shapes.device)
+        tokens = torch.randint(MASK + 1, (rows, BLOCK), device=machine.device)
         start = each(rows).long() * BLOCK
         state = BlockState.fresh(tokens, torch.full_like(tokens, GENERATED, dtype=torch.int8), start)
         if ended:
@@ -62,11 +61,11 @@ def case_of(rows):
 
     state = make()[0]
     size = 2 * state.tokens.nbytes + state.kind.nbytes
-    buffers = shapes.rotated(make, size)
+    buffers = machine.rotated(make, size)
     return Case(advance.advance, plain, "row by row, on the host", buffers, size, check=check, graph=False)
 
 
-CASES = {f"rows {rows}": partial(case_of, rows) for rows in (8, 128)}
+CASES = {f"rows {rows}": (rows,) for rows in (8, 128)}
 
 
 def test_advance(timed):

@@ -1,14 +1,12 @@
 """Candidates of B blocks of 32 positions and V ids without filters: the most likely id, or a draw; one read of them."""
 
-from functools import partial
-
 import torch
 
 from llada2_fast.kernels import candidates
 
-from ..gpu_gates import require
+from ..gpu.gates import require
 from .bench_refine import LENGTH, Step
-from .cases import Case, Shapes, agree
+from .cases import Case, agree
 
 
 def arguments(step):
@@ -47,12 +45,11 @@ def drawn(probabilities):
     return plain
 
 
-def case_of(mode, rows, vocab, probabilities=None, name="softmax, max"):
+def case_of(machine, mode, rows, vocab, probabilities=None, name="softmax, max"):
     """probabilities: None = greedy; name: the peer's."""
-    shapes = Shapes()
 
     def make():
-        return arguments(Step(rows, vocab, shapes.dtype, shapes.device.type, mode, steady=True))
+        return arguments(Step(rows, vocab, machine.dtype, machine.device.type, mode, steady=True))
 
     first = make()
 
@@ -64,22 +61,22 @@ def case_of(mode, rows, vocab, probabilities=None, name="softmax, max"):
         else:
             known, wanted = greedy(*truth)
             # in 16 bits the largest logit may be there twice
-            require("share of tokens that differ", (token != known).float().mean().item(), 0.0 if shapes.dry else 0.05)
+            require("share of tokens that differ", (token != known).float().mean().item(), 0.0 if machine.dry else 0.05)
         agree("candidates", (confidence,), (wanted,))
 
     plain = greedy if probabilities is None else drawn(probabilities)
     size = first[0].nbytes + rows * LENGTH * (8 + 4)
-    buffers = shapes.rotated(make, size)
+    buffers = machine.rotated(make, size)
     return Case(candidates.candidates, plain, name, buffers, size, check=check, graph=probabilities is None)
 
 
 _PEER = unfiltered, "softmax, multinomial"
 CASES = {
-    "greedy b1 v4096": partial(case_of, "greedy", 1, 4096),
-    "greedy b8 v32768": partial(case_of, "greedy", 8, 32768),
-    "temperature b8 v32768": partial(case_of, "temperature", 8, 32768, *_PEER),
-    "greedy b1 v157184": partial(case_of, "greedy", 1, 157184),
-    "temperature b1 v157184": partial(case_of, "temperature", 1, 157184, *_PEER),
+    "greedy b1 v4096": ("greedy", 1, 4096),
+    "greedy b8 v32768": ("greedy", 8, 32768),
+    "temperature b8 v32768": ("temperature", 8, 32768, *_PEER),
+    "greedy b1 v157184": ("greedy", 1, 157184),
+    "temperature b1 v157184": ("temperature", 1, 157184, *_PEER),
 }
 
 

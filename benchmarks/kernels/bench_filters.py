@@ -1,10 +1,9 @@
 """Candidates of B blocks of 32 positions and V ids, drawn under top-k and top-p; the peer sorts, as samplers do."""
 
-from functools import partial
-
 import torch
 
-from .bench_candidates import case_of, unfiltered
+from .bench_candidates import case_of as case_of  # of a module of cases
+from .bench_candidates import unfiltered
 
 
 def filtered(logits, start, step, params, mask_id, *_rest):
@@ -23,10 +22,10 @@ def filtered(logits, start, step, params, mask_id, *_rest):
 
 _PEER = filtered, "sort, multinomial"
 CASES = {
-    "top_k_top_p b1 v4096": partial(case_of, "top_k_top_p", 1, 4096, *_PEER),
-    "top_p b1 v32768": partial(case_of, "top_p", 1, 32768, *_PEER),
-    "top_k_top_p b8 v32768": partial(case_of, "top_k_top_p", 8, 32768, *_PEER),
-    "top_k_top_p b1 v157184": partial(case_of, "top_k_top_p", 1, 157184, *_PEER),
+    "top_k_top_p b1 v4096": ("top_k_top_p", 1, 4096, *_PEER),
+    "top_p b1 v32768": ("top_p", 1, 32768, *_PEER),
+    "top_k_top_p b8 v32768": ("top_k_top_p", 8, 32768, *_PEER),
+    "top_k_top_p b1 v157184": ("top_k_top_p", 1, 157184, *_PEER),
 }
 
 

@@ -4,23 +4,21 @@ The peer multiplies the weight that was quantised, in the activations' dtype: wh
 is against the product of what weight and activations stand for, in float32.
 """
 
-from functools import partial
-
 import torch.nn.functional as F
 
 from llada2_fast.kernels import fp8
 
-from .cases import Case, Shapes, agree
+from .cases import Case, agree
 
 
-def case_of(config, rows, columns, tokens):
-    shapes = Shapes(config)
-    sizes = {"hidden": shapes.config().hidden_size, "inner": shapes.config().intermediate_size}
+def case_of(machine, config, rows, columns, tokens):
+    c = machine.config(config)
+    sizes = {"hidden": c.hidden_size, "inner": c.intermediate_size}
     rows, columns = sizes[rows], sizes[columns]
 
     def make():
-        weight = shapes.random(rows, columns, std=columns**-0.5)
-        return shapes.random(tokens, columns), *fp8.quantize_weight(weight), weight
+        weight = machine.random(rows, columns, std=columns**-0.5)
+        return machine.random(tokens, columns), *fp8.quantize_weight(weight), weight
 
     def ours(x, values, scale, _weight):
         return fp8.linear(x, values, scale)
@@ -38,14 +36,14 @@ def case_of(config, rows, columns, tokens):
     x, values, scale, _ = first
     size = values.nbytes + scale.nbytes + x.nbytes + tokens * rows * x.element_size()
     operations = 2.0 * tokens * rows * columns
-    return Case(ours, plain, "F.linear, unquantised", shapes.rotated(make, size), size, operations, check)
+    return Case(ours, plain, "F.linear, unquantised", machine.rotated(make, size), size, operations, check)
 
 
 CASES = {
-    "small t32": partial(case_of, "small", "inner", "hidden", 32),
-    "mini up t32": partial(case_of, "mini", "inner", "hidden", 32),
-    "mini down t32": partial(case_of, "mini", "hidden", "inner", 32),
-    "mini up t512": partial(case_of, "mini", "inner", "hidden", 512),
+    "small t32": ("small", "inner", "hidden", 32),
+    "mini up t32": ("mini", "inner", "hidden", 32),
+    "mini down t32": ("mini", "hidden", "inner", 32),
+    "mini up t512": ("mini", "inner", "hidden", 512),
 }
 
 

@@ -4,8 +4,6 @@ On a GPU the kernel; it has no reference of its own, so on a CPU what moe.expert
 through the experts that some token chose, one after the other.
 """
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 
@@ -13,7 +11,7 @@ from llada2_fast.kernels import gemm, moe, router
 from llada2_fast.kernels.gemm import QuantTensor
 
 from .bench_router import arguments
-from .cases import Case, Shapes
+from .cases import Case, expert_weights
 
 
 def plain(h, routing, gate_up):
@@ -40,26 +38,22 @@ def kernel(h, routing, gate_up):
     return gemm.gemm(QuantTensor(h), QuantTensor(gate_up), None, routing, True, h, routing.tile_m, **tile).values
 
 
-def case_of(config, tokens):
-    shapes = Shapes(config)
-    c = shapes.config()
-    routed = arguments(shapes, tokens)
+def case_of(machine, config, tokens):
+    c = machine.config(config)
+    routed = arguments(machine, config, tokens)
     routing = router.route(*routed)
     pairs, expert = routing.ids.numel(), 2 * c.moe_intermediate_size * c.hidden_size
-    out = pairs * c.moe_intermediate_size * shapes.dtype.itemsize
-    size = routing.ids.unique().numel() * expert * shapes.dtype.itemsize + routed[0].nbytes + out
+    out = pairs * c.moe_intermediate_size * machine.dtype.itemsize
+    size = routing.ids.unique().numel() * expert * machine.dtype.itemsize + routed[0].nbytes + out
 
     def make():
-        return routed[0], routing, shapes.experts(2 * c.moe_intermediate_size, c.hidden_size)
+        return routed[0], routing, expert_weights(machine, c.num_experts, 2 * c.moe_intermediate_size, c.hidden_size)
 
-    ours = grouped if shapes.dry else kernel
-    return Case(ours, plain, "loop over experts", shapes.rotated(make, size), size, 2.0 * expert * pairs, graph=False)
+    ours = grouped if machine.dry else kernel
+    return Case(ours, plain, "loop over experts", machine.rotated(make, size), size, 2.0 * expert * pairs, graph=False)
 
 
-CASES = {
-    f"{config} t{tokens}": partial(case_of, config, tokens)
-    for config, tokens in (("small", 32), ("small", 512), ("mini", 32))
-}
+CASES = {f"{config} t{tokens}": (config, tokens) for config, tokens in (("small", 32), ("small", 512), ("mini", 32))}
 
 
 def test_gemm(timed):

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 from llada2_fast.kernels import norm
 
-from ..gpu_gates import norm_case
-from .cases import Case, Shapes
+from ..gpu.gates import norm_case
+from .cases import Case
 
 
 def plain(x, delta, weight, eps):
@@ -15,15 +15,15 @@ def plain(x, delta, weight, eps):
     return total, F.rms_norm(total, weight.shape, weight, eps)
 
 
-def case_of(config, tokens):
-    shapes = Shapes(config)
-    size = 4 * tokens * shapes.config().hidden_size * shapes.dtype.itemsize  # x, delta in; sum, norm out
-    buffers = shapes.rotated(partial(norm_case, shapes, tokens), size)
+def case_of(machine, config, tokens):
+    tokens = machine.size(tokens, 64)
+    size = 4 * tokens * machine.config(config).hidden_size * machine.dtype.itemsize  # x, delta in; sum, norm out
+    buffers = machine.rotated(partial(norm_case, machine, tokens, config), size)
     return Case(norm.add_rms_norm, plain, "F.rms_norm", buffers, size)
 
 
 CASES = {
-    f"{config} t{tokens}": partial(case_of, config, tokens)
+    f"{config} t{tokens}": (config, tokens)
     for config, tokens in (("small", 32), ("mini", 32), ("mini", 1024), ("flash", 32))
 }
 

@@ -3,14 +3,12 @@
 The peer is torch.rand, whose draws depend on what was drawn before; parity is against Philox in plain Python integers.
 """
 
-from functools import partial
-
 import torch
 
 from llada2_fast.kernels._triton import tl, triton
 from llada2_fast.kernels.philox import _uniform, uniform_ref
 
-from .cases import Case, Shapes, agree
+from .cases import Case, agree
 
 TILE = 256
 
@@ -44,15 +42,14 @@ def in_integers(seed, position, step):
     return (c0 >> 8) * 2.0**-24 + 2.0**-25
 
 
-def case_of(count):
-    shapes = Shapes()
+def case_of(machine, count):
 
     def make():
-        each = torch.tensor([-3_141_592_653_589_793, 5], device=shapes.device)
-        return each[:1], torch.randint(2**32, (count,), device=shapes.device), each[1:]
+        each = torch.tensor([-3_141_592_653_589_793, 5], device=machine.device)
+        return each[:1], torch.randint(2**32, (count,), device=machine.device), each[1:]
 
     first = make()
-    ours = reference if shapes.dry else kernel
+    ours = reference if machine.dry else kernel
 
     def check():
         seed, position, step = (x[:64].tolist() for x in first)
@@ -63,10 +60,10 @@ def case_of(count):
         return torch.rand(len(position), device=position.device)
 
     size = count * (8 + 4)
-    return Case(ours, plain, "torch.rand", shapes.rotated(make, size), size, 100.0 * count, check)
+    return Case(ours, plain, "torch.rand", machine.rotated(make, size), size, 100.0 * count, check)
 
 
-CASES = {f"n{count}": partial(case_of, count) for count in (256, 2**18)}
+CASES = {f"n{count}": (count,) for count in (256, 2**18)}
 
 
 def test_philox(timed):

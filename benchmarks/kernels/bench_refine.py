@@ -1,17 +1,16 @@
-"""The refinement step against its reference and against diffusers' scheduler.step, after a parity gate.
+"""The refinement step on a CPU against its reference and against diffusers' scheduler.step, after a parity gate.
 
-    python -m benchmarks.kernels.bench_refine [--quick] [--json] [--save] [--plot FILE]
+    python -m benchmarks.kernels.bench_refine [--quick] [--json] [--save]
 
-On a GPU: the kernels, replayed from a CUDA graph, the reference, eager and under torch.compile, and diffusers, at
-V = 157184 in bfloat16 for 1 to 128 rows of 32 positions. On a CPU: the reference, which is the product there, and
-diffusers, in float32 at smaller sizes; launches, host syncs and reads of the logits are then those of the kernels, run
-without data and in Triton's interpreter. `ratio_vs_diffusers_step` is that of 8 rows, greedy; null without diffusers.
+The reference, which is the product there, eager and under torch.compile, and diffusers, in float32. Launches, host
+syncs and reads of the logits are those of the kernels, run without data and in Triton's interpreter.
+`ratio_vs_diffusers_step` is that of 8 rows, greedy; null without diffusers. On a GPU the step is timed by
+benchmarks.kernels, beside the other ops, and by benchmarks.gpu.
 """
 
 import argparse
 from contextlib import contextmanager
 from functools import partial
-from importlib.util import find_spec
 from unittest import mock
 
 import torch
@@ -21,9 +20,9 @@ from llada2_fast.kernels import refine
 from llada2_fast.kernels._triton import force_ops
 
 from ..aot import recorded
-from ..gpu_machine import Machine, ceilings
+from ..gpu.gates import refine_case
 from ..harness import add_options, finish, timed_rounds
-from .cases import Case, Shapes, agree
+from .cases import Case, agree
 
 LENGTH, STEPS, THRESHOLD = 32, 8, 0.9
 MODES = {  # temperature, top_k, top_p
@@ -124,9 +123,6 @@ def gate(vocab, dtype, device):
     return True
 
 
-# On a CPU
-
-
 class _Noted(TorchDispatchMode):
     """Notes the names of PyTorch's own ops."""
 
@@ -166,7 +162,7 @@ def _counted_loads(tensor):
 
 def passes(mode):
     """How often a step's kernels read the logits, as a share of all of them, in Triton's interpreter."""
-    from tests.kernels.interpreter import interpreted
+    from ..interpreter import interpreted
 
     step = Step(1, 157184, torch.bfloat16, "cpu", mode)
     step.logits = step.logits[:, :2].contiguous()  # the interpreter is slow
@@ -193,7 +189,7 @@ def on_cpu(options):
         for call in calls.values():
             call()
         times = timed_rounds(list(calls.values()), max(5, min(200, 2**26 // step.logits.numel())))
-        points.append(_point(rows, vocab, "greedy", dict(zip(calls, times, strict=True)), step.logits.nbytes))
+        points.append(_point(rows, vocab, dict(zip(calls, times, strict=True)), step.logits.nbytes))
         print(_line(points[-1]), flush=True)
     sampling = launches("top_k_top_p")
     return points, {
@@ -211,55 +207,10 @@ def _copy_gb_s():
     return 2 * source.nbytes / min(timed_rounds([lambda: target.copy_(source)] * 3, 3)) / 1e9
 
 
-# On a GPU
-
-
-def on_gpu(options, machine):
-    """Points of the kernels in every mode, the reference and diffusers, with what the profiler counted."""
-    machine.bandwidth = ceilings(machine)["copy_tb_s"]
-    vocab, dtype, device = machine.size(157184, 4096), torch.bfloat16, machine.device.type
-    has_peer = gate(vocab, dtype, device)
-    points, counts = [], {}
-    for rows in (1, 8) if options.quick else (1, 8, 32, 128):
-        for mode in MODES:
-            step = Step(rows, vocab, dtype, device, mode, steady=True)
-            copies = [Step(rows, vocab, dtype, device, mode, True) for _ in range(machine.copies(step.logits.nbytes))]
-            times = {"ours": machine.kernel_us([copy.run for copy in copies]), "eager": machine.call_us(step.run)}
-            counts.setdefault(mode, machine.counted(step.run))
-            if mode == "greedy":
-                greedy = times["ours"]
-                times["reference"] = machine.call_us(step.reference, rounds=3)
-                if rows == 8 and not machine.dry:
-                    times["compiled"] = machine.call_us(torch.compile(step.reference), rounds=3)
-                if has_peer:
-                    times["diffusers"] = machine.call_us(step.diffusers(), rounds=3)
-            seconds = {name: time / 1e6 for name, time in times.items()}
-            points.append(_point(rows, vocab, mode, seconds, step.logits.nbytes, machine.bandwidth * 1e12))
-            points[-1]["over_greedy"] = times["ours"] / greedy
-            print(_line(points[-1]), flush=True)
-            del step, copies
-            if not machine.dry:
-                torch.cuda.empty_cache()
-    return points, {
-        "launches": counts["greedy"]["launches"], "launches_temperature": counts["temperature"]["launches"],
-        "launches_sampling": counts["top_k_top_p"]["launches"],
-        "host_syncs": max(count["syncs"] for count in counts.values()), "passes_over_logits": 1,
-        "copy_gb_s": machine.bandwidth * 1e3,
-    }  # fmt: skip
-
-
-# Both
-
-
-_RATIOS = ("percent_of_copy", "over_greedy", "ratio_vs_diffusers_step")
-
-
-def _point(rows, vocab, mode, seconds, size, copy=None):
-    """One line's values; copy: bytes/s of the copy bandwidth, None if the time is not one of memory."""
-    point = {"rows": rows, "vocab": vocab, "mode": mode, "bytes": size}
-    point |= {f"{name}_us".replace(" ", "_"): time * 1e6 for name, time in seconds.items()}
-    if copy:
-        point["percent_of_copy"] = 100 * size / seconds["ours"] / copy
+def _point(rows, vocab, seconds, size):
+    """One line's values."""
+    point = {"rows": rows, "vocab": vocab, "mode": "greedy", "bytes": size}
+    point |= {f"{name}_us": time * 1e6 for name, time in seconds.items()}
     if "diffusers" in seconds:
         point["ratio_vs_diffusers_step"] = seconds["diffusers"] / seconds["ours"]
     return point
@@ -267,34 +218,19 @@ def _point(rows, vocab, mode, seconds, size, copy=None):
 
 def _line(point):
     times = ", ".join(f"{name[:-3]} {value:.1f} us" for name, value in point.items() if name.endswith("_us"))
-    rest = "".join(
-        f", {name} {point[name]:.1f}" for name in ("percent_of_copy", "ratio_vs_diffusers_step") if name in point
-    )
-    return f"B={point['rows']:<4} V={point['vocab']:<7} {point['mode']:<12} {times}{rest}"
+    ratio = "".join(f", {name} {point[name]:.1f}" for name in ("ratio_vs_diffusers_step",) if name in point)
+    return f"B={point['rows']:<4} V={point['vocab']:<7} {times}{ratio}"
 
 
-def plot(points, file):
-    """Time of a step by rows, one line per contender, greedy at the largest vocabulary."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    vocab = max(point["vocab"] for point in points)
-    shown = [point for point in points if point["mode"] == "greedy" and point["vocab"] == vocab]
-    names = sorted({name for point in shown for name in point if name.endswith("_us")})
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for name in names:
-        line = [(point["rows"], point[name]) for point in shown if name in point]
-        axes.loglog(*zip(*line, strict=True), marker="o", label=name[:-3].replace("_", " "))
-    axes.set(xlabel="rows of 32 positions", ylabel="µs per step", title=f"Refinement step, greedy, V = {vocab}")
-    axes.grid(True, which="both", alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(file)
+# For benchmarks.kernels and benchmarks.gpu, beside the other ops
 
 
-# For benchmarks.kernels, beside the other ops
+def steady(machine, batch, mode):
+    """A step of the GPU suite: of each row the mode of gates.refine_case; it commits nothing and can be repeated."""
+    modes = [mode] * machine.size(batch, 2)
+    first = refine_case(machine, modes)
+    buffers = machine.rotated(lambda: (first[0].clone(), *first[1:]), first[0].nbytes)
+    return Case(partial(refine.refine_step, filters=mode == "filters"), None, "", buffers, first[0].nbytes)
 
 
 def plain(step):
@@ -309,9 +245,8 @@ def plain(step):
     return torch.where(torch.where(few, quota, commit) & masked, token, step.state.tokens)
 
 
-def case_of(rows, vocab):
-    shapes = Shapes()
-    step = partial(Step, rows, vocab, shapes.dtype, shapes.device.type)
+def case_of(machine, rows, vocab):
+    step = partial(Step, rows, vocab, machine.dtype, machine.device.type)
 
     def check():
         new = step()
@@ -320,11 +255,11 @@ def case_of(rows, vocab):
         agree("refine", (new.state.tokens,), (wanted,))
 
     size = step(steady=True).logits.nbytes
-    buffers = shapes.rotated(lambda: (step(steady=True),), size)
+    buffers = machine.rotated(lambda: (step(steady=True),), size)
     return Case(Step.run, plain, "softmax, max, topk", buffers, size, check=check)
 
 
-CASES = {f"b{rows} v{vocab}": partial(case_of, rows, vocab) for rows, vocab in ((1, 4096), (8, 32768), (1, 157184))}
+CASES = {f"b{rows} v{vocab}": (rows, vocab) for rows, vocab in ((1, 4096), (8, 32768), (1, 157184))}
 
 
 def test_refine(timed):
@@ -334,17 +269,11 @@ def test_refine(timed):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add_options(parser)
-    parser.add_argument("--plot", metavar="FILE", help="draw time by rows into an image")
     options = parser.parse_args(arguments)
-    if options.plot and find_spec("matplotlib") is None:
-        parser.error('--plot needs matplotlib: pip install "llada2-fast[plot]"')
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.inference_mode():
-        points, counted = on_gpu(options, Machine(dry=False)) if device == "cuda" else on_cpu(options)
-    if options.plot:
-        plot(points, options.plot)
-    ratios = [p.get("ratio_vs_diffusers_step") for p in points if p["rows"] == 8 and p["mode"] == "greedy"]
-    finish("bench_refine", options, counted | {"ratio_vs_diffusers_step": ratios[-1], "points": points}, device)
+        points, counted = on_cpu(options)
+    ratios = [p.get("ratio_vs_diffusers_step") for p in points if p["rows"] == 8]
+    finish("bench_refine", options, counted | {"ratio_vs_diffusers_step": ratios[-1], "points": points})
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from llada2_fast.kernels import rope
 
-from ..gpu_gates import rope_case
-from .cases import Case, Shapes, agree
+from ..gpu.gates import rope_case
+from .cases import Case, agree
 
 
 def plain(qkv, q_weight, k_weight, cos, sin, eps, num_heads, num_kv_heads, k_cache, v_cache, slot):
@@ -24,9 +24,8 @@ def plain(qkv, q_weight, k_weight, cos, sin, eps, num_heads, num_kv_heads, k_cac
     return turned(q, q_weight)
 
 
-def case_of(config, tokens):
-    shapes = Shapes(config)
-    make = partial(rope_case, shapes, tokens)
+def case_of(machine, config, tokens):
+    make = partial(rope_case, machine, machine.size(tokens, 64), config)
     first = make()
     size = 2 * first[0].nbytes  # everything read is written somewhere
 
@@ -39,12 +38,12 @@ def case_of(config, tokens):
         agree("rope", *outputs)
 
     return Case(
-        rope.qk_norm_rope_write, plain, "F.rms_norm, rotate_half", shapes.rotated(make, size), size, check=check
+        rope.qk_norm_rope_write, plain, "F.rms_norm, rotate_half", machine.rotated(make, size), size, check=check
     )
 
 
 CASES = {
-    f"{config} t{tokens}": partial(case_of, config, tokens)
+    f"{config} t{tokens}": (config, tokens)
     for config, tokens in (("small", 32), ("mini", 32), ("mini", 1024), ("flash", 32))
 }
 

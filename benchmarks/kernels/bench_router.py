@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from llada2_fast.kernels import router
 
-from ..gpu_gates import require
-from .cases import Case, Shapes, agree
+from ..gpu.gates import require
+from .cases import Case, agree
 
 
 def plain(h, weight, bias, top_k, n_group, topk_group, scale):
@@ -21,18 +21,17 @@ def plain(h, weight, bias, top_k, n_group, topk_group, scale):
     return ids, weights / weights.sum(-1, keepdim=True) * scale
 
 
-def arguments(shapes, tokens):
-    """What router.route is given for `tokens` random tokens."""
-    c = shapes.config()
-    bias = torch.randn(c.num_experts, device=shapes.device) * 0.01
-    weight = shapes.random(c.num_experts, c.hidden_size, std=c.hidden_size**-0.5)
-    h = shapes.random(tokens, c.hidden_size)
+def arguments(machine, config, tokens):
+    """What router.route is given for `tokens` random tokens and the router of a config."""
+    c = machine.config(config)
+    bias = torch.randn(c.num_experts, device=machine.device) * 0.01
+    weight = machine.random(c.num_experts, c.hidden_size, std=c.hidden_size**-0.5)
+    h = machine.random(tokens, c.hidden_size)
     return h, weight, bias, c.num_experts_per_tok, c.n_group, c.topk_group, c.routed_scaling_factor
 
 
-def case_of(config, tokens):
-    shapes = Shapes(config)
-    first = arguments(shapes, tokens)
+def case_of(machine, config, tokens):
+    first = arguments(machine, config, tokens)
     h, weight, top_k = first[0], first[1], first[3]
     size = h.nbytes + weight.nbytes + tokens * top_k * (8 + 4)
 
@@ -43,12 +42,12 @@ def case_of(config, tokens):
         require("router, share of tokens routed otherwise", 1 - same.float().mean().item(), 0.005)
         agree("router", (weights[same],), (wanted[same],))
 
-    buffers = shapes.rotated(partial(arguments, shapes, tokens), size)
+    buffers = machine.rotated(partial(arguments, machine, config, tokens), size)
     return Case(router.route, plain, "sigmoid, topk", buffers, size, 2.0 * tokens * weight.numel(), check)
 
 
 CASES = {
-    f"{config} t{tokens}": partial(case_of, config, tokens)
+    f"{config} t{tokens}": (config, tokens)
     for config, tokens in (("small", 32), ("mini", 32), ("mini", 1024), ("flash", 32))
 }
 

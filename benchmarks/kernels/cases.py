@@ -1,52 +1,54 @@
-"""What the timings of single ops share: shapes for the machine at hand, a case, and the parity it needs to be timed.
+"""What the timings of single ops share: the machine at hand, a case, and the parity it needs to be timed.
 
-Each bench_<op>.py names its CASES, the smallest first, and one test that times them; conftest.py does the rest.
+Each bench_<op>.py builds its cases with case_of(machine, ...) and has a table CASES of names and these arguments, the
+smallest first, with one test that times them; conftest.py does the rest. The GPU suite builds its points with the same
+functions.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 
-from ..gpu_gates import BF16_ERROR, relative, require
-from ..gpu_machine import CONFIGS, Machine
+from ..gpu.gates import BF16_ERROR, relative, require
+from ..gpu.machine import CONFIGS, Machine
 from ..models import SMALL
 
 F32_ERROR = 1e-5
 IN_A_GRAPH = 16  # calls at least, so that the wait at its end weighs little
 
 
-class Shapes(Machine):
-    """The machine at hand with one configuration: "small", "mini" or "flash".
+class Here(Machine):
+    """The machine at hand, with real sizes wherever it is, and configurations "small", "mini" and "flash".
 
     bfloat16 on a GPU, where buffers take turns so that no cache holds them. Float32 and one buffer on a CPU, where the
     references are the product; small cases are then timed within its caches.
     """
 
-    def __init__(self, name="mini"):
+    def __init__(self):
         super().__init__(dry=not torch.cuda.is_available())
         self.dtype = torch.float32 if self.dry else torch.bfloat16
-        self._config = (CONFIGS | {"small": SMALL})[name]
 
-    def config(self, name=None, fp8=False):
-        return replace(self._config, quantization="fp8") if fp8 else self._config
+    def config(self, name, fp8=False):
+        config = (CONFIGS | {"small": SMALL})[name]
+        return replace(config, quantization="fp8") if fp8 else config
 
     def size(self, real, most):
         return real
 
-    def rotated(self, make, size):
-        """What make() gives, as often as there must be buffers of `size` bytes."""
-        return [make() for _ in range(1 if self.dry else self.copies(size))]
+    def copies(self, size):
+        return 1 if self.dry else super().copies(size)
 
-    def experts(self, rows, columns):
-        """Weights [E, rows, columns], different in every expert, at the price of copying them."""
-        first = self.random(rows, columns, std=columns**-0.5)
-        weight = first.new_empty(self._config.num_experts, rows, columns)
-        for expert, own in enumerate(weight):
-            own.copy_(first.roll(expert, 0))
-        return weight
+
+def expert_weights(machine, experts, rows, columns):
+    """Weights [E, rows, columns], different in every expert, at the price of copying them."""
+    first = machine.random(rows, columns, std=columns**-0.5)
+    weight = first.new_empty(experts, rows, columns)
+    for expert, own in enumerate(weight):
+        own.copy_(first.roll(expert, 0))
+    return weight
 
 
 def agree(what, got, wanted):
@@ -67,21 +69,24 @@ def agree(what, got, wanted):
 
 @dataclass
 class Case:
-    """An op at one shape, as this machine runs it, beside a plain PyTorch peer.
+    """An op at one shape, as a machine runs it, beside a plain PyTorch peer; without one the GPU suite alone times it.
 
     ours, peer: called with the arguments of a buffer. bytes: every input and output once; operations: 2 per
     multiply-add. check: () -> None, raises where the two disagree; None = their outputs on the first buffer must
-    agree. graph: whether the peer can be captured in a CUDA graph, which one that asks the device cannot.
+    agree. graph: whether the peer can be captured in a CUDA graph, which one that asks the device cannot. facts: what
+    else a line says of it; parts: calls for single parts of ours, by the name under which a line has their µs.
     """
 
     ours: Callable
-    peer: Callable
+    peer: Callable | None
     peer_name: str
     buffers: list[tuple]
     bytes: float
     operations: float = 0.0
     check: Callable | None = None
     graph: bool = True
+    facts: dict = field(default_factory=dict)
+    parts: dict[str, Callable] = field(default_factory=dict)
 
     def gate(self, name):
         """ArithmeticError unless ours and the peer agree."""

@@ -6,6 +6,8 @@ pytest benchmarks/kernels/bench_norm.py [--quick]        or all of them: python 
 import pytest
 import torch
 
+from .cases import Here
+
 torch.set_num_threads(1)
 
 
@@ -25,7 +27,7 @@ def case(request):
     """A name of the file's CASES -> its Case, built anew, ours and the peer in agreement."""
     torch.manual_seed(0)
     with torch.inference_mode():
-        case = request.module.CASES[request.param]()
+        case = request.module.case_of(Here(), *request.module.CASES[request.param])
         case.gate(request.param)
     return case
 

@@ -1,6 +1,7 @@
 """The timings of single ops: all ops are there, a wrong op is refused, and the figures are those of one call."""
 
 import json
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -68,7 +69,8 @@ WRONG = [  # op, where its file finds it, or its peer
 @pytest.mark.parametrize("op, place, name", WRONG, ids=[op for op, *_ in WRONG])
 @torch.inference_mode()
 def test_a_wrong_op_is_not_timed(op, place, name, monkeypatch):
-    build = next(iter(import_module(f"benchmarks.kernels.bench_{op}").CASES.values()))
+    module = import_module(f"benchmarks.kernels.bench_{op}")
+    build = partial(module.case_of, cases.Here(), *next(iter(module.CASES.values())))
     build().gate(op)
     monkeypatch.setattr(place, name, off(getattr(place, name)))
     with pytest.raises(ArithmeticError, match=r"allowed|differ"):
@@ -102,9 +104,9 @@ def test_unknown_ops_are_refused(only, capsys):
 
 @torch.inference_mode()
 def test_what_only_a_gpu_times_is_right_in_the_interpreter():
-    shapes = cases.Shapes("small")
-    h, *rest = arguments(shapes, 5)
-    weight = shapes.experts(2 * 24, h.shape[1])
+    machine = cases.Here()
+    h, *rest = arguments(machine, "small", 5)
+    weight = cases.expert_weights(machine, len(rest[0]), 2 * 24, h.shape[1])
     with force_ops("triton"), interpreted():
         routing = router.route(h, *rest)
         product = bench_gemm.kernel(h, routing, weight)

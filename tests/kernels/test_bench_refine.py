@@ -1,13 +1,11 @@
-"""The benchmark of the refinement step: its line on a CPU, and its GPU part as a dry run."""
+"""The benchmark of the refinement step."""
 
 import json
 from importlib.util import find_spec
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks.gpu_machine import Machine
 from benchmarks.kernels import bench_refine
 
 
@@ -23,14 +21,6 @@ def test_quick_line(capsys):
     assert {(point["rows"], point["vocab"]) for point in line["points"]} >= {(8, 32768)}
 
 
-def test_gpu_part_dry():
-    with torch.inference_mode():
-        points, counted = bench_refine.on_gpu(SimpleNamespace(quick=True), Machine(dry=True))
-    assert len(points) == 2 * len(bench_refine.MODES)
-    assert all(point["ours_us"] > 0 and point["over_greedy"] > 0 for point in points)
-    assert counted["host_syncs"] == 0
-
-
 def test_nothing_is_timed_when_the_gate_fails(monkeypatch):
     run = bench_refine.Step.run
 
@@ -41,10 +31,3 @@ def test_nothing_is_timed_when_the_gate_fails(monkeypatch):
     monkeypatch.setattr(bench_refine.Step, "run", wrong)
     with pytest.raises(SystemExit, match="nothing is timed"):
         bench_refine.gate(300, torch.float32, "cpu")
-
-
-def test_a_plot_asks_for_its_package(monkeypatch, capsys):
-    monkeypatch.setattr(bench_refine, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match="2"):
-        bench_refine.main(["--plot", "steps.png"])
-    assert "llada2-fast[plot]" in capsys.readouterr().err

@@ -23,9 +23,9 @@ from llada2_fast.cache import PagedKVCache
 from llada2_fast.decoding.graph_runner import Slots, StepGraph
 from llada2_fast.kernels import refine
 
-from .gpu_gates import each_row
-from .gpu_machine import Point
-from .roofline import BLOCK, GPUS, floor_ms, gpu_of, step_costs, touched_experts
+from ..roofline import BLOCK, GPUS, floor_ms, gpu_of, step_costs, touched_experts
+from .gates import each_row
+from .machine import Point
 
 GRID = [(batch, prefix) for prefix in (1024, 8192, 32768) for batch in (1, 8, 32, 128)]
 CARRIED = [(batch, 1024) for batch in (1, 8, 32)]  # of the grid, measured in all variants

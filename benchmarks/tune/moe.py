@@ -1,4 +1,4 @@
-"""What can be tuned in the expert products, and what comes of it: `python -m benchmarks.tune_moe` is tune --ops moe.
+"""What can be tuned in the expert products, and what comes of it: `python -m benchmarks.tune --ops moe`.
 
 One MoE layer of the true shape with random weights, in bf16 and, where the GPU has it, in fp8. For every number of
 tokens, type and tile height, gate_up and down are timed on their own over all tile widths, warps and stages, in bf16
@@ -7,7 +7,6 @@ defaults give, whatever the tiles: that makes a token's bits independent of its 
 """
 
 import itertools
-import sys
 from functools import lru_cache, partial
 
 import torch
@@ -15,7 +14,7 @@ import torch
 from llada2_fast.kernels import fp8, router
 from llada2_fast.kernels.gemm import QuantTensor, gemm, tiles
 
-from .tune_cases import Case, Group, concluded, every, fp8_products, gains
+from .cases import Case, Group, concluded, every, fp8_products, gains
 
 # Decode's, the telling first: blocks of 1, 8 and 32 rows with those carried along, and of 1 and 32 without; prefill's.
 TOKENS = (64, 32, 320, 1280, 1024, 4096)
@@ -128,13 +127,3 @@ def _best(defaults, heights):
             most = saved
             found = defaults | {"tile_m": tile_m} | {product: line["fastest"] for product, line in lines.items()}
     return found
-
-
-def main(arguments=()):
-    from .tune import main
-
-    return main(["--ops", "moe", *arguments])
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

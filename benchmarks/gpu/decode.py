@@ -7,7 +7,7 @@ fills every block of 32 in exactly s forwards. The TPF asked for, 6.63, is 32 / 
 generated at s = 4 and at s = 5; the difference in time over the difference in blocks is a block's time, free of prefill
 and graph capture; and a block's time at 4.83 forwards is taken on the line between the two. Each time is the smaller of
 two runs. call_tok_s is the whole call at s = 5 and the longer text, with prefill and capture. floor_ms is that of
-a step behind the prompt, as in benchmarks.gpu_steps, over_floor the time of a forward over it.
+a step behind the prompt, as in benchmarks.gpu.steps, over_floor the time of a forward over it.
 
 host_syncs_per_step, launches_per_step and busy_ms_per_forward, in which the device is at work, are the profiler's, over
 such a difference as well; launches of the whole graph are not among them. The loop waits once a step, for the report of
@@ -19,9 +19,9 @@ from importlib.util import find_spec
 
 import torch
 
-from .gpu_machine import Point
-from .peers import Task, diffusers
-from .roofline import BLOCK, floor_ms, step_costs
+from ..peers import Task, diffusers
+from ..roofline import BLOCK, floor_ms, step_costs
+from .machine import Point
 
 TPF = 6.63
 PROMPT, SHORT, LONG = 1024, 256, 768

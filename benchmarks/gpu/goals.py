@@ -7,7 +7,7 @@ for in proportion to the floors, those of benchmarks.roofline.
 from collections.abc import Callable
 from typing import NamedTuple
 
-from .roofline import GPUS, MINI, floor_ms, gpu_of, step_costs
+from ..roofline import GPUS, MINI, floor_ms, gpu_of, step_costs
 
 
 class Goal(NamedTuple):

@@ -36,10 +36,11 @@ from typing import NamedTuple
 
 import torch
 
-from . import gpu_decode, gpu_goals, gpu_kernels, gpu_peers, gpu_profile, gpu_steps
-from .gpu_machine import DoesNotFit, Machine, Point, ceilings
-from .harness import RESULTS, ROOT, card
-from .lines import append_line, lines_of
+from ..harness import RESULTS, ROOT, card
+from ..lines import append_line, lines_of
+from . import decode, kernels, peers, profile, steps
+from .goals import judge
+from .machine import DoesNotFit, Machine, Point, ceilings
 
 SECTIONS = ("ceilings", "decode", "profile", "steps", "kernels", "peers")
 RESERVE_S = 10.0  # of the minutes, for what surrounds the points
@@ -47,21 +48,21 @@ SLOW, LEAST_S = 6.0, 60.0  # a point is broken off when it takes so many times w
 GRACE_S = 8.0  # until a point that has been broken off is out of what it was doing
 LOST, HUNG_AT_END, LEFT_OUT = 3, 4, 5  # exit codes
 OUT_OF_TIME = {"error": "broken off: out of time"}
-_INPUTS = ("gpu_machine", "gpu_gates", "gpu_weights", "roofline")
+_INPUTS = ("gpu/machine", "gpu/gates", "gpu/weights", "roofline")
 SOURCES = {  # section -> modules of benchmarks, beside the package itself, that decide its figures; * as in file names
-    "ceilings": ("gpu_machine",),
-    "decode": (*_INPUTS, "gpu_decode", "peers"),
-    "profile": (*_INPUTS, "gpu_steps", "gpu_profile"),
-    "steps": (*_INPUTS, "gpu_steps"),
-    "kernels": (*_INPUTS, "gpu_kernels"),
-    "peers": (*_INPUTS, "gpu_steps", "gpu_peers"),
-    "tune": (*_INPUTS, "tune*"),
+    "ceilings": ("gpu/machine",),
+    "decode": (*_INPUTS, "gpu/decode", "peers"),
+    "profile": (*_INPUTS, "gpu/steps", "gpu/profile"),
+    "steps": (*_INPUTS, "gpu/steps"),
+    "kernels": (*_INPUTS, "gpu/kernels", "kernels/*"),
+    "peers": (*_INPUTS, "gpu/steps", "gpu/peers"),
+    "tune": (*_INPUTS, "tune/*"),
 }
 
 
 def all_points(only=SECTIONS):
     """The points of some sections in the order they are run: ceilings, then two rounds through the sections."""
-    modules = (gpu_decode, gpu_profile, gpu_steps, gpu_kernels, gpu_peers)
+    modules = (decode, profile, steps, kernels, peers)
     found = [point for module in modules for point in module.points() if point.section in only]
     found.sort(key=lambda point: (point.later, SECTIONS.index(point.section)))
     return [Point("ceilings", "ceilings", 3, ceilings, gate=None), *found]
@@ -292,14 +293,10 @@ def main(arguments=None):
     )  # fmt: skip
     print(json.dumps(results.common))
     outcome = run([point for point in points if point.memory <= machine.memory], machine, results, end)
-    verdicts = gpu_goals.judge(results.lines)
+    verdicts = judge(results.lines)
     for goal in verdicts:
         print(f"{goal.verdict:12} {'-' if goal.value is None else f'{goal.value:.4g}':>8}  {goal.text}, {goal.limit}")
     goals = {f"{goal.text}, {goal.limit}": goal.verdict for goal in verdicts}
     summary = {"benchmark": "gpu", "dry_run": machine.dry, "goals": goals}
     print(json.dumps(summary | outcome._asdict()))
     return outcome.exit_code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The checks of benchmarks.first_light, from small to large: the gates of all kernels, a step, a text, an engine."""
+"""The checks of first_light, from small to large: the gates of all kernels, a step, a text, an engine."""
 
 import os
 import platform
@@ -12,9 +12,11 @@ import triton
 from llada2_fast import Engine, EngineConfig
 from llada2_fast.config import DecodeParams
 
-from . import aot, gpu_decode, gpu_gates, gpu_steps
-from .gpu_machine import Machine
-from .gpu_weights import random_model
+from .. import aot
+from . import decode as gpu_decode
+from . import gates, steps
+from .machine import Machine
+from .weights import random_model
 
 LAYERS = 2  # a dense one and one of experts
 
@@ -42,7 +44,7 @@ def _network(machine, fp8):
 
 def step(machine, fp8, captured):
     """A step launched piece by piece; or captured, and its replay held against that bit by bit."""
-    made = gpu_steps.Step(machine, _network(machine, fp8), machine.size(2, 2), machine.size(1024, 64))
+    made = steps.Step(machine, _network(machine, fp8), machine.size(2, 2), machine.size(1024, 64))
     if captured:
         return made.check()
     output, _ = made.graph.run()
@@ -79,7 +81,7 @@ def engine(machine):
 
 def checks():
     """{name: function(machine) -> values for its line, or None}, from small to large."""
-    found = {"versions": versions} | {f"gate {name}": gate for name, gate in gpu_gates.GATES.items()}
+    found = {"versions": versions} | {f"gate {name}": gate for name, gate in gates.GATES.items()}
     for kind, fp8 in (("bf16", False), ("fp8", True)):
         found[f"step {kind} launched"] = partial(step, fp8=fp8, captured=False)
         found[f"step {kind} captured"] = partial(step, fp8=fp8, captured=True)

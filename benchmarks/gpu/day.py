@@ -1,12 +1,12 @@
 """Everything a GPU is wanted for, unattended: from its first light to tuned tables, within some minutes.
 
-    python -m benchmarks.gpu_day --minutes 6.5 --out DIR
-    python -m benchmarks.gpu_day --minutes 4.5 --out DIR --only prewarm,tune,decode,steps --changed step,moe
+    python -m benchmarks.gpu.day --minutes 6.5 --out DIR
+    python -m benchmarks.gpu.day --minutes 4.5 --out DIR --only prewarm,tune,decode,steps --changed step,moe
 
 Phases, each a command of its own that may fail, hang or lose the device without ending the others:
 
-    prewarm    all kernels of the day compiled side by side          benchmarks.prewarm
-    light      every kernel, a step, a text, an engine               benchmarks.first_light, beside the next one
+    prewarm    all kernels of the day compiled side by side          benchmarks.gpu.prewarm
+    light      every kernel, a step, a text, an engine               benchmarks.gpu.first_light, beside the next one
     tests      the tests marked gpu                                  pytest -m gpu, a process per core
     decode     ceilings, tokens/s, a step kernel by kernel           benchmarks.gpu --only decode,profile
     steps      whole steps, then single kernels                      benchmarks.gpu --only steps,kernels
@@ -17,7 +17,7 @@ Phases, each a command of its own that may fail, hang or lose the device without
 They run in this order, or in that of --only. Needs a checkout, torch, triton, transformers, pytest with xdist and
 timeout; no network. What a phase prints goes to DIR/log.txt and, cut to a line's width, to the terminal. DIR/day.jsonl
 has a line for every phase, check of first light and failed test, as soon as it ends; DIR/gpu.jsonl and DIR/tune.jsonl
-have what was measured. DIR/cache.tar.xz, if it is there, is a pack of compiled kernels made by benchmarks.prewarm.
+have what was measured. DIR/cache.tar.xz, if it is there, is a pack of compiled kernels made by benchmarks.gpu.prewarm.
 
 A phase that loses the device is started again with what it has left to do. A second run on the same DIR measures what
 the first did not. After an edit, and new tuned tables are one, that would be everything; with --changed NAMES (parts of
@@ -45,9 +45,10 @@ import torch
 
 from llada2_fast.kernels import _tuned
 
-from . import gpu, tune
-from .harness import ROOT
-from .lines import append_line
+from ..harness import ROOT
+from ..lines import append_line
+from ..tune import tuner as tune
+from . import suite as gpu
 
 OUT_OF_TIME = "out of time"
 LEAST_S = 3.0  # with less left nothing is started
@@ -74,10 +75,10 @@ class Phase(NamedTuple):
 
 def phases(folder, dry=False, changed=None):
     """All phases, in their order. folder: where results go; changed: see --changed."""
-    python, tried = [sys.executable, "-m"], ["--dry-run"] * dry
+    python, tried, day = [sys.executable, "-m"], ["--dry-run"] * dry, folder / "day.jsonl"
     tests = [*python, "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--timeout-method", "thread"]
     side_by_side = ["-n", "auto", "--dist", "loadfile", "--timeout", "60"]
-    side_by_side += ["-p", "benchmarks.failed_tests", "--failed-to", str(folder / "day.jsonl")]
+    side_by_side += ["-p", "benchmarks.gpu.failed_tests", "--failed-to", str(day)]
     packed = folder / "cache.tar.xz"
     unpacked = ["--unpack", str(packed)] * packed.is_file()
     kept = ["--resume"] if changed is None else ["--resume-any", "--anew", changed]
@@ -93,8 +94,8 @@ def phases(folder, dry=False, changed=None):
     # without PyTorch's memory pool each tensor is bounded by itself; graphs cannot do without
     bounded = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return [
-        Phase("prewarm", 90, [*python, "benchmarks.prewarm", "--only", PREWARMED, *unpacked, *tried]),
-        Phase("light", 120, [*python, "benchmarks.first_light", "--out", str(folder / "day.jsonl"), *tried], "checks"),
+        Phase("prewarm", 90, [*python, "benchmarks.gpu.prewarm", "--only", PREWARMED, *unpacked, *tried]),
+        Phase("light", 120, [*python, "benchmarks.gpu.first_light", "--out", str(day), *tried], "checks"),
         Phase("tests", 150, [*tests, *side_by_side, *["--collect-only", "tests/test_graphs.py"] * dry], "checks"),
         Phase("decode", 150, gpu("decode,profile")),
         Phase("steps", 600, gpu("steps,kernels")),
@@ -206,7 +207,7 @@ def main(arguments=None):
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on a CPU: tries the day, not the machine")
     options = parser.parse_args(arguments)
     if not options.dry_run and not torch.cuda.is_available():
-        print("gpu_day: needs a CUDA device, found none (--dry-run tries it on a CPU)", file=sys.stderr)
+        print("gpu.day: needs a CUDA device, found none (--dry-run tries it on a CPU)", file=sys.stderr)
         return 2
     folder = options.out.resolve()
     known = {phase.name: phase for phase in phases(folder, options.dry_run, options.changed)}

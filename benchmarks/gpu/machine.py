@@ -20,9 +20,9 @@ import torch
 
 from llada2_fast.model import LLaDA2Model
 
-from .gpu_weights import random_model
-from .models import SMALL
-from .roofline import MODELS
+from ..models import SMALL
+from ..roofline import MODELS
+from .weights import random_model
 
 CONFIGS = {name: replace(config, mask_token_id=156895) for name, config in MODELS.items()}  # that of LLaDA2.0 and 2.1
 TINY = replace(
@@ -82,6 +82,10 @@ class Machine:
             return 2
         cache = torch.cuda.get_device_properties(self.device).L2_cache_size
         return min(64, max(1, math.ceil(4 * cache / size)))
+
+    def rotated(self, make, size):
+        """What make() gives, as often as there must be buffers of `size` bytes."""
+        return [make() for _ in range(self.copies(size))]
 
     def kernel_us(self, calls, rounds=10, least=16):
         """Median µs of a call, made in turn by replays of one CUDA graph that holds them all: no launch overhead.

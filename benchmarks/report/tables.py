@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from . import sampling
-from .gpu_goals import GOALS, PREDICTIONS, judge
-from .roofline import GPUS, gpu_of
+from .. import sampling
+from ..gpu.goals import GOALS, PREDICTIONS, judge
+from ..roofline import GPUS, gpu_of
 
 LEAST_SHARE = 0.005  # of a replay, for a kernel to have a row of its own
 COMMANDS = {  # benchmark -> the module that makes its lines
@@ -380,10 +380,10 @@ def gpu_goals(devices):
 
 
 def gpu_points(devices):
-    """All times, a table per section; of a point that is none (ceilings, gates) what the suite itself prints is in its
-    line."""
+    """All times, a table per device and section; of a point that is none (ceilings, gates) what the suite itself
+    prints is in its line."""
     columns = [
-        ("tok/s", "tok_s", "{:.0f}"), ("ms per forward", "ms_per_forward", "{:.2f}"),
+        ("point", "point", "{}"), ("tok/s", "tok_s", "{:.0f}"), ("ms per forward", "ms_per_forward", "{:.2f}"),
         ("of these at work", "busy_ms_per_forward", "{:.2f}"), ("µs", "us", "{:.1f}"), ("ms", "ms", "{:.3f}"),
         ("floor µs", "floor_us", "{:.1f}"), ("floor ms", "floor_ms", "{:.3f}"), ("over floor", "over_floor", "{:.2f}x"),
         ("floor ms of the experts touched", "floor_touched_ms", "{:.3f}"),
@@ -391,13 +391,15 @@ def gpu_points(devices):
         ("peak GB", "peak_gb", "{:.1f}"), ("whole call tok/s", "call_tok_s", "{:.0f}"),
         ("diffusers tok/s", "diffusers_tok_s", "{:.0f}"), ("ours / diffusers", "ratio_vs_diffusers", "{:.1f}x"),
     ]  # fmt: skip
-    sections = {}
+    parts = []
     for device, points in devices.items():
-        for name, data in points.items():
+        sections = {}
+        for data in points.values():
             if "kernels" not in data and data.keys() & {"us", "ms", "tok_s", "call_tok_s"}:
-                sections.setdefault(data["section"], {}).setdefault(name, {"point": name})[device] = data
-    columns = [("point", "point", "{}"), *side_by_side(devices, columns)]
-    return "\n\n".join(table(columns, list(rows.values())) for rows in sections.values())
+                sections.setdefault(data["section"], []).append(data)
+        for section, rows in sections.items():
+            parts += [f"{card(device)}, {section}:", table(columns, rows)]
+    return "\n\n".join(parts)
 
 
 def gpu_profile(devices):

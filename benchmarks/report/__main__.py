@@ -16,11 +16,11 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from . import report_plots, report_tables
-from .harness import ROOT
+from ..harness import ROOT
+from . import plots, tables
 
 BLOCK = re.compile(r"<!-- report:(\S+) -->\n(.*?)<!-- /report -->", re.DOTALL)
-BLOCKS = report_tables.BLOCKS | {"plots": report_plots.images}
+BLOCKS = tables.BLOCKS | {"plots": plots.images}
 FILES = {"README.md": "## Numbers", "benchmarks/README.md": None}  # file -> the section in which no number is typed
 # A measured quantity: a number with its unit.
 TYPED = re.compile(r"(?<![\w.])\d[\d.,]*(?:[x×]|\s?(?:tok(?:ens)?/s|ms|µs|us|[KMG]B(?:/s)?|%))(?![\w/])")
@@ -53,7 +53,7 @@ def faults(root, lines):
         blocks = zip(BLOCK.finditer(text), BLOCK.finditer(render(text, lines)), strict=True)
         found += [f"{name}: report:{old[1]} is not what the lines give" for old, new in blocks if old[0] != new[0]]
         found += [f"{name}: {number!r} is typed by hand" for number in typed(text, section)]
-    stale = report_plots.stale(root / "benchmarks" / "plots", lines)
+    stale = plots.stale(root / "benchmarks" / "plots", lines)
     return found + [f"benchmarks/plots/{name}.svg is not what the lines give" for name in stale]
 
 
@@ -65,17 +65,17 @@ def main(argv=None, root=ROOT):
     missing = [name for name in FILES if not (Path(root) / name).is_file()]
     if missing:
         parser.error(f"needs a checkout: there is no {', no '.join(missing)} in {root}")
-    lines = report_tables.read(root / "benchmarks" / "results")
+    lines = tables.read(root / "benchmarks" / "results")
     if options.check:
         found = faults(root, lines)
         print("\n".join([*found, "run: python -m benchmarks.report"] if found else ["all from the result lines"]))
         return int(bool(found))
     folder = root / "benchmarks" / "plots"
-    stale = report_plots.stale(folder, lines)
+    stale = plots.stale(folder, lines)
     if stale and find_spec("matplotlib") is None:
         parser.error('needs matplotlib: pip install "llada2-fast[plot]"')
     for name in stale:
-        report_plots.draw(name, folder, lines)
+        plots.draw(name, folder, lines)
     for name in FILES:
         text = (root / name).read_text("utf-8")
         (root / name).write_text(render(text, lines), "utf-8")

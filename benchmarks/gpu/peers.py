@@ -6,10 +6,12 @@
     grouped_mm  the most that PyTorch offers, one graph for torch.compile: contiguous keys and values, experts by
                 torch's grouped matrix product, refinement by thresholds alone. Stronger than what the goal asks
 
-Each must choose the same tokens as our step at half of the positions at least. In a random network in bf16 the best two
-logits are often a rounding apart, so they never agree on all; a network that computes something else agrees on none.
+Gate: in a network of the first GATE_LAYERS layers' shape each must choose the same tokens as our step at half of the
+positions at least. The whole network cannot be compared: a random one is chaotic, and where bf16 rounds otherwise its
+twenty layers end in hidden states that have nothing in common.
 """
 
+from dataclasses import replace
 from functools import partial
 from unittest import mock
 
@@ -23,11 +25,13 @@ from llada2_fast.kernels.norm import rms_norm_ref
 from llada2_fast.kernels.rope import qk_norm_rope_ref, rope_angles
 from llada2_fast.kernels.router import route_ref
 
-from .gpu_machine import Point
-from .gpu_steps import Step
-from .roofline import BLOCK
+from ..roofline import BLOCK
+from .machine import Point
+from .steps import Step
+from .weights import random_model
 
 AGREE = 0.5
+GATE_LAYERS = 2  # a dense one and one of experts: all others are like that. Rounding costs a token in ten
 
 
 def reference_step(step):
@@ -103,23 +107,41 @@ def _experts(layer, h):
     return (by_token.float() * weights[..., None]).sum(1).to(h.dtype) + _mlp(layer.shared_experts, h)
 
 
-@torch.no_grad()
-def time_peer(machine, name):
-    step = Step(machine, machine.network("mini"), 1, machine.size(1024, 64), in_order=True)
+def gate_step(machine, prefix):
+    """Our step of a network as deep as rounding allows to compare."""
+    config = replace(machine.config("mini"), num_hidden_layers=GATE_LAYERS)
+    return Step(machine, random_model(config, machine.dtype, machine.device), 1, prefix, in_order=True)
+
+
+def agreeing(step, call):
+    """Share of the block's tokens that a peer's call chooses as our step does."""
     step.reset()
     ours = step.call()[0].token[0].clone()
-    call = (grouped_step if name == "grouped_mm" else reference_step)(step)
+    step.reset()
+    with force_ops("torch"):
+        return (call() == ours).float().mean().item()
+
+
+@torch.no_grad()
+def time_peer(machine, name):
+    make, prefix = grouped_step if name == "grouped_mm" else reference_step, machine.size(1024, 64)
+
+    def peer(step):
+        if name == "eager":
+            return make(step)
+        torch.compiler.reset()
+        return torch.compile(make(step), backend="eager" if machine.dry else "inductor", fullgraph=name == "grouped_mm")
+
     outside = torch.compiler.disable(moe.experts_ref) if name == "compile" else moe.experts_ref
-    with force_ops("torch"), mock.patch.object(moe, "experts_ref", outside):
-        if name != "eager":
-            torch.compiler.reset()
-            call = torch.compile(call, backend="eager" if machine.dry else "inductor", fullgraph=name == "grouped_mm")
-        step.reset()
-        agreeing = (call() == ours).float().mean().item()
-        if agreeing < AGREE:
-            raise ArithmeticError(f"{agreeing:.0%} of the tokens agree with our step, at least {AGREE:.0%} must")
-        ms = machine.call_us(call, rounds=10, before=step.reset) / 1e3
-    return {"ms": ms, "tokens_agreeing": agreeing}
+    with mock.patch.object(moe, "experts_ref", outside):
+        step = gate_step(machine, prefix)
+        share = agreeing(step, peer(step))
+        if share < AGREE:
+            raise ArithmeticError(f"{share:.0%} of the tokens agree with our step, at least {AGREE:.0%} must")
+        step = Step(machine, machine.network("mini"), 1, prefix, in_order=True)
+        with force_ops("torch"):
+            ms = machine.call_us(peer(step), rounds=10, before=step.reset) / 1e3
+    return {"ms": ms, "tokens_agreeing": share}
 
 
 def points():

@@ -1,11 +1,11 @@
 """pytest plugin: a JSON line for every test, or file of tests, as soon as it has failed, appended to a file.
 
-python -m pytest -p benchmarks.failed_tests --failed-to FILE
+python -m pytest -p benchmarks.gpu.failed_tests --failed-to FILE
 """
 
 from pathlib import Path
 
-from .lines import append_line
+from ..lines import append_line
 
 LONGEST = 3000  # characters of a traceback, the last ones
 

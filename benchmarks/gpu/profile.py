@@ -11,8 +11,8 @@ together; rest: of all others. A dry run counts operators on the CPU.
 import re
 from functools import partial
 
-from .gpu_machine import Point
-from .gpu_steps import Step
+from .machine import Point
+from .steps import Step
 
 TOP, WIDTH = 25, 60
 

@@ -1,6 +1,6 @@
 """Compiles what the GPU benchmarks, the decode loop and the gpu tests launch, into Triton's cache on disk.
 
-    python -m benchmarks.prewarm [--only steps,kernels,scenarios,tests,tune] [--jobs N] [--target sm_90]
+    python -m benchmarks.gpu.prewarm [--only steps,kernels,scenarios,tests,tune] [--jobs N] [--target sm_90]
                                  [--device-name NAME] [--unpack FILE] [--pack FILE] [--dry-run]
 
 All cores compile side by side, and no GPU is needed; a process that launches one of these kernels afterwards loads it.
@@ -42,10 +42,14 @@ from llada2_fast.kernels import _tuned, attention, norm, refine, rope
 from llada2_fast.kernels._triton import force_ops
 from llada2_fast.model import LLaDA2Model, read_nothing
 
-from . import aot, gpu_gates, gpu_kernels, gpu_steps, tune
-from .gpu_machine import Shapes
-from .harness import ROOT
-from .roofline import BLOCK
+from .. import aot
+from ..harness import ROOT
+from ..roofline import BLOCK
+from ..tune import tuner as tune
+from . import gates
+from . import kernels as gpu_kernels
+from . import steps as gpu_steps
+from .machine import Shapes
 
 # active blocks, places for carried ones
 SIZES = sorted({(batch, carried) for batch, _ in gpu_steps.GRID for carried in (0, -(-batch // 4))})
@@ -88,20 +92,20 @@ def steps(machine):
 
 
 def kernels(machine):
-    """Those of benchmarks.gpu_kernels, which take other paths than a step."""
+    """Those of benchmarks.gpu.kernels, which take other paths than a step."""
     for batch in gpu_kernels.BATCHES:
         for mode in gpu_kernels.MODES:
-            refine.refine_step(*gpu_gates.refine_case(machine, [mode] * batch), filters=mode == "filters")
+            refine.refine_step(*gates.refine_case(machine, [mode] * batch), filters=mode == "filters")
         for prefix in gpu_kernels.PREFIXES:
-            attention.block_attention(*gpu_gates.attention_case(machine, [prefix] * batch))
+            attention.block_attention(*gates.attention_case(machine, [prefix] * batch))
     for fp8 in (False, True):
-        layer = gpu_gates.moe_layer(machine, fp8)
+        layer = gates.moe_layer(machine, fp8)
         for tokens in gpu_kernels.TOKENS:
             layer(machine.random(tokens, layer.router.weight.shape[1]))
     for tokens in (32, 1000, 4096):
-        norm.add_rms_norm(*gpu_gates.norm_case(machine, tokens))
+        norm.add_rms_norm(*gates.norm_case(machine, tokens))
     for tokens in (32, 1024, 4096):
-        rope.qk_norm_rope_write(*gpu_gates.rope_case(machine, tokens))
+        rope.qk_norm_rope_write(*gates.rope_case(machine, tokens))
 
 
 def scenarios(machine):

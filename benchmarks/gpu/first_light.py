@@ -1,6 +1,6 @@
 """The first minute on a GPU nobody has seen: every kernel, a step, a text, each in a process of its own.
 
-    python -m benchmarks.first_light [--only gate,step] [--jobs 4] [--limit 45] [--out FILE] [--dry-run]
+    python -m benchmarks.gpu.first_light [--only gate,step] [--jobs 4] [--limit 45] [--out FILE] [--dry-run]
 
 A check that hangs is killed after --limit seconds, one that takes the device down takes its own process with it: the
 others go on. Each is a line as it ends, printed, and in JSON with what went wrong appended to --out. They go from small
@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
+from ..lines import append_line
 from .apart import apart
-from .gpu_checks import check, checks
-from .lines import append_line
+from .checks import check, checks
 
 
 def run(names, dry, jobs, limit, out=None):

@@ -4,8 +4,8 @@ import hashlib
 import inspect
 import json
 
-from .quality import draw as draw_quality
-from .report_tables import card, gpu_lines, newest, threads
+from ..quality import draw as draw_quality
+from .tables import card, gpu_lines, newest, threads
 
 # Data of the lines, or None where they have not what is drawn; and how it is drawn.
 

@@ -14,9 +14,9 @@ from llada2_fast.kernels import attention, norm, refine, rope
 from llada2_fast.kernels._triton import force_ops
 from llada2_fast.layers import MoE
 
-from .gpu_machine import poisoned
-from .gpu_weights import fill
-from .roofline import BLOCK
+from ..roofline import BLOCK
+from .machine import poisoned
+from .weights import fill
 
 BF16_ERROR = 1e-2
 _NEVER = 2**30
@@ -151,14 +151,14 @@ def gate_moe(machine, fp8):
     return {"relative_error": max(errors), "rerouted": rerouted}
 
 
-def norm_case(machine, tokens):
-    hidden = machine.config("mini").hidden_size
+def norm_case(machine, tokens, model="mini"):
+    hidden = machine.config(model).hidden_size
     return machine.random(tokens, hidden), machine.random(tokens, hidden), machine.random(hidden), 1e-6
 
 
-def rope_case(machine, tokens):
+def rope_case(machine, tokens, model="mini"):
     """Arguments of qk_norm_rope_write for whole blocks at pages in random order."""
-    config = machine.config("mini")
+    config = machine.config(model)
     heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     position = torch.randint(32768, (tokens,), device=machine.device)
     cos, sin = rope.rope_angles(position, config.rotary_dim, config.rope_theta, 1.0, machine.dtype)

@@ -33,13 +33,15 @@ import triton
 from llada2_fast.kernels import _tuned
 from llada2_fast.kernels._triton import force_ops
 
-from . import aot, gpu, tune_fp8, tune_moe
-from .gpu_machine import Machine, Point, Shapes, poisoned
-from .harness import RESULTS
-from .tune_cases import attention_groups, concluded, gains, refine_groups
+from .. import aot
+from ..gpu import suite as gpu
+from ..gpu.machine import Machine, Point, Shapes, poisoned
+from ..harness import RESULTS
+from . import fp8, moe
+from .cases import attention_groups, concluded, gains, refine_groups
 
 FAMILIES = {
-    "moe": tune_moe.groups, "attention": attention_groups, "refine": refine_groups, "fp8": tune_fp8.groups,
+    "moe": moe.groups, "attention": attention_groups, "refine": refine_groups, "fp8": fp8.groups,
 }  # fmt: skip
 MODELS = ("mini", "flash")
 KEYS = {  # what an entry is found by; the rest of it are parameters
@@ -155,7 +157,7 @@ def share(us, default_us):
 def kernels_of(machine):
     """Within it kernels run: on the GPU as they are, in a dry run in Triton's interpreter, products as on a GPU."""
     if machine.dry:
-        from tests.kernels.interpreter import interpreted, products_in_order
+        from ..interpreter import interpreted, products_in_order
 
         with interpreted(), products_in_order():
             yield
@@ -212,7 +214,7 @@ def _same(expected, got):
 
 def entries(groups, lines, device):
     """{family: entries} for the tables from the groups' lines."""
-    makers = {"moe": tune_moe.entries, "fp8": tune_fp8.entries}
+    makers = {"moe": moe.entries, "fp8": fp8.entries}
     found = {}
     for family in dict.fromkeys(group.family for group in groups):
         own = [group for group in groups if group.family == family]
@@ -308,7 +310,3 @@ def main(arguments=None):
     summary = {"benchmark": "tune", "dry_run": machine.dry, "entries": results.write()}
     print(json.dumps(summary | outcome._asdict()))
     return outcome.exit_code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -17,8 +17,8 @@ import torch
 from llada2_fast.kernels import attention, fp8, refine
 from llada2_fast.kernels._tuned import tried
 
-from .gpu_gates import attention_case, refine_case
-from .roofline import BLOCK
+from ..gpu.gates import attention_case, refine_case
+from ..roofline import BLOCK
 
 
 class Case(NamedTuple):

@@ -1,6 +1,6 @@
 """What can be tuned in the plain fp8 products, one matrix each: tiles, warps and stages.
 
-Tiles go by the tokens, so outputs must have the bits that the defaults give, whatever the tiles, see tune_moe. With few
+Tiles go by the tokens, so outputs must have the bits that the defaults give, whatever the tiles, see moe.py. With few
 tokens a small matrix is too few programs to keep memory busy: lower tiles make more of them, more stages let each have
 more on its way. With many tokens wide tiles share what they load.
 """
@@ -11,7 +11,7 @@ from functools import partial
 from llada2_fast.kernels import fp8
 from llada2_fast.kernels.gemm import QuantTensor, gemm
 
-from .tune_cases import Case, Group, concluded, every, fp8_products, gains
+from .cases import Case, Group, concluded, every, fp8_products, gains
 
 # What decode runs, the telling first: blocks of 1, 8 and 32 rows with those carried along, logits of 1, 8 and 32.
 CASES = (
