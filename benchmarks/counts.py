@@ -21,7 +21,6 @@ import re
 import sys
 from collections import Counter
 from dataclasses import replace
-from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,8 +29,10 @@ from torch.utils._pytree import tree_leaves
 from llada2_fast import LLaDA2Model, demo
 from llada2_fast.cache import PagedKVCache
 from llada2_fast.config import DecodeParams
-from llada2_fast.decoding.decoder import BlockDecoder, GraphedForward, run
-from llada2_fast.decoding.graph_runner import StepGraph
+from llada2_fast.decoding.decoder import BlockDecoder, decode_all, prefill_all
+from llada2_fast.decoding.graph_runner import GraphRunner
+from llada2_fast.decoding.lanes import Lanes
+from llada2_fast.decoding.sequence import Sequence
 from llada2_fast.kernels._triton import force_ops
 from llada2_fast.kernels.product import torch_products
 from llada2_fast.weights.special_tokens import load_tokenizer
@@ -123,29 +124,44 @@ def version(package):
     return package.__version__.partition("+")[0]
 
 
+class _Apart:
+    """A step whose own calls of operators are counted by themselves."""
+
+    def __init__(self, graph, inside):
+        self.load, self._graph, self._inside = graph.load, graph, inside
+
+    def run(self):
+        with Calls() as counted:
+            result = self._graph.run()
+        self._inside.append(counted.names)
+        return result
+
+
+class _Counted(GraphRunner):
+    """inside: of every step, the calls of its own."""
+
+    def __init__(self, *args):
+        super().__init__(*args, capture=False)
+        self.inside = []
+
+    def graph(self, active, carried):
+        return _Apart(super().graph(active, carried), self.inside)
+
+
 def around_the_graph():
     """Calls of operators by the loop that replays graphs, all but those inside a step; here a step runs as it is."""
     model = LLaDA2Model.from_pretrained(golden(), dtype=torch.float32, progress=False)
-    params = DecodeParams(gen_length=64)
-    length = model.block_length
-    blocks = -(-(40 + params.gen_length) // length)
-    inside, steps, step = Counter(), [], StepGraph.run
-
-    def apart(graph):
-        with Calls() as counted:
-            result = step(graph)
-        inside.update(counted.names)
-        steps.append(counted)
-        return result
-
-    replayed = mock.patch.object(StepGraph, "replay", apart)
-    with torch.inference_mode(), torch_products(padded=False), replayed, Calls() as all_calls:
-        cache = PagedKVCache(model.config, blocks, length, model.dtype, "cpu")
-        decoder = BlockDecoder(GraphedForward(model, cache, 1, blocks), 1, length, mask_id=255)
-        decoder.open(0, torch.arange(40), params, 0, (252,))
-        run(decoder)
-    outside = (all_calls.names - inside).total()
-    return {"decoding": f"around {len(steps)} replayed steps", "torch": version(torch), "calls": outside}
+    row = Sequence(list(range(40)), DecodeParams(gen_length=64), 0, (252,), model.block_length, mask_id=255)
+    with torch.inference_mode(), torch_products(padded=False), Calls() as all_calls:
+        cache = PagedKVCache(model.config, row.num_blocks, row.block_length, model.dtype, "cpu")
+        runner = _Counted(model, cache, Lanes(1, row.block_length, row.mask_id, pages=row.num_blocks))
+        decoder = BlockDecoder(runner)
+        row.pages = cache.allocate(row.num_blocks)
+        prefill_all(decoder, [row])
+        decoder.admit(row)
+        decode_all(decoder, [row])
+    outside = (all_calls.names - sum(runner.inside, Counter())).total()
+    return {"decoding": f"around {len(runner.inside)} replayed steps", "torch": version(torch), "calls": outside}
 
 
 # The kernels at their real shapes, without data.

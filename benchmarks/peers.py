@@ -11,16 +11,21 @@ Each is a function of (model, task) that returns a call without arguments, and t
 threshold decoding, greedy, without editing; random networks never predict EOS, so nobody stops early.
 """
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
 
-import llada2_fast.decoding.decoder
-import llada2_fast.model
+from llada2_fast.cache import PagedKVCache
+from llada2_fast.config import DecodeParams
+from llada2_fast.decoding.decoder import BlockDecoder, decode_all, prefill_all
+from llada2_fast.decoding.inputs import resolve_ids
+from llada2_fast.decoding.lanes import Lanes
+from llada2_fast.decoding.runner import CachedForward, EagerRunner
+from llada2_fast.decoding.sequence import Sequence
 from llada2_fast.kernels import refine
 from llada2_fast.kernels.moe import gated, mlp
 from llada2_fast.kernels.product import torch_products
@@ -165,39 +170,51 @@ def masked_experts(h, routing, gate_up, down, shared=None):
     return y if shared is None else y + mlp(h, *shared)
 
 
-def every_position(state, params, mask_id):
-    """refine.needed_positions, had the loop to hand over logits of whole blocks."""
-    return (state.frozen == 0)[:, None].expand(state.tokens.shape)
+class MaskedExperts(torch.nn.Module):
+    """In place of the network's routed experts: masked_experts on their weights."""
+
+    def __init__(self, own):
+        super().__init__()
+        self.own = own
+
+    def forward(self, x, routing, shared):
+        return masked_experts(x, routing, *self.own.weights, shared)
 
 
-def scheduler_step(scheduler, logits, state, params, mask_id, index=None, filters=True, only_needed=False):
-    """refine.refine_step by diffusers' scheduler.step: softmax, argmax, gather and topk, each an operation of its own.
+class SchedulerLanes(Lanes):
+    """Lanes whose step is diffusers' scheduler.step: softmax, argmax, gather and topk, each an operation of its own, on
+    the logits of whole blocks. For one row that decodes greedily and does not edit."""
 
-    For one row that decodes greedily and does not edit.
-    """
-    output = scheduler.step(
-        logits[index], int(state.step[0]), state.tokens, mask_token_id=mask_id,
-        threshold=float(params.threshold[0]), editing_threshold=None,
-    )  # fmt: skip
-    state.tokens.copy_(output.prev_sample)
-    state.step += 1
-    done = not (state.tokens == mask_id).any()
-    state.frozen += refine.BLOCK_DONE * done
-    status = torch.zeros(1, 8, dtype=torch.int32)
-    status[0, refine.FLAGS] = refine.CHANGED + refine.BLOCK_DONE * done
-    return refine.RefineOutput(
-        status, output.sampled_tokens, output.sampled_probs, output.transfer_index, output.editing_transfer_index
-    )
+    def __init__(self, scheduler, *args):
+        super().__init__(*args)
+        self.scheduler = scheduler
+
+    def needed(self):
+        return (self.state.frozen == 0)[:, None].expand(self.state.tokens.shape)
+
+    def step(self, logits, index=None, filters=True, only_needed=False):
+        state, mask_id = self.state, self.mask_id
+        output = self.scheduler.step(
+            logits[index], int(state.step[0]), state.tokens, mask_token_id=mask_id,
+            threshold=float(self.params.threshold[0]), editing_threshold=None,
+        )  # fmt: skip
+        state.tokens.copy_(output.prev_sample)
+        state.step += 1
+        done = not (state.tokens == mask_id).any()
+        state.frozen += refine.BLOCK_DONE * done
+        status = torch.zeros(1, 8, dtype=torch.int32)
+        status[0, refine.FLAGS] = refine.CHANGED + refine.BLOCK_DONE * done
+        return refine.RefineOutput(
+            status, output.sampled_tokens, output.sampled_probs, output.transfer_index, output.editing_transfer_index
+        )
 
 
 def _without_experts(model, task):
-    call = ours(model, task)
-
-    def patched():
-        with mock.patch.object(llada2_fast.model, "experts", masked_experts):
-            return call()
-
-    return patched
+    twin = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})  # on the same weights
+    for layer in twin.layers:
+        if hasattr(layer.mlp, "experts"):
+            layer.mlp.experts = MaskedExperts(layer.mlp.experts)
+    return ours(twin, task)
 
 
 def _without_products(model, task):
@@ -207,15 +224,24 @@ def _without_products(model, task):
 def _without_refine(model, task):
     from diffusers import BlockRefinementScheduler
 
-    call, scheduler = ours(model, task), BlockRefinementScheduler(block_length=BLOCK)
-    step = partial(scheduler_step, scheduler)
+    scheduler = BlockRefinementScheduler(block_length=BLOCK)
+    params = DecodeParams(task.generated, BLOCK, task.steps, threshold=task.threshold)
+    mask_id, eos_ids, _ = resolve_ids(model, params)
 
-    def patched():
+    def call():
         scheduler.set_timesteps(task.steps, block_length=BLOCK)
-        with mock.patch.multiple(llada2_fast.decoding.decoder, needed_positions=every_position, refine_step=step):
-            return call()
+        row = Sequence(task.prompt[0].tolist(), params, 0, eos_ids, BLOCK, mask_id)
+        cache = PagedKVCache(model.config, row.num_blocks, BLOCK, model.dtype, model.device)
+        decoder = BlockDecoder(EagerRunner(CachedForward(model, cache), SchedulerLanes(scheduler, 1, BLOCK, mask_id)))
+        row.pages = cache.allocate(row.num_blocks)
+        prefill_all(decoder, [row])
+        decoder.admit(row)
+        decode_all(decoder, [row])
+        counters = row.counters
+        forwards = {"denoise": counters.denoise_forwards, "prefill": counters.prefill_forwards, "settle": 0}
+        return Outcome(torch.tensor([row.answer()]), forwards)
 
-    return patched
+    return call
 
 
 PEERS: dict[str, Callable] = {"ours": ours, "diffusers": diffusers, "card": card}

@@ -118,6 +118,10 @@ class Experts(KeepsFp8):
     def weights(self):
         return QuantTensor(self.gate_up, self.gate_up_scale), QuantTensor(self.down, self.down_scale)
 
+    def forward(self, x, routing, shared):
+        """x [T, H], its Routing and the shared expert's weights or None -> [T, H]."""
+        return experts(x, routing, *self.weights, shared)
+
 
 class MoE(nn.Module):
     """Routed experts plus the shared expert, which is neither scaled nor gated."""
@@ -132,7 +136,7 @@ class MoE(nn.Module):
     def forward(self, x, block=None):
         routing = self.router(x, block)
         shared = None if self.shared_experts is None else self.shared_experts.weights
-        return experts(x, routing, *self.experts.weights, shared), routing.ids
+        return self.experts(x, routing, shared), routing.ids
 
 
 class Layer(nn.Module):

@@ -123,24 +123,18 @@ def test_parts_are_really_off(model):
     assert forwards["grouped experts"] == forwards["fused refinement"] == whole
 
 
-def test_replaced_operations_are_called_and_put_back(model, monkeypatch):
-    import llada2_fast.decoding.decoder
-    import llada2_fast.model
-
-    called = []
-    for name in ("masked_experts", "scheduler_step", "every_position"):
-        original = getattr(peers, name)
-        monkeypatch.setattr(peers, name, lambda *a, name=name, original=original: called.append(name) or original(*a))
-    task = peers.Task(torch.arange(32)[None], 32)
-    for name, expected in (
-        ("grouped experts", {"masked_experts"}),
-        ("fused refinement", {"scheduler_step", "every_position"}),
-    ):
-        peers.ABLATIONS[name](model, task)()
-        assert set(called) == expected
-        called.clear()
-    assert llada2_fast.model.experts is experts
-    assert llada2_fast.decoding.decoder.refine_step is not peers.scheduler_step
+def test_an_ablation_takes_its_part_out_and_leaves_the_model_alone(model):
+    task, own = peers.Task(torch.arange(32)[None], 32), [type(layer.mlp) for layer in model.layers]
+    calls = {}
+    for name in ("grouped experts", "fused refinement"):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            peers.ABLATIONS[name](model, task)()
+        calls[name] = {event.key: event.count for event in profile.key_averages()}
+    assert calls["grouped experts"]["aten::repeat_interleave"] > 0
+    assert "llada2_fast::refine_step" not in calls["fused refinement"]
+    assert calls["grouped experts"]["llada2_fast::refine_step"] == 4
+    assert [type(layer.mlp) for layer in model.layers] == own
+    assert not any(isinstance(part, peers.MaskedExperts) for part in model.modules())
 
 
 def test_masked_experts_is_the_same_function(model):

@@ -35,8 +35,8 @@ from triton.runtime.cache import FileCacheManager
 from llada2_fast import demo
 from llada2_fast.cache import PagedKVCache
 from llada2_fast.config import ModelConfig
-from llada2_fast.decoding.decoder import BlockDecoder, GraphedForward
 from llada2_fast.decoding.graph_runner import StepGraph
+from llada2_fast.decoding.lanes import Lanes
 from llada2_fast.demo import network
 from llada2_fast.kernels import _tuned, attention, norm, refine, rope
 from llada2_fast.kernels._triton import force_ops
@@ -69,11 +69,8 @@ def steps_of(config, dtype, sizes, pages, prefill, length=BLOCK):
     cache = PagedKVCache(config, max(pages), length, dtype, model.device)
     for active, carried in sizes:
         for width in pages:
-            forward = GraphedForward(model, cache, active, width)
-            decoder = BlockDecoder(forward, active, length, config.mask_token_id, model.device)
-            step = StepGraph(
-                model, cache, decoder.state, decoder.params, decoder.mask_id, forward.slots, active, carried
-            )  # fmt: skip
+            lanes = Lanes(active, length, config.mask_token_id, model.device, pages=width)
+            step = StepGraph(model, cache, lanes, active, carried)
             step.run()
     step.filters = True
     step.run()

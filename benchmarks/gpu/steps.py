@@ -20,7 +20,8 @@ from functools import partial
 import torch
 
 from llada2_fast.cache import PagedKVCache
-from llada2_fast.decoding.graph_runner import Slots, StepGraph
+from llada2_fast.decoding.graph_runner import StepGraph
+from llada2_fast.decoding.lanes import Lanes
 from llada2_fast.kernels import refine
 
 from ..roofline import BLOCK, GPUS, floor_ms, gpu_of, step_costs, touched_experts
@@ -52,24 +53,26 @@ class Step:
         self.cache.k.normal_()
         self.cache.v.normal_()
         tokens = torch.randint(config.mask_token_id, (batch, BLOCK), device=device)
-        kind = torch.full_like(tokens, refine.GENERATED, dtype=torch.int8)
-        self.state = refine.BlockState.fresh(tokens, kind, torch.full((batch,), prefix, device=device))
-        self.params = each_row(
+        lanes = Lanes(batch, BLOCK, self.mask_id, device, pages=width)
+        self.state, bounds = lanes.state, lanes.bounds
+        self.state.tokens.copy_(tokens)
+        self.state.block_start.fill_(prefix)
+        self.state.frozen.zero_()
+        lanes.params = each_row(
             batch, device, threshold=2.0, edit_threshold=2.0, max_steps=2**30, flags=refine.BAN_MASK | refine.EDITING
         )
         pages = (torch.arange if in_order else torch.randperm)(batch * width, device=device)
-        slots = Slots(batch, width, device)
-        self.page_table = slots.page_table.copy_(pages.view(batch, width))
-        slots.bounds.total.fill_(width * BLOCK)
-        slots.bounds.limit.fill_(width * BLOCK)
-        places = -(-batch // 4) if variant else 0  # see GraphedForward._size
+        self.page_table = lanes.page_table.copy_(pages.view(batch, width))
+        bounds.total.fill_(width * BLOCK)
+        bounds.limit.fill_(width * BLOCK)
+        places = -(-batch // 4) if variant else 0  # as GraphRunner has
         self.carried = places if variant == "carried real" else 0
         ended = slice(self.carried)
         self.state.block_start[ended] -= BLOCK
         self.state.frozen[ended] = refine.BLOCK_DONE
-        slots.bounds.changed[ended] = refine.CHANGED
-        self._kept = [(x, x.clone()) for x in (*vars(self.state).values(), slots.bounds.changed)]
-        self.graph = StepGraph(model, self.cache, self.state, self.params, self.mask_id, slots, batch, places)
+        bounds.changed[ended] = refine.CHANGED
+        self._kept = [(x, x.clone()) for x in (*vars(self.state).values(), bounds.changed)]
+        self.graph = StepGraph(model, self.cache, lanes, batch, places)
         self.load()
         self.call = self.graph.run if machine.dry else self.graph.replay
 

@@ -123,11 +123,11 @@ class Engine:
         """Schedule, one forward for all, deliver. Returns the events of this step."""
         work, events, result = self.scheduler.schedule(), [], None
         with self._failing(work.requests(), events):
-            result = self._forward(work)
+            result = self.forward(work)
         return events + self._deliver(result)
 
-    def _forward(self, work):
-        """The result of the step whose results have come, None if none has."""
+    def forward(self, work):
+        """A step's work done. Returns the result of the step whose results have come, None if none has."""
         self.num_steps += bool(work.requests())
         prefill = [(request.sequence, blocks) for request, blocks in work.prefill]
         return self.decoder.step([request.sequence for request in work.denoise], prefill)
