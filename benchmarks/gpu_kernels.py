@@ -27,9 +27,9 @@ MODES = ("greedy", "sampling", "filters")
 
 def time_refine(machine, batch, mode, reference):
     batch = machine.size(batch, 2)
-    logits, state, params, mask_id = refine_case(machine, [mode] * batch)
+    logits, state, params, ids = refine_case(machine, [mode] * batch)
     buffers = [logits] + [logits.clone() for _ in range(machine.copies(logits.nbytes) - 1)]
-    calls = [partial(refine.refine_step, x, state, params, mask_id, filters=mode == "filters") for x in buffers]
+    calls = [partial(refine.refine_step, x, state, params, ids, filters=mode == "filters") for x in buffers]
     result = machine.account(machine.kernel_us(calls), logits.nbytes)
     if len(buffers) > 1:
         result["us_in_cache"] = machine.kernel_us(calls[:1])

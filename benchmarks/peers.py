@@ -165,23 +165,23 @@ def masked_experts(h, routing, gate_up, down, shared=None):
     return y if shared is None else y + mlp(h, *shared)
 
 
-def every_position(state, params, mask_id):
+def every_position(state, params, ids):
     """refine.needed_positions, had the loop to hand over logits of whole blocks."""
     return (state.frozen == 0)[:, None].expand(state.tokens.shape)
 
 
-def scheduler_step(scheduler, logits, state, params, mask_id, index=None, filters=True, only_needed=False):
+def scheduler_step(scheduler, logits, state, params, ids, index=None, filters=True, only_needed=False):
     """refine.refine_step by diffusers' scheduler.step: softmax, argmax, gather and topk, each an operation of its own.
 
     For one row that decodes greedily and does not edit.
     """
     output = scheduler.step(
-        logits[index], int(state.step[0]), state.tokens, mask_token_id=mask_id,
+        logits[index], int(state.step[0]), state.tokens, mask_token_id=ids.mask,
         threshold=float(params.threshold[0]), editing_threshold=None,
     )  # fmt: skip
     state.tokens.copy_(output.prev_sample)
     state.step += 1
-    done = not (state.tokens == mask_id).any()
+    done = not (state.tokens == ids.mask).any()
     state.frozen += refine.BLOCK_DONE * done
     status = torch.zeros(1, 8, dtype=torch.int32)
     status[0, refine.FLAGS] = refine.CHANGED + refine.BLOCK_DONE * done

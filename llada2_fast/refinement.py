@@ -3,7 +3,7 @@ shapes and meanings are stable.
 
     state = BlockState.fresh(tokens, kind, start)     # one block per row: int64 [R, L], int8 [R, L], int64 [R]
     params = refine_params([DecodeParams(threshold=0.7)] * R, L, seeds, eos_ids)
-    output = refine_step(logits, state, params, mask_id)    # logits [R, L, V]; state.tokens is edited in place
+    output = refine_step(logits, state, params, SpecialIds(mask_id))    # logits [R, L, V]; edits state.tokens in place
     flags = output.status[:, FLAGS]                         # BLOCK_DONE | FINISHED | ERROR | CHANGED
 
 Two launches on a GPU (three with top-k or top-p), no host sync, nothing allocated by data: it can be captured in a CUDA
@@ -31,6 +31,7 @@ from .kernels.refine import (
     BlockState,
     RefineOutput,
     RefineParams,
+    SpecialIds,
     needed_positions,
     refine_step,
 )
@@ -39,7 +40,7 @@ from .kernels.roles import GENERATED, PADDING, PROMPT, TAIL
 __all__ = [
     "BLOCK_DONE", "CHANGED", "COMMITS", "EDITS", "EOS_AT", "ERROR", "FINISHED", "FLAGS", "GENERATED", "MASKS_BEFORE",
     "MASKS_LEFT", "PADDING", "POST_STEPS", "PROMPT", "STEP", "TAIL", "VALID", "BlockState", "RefineOutput",
-    "RefineParams", "needed_positions", "refine_params", "refine_step",
+    "RefineParams", "SpecialIds", "needed_positions", "refine_params", "refine_step",
 ]  # fmt: skip
 
 VALID = GENERATED  # its older name

@@ -17,7 +17,7 @@ from ..config import DecodeParams
 from ..kernels import refine
 from ..kernels._ambient import lasting
 from ..kernels.attention import Span
-from ..kernels.refine import BlockState, RefineParams, needed_positions, refine_step
+from ..kernels.refine import BlockState, RefineParams, SpecialIds, needed_positions, refine_step
 from ..model import Read, read_nothing
 from .graph_runner import Report, Slots, StepGraph
 
@@ -171,9 +171,9 @@ class Forward:
         if self.all_logits:
             needed = (state.kind != refine.PADDING) & (state.frozen == 0)[:, None]
         else:
-            needed = needed_positions(state, params, mask_id)
+            needed = needed_positions(state, params, SpecialIds(mask_id))
         logits, index = self(rows, state, needed, *prefill)
-        output = refine_step(logits, state, params, mask_id, index, _filters(rows))
+        output = refine_step(logits, state, params, SpecialIds(mask_id), index, _filters(rows))
         return output, EagerReport(rows, output, state)
 
 

@@ -14,7 +14,7 @@ import torch
 from ..kernels._ambient import lasting
 from ..kernels.advance import RowBounds, advance
 from ..kernels.attention import BlockBatch, pinned
-from ..kernels.refine import CHANGED, FLAGS, refine_step
+from ..kernels.refine import CHANGED, FLAGS, SpecialIds, refine_step
 
 
 class Slots:
@@ -72,17 +72,15 @@ class StepGraph:
     def run(self):
         """The step on whatever device; returns (RefineOutput, report int32 [S, 9 + 3 L]), see Report. No host sync, no
         allocation that depends on data."""
-        length, state = self.cache.block_length, self.state
+        length, state, ids = self.cache.block_length, self.state, SpecialIds(self.mask_id)
         slot, repeat, entry = self._plan.split(self._sizes)
-        row, index, tokens = advance(state, self.slots.bounds, slot, repeat, self.carried, self.mask_id)
+        row, index, tokens = advance(state, self.slots.bounds, slot, repeat, self.carried, ids)
         positions = torch.add(self._lanes, index[:, None], alpha=length)
         blocks = BlockBatch(row, index, self.slots.page_table, self.slots.bounds.limit)
         hidden = self.model.forward_blocks(tokens.flatten(), positions.flatten(), blocks, self.cache)
         logits = self.model.lm_logits(hidden[: self.active * length])
         at = torch.add(self._lanes, entry[:, None], alpha=length)  # negative in slots without an entry
-        output = refine_step(
-            logits, state, self.params, self.mask_id, index=at, filters=self.filters, only_needed=True
-        )  # fmt: skip
+        output = refine_step(logits, state, self.params, ids, index=at, filters=self.filters, only_needed=True)
         changed = self.slots.bounds.changed
         torch.where(entry < 0, changed, output.status[:, FLAGS] & CHANGED, out=changed)
         confidence = state.commit_confidence.view(torch.int32)

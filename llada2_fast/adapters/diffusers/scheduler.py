@@ -17,7 +17,7 @@ import torch
 from ...config import SAMPLING_METHODS, as_float32, as_temperature, habits, parse_json
 from ...decoding.inputs import check_temperature, checked_sampling, checked_thresholds, row_seeds, sharpened
 from ...kernels import refine
-from ...kernels.refine import BlockState, RefineParams, refine_step
+from ...kernels.refine import BlockState, RefineParams, SpecialIds, refine_step
 from ...model import seen_block_length
 from ...outputs import Output
 from ...weights import checkpoint
@@ -372,7 +372,7 @@ def _mask_step(
         kind.masked_fill_(prompt_mask.to(device).bool(), refine.PROMPT)
     state = BlockState.fresh(sample.clone(), kind, per_row(0, torch.int64))
     state.step.fill_(step_index)
-    output = refine_step(logits, state, params, mask_id)
+    output = refine_step(logits, state, params, SpecialIds(mask_id))
     _raise_on_error((output.status[:, refine.FLAGS] & refine.ERROR) != 0, step_index)
     return state.tokens, output.commit, output.edit, output.token, output.confidence
 
