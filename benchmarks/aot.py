@@ -39,7 +39,7 @@ from llada2_fast.kernels._triton import force_ops
 from llada2_fast.kernels.fp8 import FP8, linear, scale_shape
 from llada2_fast.kernels.gemm import QuantTensor
 
-VOCAB, MASK_ID = 157184, 156895  # LLaDA2.0 and 2.1
+VOCAB, IDS = 157184, refine.SpecialIds(156895)  # LLaDA2.0 and 2.1
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -120,7 +120,7 @@ def _state(rows, length):
 
 def _advance(entries, carried, length=32):
     whole, plan = _meta(256, dtype=torch.int32), _meta(entries, dtype=torch.int32)
-    advance.launch(_state(256, length), advance.RowBounds(whole, whole, whole), plan, plan, carried, MASK_ID)
+    advance.launch(_state(256, length), advance.RowBounds(whole, whole, whole), plan, plan, carried, IDS)
 
 
 def _refine(dtype, length=32, vocab=VOCAB, rows=8, packed=False, only_needed=False, filters=False, layout=None):
@@ -130,7 +130,7 @@ def _refine(dtype, length=32, vocab=VOCAB, rows=8, packed=False, only_needed=Fal
     if layout == "transposed":
         logits = _meta(rows, vocab, length, dtype=dtype).transpose(1, 2)
     index = _meta(rows, length, dtype=torch.int64) if packed else None
-    refine.launch(logits, _state(rows, length), params, MASK_ID, index, filters, only_needed)
+    refine.launch(logits, _state(rows, length), params, IDS, index, filters, only_needed)
 
 
 def _candidates(dtype, runner_up, filters):
@@ -138,7 +138,7 @@ def _candidates(dtype, runner_up, filters):
     real, whole, long = _meta(rows), _meta(rows, dtype=torch.int32), _meta(rows, dtype=torch.int64)
     candidates.launch(
         _meta(rows, length, VOCAB, dtype=dtype), long, whole, candidates.SampleParams(real, whole, real, long),
-        MASK_ID, whole, None, filters, runner_up,
+        IDS, whole, None, filters, runner_up,
     )  # fmt: skip
 
 

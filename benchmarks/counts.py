@@ -35,6 +35,7 @@ from llada2_fast.decoding.lanes import Lanes
 from llada2_fast.decoding.sequence import Sequence
 from llada2_fast.kernels._triton import force_ops
 from llada2_fast.kernels.product import torch_products
+from llada2_fast.kernels.refine import SpecialIds
 from llada2_fast.weights.special_tokens import load_tokenizer
 
 from . import compare, harness
@@ -154,7 +155,7 @@ def around_the_graph():
     row = Sequence(list(range(40)), DecodeParams(gen_length=64), 0, (252,), model.block_length, mask_id=255)
     with torch.inference_mode(), torch_products(padded=False), Calls() as all_calls:
         cache = PagedKVCache(model.config, row.num_blocks, row.block_length, model.dtype, "cpu")
-        runner = _Counted(model, cache, Lanes(1, row.block_length, row.mask_id, pages=row.num_blocks))
+        runner = _Counted(model, cache, Lanes(1, row.block_length, SpecialIds(row.mask_id), pages=row.num_blocks))
         decoder = BlockDecoder(runner)
         row.pages = cache.allocate(row.num_blocks)
         prefill_all(decoder, [row])

@@ -34,7 +34,18 @@ class RowBounds:
     changed: torch.Tensor  # non-zero: the row's last step changed its block
 
 
-def advance_ref(state, bounds, slot, repeat, carried, mask_id):
+def _begin_ref(state, bounds, slot, ids):
+    """Lay the next blocks of some slots [n] out."""
+    start, tokens = state.block_start[slot] + state.tokens.shape[1], state.tokens[slot]
+    masked = ((tokens == ids.mask) & (state.kind[slot] != PROMPT)).any(-1)
+    prior_flags = state.prior_flags[slot] | masked.int() * PRIOR_MASK
+    position = start[:, None] + torch.arange(tokens.shape[1], device=slot.device)  # [n, L]
+    kind = torch.where(position < bounds.limit[slot][:, None], TAIL, PADDING)
+    kind = torch.where(position < bounds.total[slot][:, None], GENERATED, kind).to(state.kind.dtype)
+    state.reset_block(slot, tokens.fill_(ids.mask), kind, start, prior_flags)
+
+
+def advance_ref(state, bounds, slot, repeat, carried, ids):
     """See advance."""
     slot, length = slot.long(), state.tokens.shape[1]
     block, tokens = state.block_start[slot] // length, state.tokens[slot]
@@ -44,12 +55,7 @@ def advance_ref(state, bounds, slot, repeat, carried, mask_id):
     given = unsettled & (unsettled.cumsum(0) <= carried)
     going = ready & (given | ~unsettled)
 
-    holds_mask = ((tokens == mask_id) & (state.kind[slot] != PROMPT)).any(-1)
-    prior_flags = state.prior_flags[slot] | holds_mask.int() * PRIOR_MASK
-    position = end[:, None] + torch.arange(length, device=slot.device)
-    kind = torch.where(position < bounds.limit[slot][:, None], TAIL, PADDING)
-    kind = torch.where(position < bounds.total[slot][:, None], GENERATED, kind).to(state.kind.dtype)
-    state.reset_block(slot[going], torch.full_like(tokens[going], mask_id), kind[going], end[going], prior_flags[going])
+    _begin_ref(state, bounds, slot[going], ids)
 
     now = torch.where(repeat == 0, slot, slot[:1])
     rows = torch.cat((now, now[:1].expand(carried)))
@@ -131,13 +137,13 @@ def _advance_kernel(
         tl.store(LAID + (A + spare)[:, None].to(tl.int64) * L + lane[None, :], copies, mask=free[:, None] & lanes)
 
 
-def launch(state, bounds, slot, repeat, carried, mask_id):
+def launch(state, bounds, slot, repeat, carried, ids):
     entries, length = slot.shape[0], state.tokens.shape[1]
     rows, index, laid = _empty(state.tokens, entries + carried)
     size = triton.next_power_of_2(entries) * triton.next_power_of_2(length)
     run_kernel(
         _advance_kernel, (1,),
-        slot, repeat, bounds.total, bounds.limit, bounds.changed, *vars(state).values(), rows, index, laid, mask_id,
+        slot, repeat, bounds.total, bounds.limit, bounds.changed, *vars(state).values(), rows, index, laid, ids.mask,
         A=entries, C=carried, L=length, ENTRIES=triton.next_power_of_2(entries),
         PLACES=triton.next_power_of_2(max(carried, 1)), LANES=triton.next_power_of_2(length),
         num_warps=min(16, max(1, size // 256)),
@@ -150,12 +156,25 @@ def _empty(tokens, blocks):
     return new(blocks, dtype=torch.int32), new(blocks, dtype=torch.int32), new((blocks, tokens.shape[1]))
 
 
-def advance(state, bounds, slot, repeat, carried, mask_id):
+def advance(state, bounds, slot, repeat, carried, ids):
     """Begin the next blocks of a plan's rows; updates `state` (BlockState over S slots) in place.
 
-    bounds: RowBounds; slot, repeat: int32 [A], A at least 1, entry 0 no repeat; carried: C; mask_id: int.
+    bounds: RowBounds; slot, repeat: int32 [A], A at least 1, entry 0 no repeat; carried: C; ids: SpecialIds.
     Returns (row int32 [A + C], block int32 [A + C], tokens int64 [A + C, L]): slot, number in its row and tokens of
     each block to forward, first the entries' active blocks, then the carried ones.
     """
     run = launch if use_triton(state.tokens) else advance_ref
-    return run(state, bounds, slot, repeat, carried, mask_id)
+    return run(state, bounds, slot, repeat, carried, ids)
+
+
+def begin_next(state, bounds, slots, ids):
+    """Begin the next blocks of slots whose block has ended, whatever their last steps changed: of the plan's three, for
+    a host that sees to what is carried by itself. Updates `state` in place.
+
+    bounds: RowBounds, whose `changed` is zero; slots: a list of ints; ids: SpecialIds.
+    """
+    slot = torch.tensor(slots, dtype=torch.int64, device="cpu").to(state.tokens.device)
+    if use_triton(state.tokens):
+        launch(state, bounds, slot.int(), torch.zeros_like(slot, dtype=torch.int32), 0, ids)
+    else:
+        _begin_ref(state, bounds, slot, ids)

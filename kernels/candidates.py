@@ -29,7 +29,7 @@ from ._triton import register_op, tl, triton, use_triton
 from ._tuned import measured
 from .filters import CHUNK, GROUP, PIVOTS, STEP_BITS, _draw, _filter_kernel, _filters, _finite, _scale, cut_ref
 from .philox import _pick, _uniform, pick_ref, uniform_ref
-from .roles import BAN_MASK, OWN_SOFTMAX, _locate
+from .roles import BAN_MASK, ID_ARGUMENTS, OWN_SOFTMAX, SpecialIds, _locate
 
 TILE_V = 4096  # part of the definition of a draw: the same in the reference and in every kernel
 _SLAB = 2**19  # logits whose probabilities the reference holds at a time: they stay in a CPU's cache
@@ -49,11 +49,11 @@ class SampleParams(NamedTuple):
     seed: torch.Tensor  # int64
 
 
-def candidates_ref(logits, row, position, step, params, mask_id, flags, tile_v=TILE_V, runner_up=False):
+def candidates_ref(logits, row, position, step, params, ids, flags, tile_v=TILE_V, runner_up=False):
     """Candidates of M positions. See the module's text for the rule.
 
     logits [M, V]; row [M] int64 into the parameters; position [M] int64 absolute; step [M] int64;
-    params SampleParams [R]; mask_id int; flags [R] integer, bits BAN_MASK and OWN_SOFTMAX.
+    params SampleParams [R]; ids SpecialIds; flags [R] integer, bits BAN_MASK and OWN_SOFTMAX.
     Returns token [M] int64, confidence [M] float32; with runner_up also the runner-up's, -1 and 0 where there is none.
     """
     if logits.shape[0] == 0:
@@ -61,16 +61,16 @@ def candidates_ref(logits, row, position, step, params, mask_id, flags, tile_v=T
         return nothing * 2 if runner_up else nothing
     ban_mask = (flags & BAN_MASK) != 0
     if not bool((params.temperature > 0).any()):  # sync: the reference alone
-        return _greedy_ref(logits, row, mask_id, ban_mask, runner_up)
+        return _greedy_ref(logits, row, ids.mask, ban_mask, runner_up)
     drawn = torch.where((params.temperature > 0)[row])[0]
     own = (flags[row[drawn]], *(parameter[row[drawn]] for parameter in params))
     slabs = (
-        _sample_ref(logits[at], flag, position[at], step[at], SampleParams(*parameters), mask_id, tile_v, runner_up)
+        _sample_ref(logits[at], flag, position[at], step[at], SampleParams(*parameters), ids.mask, tile_v, runner_up)
         for at, flag, *parameters in zip(*(tensor.split(_slab_rows(logits)) for tensor in (drawn, *own)), strict=True)
     )
     found = tuple(torch.cat(parts) for parts in zip(*slabs, strict=True))
     if drawn.shape[0] < row.shape[0]:
-        whole = _greedy_ref(logits, row, mask_id, ban_mask, runner_up)
+        whole = _greedy_ref(logits, row, ids.mask, ban_mask, runner_up)
         found = tuple(into.index_copy_(0, drawn, part) for into, part in zip(whole, found, strict=True))
     return found
 
@@ -194,7 +194,7 @@ def _sample_ref(logits, flags, position, step, params, mask_id, tile_v, runner_u
 
 
 def block_candidates_ref(
-    logits, start, step, params, mask_id, flags, index=None, wanted=None, tile_v=TILE_V, runner_up=False
+    logits, start, step, params, ids, flags, index=None, wanted=None, tile_v=TILE_V, runner_up=False
 ):
     """candidates_ref of blocks: logits [R, L, V], or [M, V] and index [R, L]; start, step [R]; wanted bool [R, L].
 
@@ -215,7 +215,7 @@ def block_candidates_ref(
             logits = logits[own]
     row = at.div(shape[1], rounding_mode="floor")
     found = candidates_ref(
-        logits, row, start[row] + at % shape[1], step[row].long(), params, mask_id, flags, tile_v, runner_up
+        logits, row, start[row] + at % shape[1], step[row].long(), params, ids, flags, tile_v, runner_up
     )  # fmt: skip
     if index is None and wanted is None:
         return tuple(tensor.view(shape) for tensor in found)
@@ -385,7 +385,7 @@ def _candidates_kernel(
         tl.store(SECOND_CONFIDENCE + n, tl.where(none, 0.0, share), mask=lane < L)
 
 
-def launch_parts(logits, index, roles, flags, start, step, params, mask_id, filters, runner_up=False, tile_v=TILE_V):
+def launch_parts(logits, index, roles, flags, start, step, params, ids, filters, runner_up=False, tile_v=TILE_V):
     """The launches that read the logits: parts float32 [5 or 7, R*L, TILES], their ids int32 [1 or 3, ...], and tiles.
 
     roles: (tokens, kind, frozen) to read only what a step needs, else None. flags: integer [R].
@@ -400,17 +400,17 @@ def launch_parts(logits, index, roles, flags, start, step, params, mask_id, filt
     positions, device = rows * length, logits.device
     room = triton.next_power_of_2(tiles)
     parts = torch.empty((7 if runner_up else 5, positions, room), dtype=torch.float32, device=device)
-    ids = torch.empty((3 if runner_up else 1, positions, room), dtype=torch.int32, device=device)
+    part_ids = torch.empty((3 if runner_up else 1, positions, room), dtype=torch.int32, device=device)
     chunks = None, None
     if filters:
         chunks = torch.empty((2, positions, tiles * (tile_v // CHUNK)), dtype=torch.float32, device=device)
     tokens, kind, frozen = (None, None, None) if roles is None else roles
-    inputs = (logits, index, tokens, kind, frozen, flags, start, step, *params, parts, ids, *chunks)
+    inputs = (logits, index, tokens, kind, frozen, flags, start, step, *params, parts, part_ids, *chunks)
     shape = {
         "L": length, "TILE_V": tile_v, "CHUNK": CHUNK, "TILES": room, "ONLY_NEEDED": roles is not None,
         "RUNNER_UP": runner_up,
     }  # fmt: skip
-    where = (vocab, mask_id, stride_r, stride_l, stride_v)
+    where = (vocab, ids.mask, stride_r, stride_l, stride_v)
     vocab_pass, filter_pass = pass_layout(device, logits.dtype, vocab)
     grid = (positions, triton.cdiv(tiles, vocab_pass["SPAN"]))
     run_kernel(_vocab_kernel, grid, *inputs, *where, **shape, **vocab_pass)
@@ -420,21 +420,22 @@ def launch_parts(logits, index, roles, flags, start, step, params, mask_id, filt
             *inputs, chunks[0].view(torch.int32), *where, tiles, **shape,
             STEP_BITS=STEP_BITS[logits.dtype], GROUP=GROUP, **filter_pass,
         )  # fmt: skip
-    return parts, ids, tiles
+    return parts, part_ids, tiles
 
 
-def launch(logits, start, step, params, mask_id, flags, index, filters, runner_up, tile_v=TILE_V):
+def launch(logits, start, step, params, ids, flags, index, filters, runner_up, tile_v=TILE_V):
     rows, length = logits.shape[:2] if index is None else index.shape
     found = _empty(logits, index, runner_up)
     if rows * length == 0:
         return found
-    parts, ids, tiles = launch_parts(
-        logits, index, None, flags, start, step, params, mask_id, filters, runner_up, tile_v
+    parts, part_ids, tiles = launch_parts(
+        logits, index, None, flags, start, step, params, ids, filters, runner_up, tile_v
     )  # fmt: skip
     lanes, num_warps = row_layout(length)
     run_kernel(
-        _candidates_kernel, (rows,), index, flags, start, step, params.temperature, params.seed, parts, ids, *found,
-        *(() if runner_up else (None, None)), tiles, length, parts.shape[2], lanes, num_warps=num_warps,
+        _candidates_kernel, (rows,),
+        index, flags, start, step, params.temperature, params.seed, parts, part_ids,
+        *found, *(() if runner_up else (None, None)), tiles, length, parts.shape[2], lanes, num_warps=num_warps,
     )  # fmt: skip
     return found
 
@@ -465,30 +466,34 @@ def _empty(logits, index, runner_up):
     return tuple(logits.new_empty(shape, dtype=dtype) for dtype in types)
 
 
-def _dispatch(logits, start, step, temperature, top_k, top_p, seed, mask_id, flags, index, filters, runner_up):
-    params = SampleParams(temperature, top_k, top_p, seed)
+def _dispatch(logits, start, step, temperature, top_k, top_p, seed, flags, index, filters, runner_up, *ids):
+    params, ids = SampleParams(temperature, top_k, top_p, seed), SpecialIds(*ids)
     if use_triton(logits):
-        return list(launch(logits, start, step, params, mask_id, flags, index, filters, runner_up))
-    return list(block_candidates_ref(logits, start, step, params, mask_id, flags, index, runner_up=runner_up))
+        return list(launch(logits, start, step, params, ids, flags, index, filters, runner_up))
+    return list(block_candidates_ref(logits, start, step, params, ids, flags, index, runner_up=runner_up))
+
+
+def _fake(logits, start, step, temperature, top_k, top_p, seed, flags, index, filters, runner_up, *ids):
+    return list(_empty(logits, index, runner_up))
 
 
 _op = register_op(
     "candidates(Tensor logits, Tensor start, Tensor step, Tensor temperature, Tensor top_k, Tensor top_p, Tensor seed, "
-    "int mask_id, Tensor flags, Tensor? index, bool filters, bool runner_up) -> Tensor[]",
+    f"Tensor flags, Tensor? index, bool filters, bool runner_up, {ID_ARGUMENTS}) -> Tensor[]",
     _dispatch,
-    lambda logits, *arguments: list(_empty(logits, arguments[-3], arguments[-1])),
+    _fake,
 )
 
 
-def candidates(logits, start, step, params, mask_id, flags, index=None, filters=True, runner_up=False):
+def candidates(logits, start, step, params, ids, flags, index=None, filters=True, runner_up=False):
     """Candidates of R blocks.
 
     logits [R, L, V]; or [M, V], and index int64 [R, L] names each position's row of logits, -1 for none.
-    start [R] int64: absolute position of a block's first token; step [R] int32; params SampleParams [R]; mask_id int;
-    flags [R] int32, bits BAN_MASK and OWN_SOFTMAX. filters=False promises that no row has top-k or top-p, and saves a
-    launch on a GPU.
+    start [R] int64: absolute position of a block's first token; step [R] int32; params SampleParams [R];
+    ids SpecialIds; flags [R] int32, bits BAN_MASK and OWN_SOFTMAX. filters=False promises that no row has top-k or
+    top-p, and saves a launch on a GPU.
     Returns token int64, confidence float32 [R, L]; with runner_up also the runner-up's, -1 and 0 where there is none.
     """
     if (logits.ndim, index is None) not in ((3, True), (2, False)):
         raise ValueError(f"logits: expected [R, L, V], or [M, V] and an index, got {tuple(logits.shape)}")
-    return tuple(_op(logits, start, step, *params, mask_id, flags, index, filters, runner_up))
+    return tuple(_op(logits, start, step, *params, flags, index, filters, runner_up, *ids))

@@ -27,7 +27,7 @@ from ._ambient import run_kernel
 from ._triton import register_op, tl, triton, use_triton
 from .candidates import TILE_V, SampleParams, _combine, block_candidates_ref, launch_parts, row_layout
 from .roles import BAN_MASK as BAN_MASK  # for callers, beside the others
-from .roles import EDITING, FILL_PROMPT, GENERATED, PADDING, PROMPT, _roles, roles_ref
+from .roles import EDITING, FILL_PROMPT, GENERATED, ID_ARGUMENTS, PADDING, PROMPT, SpecialIds, _roles, roles_ref
 from .roles import OWN_SOFTMAX as OWN_SOFTMAX
 from .roles import TAIL as TAIL
 
@@ -118,27 +118,27 @@ class RefineOutput(NamedTuple):
     edit: torch.Tensor  # bool [R, L]: written by T2T
 
 
-def needed_positions(state, params, mask_id):
+def needed_positions(state, params, ids):
     """bool [R, L]: the positions whose logits a step reads (masked; editable where editing). False on frozen rows."""
-    masked, editable = roles_ref(state.tokens, state.kind, state.frozen, params.flags, mask_id)
+    masked, editable = roles_ref(state.tokens, state.kind, state.frozen, params.flags, ids.mask)
     return masked | editable
 
 
-def refine_step_ref(logits, state, params, mask_id, index=None, only_needed=False, tile_v=TILE_V):
+def refine_step_ref(logits, state, params, ids, index=None, only_needed=False, tile_v=TILE_V):
     """One step in PyTorch; see refine_step."""
     sampling = SampleParams(params.temperature, params.top_k, params.top_p, params.seed)
-    wanted = needed_positions(state, params, mask_id) if only_needed else None
+    wanted = needed_positions(state, params, ids) if only_needed else None
     token, confidence = block_candidates_ref(
-        logits, state.block_start, state.step, sampling, mask_id, params.flags, index, wanted, tile_v
+        logits, state.block_start, state.step, sampling, ids, params.flags, index, wanted, tile_v
     )  # fmt: skip
-    return _commit_ref(token, confidence, state, params, mask_id)
+    return _commit_ref(token, confidence, state, params, ids)
 
 
-def _commit_ref(token, confidence, state, params, mask_id):
+def _commit_ref(token, confidence, state, params, ids):
     length = state.tokens.shape[1]
     flags = params.flags
     asked = reduce(or_, flags.tolist(), 0)  # sync: the reference alone; what no row asks for is skipped
-    masked, editable = roles_ref(state.tokens, state.kind, state.frozen, flags, mask_id, asked)
+    masked, editable = roles_ref(state.tokens, state.kind, state.frozen, flags, ids.mask, asked)
     before = masked.sum(-1, dtype=torch.int32)
     live = state.frozen == 0
     error = None
@@ -171,7 +171,7 @@ def _commit_ref(token, confidence, state, params, mask_id):
     # counters and the end of the block
     prompt = state.kind == PROMPT
     present = state.kind != PADDING
-    holds_mask = (state.tokens == mask_id) & present
+    holds_mask = (state.tokens == ids.mask) & present
     generated_mask = holds_mask & ~prompt
     still_masked = generated_mask
     if asked & FILL_PROMPT:
@@ -354,7 +354,7 @@ def _commit_kernel(
     tl.store(STATUS + 7, before)
 
 
-def launch(logits, state, params, mask_id, index, filters, only_needed, tile_v=TILE_V):
+def launch(logits, state, params, ids, index, filters, only_needed, tile_v=TILE_V):
     rows, length = state.tokens.shape
     output = _empty(state.tokens)
     if rows * length == 0:
@@ -364,15 +364,15 @@ def launch(logits, state, params, mask_id, index, filters, only_needed, tile_v=T
             raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
     sampling = (params.temperature, params.top_k, params.top_p, params.seed)
     roles = (state.tokens, state.kind, state.frozen) if only_needed else None
-    parts, ids, tiles = launch_parts(
-        logits, index, roles, params.flags, state.block_start, state.step, sampling, mask_id, filters, tile_v=tile_v
+    parts, part_ids, tiles = launch_parts(
+        logits, index, roles, params.flags, state.block_start, state.step, sampling, ids, filters, tile_v=tile_v
     )  # fmt: skip
     lanes, num_warps = row_layout(length)
     run_kernel(
         _commit_kernel, (rows,),
-        index, parts, ids, *vars(state).values(),
+        index, parts, part_ids, *vars(state).values(),
         params.temperature, params.seed, params.threshold, params.edit_threshold, params.steps, params.min_transfer,
-        params.max_steps, params.max_post_steps, params.flags, params.eos_ids, *output, mask_id, tiles,
+        params.max_steps, params.max_post_steps, params.flags, params.eos_ids, *output, ids.mask, tiles,
         L=length, TILES=parts.shape[2], LANES=lanes, ONLY_NEEDED=only_needed, NUM_EOS=params.eos_ids.shape[1],
         num_warps=num_warps,
     )  # fmt: skip
@@ -390,11 +390,12 @@ def _empty(tokens):
 
 def _dispatch(logits, *arguments):
     state = BlockState(*arguments[:_NUM_STATE])
-    params = RefineParams(*arguments[_NUM_STATE:-4])
-    mask_id, index, filters, only_needed = arguments[-4:]
+    params = RefineParams(*arguments[_NUM_STATE:_NUM_TENSORS])
+    index, filters, only_needed, *ids = arguments[_NUM_TENSORS:]
+    ids = SpecialIds(*ids)
     if use_triton(logits):
-        return tuple(launch(logits, state, params, mask_id, index, filters, only_needed))
-    return tuple(refine_step_ref(logits, state, params, mask_id, index, only_needed))
+        return tuple(launch(logits, state, params, ids, index, filters, only_needed))
+    return tuple(refine_step_ref(logits, state, params, ids, index, only_needed))
 
 
 _ALIAS = {  # what a step writes, in the notation of torch.library
@@ -402,10 +403,12 @@ _ALIAS = {  # what a step writes, in the notation of torch.library
     "commit_confidence": "(f!)",
 }  # fmt: skip
 _NUM_STATE = len(fields(BlockState))
+_NUM_TENSORS = _NUM_STATE + len(fields(RefineParams))
 _op = register_op(
     "refine_step(Tensor logits, "
     + ", ".join(f"Tensor{_ALIAS.get(f.name, '')} {f.name}" for f in (*fields(BlockState), *fields(RefineParams)))
-    + ", int mask_id, Tensor? index, bool filters, bool only_needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    + f", Tensor? index, bool filters, bool only_needed, {ID_ARGUMENTS})"
+    + " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _dispatch,
     lambda logits, tokens, *arguments: tuple(_empty(tokens)),
 )
@@ -416,16 +419,18 @@ def _values(of):
     return [getattr(of, field.name) for field in fields(of)]
 
 
-def refine_step(logits, state, params, mask_id, index=None, filters=True, only_needed=False):
+def refine_step(logits, state, params, ids, index=None, filters=True, only_needed=False):
     """One refinement step of R rows; updates `state` in place.
 
     logits: [R, L, V] for all positions, or [M, V] for some: then index int64 [R, L] names each position's row of
-    logits, -1 where there is none (needed_positions says which must be there). Any float type. mask_id: int.
+    logits, -1 where there is none (needed_positions says which must be there). Any float type. ids: SpecialIds.
     filters: False promises that no row has top_k or top_p, which saves a launch on a GPU. only_needed: leave out the
     positions that the step does not need, whatever logits there are.
     Returns RefineOutput. A row whose needed logits hold NaN or +inf, or -inf alone, gets the ERROR bit, is frozen and
-    keeps its block. Raises ValueError on shapes that do not fit.
+    keeps its block. Raises ValueError on shapes that do not fit, and on ids of another type.
     """
+    if not isinstance(ids, SpecialIds):
+        raise ValueError(f"ids: expected SpecialIds(mask, ...), got {ids!r}")
     rows, length = state.tokens.shape
     if index is None and logits.shape[:2] != (rows, length):
         raise ValueError(f"logits: expected [{rows}, {length}, V] without an index, got {tuple(logits.shape)}")
@@ -433,4 +438,4 @@ def refine_step(logits, state, params, mask_id, index=None, filters=True, only_n
         raise ValueError(f"logits, index: expected [M, V], [{rows}, {length}], got {tuple(logits.shape)}, "
                          f"{tuple(index.shape)}")  # fmt: skip
     tensors = (logits, *_values(state), *_values(params))
-    return RefineOutput(*_op(*tensors, mask_id, index, filters, only_needed))
+    return RefineOutput(*_op(*tensors, index, filters, only_needed, *ids))

@@ -7,6 +7,8 @@ A step needs the logits of those positions only. Prompt positions are neither, b
 padding and frozen rows have no roles. Shapes: R rows, L block_length, V vocab; n = r * L + l.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from ._triton import tl, triton
@@ -19,6 +21,17 @@ BAN_MASK = 1  # the mask id is never a candidate
 FILL_PROMPT = 2  # mask ids at prompt positions are filled like any other (model cards)
 EDITING = 4  # T2T editing
 OWN_SOFTMAX = 256  # a drawn token's confidence is its share of all ids at temperature 1, not of what it was drawn from
+
+
+class SpecialIds(NamedTuple):
+    """The token ids that mean something to a step's rules, of which EOS is not one: rows bring their own (eos_ids)."""
+
+    mask: int  # a position that is not filled yet
+    delete: int = -1  # LLaDA2.2: drops its position; -1 where a model has none, as below
+    split: int = -1  # LLaDA2.2: puts a mask before its position
+
+
+ID_ARGUMENTS = ", ".join(f"int {name}_id" for name in SpecialIds._fields)  # of an op, which takes them one by one
 
 _PROMPT, _PADDING = tl.constexpr(PROMPT), tl.constexpr(PADDING)
 _FILL_PROMPT, _EDITING = tl.constexpr(FILL_PROMPT), tl.constexpr(EDITING)

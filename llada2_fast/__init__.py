@@ -34,6 +34,7 @@ _HOME = {
     "ModelConfig": "config",
     "PROMPT": "refinement",
     "RefineParams": "refinement",
+    "SpecialIds": "refinement",
     "TAIL": "refinement",
     "VALID": "refinement",
     "demo": "demo",

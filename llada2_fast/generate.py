@@ -14,6 +14,7 @@ from .decoding.lanes import Lanes
 from .decoding.runner import CachedForward, EagerRunner
 from .decoding.sequence import Counters, Sequence
 from .decoding.trace import Trace
+from .kernels.refine import SpecialIds
 
 
 @dataclass
@@ -132,7 +133,7 @@ def generate(
 def _eager_runner(model, sequences, use_cache):
     one, pages = sequences[0], sum(s.num_blocks for s in sequences)
     cache = PagedKVCache(model.config, pages, one.block_length, model.dtype, model.device)
-    lanes = Lanes(len(sequences), one.block_length, one.mask_id, model.device, max(1, len(one.eos_ids)))
+    lanes = Lanes(len(sequences), one.block_length, SpecialIds(one.mask_id), model.device, max(1, len(one.eos_ids)))
     return EagerRunner(CachedForward(model, cache, cached=use_cache), lanes), cache
 
 
@@ -155,7 +156,7 @@ def _kept_runner(model, sequences):
     del runner  # before its successor's cache is made
     count, width, pages = map(power_of_two, asked)
     cache = PagedKVCache(model.config, pages, one.block_length, model.dtype, model.device)
-    lanes = Lanes(count, one.block_length, one.mask_id, model.device, max(1, len(one.eos_ids)), width)
+    lanes = Lanes(count, one.block_length, SpecialIds(one.mask_id), model.device, max(1, len(one.eos_ids)), width)
     runner = GraphRunner(weakref.proxy(model), cache, lanes)  # if it held its model, that would be kept for ever
     return runner, cache
 

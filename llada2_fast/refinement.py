@@ -3,14 +3,14 @@ shapes and meanings are stable.
 
     state = BlockState.fresh(tokens, kind, block_start)  # one block per row: int64 [R, L], int8 [R, L], int64 [R]
     params = refine_params([DecodeParams(threshold=0.7)] * R, L, seeds, eos_ids)
-    output = refine_step(logits, state, params, mask_id)    # logits [R, L, V]; state.tokens is edited in place
-    flags = output.status[:, FLAGS]                         # BLOCK_DONE | FINISHED | ERROR | CHANGED
+    output = refine_step(logits, state, params, SpecialIds(mask_id))  # logits [R, L, V]; edits state.tokens in place
+    flags = output.status[:, FLAGS]                      # BLOCK_DONE | FINISHED | ERROR | CHANGED
 
 Two launches on a GPU (three with top-k or top-p), no host sync, nothing allocated by data: it can be captured in a CUDA
 graph. A row whose block is done, finished or in error is frozen until state.reset_block() lays its next block out. A
 block's keys and values are final once a forward has seen it after a step without CHANGED. README has a whole loop.
 
-    lanes = Lanes(R, L, mask_id, device)  # the same with the blocks laid out, begun and ended: open, step, advance, close
+    lanes = Lanes(R, L, SpecialIds(mask_id), device)  # the same as lanes: open, step, advance, close
 """
 
 from .decoding.lanes import Lanes
@@ -31,15 +31,16 @@ from .kernels.refine import (
     BlockState,
     RefineOutput,
     RefineParams,
+    SpecialIds,
     needed_positions,
     refine_step,
 )
 from .kernels.roles import GENERATED, PADDING, PROMPT, TAIL
 
 __all__ = [
-    "BLOCK_DONE", "CHANGED", "COMMITS", "EDITS", "EOS_AT", "ERROR", "FINISHED", "FLAGS", "GENERATED", "Lanes", "MASKS_BEFORE",
-    "MASKS_LEFT", "PADDING", "POST_STEPS", "PROMPT", "STEP", "TAIL", "VALID", "BlockState", "RefineOutput",
-    "RefineParams", "needed_positions", "refine_params", "refine_step", "row_rule",
+    "BLOCK_DONE", "CHANGED", "COMMITS", "EDITS", "EOS_AT", "ERROR", "FINISHED", "FLAGS", "GENERATED", "Lanes",
+    "MASKS_BEFORE", "MASKS_LEFT", "PADDING", "POST_STEPS", "PROMPT", "STEP", "TAIL", "VALID", "BlockState",
+    "RefineOutput", "RefineParams", "SpecialIds", "needed_positions", "refine_params", "refine_step", "row_rule",
 ]  # fmt: skip
 
 VALID = GENERATED  # its older name

@@ -9,7 +9,7 @@ from llada2_fast import BlockRefinementScheduler, Engine, EngineConfig, LLaDA2Mo
 from llada2_fast.adapters.likelihood import likelihood_bound
 from llada2_fast.adapters.transformers import LLaDA2MoeModelLM
 from llada2_fast.config import DecodeParams
-from llada2_fast.refinement import BLOCK_DONE, FINISHED, BlockState, refine_params, refine_step
+from llada2_fast.refinement import BLOCK_DONE, FINISHED, BlockState, SpecialIds, refine_params, refine_step
 from llada2_fast.weights.special_tokens import load_tokenizer
 
 PROMPTS = [[2, 5, 3, 30, 41], [7, 9]]
@@ -124,7 +124,7 @@ def steps(model):
     params = refine_params(each, 8, [1, 2], [[], []])
     found = []
     while not bool((state.frozen & (BLOCK_DONE | FINISHED)).all()):
-        output = refine_step(logits, state, params, 1)
+        output = refine_step(logits, state, params, SpecialIds(1))
         found.append((output.status.tolist(), output.confidence.tolist(), state.tokens.tolist()))
     scheduler = BlockRefinementScheduler(8, 4)
     scheduler.set_timesteps(4)
@@ -174,7 +174,7 @@ def test_logits_that_are_trained():
     tokens = torch.full((1, 4), 1)
     for made in (logits, logits * 1):
         state = BlockState.fresh(tokens.clone(), torch.zeros(1, 4, dtype=torch.int8), torch.tensor([0]))
-        output = refine_step(made, state, refine_params([DecodeParams(threshold=0.0)], 4, [0], [[]]), 1)
+        output = refine_step(made, state, refine_params([DecodeParams(threshold=0.0)], 4, [0], [[]]), SpecialIds(1))
         assert not output.confidence.requires_grad and not bool((state.tokens == 1).any())
         step = BlockRefinementScheduler(4, 4).step(made, 0, tokens, mask_token_id=1)
         assert not step.sampled_probs.requires_grad

@@ -87,7 +87,7 @@ def start(model, jobs, length=8, settle="carry", cached=True, mask=MASK, spare=0
     cache = PagedKVCache(model.config, spare + sum(r.num_blocks for r in rows), length, model.dtype, model.device)
     cache.k.fill_(float("nan"))  # what nobody wrote must not be read
     cache.v.fill_(float("nan"))
-    lanes = Lanes(len(jobs), length, mask, max_eos=max(1, *(len(eos) for *_, eos in jobs)))
+    lanes = Lanes(len(jobs), length, refine.SpecialIds(mask), max_eos=max(1, *(len(eos) for *_, eos in jobs)))
     made = Made(BlockDecoder(EagerRunner(Watched(model, cache, cached), lanes)), rows, settle, [job[3] for job in jobs])
     for row in rows:
         row.pages = cache.allocate(row.num_blocks)

@@ -13,6 +13,7 @@ from llada2_fast.decoding.graph_runner import GraphRunner, StepGraph
 from llada2_fast.decoding.lanes import Lanes
 from llada2_fast.decoding.runner import CachedForward, EagerRunner
 from llada2_fast.decoding.sequence import Sequence
+from llada2_fast.kernels.refine import SpecialIds
 from llada2_fast.model import LLaDA2Model
 
 
@@ -57,7 +58,7 @@ def decoder_of(model, lengths, params, overlap=None, capture=False, trace=False)
         prompt = torch.randint(0, 250, (n,), generator=torch.Generator().manual_seed(n)).tolist()
         rows.append(Sequence(prompt, params, n, (252,), 8, 255, trace))
     cache = PagedKVCache(model.config, sum(row.num_blocks for row in rows), 8, model.dtype, model.device)
-    lanes = Lanes(len(rows), 8, 255, model.device, pages=max(row.num_blocks for row in rows))
+    lanes = Lanes(len(rows), 8, SpecialIds(255), model.device, pages=max(row.num_blocks for row in rows))
     if overlap is None:
         decoder = BlockDecoder(EagerRunner(CachedForward(model, cache), lanes))
     else:

@@ -47,7 +47,7 @@ def each_row(rows, device, **values):
 
 
 def refine_case(machine, modes):
-    """Logits [R, 32, V], a BlockState of masks, RefineParams that commit nothing, mask id; a row per mode."""
+    """Logits [R, 32, V], a BlockState of masks, RefineParams that commit nothing, SpecialIds; a row per mode."""
     config, rows = machine.config("mini"), len(modes)
     vocab, mask_id, device = config.vocab_size, config.mask_token_id, machine.device
     logits = machine.random(rows, BLOCK, vocab, std=2.0)
@@ -61,14 +61,14 @@ def refine_case(machine, modes):
     params.temperature.copy_(torch.tensor([float(mode != "greedy") for mode in modes]))
     params.top_k.copy_(torch.tensor([50 * (mode == "filters") for mode in modes]))
     params.top_p.copy_(torch.tensor([0.95 if mode == "filters" else 1.0 for mode in modes]))
-    return logits, state, params, mask_id
+    return logits, state, params, refine.SpecialIds(mask_id)
 
 
 def gate_refine(machine):
     """All modes in one batch that commits and edits. Greedy rows: everything equal. Draws may differ where rounding
     moves a boundary between two ids: 3 in 100 at most."""
     modes = ["greedy", "sampling", "filters", "greedy"] * machine.size(4, 1)
-    logits, state, params, mask_id = refine_case(machine, modes)
+    logits, state, params, ids = refine_case(machine, modes)
     state.tokens[3::4, :16] = 7  # editable
     params.flags[3::4] |= refine.EDITING
     params.threshold.fill_(0.5)
@@ -76,9 +76,9 @@ def gate_refine(machine):
     params.min_transfer.fill_(3)
     twin = copy.deepcopy(state)
     with poisoned():
-        out = refine.refine_step(logits, state, params, mask_id)
+        out = refine.refine_step(logits, state, params, ids)
     with force_ops("torch"):
-        wanted = refine.refine_step(logits, twin, params, mask_id)
+        wanted = refine.refine_step(logits, twin, params, ids)
     greedy = params.temperature == 0
     for name in ("status", "token", "commit", "edit"):
         if not torch.equal(getattr(out, name)[greedy], getattr(wanted, name)[greedy]):

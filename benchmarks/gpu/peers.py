@@ -44,7 +44,7 @@ def reference_step(step):
     def call():
         hidden = model.forward_blocks(state.tokens[0], positions, runs, step.cache)
         logits = model.lm_logits(hidden)[None]
-        return refine.refine_step(logits, state, step.params, step.mask_id, filters=False).token[0]
+        return refine.refine_step(logits, state, step.params, refine.SpecialIds(step.mask_id), filters=False).token[0]
 
     return call
 

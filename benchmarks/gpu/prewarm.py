@@ -69,7 +69,7 @@ def steps_of(config, dtype, sizes, pages, prefill, length=BLOCK):
     cache = PagedKVCache(config, max(pages), length, dtype, model.device)
     for active, carried in sizes:
         for width in pages:
-            lanes = Lanes(active, length, config.mask_token_id, model.device, pages=width)
+            lanes = Lanes(active, length, refine.SpecialIds(config.mask_token_id), model.device, pages=width)
             step = StepGraph(model, cache, lanes, active, carried)
             step.run()
     step.filters = True

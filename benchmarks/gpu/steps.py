@@ -53,7 +53,7 @@ class Step:
         self.cache.k.normal_()
         self.cache.v.normal_()
         tokens = torch.randint(config.mask_token_id, (batch, BLOCK), device=device)
-        lanes = Lanes(batch, BLOCK, self.mask_id, device, pages=width)
+        lanes = Lanes(batch, BLOCK, refine.SpecialIds(self.mask_id), device, pages=width)
         self.state, bounds = lanes.state, lanes.bounds
         self.state.tokens.copy_(tokens)
         self.state.block_start.fill_(prefix)

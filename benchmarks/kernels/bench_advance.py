@@ -10,7 +10,7 @@ import torch
 
 from llada2_fast.kernels import advance
 from llada2_fast.kernels.refine import BLOCK_DONE, PRIOR_MASK, BlockState
-from llada2_fast.kernels.roles import GENERATED, PADDING, PROMPT, TAIL
+from llada2_fast.kernels.roles import GENERATED, PADDING, PROMPT, TAIL, SpecialIds
 
 from ..roofline import BLOCK
 from .cases import Case, agree
@@ -18,7 +18,7 @@ from .cases import Case, agree
 MASK = 1000
 
 
-def plain(state, bounds, slot, repeat, carried, mask_id):
+def plain(state, bounds, slot, repeat, carried, ids):
     device, length = slot.device, state.tokens.shape[1]
     active, riding = [], []
     for row in slot.tolist():
@@ -28,12 +28,12 @@ def plain(state, bounds, slot, repeat, carried, mask_id):
         if ready and (not changed or len(riding) < carried):
             if changed:
                 riding.append((row, start // length, state.tokens[row].clone()))
-            masked = ((state.tokens[row] == mask_id) & (state.kind[row] != PROMPT)).any()
+            masked = ((state.tokens[row] == ids.mask) & (state.kind[row] != PROMPT)).any()
             start += length
             position = torch.arange(start, start + length, device=device)
             kind = torch.where(position < bounds.limit[row], TAIL, PADDING).masked_fill_(position < total, GENERATED)
             prior_flags = state.prior_flags[row] | masked.int() * PRIOR_MASK
-            state.reset_block(row, torch.full_like(position, mask_id), kind.to(state.kind.dtype), start, prior_flags)
+            state.reset_block(row, torch.full_like(position, ids.mask), kind.to(state.kind.dtype), start, prior_flags)
         active.append((row, start // length, state.tokens[row]))
     rows, index, laid = zip(*active, *riding, *active[:1] * (carried - len(riding)), strict=True)
     return *(torch.tensor(x, dtype=torch.int32, device=device) for x in (rows, index)), torch.stack(laid)
@@ -51,7 +51,7 @@ def case_of(machine, rows):
             state.frozen[::2] = BLOCK_DONE
         total = start.int() + 2 * BLOCK - 5
         bounds = advance.RowBounds(total, total + 3, (each(rows) // 2 % 2).contiguous())
-        return state, bounds, each(rows), torch.zeros_like(total), carried, MASK
+        return state, bounds, each(rows), torch.zeros_like(total), carried, SpecialIds(MASK)
 
     def check():
         first = make(ended=True)

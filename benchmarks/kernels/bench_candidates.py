@@ -14,7 +14,7 @@ def arguments(step):
     p = step.params
     sample = candidates.SampleParams(p.temperature, p.top_k, p.top_p, p.seed)
     ban = torch.full_like(p.flags, candidates.BAN_MASK)
-    return step.logits, step.state.block_start, step.state.step, sample, step.mask_id, ban, None, step.filters
+    return step.logits, step.state.block_start, step.state.step, sample, step.ids, ban, None, step.filters
 
 
 def wide(logits):
@@ -27,10 +27,10 @@ def greedy(logits, *_rest):
     return token, confidence
 
 
-def unfiltered(logits, start, step, params, mask_id, *_rest):
+def unfiltered(logits, start, step, params, ids, *_rest):
     """Probabilities [R, L, V] without the mask id."""
     x = wide(logits) / params.temperature[:, None, None]
-    x[..., mask_id] = float("-inf")
+    x[..., ids.mask] = float("-inf")
     return torch.softmax(x, -1)
 
 

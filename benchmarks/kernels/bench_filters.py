@@ -6,9 +6,9 @@ from .bench_candidates import case_of as case_of  # of a module of cases
 from .bench_candidates import unfiltered
 
 
-def filtered(logits, start, step, params, mask_id, *_rest):
+def filtered(logits, start, step, params, ids, *_rest):
     """Probabilities [R, L, V] of what both filters keep."""
-    p = unfiltered(logits, start, step, params, mask_id)
+    p = unfiltered(logits, start, step, params, ids)
     ordered = p.sort(-1, descending=True).values
     top_k, top_p = params.top_k.long()[:, None, None], params.top_p[:, None, None]
     limit = torch.where(top_k > 0, top_k, p.shape[-1])

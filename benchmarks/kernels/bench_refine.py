@@ -41,12 +41,12 @@ class Step:
     """
 
     def __init__(self, rows, vocab, dtype, device, mode="greedy", steady=False):
-        self.mask_id = vocab - 289
+        self.ids = refine.SpecialIds(vocab - 289)
         generator = None if device == "meta" else torch.Generator(device).manual_seed(rows)
         self.logits = torch.empty(rows, LENGTH, vocab, dtype=dtype, device=device)
         if generator is not None:  # drawn in float32, which is the same in every PyTorch; bfloat16 is not in 2.11
             self.logits.copy_(torch.empty_like(self.logits, dtype=torch.float32).normal_(std=4.0, generator=generator))
-            self.logits[..., self.mask_id] = -20.0  # diffusers would commit it
+            self.logits[..., self.ids.mask] = -20.0  # diffusers would commit it
             best = torch.rand(rows, LENGTH, 1, device=device, generator=generator)  # one each, from unlikely to sure
             self.logits.scatter_(2, (best * vocab).long() // 2, (16 + 10 * best).to(dtype))
         temperature, top_k, top_p = MODES[mode]
@@ -61,22 +61,22 @@ class Step:
             each(0.0, torch.float32), each(2**30 if steady else STEPS), each(0 if steady else 1), each(2**30), each(0),
             each(refine.BAN_MASK | refine.EOS_STEP), torch.full((rows, 1), 1, device=device),
         )  # fmt: skip
-        tokens = torch.full((rows, LENGTH), self.mask_id, device=device)
+        tokens = torch.full((rows, LENGTH), self.ids.mask, device=device)
         kind = torch.zeros_like(tokens, dtype=torch.int8)
         self.state = refine.BlockState.fresh(tokens, kind, torch.zeros_like(tokens[:, 0]))
         if steady:
             self.state.step.fill_(LENGTH)  # past the schedule's last commit
 
     def reset(self):
-        self.state.tokens.fill_(self.mask_id)
+        self.state.tokens.fill_(self.ids.mask)
         for name in ("step", "post_steps", "frozen"):
             getattr(self.state, name).zero_()
 
     def run(self):
-        return refine.refine_step(self.logits, self.state, self.params, self.mask_id, filters=self.filters)
+        return refine.refine_step(self.logits, self.state, self.params, self.ids, filters=self.filters)
 
     def reference(self):
-        return refine.refine_step_ref(self.logits, self.state, self.params, self.mask_id)
+        return refine.refine_step_ref(self.logits, self.state, self.params, self.ids)
 
     def from_new(self, call):
         """The call on new blocks, every time."""
@@ -95,9 +95,9 @@ class Step:
             return None
         scheduler = BlockRefinementScheduler(block_length=LENGTH)
         scheduler.set_timesteps(STEPS)
-        sample = torch.full((len(self.logits), LENGTH), self.mask_id, device=self.logits.device)
+        sample = torch.full((len(self.logits), LENGTH), self.ids.mask, device=self.logits.device)
         return lambda: scheduler.step(
-            self.logits, 0, sample, mask_token_id=self.mask_id, temperature=0.0, threshold=THRESHOLD,
+            self.logits, 0, sample, mask_token_id=self.ids.mask, temperature=0.0, threshold=THRESHOLD,
             editing_threshold=None, return_dict=True,
         )  # fmt: skip
 
@@ -139,7 +139,7 @@ def launches(mode):
     """Names of what one step launches, at the real size and without data, which no host sync would survive."""
     step = Step(8, 157184, torch.bfloat16, "meta", mode)
     with recorded() as found, _Noted() as noted:
-        refine.launch(step.logits, step.state, step.params, step.mask_id, None, step.filters, False)
+        refine.launch(step.logits, step.state, step.params, step.ids, None, step.filters, False)
     return [launch.kernel.__name__ for launch in found] + [name for name in noted.names if name not in _NO_LAUNCH]
 
 
@@ -236,7 +236,7 @@ def steady(machine, batch, mode):
 def plain(step):
     """The next blocks [R, L] by the rule in plain PyTorch: the threshold's, or the quota's most confident."""
     confidence, token = torch.softmax(step.logits.float(), -1).max(-1)
-    masked = step.state.tokens == step.mask_id
+    masked = step.state.tokens == step.ids.mask
     confidence = confidence.masked_fill(~masked, -1.0)
     commit = confidence > THRESHOLD
     best = confidence.topk(LENGTH // STEPS, -1).indices

@@ -92,13 +92,13 @@ def _attention(machine, config, part, points):
 
 def _refine(case, part, filters, packed, parameters):
     """All that a step returns and changes. packed: as the decode loop calls it, else all positions and no index."""
-    logits, state, params, mask_id = case
+    logits, state, params, ids = case
     state, index = copy.deepcopy(state), None
     if packed:
         logits, index = logits.flatten(0, 1), torch.arange(state.tokens.numel(), device=logits.device)
         index = index.view(state.tokens.shape)
     with tried("refine", {} if parameters is None else {part: parameters}):
-        out = refine.launch(logits, state, params, mask_id, index, filters, packed)
+        out = refine.launch(logits, state, params, ids, index, filters, packed)
     return [*out, *vars(state).values()]
 
 

@@ -38,7 +38,7 @@ import torch
 from ..config import DecodeParams
 from ..decoding.decoder import row_rules
 from ..kernels import refine
-from ..kernels.refine import BlockState, RefineParams, refine_step
+from ..kernels.refine import BlockState, RefineParams, SpecialIds, refine_step
 
 NAME = "LLaDA2Fast"
 _logger = logging.getLogger(__name__)
@@ -176,7 +176,7 @@ class Refinement:
             logits[:, 1:].scatter_add_(2, left, logits.new_full(left.shape, -self.settings.penalty))
         state, params, filters = self._gather(forward_batch, states)
         state.tokens = tokens
-        output = refine_step(logits, state, params, self.mask_id, filters=filters, only_needed=True)
+        output = refine_step(logits, state, params, SpecialIds(self.mask_id), filters=filters, only_needed=True)
         done = []
         for block, row in zip(states, output.status.tolist(), strict=True):
             block.step, block.post_steps = row[refine.STEP], row[refine.POST_STEPS]

@@ -13,11 +13,11 @@ import torch
 
 from ..kernels import refine
 from ..kernels._ambient import lasting
-from ..kernels.advance import RowBounds, advance
+from ..kernels.advance import RowBounds, advance, begin_next
 from ..kernels.attention import pinned
-from ..kernels.refine import BlockState, RefineOutput, RefineParams, needed_positions, refine_step
+from ..kernels.refine import BlockState, RefineOutput, RefineParams, SpecialIds, needed_positions, refine_step
 from ..kernels.roles import roles_ref
-from .rules import Rule
+from .rules import REAL, WHOLE, Rule
 
 
 class Lanes:
@@ -25,35 +25,40 @@ class Lanes:
 
     count: S.
     block_length: L.
-    mask_id: the id of what is still to be written.
+    ids: SpecialIds, those that mean something to the rules.
     device: of all tensors.
     max_eos: EOS ids that a row may have.
     pages: P, 0 where no table of pages is needed.
     """
 
     @lasting
-    def __init__(self, count: int, block_length: int, mask_id: int, device="cpu", max_eos: int = 1, pages: int = 0):
-        self.count, self.block_length, self.mask_id = count, block_length, mask_id
+    def __init__(self, count: int, block_length: int, ids: SpecialIds, device="cpu", max_eos: int = 1, pages: int = 0):
+        self.count, self.block_length, self.ids = count, block_length, ids
         self.device = torch.device(device)
         self.state = BlockState.fresh(
-            self._new((count, block_length), mask_id, torch.int64), self._new((count, block_length), 0, torch.int8),
+            self._new((count, block_length), ids.mask, torch.int64), self._new((count, block_length), 0, torch.int8),
             self._new(count, 0, torch.int64),
         )  # fmt: skip
         self.state.frozen.fill_(refine.FINISHED)
-        real, whole = torch.float32, torch.int32
+        # a row's numbers are entered by the column, which is one copy
+        self._whole = self._new((len(WHOLE), count), 0, torch.int32)
+        self._real = self._new((len(REAL), count), 0, torch.float32)
+        self._bounds = self._new((3, count), 0, torch.int32)
         self.params = RefineParams(
-            temperature=self._new(count, 0, real), top_k=self._new(count, 0, whole), top_p=self._new(count, 0, real),
+            **dict(zip(WHOLE, self._whole.unbind(), strict=True)),
+            **dict(zip(REAL, self._real.unbind(), strict=True)),
             seed=self._new(count, 0, torch.int64),
-            threshold=self._new(count, 0, real), edit_threshold=self._new(count, 0, real),
-            steps=self._new(count, 0, whole), min_transfer=self._new(count, 0, whole),
-            max_steps=self._new(count, 0, whole), max_post_steps=self._new(count, 0, whole),
-            flags=self._new(count, 0, whole), eos_ids=self._new((count, max_eos), -1, torch.int64),
-        )  # fmt: skip
-        self.bounds = RowBounds(*(self._new(count, 0, whole) for _ in range(3)))
-        self.page_table = self._new((count, pages), 0, whole)
+            eos_ids=self._new((count, max_eos), -1, torch.int64),
+        )
+        self.bounds = RowBounds(*self._bounds.unbind())
+        self.page_table = self._new((count, pages), 0, torch.int32)
 
     def _new(self, shape, value, dtype):
         return torch.full((shape,) if isinstance(shape, int) else shape, value, dtype=dtype, device=self.device)
+
+    @property
+    def mask_id(self) -> int:
+        return self.ids.mask
 
     @property
     def max_eos(self) -> int:
@@ -81,12 +86,12 @@ class Lanes:
         kind += [refine.TAIL] * (tail - text) + [refine.PADDING] * (length - max(tail, text))
         tokens, kind = torch.tensor([tokens, kind], dtype=torch.int64, device="cpu").to(self.device).unbind()
         self.state.reset_block(lane, tokens, kind, block_start, prior_flags)
-        for name, value in rule._asdict().items():
-            getattr(self.params, name)[lane] = value
-        self.params.seed[lane] = seed
         unused = [-1] * (self.max_eos - len(eos_ids))
+        whole, real = ([getattr(rule, name) for name in names] for names in (WHOLE, REAL))
+        for table, column in ((self._whole, whole), (self._real, real), (self._bounds, [total, limit, 0])):
+            table[:, lane] = torch.tensor(column, dtype=table.dtype, device="cpu")
+        self.params.seed[lane] = seed
         self.params.eos_ids[lane] = torch.tensor([*eos_ids, *unused], dtype=torch.int64, device="cpu")
-        self.bounds.total[lane], self.bounds.limit[lane], self.bounds.changed[lane] = total, limit, 0
         if self.page_table.shape[1]:
             self.page_table[lane, : len(pages)].copy_(pinned(pages, self.device), non_blocking=True)
 
@@ -96,11 +101,11 @@ class Lanes:
 
     def needed(self) -> torch.Tensor:
         """bool [S, L]: the positions whose logits a step reads."""
-        return needed_positions(self.state, self.params, self.mask_id)
+        return needed_positions(self.state, self.params, self.ids)
 
     def step(self, logits, index=None, filters: bool = True, only_needed: bool = False) -> RefineOutput:
         """One refinement step of all lanes; arguments as of kernels.refine.refine_step."""
-        return refine_step(logits, self.state, self.params, self.mask_id, index, filters, only_needed)
+        return refine_step(logits, self.state, self.params, self.ids, index, filters, only_needed)
 
     def judge(self, lanes: list[int], earlier: list[list[int]], output: RefineOutput) -> list[int]:
         """Decide again what is over in lanes whose tokens somebody has rewritten after a step.
@@ -122,9 +127,14 @@ class Lanes:
         self.state.frozen[rows] = over
         return over.tolist()  # sync: after a callback, which has read the step
 
+    def begin_next(self, lanes: list[int]):
+        """Begin the next blocks of lanes whose block has ended; what has to be carried is somebody else's to see to."""
+        if lanes:
+            begin_next(self.state, self.bounds, lanes, self.ids)
+
     def advance(self, lanes: torch.Tensor, repeat: torch.Tensor, carried: int):
         """Begin the next blocks of some lanes; arguments and values as of kernels.advance.advance."""
-        return advance(self.state, self.bounds, lanes, repeat, carried, self.mask_id)
+        return advance(self.state, self.bounds, lanes, repeat, carried, self.ids)
 
 
 def _over(commit, status, state, params, mask_id):

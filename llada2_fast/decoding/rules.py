@@ -107,8 +107,9 @@ def row_rule(params: DecodeParams, block_length: int) -> Rule:
     )
 
 
-_REAL = ("temperature", "top_p", "threshold", "edit_threshold")
-_WHOLE = tuple(name for name in Rule._fields if name not in _REAL)
+# Fields of a Rule by the type of their tensors, float32 and int32.
+REAL = ("temperature", "top_p", "threshold", "edit_threshold")
+WHOLE = tuple(name for name in Rule._fields if name not in REAL)
 
 
 def batch_params(
@@ -121,15 +122,15 @@ def batch_params(
     eos_ids: the ids of each row, which may be none.
     """
     width = max([1, *map(len, eos_ids)])
-    whole = [[getattr(rule, name) for rule in rules] for name in _WHOLE]
-    real = [[getattr(rule, name) for rule in rules] for name in _REAL]
+    whole = [[getattr(rule, name) for rule in rules] for name in WHOLE]
+    real = [[getattr(rule, name) for rule in rules] for name in REAL]
     wide = [[seed, *ids, *[-1] * (width - len(ids))] for seed, ids in zip(seeds, eos_ids, strict=True)]
     whole, real, wide = (
         torch.tensor(numbers, dtype=dtype, device="cpu").to(device, non_blocking=True)
         for numbers, dtype in ((whole, torch.int32), (real, torch.float32), (wide, torch.int64))
     )
     wide = wide.view(len(rules), 1 + width)
-    columns = dict(zip(_WHOLE, whole.unbind(), strict=True)) | dict(zip(_REAL, real.unbind(), strict=True))
+    columns = dict(zip(WHOLE, whole.unbind(), strict=True)) | dict(zip(REAL, real.unbind(), strict=True))
     return RefineParams(**columns, seed=wide[:, 0].contiguous(), eos_ids=wide[:, 1:].contiguous())
 
 

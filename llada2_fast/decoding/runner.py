@@ -57,11 +57,15 @@ class StepResult:
     """What a step did to the lanes; reading it waits for this step alone, not for steps launched since.
 
     output: RefineOutput, on the device. After wait(): status, a list of 8 ints for each lane (kernels.refine.FLAGS ..
-    MASKS_BEFORE); blocks, by lane the number of the block that was refined.
+    MASKS_BEFORE); blocks, by lane the number of the block that was refined; sequences, whose step it was, which the
+    decoder enters.
+
+    It is made of status [S, 8], blocks and columns [S, L] (tokens, steps, confidences), tensors or NumPy arrays, and of
+    the event `arrived` behind which arrays hold what they say.
     """
 
     def __init__(self, output, status, blocks, columns, arrived=None):
-        self.output, self.blocks = output, blocks
+        self.output, self.blocks, self.sequences = output, blocks, []
         self._status, self._columns, self._arrived = status, columns, arrived
 
     def wait(self):
@@ -69,16 +73,18 @@ class StepResult:
         if self._arrived is not None:
             self._arrived.synchronize()
         self.status = self._status.tolist()  # sync: the one of a step
-        if isinstance(self.blocks, torch.Tensor):
-            self.blocks = self.blocks.tolist()  # sync: on the host already
         return self
 
     def read(self, lanes: list[int], details: bool = True):
         """[(tokens, steps, confidences)] of the blocks in some lanes, lists of L numbers each; without details the last
         two are None."""
         columns = self._columns if details else self._columns[:1]
-        lists = [column[lanes].tolist() for column in columns]  # sync: only where blocks end or are looked at
+        lists = [_array(column)[lanes].tolist() for column in columns]  # sync: on the host already
         return [(*row, *[None] * (3 - len(columns))) for row in zip(*lists, strict=True)] if lanes else []
+
+
+def _array(column):
+    return column.cpu().numpy() if isinstance(column, torch.Tensor) else column  # sync: where blocks end
 
 
 class EagerRunner:
@@ -99,19 +105,13 @@ class EagerRunner:
 
     def execute(self, plan: Plan) -> StepResult:
         lanes = self.lanes
-        self._begin([step.lane for step in plan.steps if step.begins])
+        lanes.begin_next([step.lane for step in plan.steps if step.begins])
         needed = self._everything() if self.all_logits else lanes.needed()
         logits, index = self.forward(plan, lanes.state, needed)
         output = lanes.step(logits, index, plan.filters)
         state = lanes.state
         columns = (state.tokens, state.commit_step, state.commit_confidence)
         return StepResult(output, output.status, {step.lane: step.block for step in plan.steps}, columns)
-
-    def _begin(self, lanes):
-        """Lanes whose block has ended begin their next one; what has to be carried is among `leading`."""
-        if lanes:
-            lanes = torch.tensor(lanes, dtype=torch.int32, device="cpu").to(self.lanes.device)
-            self.lanes.advance(lanes, torch.zeros_like(lanes), 0)
 
     def _everything(self):
         state = self.lanes.state

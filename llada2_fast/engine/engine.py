@@ -17,6 +17,7 @@ from ..decoding.lanes import Lanes
 from ..decoding.rules import row_rule
 from ..decoding.runner import CachedForward, EagerRunner
 from ..decoding.sequence import Sequence
+from ..kernels.refine import SpecialIds
 from .detokenizer import IncrementalDetokenizer
 from .output_processor import make_output, process
 from .request import DEFAULTS, Event, Request, check_params
@@ -46,9 +47,8 @@ class Engine:
         pages = max(1, config.cache_tokens // length)
         widest = min(pages, -(-model.config.max_position_embeddings // length))
         self.cache = PagedKVCache(model.config, pages, length, model.dtype, model.device)
-        lanes = Lanes(
-            config.max_num_seqs, length, self.mask_id, model.device, config.max_eos_ids, widest if config.graphs else 0
-        )
+        ids, table = SpecialIds(self.mask_id), widest if config.graphs else 0
+        lanes = Lanes(config.max_num_seqs, length, ids, model.device, config.max_eos_ids, table)
         if config.graphs:
             self.decoder = BlockDecoder(GraphRunner(model, self.cache, lanes, config.capture), int(config.overlap))
         else:

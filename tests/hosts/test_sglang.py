@@ -150,9 +150,9 @@ def test_steps_are_those_of_sglang(algorithms, rule, fdfo):
 
 @pytest.mark.parametrize("rule", CONFIGS)
 def test_steps_of_the_kernels_are_those_of_sglang(algorithms, rule, monkeypatch):
-    def launch(logits, state, params, mask_id, filters, only_needed):
+    def launch(logits, state, params, ids, filters, only_needed):
         with interpreted():
-            return refine.launch(logits, state, params, mask_id, None, filters, only_needed)
+            return refine.launch(logits, state, params, ids, None, filters, only_needed)
 
     monkeypatch.setattr(adapter, "refine_step", launch)
     check_steps(algorithms, rule, True, 100)

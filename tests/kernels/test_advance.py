@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from llada2_fast.kernels import advance
 from llada2_fast.kernels._triton import force_ops
 from llada2_fast.kernels.refine import BLOCK_DONE, ERROR, FINISHED, PRIOR_MASK, BlockState
-from llada2_fast.kernels.roles import GENERATED, PADDING, PROMPT, TAIL
+from llada2_fast.kernels.roles import GENERATED, PADDING, PROMPT, TAIL, SpecialIds
 from tests.kernels.interpreter import interpreted
 
 MASK = 99
@@ -60,8 +60,8 @@ def same(seed, count, length, entries, carried, device="cpu"):
     state, bounds = slots_of(count, length, seed, device)
     plan = plan_of(count, entries, seed, device)
     wanted = copy(state)
-    blocks = advance.advance_ref(wanted, bounds, *plan, carried, MASK)
-    got = advance.advance(state, bounds, *plan, carried, MASK)
+    blocks = advance.advance_ref(wanted, bounds, *plan, carried, SpecialIds(MASK))
+    got = advance.advance(state, bounds, *plan, carried, SpecialIds(MASK))
     for name, a, b in zip(("row", "block", "tokens"), got, blocks, strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b), name
     for name, a in vars(state).items():
@@ -91,7 +91,7 @@ def test_the_rule(seed, count, carried, length):
     state, bounds = slots_of(count, length, seed)
     slots, repeat = plan_of(count, 8, seed)
     before = copy(state)
-    rows, blocks, tokens = advance.advance_ref(state, bounds, slots, repeat, carried, MASK)
+    rows, blocks, tokens = advance.advance_ref(state, bounds, slots, repeat, carried, SpecialIds(MASK))
     used = 0
     for entry, slot in enumerate(slots[repeat == 0].tolist()):
         block = int(before.block_start[slot]) // length

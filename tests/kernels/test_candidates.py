@@ -106,7 +106,7 @@ def check(size, dtype, layout, runner_up, seed, filters):
     start, step = one_of((0, 7, 2**31 + 5), rows, dtype=torch.int64), one_of((0, 1, 9), rows, dtype=torch.int32)
     flags = one_of((0, ops.BAN_MASK, ops.OWN_SOFTMAX, ops.BAN_MASK | ops.OWN_SOFTMAX), rows, dtype=torch.int32)
     shown, index = lay_out(logits, layout)
-    rule = (start, step, params, mask_id, flags, index)
+    rule = (start, step, params, ops.SpecialIds(mask_id), flags, index)
     wanted = ops.block_candidates_ref(shown, *rule, tile_v=tile_v, runner_up=runner_up)
     with interpreted():
         got = ops.launch(shown, *rule, filters, runner_up, tile_v)
@@ -150,7 +150,8 @@ def test_the_cut_of_nearly_flat_rows(top_k, top_p):
     """Nearly everything reaches a bound from below here, and the mass above it is what decides."""
     vocab = 200
     logits = torch.randn(1, 3, vocab, generator=torch.Generator().manual_seed(8)) * 0.01
-    rule = (torch.tensor([5]), torch.tensor([2], dtype=torch.int32), params(1, 1.0, top_k, top_p), vocab)
+    where, ids = (torch.tensor([5]), torch.tensor([2], dtype=torch.int32)), ops.SpecialIds(vocab)
+    rule = (*where, params(1, 1.0, top_k, top_p), ids)
     with interpreted():
         got = ops.launch(logits, *rule, torch.tensor([ops.BAN_MASK]), None, True, False, 128)
     for at in range(3):
@@ -182,7 +183,7 @@ def test_reference_confidences_at_the_real_vocabulary(temperature, spread):
     logits = torch.randn(1, 4, 157184, generator=torch.Generator().manual_seed(10)) * spread
     logits[..., 77] = logits.logsumexp(-1) + 1
     where = torch.tensor([0]), torch.tensor([0], dtype=torch.int32)
-    rule = (*where, params(1, temperature), 9, torch.tensor([ops.BAN_MASK]))
+    rule = (*where, params(1, temperature), ops.SpecialIds(9), torch.tensor([ops.BAN_MASK]))
     token, confidence = ops.block_candidates_ref(logits, *rule)
     logits[..., 9] = NONE if temperature else logits[..., 9]
     shares = torch.softmax(logits.double(), -1).gather(2, token[..., None])[..., 0]
@@ -194,7 +195,7 @@ def test_reference_cuts_far_down(top_k, top_p):
     """More than the few hundred largest logits that the reference looks at first, with many ties."""
     vocab, length = 3100, 6
     logits = torch.randn(1, length, vocab, generator=torch.Generator().manual_seed(9)).bfloat16()
-    rule = (torch.tensor([5]), torch.tensor([2], dtype=torch.int32), params(1, 1.0, top_k, top_p), 7)
+    rule = (torch.tensor([5]), torch.tensor([2], dtype=torch.int32), params(1, 1.0, top_k, top_p), ops.SpecialIds(7))
     found = ops.block_candidates_ref(logits, *rule, torch.tensor([ops.BAN_MASK]))
     for at in range(length):
         known = truth.candidate(logits[0, at], 1.0, top_k, top_p, 0, 5 + at, 2, 7, ops.BAN_MASK, ops.TILE_V)
@@ -222,8 +223,9 @@ def test_a_row_gives_the_same_bits_alone_and_in_any_batch():
         own = ops.SampleParams(*(tensor[which] for tensor in rules))
         with interpreted():
             return ops.launch(
-                logits[which], start[which], step[which], own, 9, flags[which], None, filters, True, tile_v
-            )
+                logits[which], start[which], step[which], own, ops.SpecialIds(9), flags[which], None, filters, True,
+                tile_v,
+            )  # fmt: skip
 
     whole = of(range(rows))
     for which in ([3, 0, 4, 2, 1], [1], [2], [3]):
@@ -267,8 +269,8 @@ def test_the_reference_draws_from_the_distribution(rule, tile_v):
     logits = torch.randn(vocab, generator=torch.Generator().manual_seed(2)) * 2
     logits[5] = NONE
     token, confidence = ops.block_candidates_ref(
-        logits.expand(1, draws, -1), torch.tensor([100]), torch.tensor([3]), params(1, *rule), mask_id,
-        torch.tensor([ops.BAN_MASK]), tile_v=tile_v,
+        logits.expand(1, draws, -1), torch.tensor([100]), torch.tensor([3]), params(1, *rule),
+        ops.SpecialIds(mask_id), torch.tensor([ops.BAN_MASK]), tile_v=tile_v,
     )  # fmt: skip
     shares = drawable(logits, *rule, mask_id)
     counts = torch.bincount(token[0], minlength=vocab).double()
@@ -285,7 +287,7 @@ def test_the_kernel_draws_from_the_distribution(rule):
     with interpreted():
         token, _ = ops.launch(
             logits.expand(1, draws, -1), torch.tensor([100]), torch.tensor([3], dtype=torch.int32), params(1, *rule),
-            mask_id, torch.tensor([ops.BAN_MASK]), None, True, False, 64,
+            ops.SpecialIds(mask_id), torch.tensor([ops.BAN_MASK]), None, True, False, 64,
         )  # fmt: skip
     shares = drawable(logits, *rule, mask_id)
     counts = torch.bincount(token[0], minlength=vocab).double()
@@ -307,15 +309,15 @@ def example(rows=2, length=3, vocab=40, packed=False, temperature=0.0):
         logits, index = logits.flatten(0, 1), torch.arange(rows * length).view(rows, length)
     start, step = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.int32)
     flags = torch.full((rows,), ops.BAN_MASK, dtype=torch.int32)
-    return logits, start, step, params(rows, temperature), 7, flags, index
+    return logits, start, step, params(rows, temperature), ops.SpecialIds(7), flags, index
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("runner_up", [False, True])
 def test_op_is_well_formed(packed, runner_up):
-    logits, start, step, sampling, *rest = example(packed=packed, temperature=1.0)
+    logits, start, step, sampling, ids, *rest = example(packed=packed, temperature=1.0)
     torch.library.opcheck(
-        torch.ops.llada2_fast.candidates.default, (logits, start, step, *sampling, *rest, True, runner_up)
+        torch.ops.llada2_fast.candidates.default, (logits, start, step, *sampling, *rest, True, runner_up, *ids)
     )
 
 
@@ -367,18 +369,18 @@ def test_what_is_refused():
 @pytest.mark.parametrize("temperature, top_k, top_p", [(0.0, 0, 1.0), (1.0, 0, 1.0), (0.8, 40, 1.0), (1.0, 200, 0.9)])
 @pytest.mark.parametrize("flag", [0, ops.OWN_SOFTMAX])
 def test_compiled_at_the_real_size(dtype, temperature, top_k, top_p, flag):
-    rows, length, vocab, mask_id = 4, 8, 157184, 156895
+    rows, length, vocab, ids = 4, 8, 157184, ops.SpecialIds(156895)
     logits = (torch.randn(rows, length, vocab, generator=torch.Generator().manual_seed(5)) * 4).to(dtype)
     rules = params(rows, temperature, top_k, top_p)
     flags = torch.full((rows,), ops.BAN_MASK | flag, dtype=torch.int32)
     start, step = torch.arange(rows) * 32, torch.zeros(rows, dtype=torch.int32)
     on_gpu = [tensor.cuda() for tensor in (logits, start, step)]
-    found = ops.candidates(*on_gpu, ops.SampleParams(*(t.cuda() for t in rules)), mask_id, flags.cuda(), runner_up=True)
+    found = ops.candidates(*on_gpu, ops.SampleParams(*(t.cuda() for t in rules)), ids, flags.cuda(), runner_up=True)
     compared = 0
     for row in range(rows):
         for at in range(length):
             known = truth.candidate(
-                logits[row, at], *(tensor[row].item() for tensor in rules), int(start[row]) + at, 0, mask_id,
+                logits[row, at], *(tensor[row].item() for tensor in rules), int(start[row]) + at, 0, ids.mask,
                 ops.BAN_MASK | flag, ops.TILE_V,
             )  # fmt: skip
             if known[4] > truth.NOT_SURE:
@@ -399,7 +401,8 @@ def test_compiled_rows_give_the_same_bits_in_any_batch():
     def of(which, filters=True):
         own = ops.SampleParams(*(tensor[which].cuda() for tensor in rules))
         start, step = where[which].cuda(), where[which].int().cuda()
-        return ops.candidates(logits[which.cuda()], start, step, own, 9, flags[which].cuda(), filters=filters)
+        ids = ops.SpecialIds(9)
+        return ops.candidates(logits[which.cuda()], start, step, own, ids, flags[which].cuda(), filters=filters)
 
     whole = of(where)
     for which in (where[:1], where[1:2], where[2:3], where.flip(0)):

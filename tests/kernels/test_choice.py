@@ -21,7 +21,8 @@ from llada2_fast.kernels import candidates, _triton
 assert not _triton.HAS_TRITON and not _triton.use_triton(torch.empty(0, device="meta"))
 rules = candidates.SampleParams(torch.zeros(1), torch.zeros(1, dtype=torch.int32), torch.ones(1), torch.zeros(1).long())
 zero = torch.zeros(1, dtype=torch.int64)
-token, confidence = candidates.candidates(torch.eye(3)[None], zero, zero.int(), rules, 5, zero.int())
+ids = candidates.SpecialIds(5)
+token, confidence = candidates.candidates(torch.eye(3)[None], zero, zero.int(), rules, ids, zero.int())
 print(token.tolist(), round(float(confidence[0, 0]), 4))
 """
 

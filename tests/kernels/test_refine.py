@@ -22,7 +22,7 @@ STATE = ("tokens", "step", "post_steps", "frozen", "commit_step", "commit_confid
 
 
 def make(size, dtype, layout, filters, seed, broken=0.1):
-    """Random logits, index, state, params, mask_id. Tokens and candidates come from a few ids, so that they meet."""
+    """Random logits, index, state, params, ids. Tokens and candidates come from a few ids, so that they meet."""
     rows, length, vocab, tile_v = size
     generator = torch.Generator().manual_seed(seed)
 
@@ -30,7 +30,7 @@ def make(size, dtype, layout, filters, seed, broken=0.1):
         return torch.tensor(values, dtype=dtype)[torch.randint(len(values), shape, generator=generator)]
 
     few = torch.randperm(vocab, generator=generator)[:6]
-    mask_id, eos = int(few[0]), few[1:3].tolist()
+    ids, eos = refine.SpecialIds(int(few[0])), few[1:3].tolist()
     which = one_of([0, 0, 0, 1, 2, 3, 4, 5], rows, length, dtype=torch.int64)
     full = one_of([False, False, True], rows, 1, dtype=torch.bool)  # rows without a mask, or with one at most
     tokens = few[which.where(~full | (torch.rand(rows, length, generator=generator) < 0.5 / length), which % 5 + 1)]
@@ -65,7 +65,7 @@ def make(size, dtype, layout, filters, seed, broken=0.1):
         kind = (BROKEN if wrong else SOUND)[
             int(torch.randint(len(BROKEN if wrong else SOUND), (), generator=generator))
         ]
-        x = logits_of(kind, vocab, mask_id, generator)
+        x = logits_of(kind, vocab, ids.mask, generator)
         if not wrong and int(torch.randint(3, (), generator=generator)):  # one of the few gets a probability
             likely = torch.logit(0.05 + 0.9 * torch.rand((), generator=generator))
             x[few[int(torch.randint(6, (), generator=generator))]] = x.logsumexp(0) + likely
@@ -74,21 +74,21 @@ def make(size, dtype, layout, filters, seed, broken=0.1):
         parts.append(x)
     logits = (torch.stack(parts) if parts else torch.zeros(0, vocab)).view(rows, length, vocab).to(dtype)
     if layout == "packed":
-        needed = refine.needed_positions(state, params, mask_id)
+        needed = refine.needed_positions(state, params, ids)
         index = torch.where(needed, needed.flatten().cumsum(0).view(rows, length) - 1, -1)
-        return logits[needed], index, state, params, mask_id
-    return *lay_out(logits, layout), state, params, mask_id
+        return logits[needed], index, state, params, ids
+    return *lay_out(logits, layout), state, params, ids
 
 
-def decided(before, params, output, logits, index, mask_id, tile_v, only_needed):
+def decided(before, params, output, logits, index, ids, tile_v, only_needed):
     """Whether nothing of this step hangs on a rounding: no draw, threshold or order of confidences is close."""
 
     def of(row, at):
         return logits[row, at] if index is None else logits[index[row, at]]
 
-    needed = refine.needed_positions(before, params, mask_id)
+    needed = refine.needed_positions(before, params, ids)
     for row in range(needed.shape[0]):
-        masked = needed[row] & (before.tokens[row] == mask_id)
+        masked = needed[row] & (before.tokens[row] == ids.mask)
         confidence = output.confidence[row]
         for mask, limit in ((masked, params.threshold[row]), (needed[row] & ~masked, params.edit_threshold[row])):
             if ((confidence[mask] - limit).abs() < NEAR * limit).any():
@@ -105,7 +105,7 @@ def decided(before, params, output, logits, index, mask_id, tile_v, only_needed)
                 continue
             known = truth.candidate(
                 of(row, at), float(params.temperature[row]), int(params.top_k[row]), float(params.top_p[row]),
-                int(params.seed[row]), int(before.block_start[row]) + at, int(before.step[row]), mask_id,
+                int(params.seed[row]), int(before.block_start[row]) + at, int(before.step[row]), ids.mask,
                 int(params.flags[row]), tile_v,
             )  # fmt: skip
             if known is not None and known[4] < truth.NOT_SURE:
@@ -127,15 +127,15 @@ def compare(got, wanted, kernel_state, reference_state):
 
 def check(size, dtype, layout, only_needed, seed, filters):
     for again in range(20):  # until nothing hangs on a rounding
-        logits, index, state, params, mask_id = make(size, dtype, layout, filters, seed * 20 + again)
+        logits, index, state, params, ids = make(size, dtype, layout, filters, seed * 20 + again)
         before, kernel_state = copy.deepcopy(state), copy.deepcopy(state)
-        wanted = refine.refine_step_ref(logits, state, params, mask_id, index, only_needed, size[3])
-        if decided(before, params, wanted, logits, index, mask_id, size[3], only_needed):
+        wanted = refine.refine_step_ref(logits, state, params, ids, index, only_needed, size[3])
+        if decided(before, params, wanted, logits, index, ids, size[3], only_needed):
             break
     else:
         raise AssertionError(f"no decided example of size {size} in 20")
     with interpreted():
-        got = refine.launch(logits, kernel_state, params, mask_id, index, filters, only_needed, size[3])
+        got = refine.launch(logits, kernel_state, params, ids, index, filters, only_needed, size[3])
     compare(got, wanted, kernel_state, state)
 
 
@@ -169,9 +169,9 @@ def test_parity_of_many_short_rows(seed):
 def test_blocks_from_first_to_last_step(flags):
     """Steps on the state that the steps before left, until every row is done; then one more changes nothing."""
     size = (4, 8, 250, 256)
-    _, _, state, params, mask_id = make(size, torch.float32, "contiguous", False, 3)
+    _, _, state, params, ids = make(size, torch.float32, "contiguous", False, 3)
     state = refine.BlockState.fresh(
-        torch.full_like(state.tokens, mask_id), torch.zeros_like(state.kind), state.block_start
+        torch.full_like(state.tokens, ids.mask), torch.zeros_like(state.kind), state.block_start
     )
     state.kind[1, :3] = refine.PROMPT
     rules = {"flags": flags, "threshold": 0.9, "steps": 4, "min_transfer": 1, "max_steps": 2**30, "max_post_steps": 2}
@@ -180,16 +180,16 @@ def test_blocks_from_first_to_last_step(flags):
     kernel_state = copy.deepcopy(state)
     for step in range(12):
         logits, *_ = make(size, torch.float32, "contiguous", False, 100 + step, broken=0.0)
-        wanted = refine.refine_step_ref(logits, state, params, mask_id, tile_v=256)
+        wanted = refine.refine_step_ref(logits, state, params, ids, tile_v=256)
         with interpreted():
-            got = refine.launch(logits, kernel_state, params, mask_id, None, False, step % 2 == 0, 256)
+            got = refine.launch(logits, kernel_state, params, ids, None, False, step % 2 == 0, 256)
         compare(got._replace(token=wanted.token, confidence=wanted.confidence), wanted, kernel_state, state)
         if (state.frozen != 0).all():
             break
     assert (state.frozen != 0).all() and step > 1
     before = copy.deepcopy(kernel_state)
     with interpreted():
-        last = refine.launch(logits.flip(0), kernel_state, params, mask_id, None, False, True, 256)
+        last = refine.launch(logits.flip(0), kernel_state, params, ids, None, False, True, 256)
     for name in STATE:
         assert torch.equal(getattr(before, name), getattr(kernel_state, name)), name
     assert not last.commit.any() and not last.edit.any() and (last.token == -1).all()
@@ -198,16 +198,16 @@ def test_blocks_from_first_to_last_step(flags):
 @pytest.mark.parametrize("threshold, commits, edits", [(1 / 64, 1, 0), (1 / 65, 3, 1)])
 def test_thresholds_are_strict(threshold, commits, edits):
     """All logits of 64 ids equal: every confidence is 1/64, exactly."""
-    _, _, state, params, mask_id = make((1, 4, 64, 64), torch.float32, "contiguous", False, 0)
-    tokens = torch.full_like(state.tokens, mask_id)
-    tokens[0, 3] = (mask_id + 2) % 64
+    _, _, state, params, ids = make((1, 4, 64, 64), torch.float32, "contiguous", False, 0)
+    tokens = torch.full_like(state.tokens, ids.mask)
+    tokens[0, 3] = (ids.mask + 2) % 64
     rules = {"flags": refine.EDITING, "threshold": threshold, "edit_threshold": threshold, "temperature": 0}
     for name, value in (rules | {"steps": 1000, "min_transfer": 1}).items():
         getattr(params, name).fill_(value)
     for step in (refine.refine_step_ref, partial(refine.launch, filters=False, only_needed=False)):
         fresh = refine.BlockState.fresh(tokens.clone(), torch.zeros_like(state.kind), state.block_start)
         with interpreted():
-            output = step(torch.zeros(1, 4, 64), fresh, params, mask_id, index=None)
+            output = step(torch.zeros(1, 4, 64), fresh, params, ids, index=None)
         assert (int(output.commit.sum()), int(output.edit.sum())) == (commits, edits)
 
 
@@ -217,13 +217,13 @@ def rows_of(which, logits, state, params):
 
 
 def test_a_row_gives_the_same_bits_alone_and_in_any_batch():
-    logits, _, state, params, mask_id = make((6, 5, 300, 128), torch.float32, "contiguous", True, 11)
+    logits, _, state, params, ids = make((6, 5, 300, 128), torch.float32, "contiguous", True, 11)
     whole = copy.deepcopy(state)
     with interpreted():
-        wanted = refine.launch(logits, whole, params, mask_id, None, True, False, 128)
+        wanted = refine.launch(logits, whole, params, ids, None, True, False, 128)
         for which in ([5, 2, 0, 1, 4, 3], [0], [3], [5]):
             x, own, rules = rows_of(which, logits, state, params)
-            got = refine.launch(x, own, rules, mask_id, None, True, False, 128)
+            got = refine.launch(x, own, rules, ids, None, True, False, 128)
             for a, b in zip(got, wanted, strict=True):
                 assert torch.equal(a.view(torch.uint8), b[which].view(torch.uint8))
             for name in STATE:
@@ -234,24 +234,24 @@ def test_a_row_gives_the_same_bits_alone_and_in_any_batch():
 
 
 def arguments(seed=1, size=(3, 4, 60, TILE_V), layout="contiguous"):
-    logits, index, state, params, mask_id = make(size, torch.float32, layout, True, seed)
-    return logits, state, params, mask_id, index
+    logits, index, state, params, ids = make(size, torch.float32, layout, True, seed)
+    return logits, state, params, ids, index
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "packed"])
 def test_op_is_well_formed(layout):
-    logits, state, params, mask_id, index = arguments(layout=layout)
+    logits, state, params, ids, index = arguments(layout=layout)
     tensors = (logits, *vars(state).values(), *vars(params).values())
-    torch.library.opcheck(torch.ops.llada2_fast.refine_step.default, (*tensors, mask_id, index, True, False))
+    torch.library.opcheck(torch.ops.llada2_fast.refine_step.default, (*tensors, index, True, False, *ids))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_op_compiles_without_a_graph_break(backend):
-    logits, state, params, mask_id, index = arguments()
+    logits, state, params, ids, index = arguments()
     other = copy.deepcopy(state)
 
     def call(logits, state):
-        output = refine.refine_step(logits * 1.5, state, params, mask_id, index)
+        output = refine.refine_step(logits * 1.5, state, params, ids, index)
         return output.status + 0, state.tokens + 1
 
     wanted = call(logits, state)
@@ -265,7 +265,7 @@ def test_launches_per_step(monkeypatch):
     """Two, whatever the number of rows; three where a row may filter."""
     launched = []
     run = triton.runtime.jit.JITFunction.run
-    logits, state, params, mask_id, index = arguments()
+    logits, state, params, ids, index = arguments()
     with force_ops("triton"), interpreted():
         interpreted_run = triton.runtime.jit.JITFunction.run
         assert interpreted_run is not run
@@ -273,34 +273,34 @@ def test_launches_per_step(monkeypatch):
             triton.runtime.jit.JITFunction, "run",
             lambda kernel, *a, **k: launched.append(kernel.__name__) or interpreted_run(kernel, *a, **k),
         )  # fmt: skip
-        refine.refine_step(logits, copy.deepcopy(state), params, mask_id, index, filters=False)
-        refine.refine_step(logits, state, params, mask_id, index)
+        refine.refine_step(logits, copy.deepcopy(state), params, ids, index, filters=False)
+        refine.refine_step(logits, state, params, ids, index)
         monkeypatch.undo()
     assert launched == ["_vocab_kernel", "_commit_kernel", "_vocab_kernel", "_filter_kernel", "_commit_kernel"]
 
 
 def test_op_runs_the_kernels_where_forced():
-    logits, state, params, mask_id, index = arguments(seed=2)
+    logits, state, params, ids, index = arguments(seed=2)
     other = copy.deepcopy(state)
-    wanted = refine.refine_step(logits, state, params, mask_id, index)
+    wanted = refine.refine_step(logits, state, params, ids, index)
     with force_ops("triton"), interpreted():
-        got = refine.refine_step(logits, other, params, mask_id, index)
+        got = refine.refine_step(logits, other, params, ids, index)
     compare(got, wanted, other, state)
 
 
 @pytest.mark.parametrize("choice", ["torch", "triton"])
 def test_no_rows(choice):
-    logits, state, params, mask_id, index = arguments(size=(0, 4, 60, TILE_V))
+    logits, state, params, ids, index = arguments(size=(0, 4, 60, TILE_V))
     with force_ops(choice), interpreted():
-        output = refine.refine_step(logits, state, params, mask_id, index)
+        output = refine.refine_step(logits, state, params, ids, index)
     assert [tuple(tensor.shape) for tensor in output] == [(0, 8), (0, 4), (0, 4), (0, 4), (0, 4)]
 
 
 def test_kernels_refuse_strided_state():
-    logits, state, params, mask_id, index = arguments()
+    logits, state, params, ids, index = arguments()
     state.tokens = state.tokens.T.contiguous().T
     with force_ops("triton"), interpreted(), pytest.raises(ValueError, match="tokens: expected a contiguous tensor"):
-        refine.refine_step(logits, state, params, mask_id, index)
+        refine.refine_step(logits, state, params, ids, index)
 
 
 # On a GPU
@@ -317,50 +317,50 @@ def on_gpu(made):
 def test_compiled_at_the_real_vocabulary(dtype, layout, rows, length):
     size = (rows, length, 157184, TILE_V)
     for seed in range(20):
-        logits, index, state, params, mask_id = make(size, dtype, layout, False, seed)
+        logits, index, state, params, ids = make(size, dtype, layout, False, seed)
         params.temperature.zero_()  # draws at this size: test_candidates.py
         before, kernel_state = copy.deepcopy(state), on_gpu(state)
-        wanted = refine.refine_step_ref(logits, state, params, mask_id, index)
-        if decided(before, params, wanted, logits, index, mask_id, TILE_V, False):
+        wanted = refine.refine_step_ref(logits, state, params, ids, index)
+        if decided(before, params, wanted, logits, index, ids, TILE_V, False):
             break
     else:
         raise AssertionError("no decided example in 20")
     at = None if index is None else index.cuda()
     strided = torch.empty_strided(logits.shape, logits.stride(), dtype=dtype, device="cuda").copy_(logits)
-    got = refine.refine_step(strided, kernel_state, on_gpu(params), mask_id, at)
+    got = refine.refine_step(strided, kernel_state, on_gpu(params), ids, at)
     kernel_state = type(state)(**{name: tensor.cpu() for name, tensor in vars(kernel_state).items()})
     compare(refine.RefineOutput(*(tensor.cpu() for tensor in got)), wanted, kernel_state, state)
 
 
 @pytest.mark.gpu
 def test_compiled_rows_give_the_same_bits_in_any_batch():
-    logits, _, state, params, mask_id = make((9, 8, 157184, TILE_V), torch.bfloat16, "contiguous", True, 5)
+    logits, _, state, params, ids = make((9, 8, 157184, TILE_V), torch.bfloat16, "contiguous", True, 5)
     params.top_k[::2], params.top_p[::2] = 0, 1.0
     logits, whole, rules = logits.cuda(), on_gpu(state), on_gpu(params)
-    wanted = refine.refine_step(logits, whole, rules, mask_id)
+    wanted = refine.refine_step(logits, whole, rules, ids)
     for which, filters in (([0], True), ([1], True), ([0, 2, 4], False), (list(range(9))[::-1], True)):
         x, own, some = (
             made.cuda() if torch.is_tensor(made) else on_gpu(made)
             for made in rows_of(which, logits.cpu(), state, params)
         )
-        got = refine.refine_step(x.cuda(), own, some, mask_id, filters=filters)
+        got = refine.refine_step(x.cuda(), own, some, ids, filters=filters)
         for a, b in zip(got, wanted, strict=True):
             assert torch.equal(a.view(torch.uint8), b[which].view(torch.uint8))
 
 
 @pytest.mark.gpu
 def test_a_step_is_captured_in_a_graph_and_never_waits():
-    logits, _, state, params, mask_id = make((4, 32, 157184, TILE_V), torch.bfloat16, "contiguous", True, 6)
+    logits, _, state, params, ids = make((4, 32, 157184, TILE_V), torch.bfloat16, "contiguous", True, 6)
     logits, rules = logits.cuda(), on_gpu(params)
     eager, replayed = on_gpu(state), on_gpu(state)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        wanted = refine.refine_step(logits, eager, rules, mask_id)
+        wanted = refine.refine_step(logits, eager, rules, ids)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = refine.refine_step(logits, replayed, rules, mask_id)
+        got = refine.refine_step(logits, replayed, rules, ids)
     graph.replay()
     for a, b in zip(got, wanted, strict=True):
         assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))

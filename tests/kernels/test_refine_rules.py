@@ -13,6 +13,7 @@ import torch
 from llada2_fast.kernels import candidates, refine
 
 V, M, E = 10, 9, 8
+IDS = refine.SpecialIds(M)
 GENERATED, PROMPT, TAIL, PADDING = refine.GENERATED, refine.PROMPT, refine.TAIL, refine.PADDING
 DEFAULT = refine.BAN_MASK
 EDIT = refine.BAN_MASK | refine.EDITING
@@ -66,7 +67,7 @@ def peaks(*positions):
 
 def step(logits, before, rules):
     """One step on a row alone; everything it did as plain numbers."""
-    out = refine.refine_step(logits, before, rules, M)
+    out = refine.refine_step(logits, before, rules, IDS)
     status = out.status[0].tolist()
     return SimpleNamespace(
         tokens=before.tokens[0].tolist(),
@@ -114,7 +115,7 @@ def test_the_lowest_id_wins_ties(vocab, dtype):
     logits[0, 1, vocab // 2 :] = 3.0
     logits[0, 2, vocab - 1] = 3.0
     made = state([vocab, vocab, vocab])  # a mask id outside the logits
-    out = refine.refine_step(logits, made, params(), vocab)
+    out = refine.refine_step(logits, made, params(), refine.SpecialIds(vocab))
     assert out.token[0].tolist() == [0, vocab // 2, vocab - 1]
     wanted = torch.softmax(logits[0].float(), -1).gather(1, out.token[0][:, None])[:, 0]
     torch.testing.assert_close(out.confidence[0], wanted, rtol=1e-5, atol=0)
@@ -122,8 +123,8 @@ def test_the_lowest_id_wins_ties(vocab, dtype):
 
 def test_probabilities_are_float32_whatever_the_logits_are():
     logits = (torch.randn(1, 4, V, generator=torch.Generator().manual_seed(1)) * 4).bfloat16()
-    low = refine.refine_step(logits, state([M] * 4), params(), M)
-    wide = refine.refine_step(logits.float(), state([M] * 4), params(), M)
+    low = refine.refine_step(logits, state([M] * 4), params(), IDS)
+    wide = refine.refine_step(logits.float(), state([M] * 4), params(), IDS)
     assert low.confidence.dtype == torch.float32
     assert torch.equal(low.token, wide.token) and torch.equal(low.confidence, wide.confidence)
 
@@ -149,10 +150,10 @@ def test_a_draw_s_probability_nears_one_as_the_draw_narrows_but_not_under_own_so
     logits[0, 1, M] = 4.0  # no candidate, but it counts for the model's own softmax
     logits[0, 2, :M] = NONE
     logits[0, 2, 6] = 0.0
-    greedy = refine.refine_step(logits, state([M] * 4), params(), M)
-    drawn = refine.refine_step(logits, state([M] * 4), params(**narrow), M)
+    greedy = refine.refine_step(logits, state([M] * 4), params(), IDS)
+    drawn = refine.refine_step(logits, state([M] * 4), params(**narrow), IDS)
     assert torch.equal(drawn.token, greedy.token) and (drawn.confidence == 1).all()
-    own = refine.refine_step(logits, state([M] * 4), params(flags=DEFAULT | refine.OWN_SOFTMAX, **narrow), M)
+    own = refine.refine_step(logits, state([M] * 4), params(flags=DEFAULT | refine.OWN_SOFTMAX, **narrow), IDS)
     assert torch.equal(own.token, greedy.token) and torch.equal(own.confidence, greedy.confidence)
 
 
@@ -162,8 +163,8 @@ def test_a_draw_s_probability_nears_one_as_the_draw_narrows_but_not_under_own_so
 def test_under_own_softmax_the_draw_is_the_same_and_its_confidence_the_model_s(temperature, sampling, ban):
     logits = torch.randn(1, 6, V, generator=torch.Generator().manual_seed(6)).bfloat16() * 3
     rules = dict(temperature=temperature, seed=11, **sampling)
-    wanted = refine.refine_step(logits, state([M] * 6), params(flags=ban, **rules), M)
-    got = refine.refine_step(logits, state([M] * 6), params(flags=ban | refine.OWN_SOFTMAX, **rules), M)
+    wanted = refine.refine_step(logits, state([M] * 6), params(flags=ban, **rules), IDS)
+    got = refine.refine_step(logits, state([M] * 6), params(flags=ban | refine.OWN_SOFTMAX, **rules), IDS)
     assert torch.equal(got.token, wanted.token)
     shares = torch.softmax(logits[0].float(), -1).gather(1, got.token[0][:, None])[:, 0]
     torch.testing.assert_close(got.confidence[0], shares, rtol=1e-5, atol=0)
@@ -319,7 +320,7 @@ def test_needed_positions_are_the_masked_and_where_editing_the_editable():
     made = state([M, 5, M, M, M, 5], [M, 5, M, M, M, 5], [M, 5, M, M, M, 5], [M, 5, M, M, M, 5],
                  kind=[GENERATED, GENERATED, TAIL, PADDING, PROMPT, PROMPT], frozen=[0, 0, 0, 1])  # fmt: skip
     rules = params(4, flags=[DEFAULT, EDIT, refine.FILL_PROMPT, EDIT])
-    needed = refine.needed_positions(made, rules, M).tolist()
+    needed = refine.needed_positions(made, rules, IDS).tolist()
     assert [[i for i, n in enumerate(row) if n] for row in needed] == [[0, 2], [0, 1, 2], [0, 2, 4], []]
 
 
@@ -487,7 +488,7 @@ def test_the_cards_end_a_row_with_a_block_that_holds_an_eos():
 def test_a_frozen_row_changes_nothing(bits):
     made = state([M, 5, M], [M, 5, M], step=[3, 3], post=[1, 1], frozen=[bits, 0])
     rules = params(2, flags=EDIT, threshold=0.1, edit_threshold=0.1)
-    out = refine.refine_step(peaks((1, 0.9), (2, 0.9), (E, 0.9)).repeat(2, 1, 1), made, rules, M)
+    out = refine.refine_step(peaks((1, 0.9), (2, 0.9), (E, 0.9)).repeat(2, 1, 1), made, rules, IDS)
     assert made.tokens.tolist() == [[M, 5, M], [1, 2, E]]
     assert made.step.tolist() == [3, 4] and made.post_steps.tolist() == [1, 1] and made.frozen.tolist() == [bits, 0]
     assert made.commit_step.tolist() == [[-1] * 3, [3] * 3]
@@ -508,7 +509,7 @@ def test_bad_logits_stop_their_own_row_and_write_nothing(poison, temperature, fl
     rules = params(
         3, flags=STOP_END | flag, edit_threshold=0.0, threshold=0.0, temperature=temperature, seed=[1, 2, 1]
     )  # fmt: skip
-    out = refine.refine_step(logits, made, rules, M)
+    out = refine.refine_step(logits, made, rules, IDS)
     assert made.tokens[1].tolist() == [M, 5] and made.step.tolist() == [1, 0, 1]
     assert made.frozen.tolist() == [0, refine.ERROR, 0] and made.commit_step[1].tolist() == [-1, -1]
     assert out.status[1, refine.FLAGS] == refine.ERROR and not out.commit[1].any() and not out.edit[1].any()
@@ -540,11 +541,11 @@ def test_every_row_goes_by_its_own_parameters():
     )
     eos = [(E,), (4,), (), (E, 1), (E,), (2,)]
     together = state(*blocks, **where)
-    out = refine.refine_step(logits, together, params(6, eos=eos, **rules), M)
+    out = refine.refine_step(logits, together, params(6, eos=eos, **rules), IDS)
     for i in range(6):
         alone = state(blocks[i], **{name: [value[i]] for name, value in where.items()})
         own = refine.refine_step(
-            logits[i : i + 1], alone, params(1, eos=eos[i], **{name: [value[i]] for name, value in rules.items()}), M
+            logits[i : i + 1], alone, params(1, eos=eos[i], **{name: [value[i]] for name, value in rules.items()}), IDS
         )
         for name, got, wanted in zip(out._fields, out, own, strict=True):
             assert torch.equal(got[i], wanted[0]), (i, name)
@@ -560,14 +561,14 @@ def test_logits_of_the_needed_positions_in_any_order_do_as_well_as_all(order, fl
     blocks = [[M, M, M, M], [M, 1, M, 2], [M, M, M, M]]
     rules = params(3, flags=flags, threshold=0.2, edit_threshold=0.0, temperature=[0.0, 1.0, 0.0])
     full, packed = state(*blocks), state(*blocks)
-    wanted = refine.refine_step(logits, full, rules, M)
-    needed = refine.needed_positions(packed, rules, M)
+    wanted = refine.refine_step(logits, full, rules, IDS)
+    needed = refine.needed_positions(packed, rules, IDS)
     index, rows = torch.full((3, 4), -1), []
     for row in order:
         for position in torch.where(needed[row])[0].tolist():
             index[row, position] = len(rows)
             rows.append(logits[row, position])
-    got = refine.refine_step(torch.stack(rows), packed, rules, M, index)
+    got = refine.refine_step(torch.stack(rows), packed, rules, IDS, index)
     assert torch.equal(full.tokens, packed.tokens) and torch.equal(got.status, wanted.status)
     assert torch.equal(got.token[needed], wanted.token[needed])
     assert torch.equal(got.confidence[needed], wanted.confidence[needed])
@@ -587,8 +588,13 @@ def test_shapes_that_do_not_fit_are_refused():
     made, rules, index = state([M, M]), params(), torch.zeros(1, 2).long()
     for shape, where in (((1, 3, V), None), ((2, 2, V), None), ((2, V), None), ((1, 2, V), index), ((2, V), index[0])):
         with pytest.raises(ValueError, match="logits"):
-            refine.refine_step(torch.zeros(shape), made, rules, M, where)
+            refine.refine_step(torch.zeros(shape), made, rules, IDS, where)
     assert made.tokens.tolist() == [[M, M]]
+
+
+def test_a_mask_id_alone_is_refused():
+    with pytest.raises(ValueError, match=r"ids: expected SpecialIds\(mask, ...\), got 9"):
+        refine.refine_step(peaks((1, 0.9)), state([M]), params(), M)
 
 
 # Sampling
@@ -603,7 +609,7 @@ def sample(logits, draws, temperature=1.0, top_k=0, top_p=1.0, seed=0, mask=-1, 
     where = torch.arange(draws) if position is None else position
     return candidates.candidates_ref(
         logits.expand(draws, -1).clone(), torch.zeros(draws, dtype=torch.int64), where,
-        torch.full((draws,), step), rules, mask, torch.tensor([mask >= 0]),
+        torch.full((draws,), step), rules, refine.SpecialIds(mask), torch.tensor([mask >= 0]),
     )  # fmt: skip
 
 
@@ -722,7 +728,7 @@ def test_a_step_draws_by_absolute_position_and_block_step():
     seen = {}
     for start in (0, 4):
         for at in (0, 1):
-            out = refine.refine_step(logits, state([M] * 4, start=start, step=at), rules, M)
+            out = refine.refine_step(logits, state([M] * 4, start=start, step=at), rules, IDS)
             wanted, _ = sample(torch.zeros(V), 4, seed=7, mask=M, position=torch.arange(start, start + 4), step=at)
             assert out.token[0].tolist() == wanted.tolist()
             seen[start, at] = tuple(wanted.tolist())

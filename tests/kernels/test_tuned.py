@@ -176,12 +176,12 @@ def test_attention_keeps_its_bits(entry, monkeypatch):
 def test_refinement_keeps_its_bits(entry):
     """Seven tiles: the last program of a span has fewer."""
     size = (3, 4, 64 * 13 - 5, 128)
-    logits, index, before, params, mask_id = refine_inputs(size, torch.float32, "contiguous", True, 3)
+    logits, index, before, params, ids = refine_inputs(size, torch.float32, "contiguous", True, 3)
 
     def run():
         state = copy.deepcopy(before)
         with interpreted():
-            out = refine.launch(logits, state, params, mask_id, index, True, False, size[3])
+            out = refine.launch(logits, state, params, ids, index, True, False, size[3])
         return [x.contiguous().view(torch.uint8) for x in (*out, *vars(state).values())]
 
     default = run()

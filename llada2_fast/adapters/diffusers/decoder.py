@@ -9,6 +9,7 @@ from ...decoding.inputs import check_fit, check_prompts, row_seeds
 from ...decoding.lanes import Lanes
 from ...decoding.runner import CachedForward, EagerRunner
 from ...decoding.sequence import Sequence
+from ...kernels.refine import SpecialIds
 from ...model import LLaDA2Model
 from .foreign import BlockCausalForward, WindowForward
 
@@ -51,5 +52,5 @@ def open_decoder(
         forward = CachedForward(model, cache)
     else:
         forward = WindowForward(model, prompt_mask, sequences) if padded else BlockCausalForward(model)
-    lanes = Lanes(len(sequences), length, params.mask_id, ids.device, max(1, len(eos)))
+    lanes = Lanes(len(sequences), length, SpecialIds(params.mask_id), ids.device, max(1, len(eos)))
     return BlockDecoder(EagerRunner(forward, lanes, all_logits)), sequences

@@ -47,6 +47,6 @@ def mask_step(
         kind.masked_fill_(prompt_mask.to(device).bool(), refine.PROMPT)
     state = BlockState.fresh(sample.clone(), kind, params.seed.new_zeros(rows))
     state.step.fill_(step_index)
-    output = refine_step(logits, state, params, mask_id)
+    output = refine_step(logits, state, params, refine.SpecialIds(mask_id))
     raise_on_error((output.status[:, refine.FLAGS] & refine.ERROR) != 0, step_index)
     return state.tokens, output.commit, output.edit, output.token, output.confidence

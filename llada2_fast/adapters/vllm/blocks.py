@@ -21,6 +21,7 @@ from ...refinement import (
     PADDING,
     PROMPT,
     BlockState,
+    SpecialIds,
     refine_params,
     refine_step,
 )
@@ -88,7 +89,8 @@ class Blocks:
         frozen = torch.where(here, state.frozen, FINISHED)
         filters = bool(self.filters[slots].any())
         now = replace(state, frozen=frozen)
-        flags = refine_step(logits, now, self.params, self.mask_id, index, filters, only_needed=True).status[:, FLAGS]
+        output = refine_step(logits, now, self.params, SpecialIds(self.mask_id), index, filters, only_needed=True)
+        flags = output.status[:, FLAGS]
         state.frozen.copy_(torch.where(here, frozen, state.frozen))
         settled = here & ((flags & _ENDED) != 0) & ((flags & CHANGED) == 0)
 
