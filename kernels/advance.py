@@ -40,8 +40,8 @@ def _begin_ref(state, bounds, slot, ids):
     masked = ((tokens == ids.mask) & (state.kind[slot] != PROMPT)).any(-1)
     prior_flags = state.prior_flags[slot] | masked.int() * PRIOR_MASK
     position = start[:, None] + torch.arange(tokens.shape[1], device=slot.device)  # [n, L]
-    kind = torch.where(position < bounds.limit[slot][:, None], TAIL, PADDING)
-    kind = torch.where(position < bounds.total[slot][:, None], GENERATED, kind).to(state.kind.dtype)
+    behind, absent = position >= bounds.total[slot][:, None], position >= bounds.limit[slot][:, None]
+    kind = (behind * TAIL + absent * (PADDING - TAIL)).to(state.kind.dtype)  # GENERATED is 0
     state.reset_block(slot, tokens.fill_(ids.mask), kind, start, prior_flags)
 
 
