@@ -38,7 +38,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@touch $@
 
 $(VENV)/.installed-hosts: $(VENV)/.installed-test
-	@echo "Installing the hosts into $(VENV) (once; lm-eval has 600 MB)"
+	@echo "Installing lm-eval into $(VENV) (once; 600 MB)"
 	@$(PIP) -e ".[eval]"
 	@touch $@
 

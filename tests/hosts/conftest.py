@@ -11,10 +11,13 @@ import pytest
 def unpacked(pytestconfig):
     """unpacked("sglang==0.5.23") -> the folder that holds that wheel's Python files and its metadata.
 
-    The wheel alone is fetched, nothing it depends on, once per checkout. Skips where the index has no such wheel.
+    The wheel alone is fetched, nothing it depends on, once per checkout, into pytest's cache. Skips where the index has
+    no such wheel, and under `-p no:cacheprovider`.
     """
 
     def unpack(requirement):
+        if not hasattr(pytestconfig, "cache"):
+            pytest.skip(f"{requirement}: no cache to keep the wheel in")
         folder = pytestconfig.cache.mkdir("wheels") / requirement
         if not folder.is_dir():
             wheel = download(requirement, folder.with_suffix(".download"))

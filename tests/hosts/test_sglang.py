@@ -1,6 +1,7 @@
 """Our algorithm against SGLang's own files: its LowConfidence and JointThreshold, both its loops, its bookkeeping."""
 
 import ast
+import functools
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -15,12 +16,11 @@ from llada2_fast import LLaDA2Model, demo
 from llada2_fast.adapters import sglang as adapter
 from llada2_fast.decoding.decoder import row_rules
 from llada2_fast.kernels import refine
+from llada2_fast.kernels._triton import force_ops
 from llada2_fast.weights.special_tokens import load_tokenizer
-from tests.hosts.sglang_host import Runner, batch_of, dllm_config, hot_sampling, make_requests, serve
+from tests.hosts.sglang_host import Runner, batch_of, dllm_config, hot_sampling, make_requests, sampling_info, serve
 from tests.hosts.sglang_stubs import EXEC, sglang
 from tests.kernels.interpreter import interpreted
-
-pytestmark = pytest.mark.hosts
 
 VERSION = "sglang==0.5.23"
 VOCAB, MASK = 40, 7
@@ -109,14 +109,14 @@ CONFIGS = {
 }
 
 
-def check_steps(algorithms, rule, fdfo, count):
+def check_steps(algorithms, rule, fdfo, count, most_rows):
     """count states and more, in runs of up to 12 steps over one batch of blocks. Returns what was met."""
     theirs, configs = CONFIGS[rule]
     generator = torch.Generator().manual_seed(len(rule) + fdfo)
     states = predicted = ended = 0
     while states < count:
         config = configs[states % len(configs)]
-        rows, length = (int(torch.randint(1, n, (), generator=generator)) for n in (6, 18))
+        rows, length = (int(torch.randint(1, n, (), generator=generator)) for n in (most_rows + 1, 18))
         tokens, prompt = random_blocks(generator, rows, length)
         own, other = batch_of(tokens, prompt), batch_of(tokens, prompt)
         ours = build(algorithms, "LLaDA2Fast", config, length, fdfo)
@@ -144,18 +144,14 @@ def check_steps(algorithms, rule, fdfo, count):
 @pytest.mark.parametrize("rule", CONFIGS)
 def test_steps_are_those_of_sglang(algorithms, rule, fdfo):
     """Tokens and done flags of 12,000 states, 3,000 in each case."""
-    states, predicted, ended = check_steps(algorithms, rule, fdfo, 3000)
+    states, predicted, ended = check_steps(algorithms, rule, fdfo, 3000, most_rows=16)
     assert states >= 3000 and predicted > 50 and ended > 100
 
 
 @pytest.mark.parametrize("rule", CONFIGS)
-def test_steps_of_the_kernels_are_those_of_sglang(algorithms, rule, monkeypatch):
-    def launch(logits, state, params, ids, filters, only_needed):
-        with interpreted():
-            return refine.launch(logits, state, params, ids, None, filters, only_needed)
-
-    monkeypatch.setattr(adapter, "refine_step", launch)
-    check_steps(algorithms, rule, True, 100)
+def test_steps_of_the_kernels_are_those_of_sglang(algorithms, rule):
+    with force_ops("triton"), interpreted():
+        check_steps(algorithms, rule, True, 100, most_rows=5)
 
 
 # -- a real model through SGLang's two loops and its bookkeeping -------------------------------------------------------
@@ -195,26 +191,61 @@ SAMPLING = {
 }
 
 
+LENGTH, NEW_TOKENS = 8, 29
+
+
+@pytest.fixture(scope="module")
+def generated(demo_model, prompts):
+    """generated(rule, sampling, seeds): GenerateOutput of all prompts."""
+
+    @functools.cache
+    def generate(rule, sampling, seeds):
+        return demo_model.generate(
+            prompts, gen_length=NEW_TOKENS, block_length=LENGTH, eos_early_stop=True, return_dict=True,
+            eos_id=demo_model.special_ids["eos_token_id"][0], seed=list(seeds), **RULES[rule][1], **SAMPLING[sampling],
+        )  # fmt: skip
+
+    return generate
+
+
 @pytest.mark.parametrize("fdfo", [False, True])
 @pytest.mark.parametrize("sampling", SAMPLING)
 @pytest.mark.parametrize("rule", RULES)
-def test_both_loops_give_the_tokens_of_generate(algorithms, demo_model, prompts, rule, sampling, fdfo):
-    config, rules = RULES[rule]
-    length, new_tokens, eos = 8, 29, demo_model.special_ids["eos_token_id"]
-    mask = demo_model.special_ids["mask_token_id"]
+def test_both_loops_give_the_tokens_of_generate(algorithms, demo_model, prompts, generated, rule, sampling, fdfo):
+    config, length = RULES[rule][0], LENGTH
+    mask, eos = (demo_model.special_ids[name] for name in ("mask_token_id", "eos_token_id"))
     algorithm = build(algorithms, "LLaDA2Fast", config, length, fdfo, mask)
     runner = Runner(demo_model, length, 200)
     its_config = dllm_config("LLaDA2Fast", config, length, fdfo, mask)
-    requests = make_requests(its_config, prompts, runner.cache, new_tokens, eos[0], **SAMPLING[sampling])
+    requests = make_requests(its_config, prompts, runner.cache, NEW_TOKENS, eos[0], **SAMPLING[sampling])
     serve(algorithm, its_config, runner, requests)
-    expected = demo_model.generate(
-        prompts, gen_length=new_tokens, block_length=length, eos_early_stop=True, eos_id=eos[0], return_dict=True,
-        seed=[req.seed for req in requests], **rules, **SAMPLING[sampling],
-    )  # fmt: skip
+    expected = generated(rule, sampling, tuple(req.seed for req in requests))
     got = [req.output_ids.tolist() for req in requests]
     assert got == [ids[:n].tolist() for ids, n in zip(expected.sequences, expected.num_tokens, strict=True)]
     assert [req.reason for req in requests] == expected.finish_reasons
     assert mask not in sum(got, [])
+
+
+@pytest.mark.parametrize("config", [{"threshold": 0.4}, {"threshold": 0.4, "edit_threshold": 0.3}])
+def test_a_greedy_request_beside_one_that_draws_is_decoded_as_alone(algorithms, config):
+    """Temperature 0 comes as temperature 1, top_k 1, under which a draw would be sure of every token."""
+    greedy, drawing = (SimpleNamespace(seed=n, sampling={"temperature": n}) for n in (0, 1))
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(12, 2, 8, VOCAB, generator=generator)
+
+    def steps(*requests):
+        """The greedy request's block after each step, the first of the batch."""
+        algorithm = build(algorithms, "LLaDA2Fast", config)
+        batch = batch_of(torch.full((len(requests), 8), MASK), sampling=sampling_info(requests))
+        states, seen = algorithm.init_step_state(batch), []
+        for step in logits:
+            algorithm.step(batch, step[: len(requests)].flatten(0, 1).clone(), states)
+            seen.append(batch.input_ids[:8].tolist())
+        return seen
+
+    assert not sampling_info([greedy, drawing]).is_all_greedy
+    alone = steps(greedy)
+    assert steps(greedy, drawing) == alone and 0 < alone[0].count(MASK) < 8
 
 
 def test_unresolved_rows_carry_their_state(algorithms):
