@@ -1,4 +1,4 @@
-"""The layers of the network, with fp8 weights where the config has it. Shapes: T packed tokens, H hidden, D head dim."""
+"""The layers of the network, with fp8 weights if the config says so. Shapes: T packed tokens, H hidden, D head dim."""
 
 import torch
 from torch import nn
