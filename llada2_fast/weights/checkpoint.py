@@ -23,7 +23,7 @@ from ..config import DTYPES, ModelConfig
 from ..kernels.fp8 import FP8, quantize_weight
 from .files import INDEX, ONE_FILE, WeightFile, refuse_stale, weight_files
 from .hub import resolve as resolve
-from .shapes import is_fp8, parameter_shapes
+from .shapes import WHOLE, Share, is_fp8, parameter_shapes
 from .weight_map import (
     STORED,
     CheckpointError,
@@ -36,16 +36,22 @@ from .weight_map import (
 )
 
 
-def inspect(folder: str | os.PathLike, config: ModelConfig) -> list[tuple[Entry, WeightTarget]]:
-    """What `load` will read, in file order, after every check that needs no weights, and a look at the LM head that a
-    file may hold although config.json ties it: it must be equal to the embeddings. CheckpointError names file and
-    tensor: broken index or header, wrong dtype or shape, a tensor that is unknown, provided twice or missing."""
+def inspect(folder: str | os.PathLike, config: ModelConfig, share: Share = WHOLE) -> list[tuple[Entry, WeightTarget]]:
+    """All tensors of a checkpoint in file order and where each goes, after every check that needs no weights, and a
+    look at the LM head that a file may hold although config.json ties it: it must be equal to the embeddings.
+
+    folder: the checkpoint's.
+    config: its config.
+    share: what `load` will read of its layers. All tensors are checked, whatever it is.
+    Raises CheckpointError naming file and tensor: broken index or header, wrong dtype or shape, a tensor that is
+    unknown, provided twice or missing.
+    """
     folder = Path(folder)
     entries = [entry for file in weight_files(folder) for entry in file]
     _check_plausible(folder, config, entries)
     files = {entry.source for entry in entries}
     entries, head = split_tied_head(entries, config)
-    plan = match(entries, config, folder / INDEX if len(files) > 1 else files.pop(), "config.json")
+    plan = match(entries, config, folder / INDEX if len(files) > 1 else files.pop(), "config.json", share)
     if head is not None:
         _check_tied(head, _embeddings(plan))
     return plan
@@ -59,7 +65,11 @@ def router_dtypes(plan: list[tuple[Entry, WeightTarget]], dtype: torch.dtype) ->
 
 
 def load(
-    folder: str | os.PathLike, config: ModelConfig, params: dict[str, torch.Tensor], progress: bool = True
+    folder: str | os.PathLike,
+    config: ModelConfig,
+    params: dict[str, torch.Tensor],
+    progress: bool = True,
+    share: Share = WHOLE,
 ) -> None:
     """Fill `params` from the safetensors in a folder, converting to each parameter's dtype.
 
@@ -68,30 +78,34 @@ def load(
     params: name -> tensor, named and shaped as `parameter_shapes`; bf16, fp16, fp32, or fp8 where the config has it; on
         any device. Beyond them it holds nothing, or one tensor where weights become fp8.
     progress: show a bar.
+    share: what is held of each layer; of the other tensors nothing is read but the headers.
     Raises CheckpointError for whatever `inspect` refuses, for a file that becomes shorter and for weights that are not
     finite in their target dtype.
     """
-    _check_params(config, params)
-    plan = inspect(folder, config)
+    _check_params(config, params, share)
+    plan = [(entry, target) for entry, target in inspect(folder, config, share) if target.pieces()]
     total = sum(entry.nbytes for entry, _ in plan)
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=not progress)
     with bar, torch.no_grad():
         for path, part in groupby(plan, key=lambda item: item[0].source):
             file = WeightFile(path)
             for entry, target in part:
-                _fill(params, target, file.read(entry.name), entry)
+                _fill(params, target, file, entry)
                 bar.update(entry.nbytes)
 
 
-def _fill(params, target, source, what):
-    """Copy `source`, a tensor of a checkpoint that errors call `what`, to where it goes."""
+def _fill(params, target, file, entry):
+    """Copy what is read of a stored tensor to where it goes."""
     param = target.view(params[target.param])
-    quantize = param.dtype == FP8 != source.dtype
-    _check_finite(source, source.dtype if quantize else param.dtype, what)
-    if quantize:
-        source, scale = quantize_weight(source.to(param.device), target.parts)
-        target.scale.view(params[target.scale.param]).copy_(scale)
-    param.copy_(source)
+    quantize = param.dtype == FP8 != STORED[entry.dtype]
+    for i, (stored, place) in enumerate(target.pieces()):
+        source = file.read(entry.name, stored)
+        _check_finite(source, source.dtype if quantize else param.dtype, entry)
+        if quantize:
+            source, scale = quantize_weight(source.to(param.device), target.parts)
+            scales = target.scale
+            scales.view(params[scales.param])[scales.pieces()[i][1]].copy_(scale)
+        param[place].copy_(source)
 
 
 @torch.no_grad()
@@ -206,8 +220,8 @@ def _check_plausible(folder, config, entries):
         raise CheckpointError(f"{folder}/config.json: {sizes}: the weight files hold only {held} bytes of tensors")
 
 
-def _check_params(config, params):
-    shapes = parameter_shapes(config)
+def _check_params(config, params, share=WHOLE):
+    shapes = parameter_shapes(config, share)
     for name in sorted(shapes.keys() ^ params.keys()):
         raise ValueError(f"params: {name} is {'missing' if name in shapes else 'unexpected'}")
     for name, shape in shapes.items():

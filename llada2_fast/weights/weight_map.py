@@ -15,7 +15,8 @@ import torch
 
 from ..config import ModelConfig
 from ..kernels.fp8 import FP8, scale_shape
-from .shapes import is_fp8, parameter_shapes, scale_name
+from ..kernels.gemm import SCALE_GROUP
+from .shapes import WHOLE, Share, is_fp8, parameter_shapes, scale_name
 
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": FP8}  # safetensors' names
 
@@ -50,14 +51,23 @@ class Entry(NamedTuple):
 
 
 class WeightTarget(NamedTuple):
-    """Where one tensor of a checkpoint goes: `view(params[param])` has its `shape`. `covers` are the names of the
-    standard layout that it provides: its own, or those of every expert for merged tensors."""
+    """Where one tensor of a checkpoint goes: `pieces` of it into those of `view(params[param])`.
+
+    param: the parameter.
+    shape: the stored tensor's.
+    covers: the names of the standard layout that it provides: its own, or those of every expert for merged tensors.
+    expert: its place among the experts that are held, None unless it is a single expert's.
+    half: of the stacked gate (0) and up (1) rows; None: both, or neither.
+    dim, ranges: what is read of it, ranges of one dimension, one after the other; None: all.
+    """
 
     param: str
     shape: tuple[int, ...]
     covers: tuple[str, ...]
     expert: int | None = None
-    half: int | None = None  # of the stacked gate (0) and up (1) rows
+    half: int | None = None
+    dim: int = 0
+    ranges: tuple[range, ...] | None = None
 
     @property
     def parts(self) -> int:
@@ -67,20 +77,42 @@ class WeightTarget(NamedTuple):
     @property
     def scale(self) -> "WeightTarget":
         """Where the fp8 scales of what goes here go."""
-        covers = tuple(f"{name}_scale_inv" for name in self.covers)
-        return self._replace(param=scale_name(self.param), shape=scale_shape(self.shape, self.parts), covers=covers)
+        shape, covers = scale_shape(self.shape, self.parts), tuple(f"{name}_scale_inv" for name in self.covers)
+        size = SCALE_GROUP if self.dim >= len(shape) - 2 else 1  # rows and columns have scales in groups, experts not
+        ranges = self.ranges and tuple(range(part.start // size, part.stop // size) for part in self.ranges)
+        return self._replace(param=scale_name(self.param), shape=shape, covers=covers, ranges=ranges)
 
     def view(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Of a parameter, what its tensor goes into."""
         tensor = tensor if self.expert is None else tensor[self.expert]
         return tensor if self.half is None else tensor.chunk(2, dim=-2)[self.half]
 
+    def pieces(self) -> list[tuple[tuple[slice, ...], tuple[slice, ...]]]:
+        """Index of the stored tensor and index of what `view` gives, for each piece that is read."""
+        if self.ranges is None:
+            return [((), ())]
+        before, at, pieces = (slice(None),) * self.dim, 0, []
+        for part in self.ranges:
+            pieces.append(((*before, slice(part.start, part.stop)), (*before, slice(at, at + len(part)))))
+            at += len(part)
+        return pieces
 
-def rename_table(config: ModelConfig) -> dict[str, WeightTarget]:
-    """Name in a checkpoint -> where it goes, for the standard layout and for merged experts; scales follow weights."""
+
+def rename_table(config: ModelConfig, share: Share = WHOLE) -> dict[str, WeightTarget]:
+    """Name in a checkpoint -> where it goes, for the standard layout and for merged experts; scales follow weights.
+
+    config: the checkpoint's.
+    share: what is held of its layers; tensors of which nothing is read are in the table, too.
+    """
     table = {}
+    share.check(config)
 
-    def add(name, param, shape, covers=None, **where):
-        table[name] = target = WeightTarget(param, shape, covers or (name,), **where)
+    def add(name, param, shape, covers=None, expert=None, half=None):
+        dim, ranges = share.cut(config, param)
+        if expert is not None and ranges is not None:
+            (held,) = ranges
+            expert, ranges = expert - held.start, None if expert in held else ()
+        table[name] = target = WeightTarget(param, shape, covers or (name,), expert, half, dim, ranges)
         if is_fp8(config, param):
             table[f"{name}_scale_inv"] = target.scale
 
@@ -133,12 +165,19 @@ def untied(head: Entry) -> CheckpointError:
 
 
 def match(
-    entries: list[Entry], config: ModelConfig, where: Path | str, authority: str
+    entries: list[Entry], config: ModelConfig, where: Path | str, authority: str, share: Share = WHOLE
 ) -> list[tuple[Entry, WeightTarget]]:
-    """The entries, in their order, and where each goes; those that the network recomputes are left out. CheckpointError
-    names source and tensor: wrong dtype or shape, a tensor that is unknown, provided twice or missing. In its messages
-    `where` is what a missing tensor is missing from and `authority` where `config` was read."""
-    table, provided, plan = rename_table(config), {}, []
+    """The entries, in their order, and where each goes; those that the network recomputes are left out.
+
+    entries: all tensors there are.
+    config: of the network that they must make.
+    where: what a missing tensor is missing from, for messages.
+    authority: where the config was read, for messages.
+    share: what is held of its layers.
+    Raises CheckpointError naming source and tensor: wrong dtype or shape, a tensor that is unknown, provided twice or
+    missing.
+    """
+    table, provided, plan = rename_table(config, share), {}, []
     for entry in entries:
         name = entry.name
         for pattern, replacement in _ALIASES:
