@@ -31,12 +31,14 @@ def content_keys(tokens, block_length, keys=()):
 class PagedKVCache:
     """k, v: [layers, pages, block_length, kv_heads, head_dim] in `dtype` on `device`.
 
-    num_free: pages nobody holds, published ones among them. num_evicted: published pages given out again so far.
+    kv_heads: how many a layer holds, None = the config's. num_free: pages nobody holds, published ones among them.
+    num_evicted: published pages given out again so far.
     """
 
     @lasting
-    def __init__(self, config, num_pages, block_length, dtype, device):
-        shape = (config.num_hidden_layers, num_pages, block_length, config.num_key_value_heads, config.head_dim)
+    def __init__(self, config, num_pages, block_length, dtype, device, kv_heads=None):
+        kv_heads = config.num_key_value_heads if kv_heads is None else kv_heads
+        shape = (config.num_hidden_layers, num_pages, block_length, kv_heads, config.head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.num_pages = num_pages
