@@ -21,6 +21,8 @@ from .kernels.product import rows_of
 from .kernels.rope import rope_angles
 from .kernels.router import token_blocks
 from .layers import Layer, Linear, RMSNorm
+from .masks import block_causal_mask as block_causal_mask
+from .masks import whole_mask
 from .outputs import Output
 from .weights import checkpoint
 from .weights.shapes import WHOLE, Share
@@ -62,12 +64,6 @@ def _check_float(dtype):
     """ValueError for a dtype that a network cannot have."""
     if dtype not in (*DTYPES.values(), torch.float64):
         raise ValueError(f"dtype={dtype}: expected float64 or one of {', '.join(DTYPES)}")
-
-
-def block_causal_mask(length, block_length, device=None):
-    """bool [length, length]: position i sees j iff j's block is not later than i's."""
-    block = torch.arange(length, device=device) // block_length
-    return block[:, None] >= block
 
 
 def seen_block_length(logits):
@@ -277,7 +273,9 @@ class LLaDA2Model(nn.Module):
             attention_mask = habits.as_tensor("attention_mask", attention_mask).to(self.device)
         if position_ids.shape not in ((batch, size), (1, size)):
             raise ValueError(f"position_ids: [{batch}, {size}] expected, got {list(position_ids.shape)}")
-        mask = self._mask(attention_mask, batch, size, block_length)
+        mask = whole_mask(
+            attention_mask, (batch, size), block_length, self.layers[0].attention.heads, self.dtype, self.device
+        )
         cos, sin = self._angles(position_ids.expand(batch, size).flatten())
         block = self._token_blocks(batch, size, block_length)
 
@@ -302,27 +300,6 @@ class LLaDA2Model(nn.Module):
             tuple(chosen) if output_router_indices else None,
         )
         return output if return_dict in (True, None) else output.to_tuple()
-
-    def _mask(self, attention_mask, batch, size, block_length):
-        if attention_mask is not None and attention_mask.ndim == 4:
-            rows, heads = attention_mask.shape[:2]
-            fits = rows in (1, batch) and heads in (1, self.layers[0].attention.heads)
-            if not fits or attention_mask.shape[2:] != (size, size):
-                raise ValueError(
-                    f"attention_mask: [{batch}, 1, {size}, {size}] expected, got {list(attention_mask.shape)}"
-                )
-            if not attention_mask.is_floating_point():
-                return habits.as_bool(attention_mask)
-            additive = bool((attention_mask <= 0).all())  # sync: what it means
-            return attention_mask.to(self.dtype) if additive else habits.as_bool(attention_mask, ", or none above 0")
-        mask = block_causal_mask(size, block_length, self.device)[None, None]
-        if attention_mask is None:
-            return mask
-        if attention_mask.shape != (batch, size):
-            raise ValueError(f"attention_mask: [{batch}, {size}] expected, got {list(attention_mask.shape)}")
-        mask = mask & habits.as_bool(attention_mask)[:, None, None, :]
-        # a padding position may be left with nothing to see: let it see itself, so that no NaN arises
-        return mask | (~mask.any(-1, keepdim=True) & torch.eye(size, dtype=torch.bool, device=mask.device))
 
     @isolated
     def forward_blocks(self, tokens, positions, runs, cache, read=None):
