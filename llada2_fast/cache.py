@@ -70,13 +70,15 @@ class PagedKVCache:
     num_pages: P.
     block_length: L.
     dtype, device: of k and v.
+    kv_heads: how many a layer holds; None = the config's.
 
     k, v: [layers, P, L, kv_heads, head_dim]. num_evicted: entered pages given out again so far.
     """
 
     @lasting
-    def __init__(self, config, num_pages: int, block_length: int, dtype, device):
-        shape = (config.num_hidden_layers, num_pages, block_length, config.num_key_value_heads, config.head_dim)
+    def __init__(self, config, num_pages: int, block_length: int, dtype, device, kv_heads: int | None = None):
+        kv_heads = config.num_key_value_heads if kv_heads is None else kv_heads
+        shape = (config.num_hidden_layers, num_pages, block_length, kv_heads, config.head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.num_pages = num_pages

@@ -1,11 +1,12 @@
-"""The layers of the network, with fp8 weights where the config has it.
+"""The layers of the network, with fp8 weights if the config says so. Shapes: T packed tokens, H hidden, D head dim.
 
-Shapes: T packed tokens, H hidden, D head dim.
+A layer knows the sizes of what it holds: all of what the config tells of, or a Share.
 """
 
 import torch
 from torch import nn
 
+from .config import ModelConfig
 from .kernels.fp8 import FP8, linear, scale_shape
 from .kernels.gemm import QuantTensor
 from .kernels.moe import experts, mlp
@@ -13,6 +14,7 @@ from .kernels.norm import add_rms_norm, rms_norm
 from .kernels.rope import qk_norm_rope, qk_norm_rope_write
 from .kernels.router import route
 from .weights.conversion import KeepsFp8, NeverNarrower
+from .weights.shapes import WHOLE, Share
 
 
 class RMSNorm(nn.Module):
@@ -54,11 +56,10 @@ class Attention(nn.Module):
     With pages = (k_cache, v_cache, slot) k and v go to their pages instead, and attend(q) finds them there.
     """
 
-    def __init__(self, config, **kw):
+    def __init__(self, config: ModelConfig, share: Share = WHOLE, **kw):
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = (
-            config.num_attention_heads, config.num_key_value_heads, config.head_dim,
-        )  # fmt: skip
+        self.heads, self.kv_heads = share.num_heads(config)
+        self.head_dim = config.head_dim
         self.eps = config.rms_norm_eps
         width = (self.heads + 2 * self.kv_heads) * self.head_dim
         self.query_key_value = Linear(config.hidden_size, width, config.use_qkv_bias, config.fp8, **kw)
@@ -111,9 +112,9 @@ class Router(NeverNarrower):
 
 
 class Experts(KeepsFp8):
-    def __init__(self, config, **kw):
+    def __init__(self, config: ModelConfig, share: Share = WHOLE, **kw):
         super().__init__()
-        count, inner, hidden = config.num_experts, config.moe_intermediate_size, config.hidden_size
+        count, inner, hidden = share.num_experts(config), config.moe_intermediate_size, config.hidden_size
         self.gate_up, self.gate_up_scale = _weight((count, 2 * inner, hidden), config.fp8, 2, **kw)
         self.down, self.down_scale = _weight((count, hidden, inner), config.fp8, 1, **kw)
 
@@ -129,27 +130,29 @@ class Experts(KeepsFp8):
 class MoE(nn.Module):
     """Routed experts plus the shared expert, which is neither scaled nor gated."""
 
-    def __init__(self, config, **kw):
+    def __init__(self, config: ModelConfig, share: Share = WHOLE, **kw):
         super().__init__()
         self.router = Router(config, **kw)
-        self.experts = Experts(config, **kw)
+        self.experts = Experts(config, share, **kw)
+        self.complete = share.experts is None
         shared = config.num_shared_experts * config.moe_intermediate_size
         self.shared_experts = MLP(config, shared, **kw) if shared else None
 
     def forward(self, x, block=None):
+        assert self.complete, "routing names experts that others hold"
         routing = self.router(x, block)
         shared = None if self.shared_experts is None else self.shared_experts.weights
         return self.experts(x, routing, shared), routing.ids
 
 
 class Layer(nn.Module):
-    def __init__(self, config, index, **kw):
+    def __init__(self, config: ModelConfig, index: int, share: Share = WHOLE, **kw):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **kw)
-        self.attention = Attention(config, **kw)
+        self.attention = Attention(config, share, **kw)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **kw)
         dense = index < config.first_k_dense_replace
-        self.mlp = MLP(config, config.intermediate_size, **kw) if dense else MoE(config, **kw)
+        self.mlp = MLP(config, config.intermediate_size, **kw) if dense else MoE(config, share, **kw)
 
     def forward(self, x, delta, cos, sin, attend, block=None, pages=None, read=None):
         """delta: what the layer before adds to x, None for the first layer. Returns x, its own delta and expert ids:

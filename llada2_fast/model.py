@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from .cache import PagedKVCache
 from .config import DTYPES, ModelConfig, as_int, find_device, habits
 from .kernels._ambient import isolated, lasting
 from .kernels.attention import block_attention, masked_attention, place_blocks, single_blocks
@@ -20,8 +21,11 @@ from .kernels.product import rows_of
 from .kernels.rope import rope_angles
 from .kernels.router import token_blocks
 from .layers import Layer, Linear, RMSNorm
+from .masks import block_causal_mask as block_causal_mask
+from .masks import whole_mask
 from .outputs import Output
 from .weights import checkpoint
+from .weights.shapes import WHOLE, Share
 from .weights.special_tokens import NAMES as SPECIAL_IDS
 from .weights.special_tokens import check_ids, save_special_ids, special_ids
 
@@ -62,12 +66,6 @@ def _check_float(dtype):
         raise ValueError(f"dtype={dtype}: expected float64 or one of {', '.join(DTYPES)}")
 
 
-def block_causal_mask(length, block_length, device=None):
-    """bool [length, length]: position i sees j iff j's block is not later than i's."""
-    block = torch.arange(length, device=device) // block_length
-    return block[:, None] >= block
-
-
 def seen_block_length(logits):
     """The block length with which `forward` made these logits, which may be a slice of them; None: nothing is known."""
     return getattr(_whole(logits), "block_length", None)
@@ -78,16 +76,23 @@ def _whole(tensor):
 
 
 class LLaDA2Model(nn.Module):
-    """The network. `block_length` is the one used where a call names none (config `block_size`, else 32)."""
+    """The network. `block_length` is the one used where a call names none (config `block_size`, else 32).
 
-    def __init__(self, config: ModelConfig, dtype=torch.float32, device="cpu"):
+    config: what it is.
+    dtype: of its weights and activations; fp8 weights and float32 tensors of routers aside.
+    device: where its weights are; "meta" for a network that gets them later.
+    share: what it holds of each layer. The layers then give their share of the sum, which nothing here adds up.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32, device="cpu", share: Share = WHOLE):
         super().__init__()
+        share.check(config)
         kw = {"dtype": dtype, "device": device}
         self.config = config
         self.block_length = config.block_size
-        self.special_ids = {}  # what the folder says of mask, eos and pad, see tokens.py
+        self.special_ids = {}  # what the folder says of mask, eos and pad, see special_tokens.py
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, **kw)
-        self.layers = nn.ModuleList(Layer(config, i, **kw) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(config, i, share, **kw) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **kw)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, fp8=config.fp8, **kw)
@@ -263,7 +268,9 @@ class LLaDA2Model(nn.Module):
             attention_mask = habits.as_tensor("attention_mask", attention_mask).to(self.device)
         if position_ids.shape not in ((batch, size), (1, size)):
             raise ValueError(f"position_ids: [{batch}, {size}] expected, got {list(position_ids.shape)}")
-        mask = self._mask(attention_mask, batch, size, block_length)
+        mask = whole_mask(
+            attention_mask, (batch, size), block_length, self.layers[0].attention.heads, self.dtype, self.device
+        )
         cos, sin = self._angles(position_ids.expand(batch, size).flatten())
         block = self._token_blocks(batch, size, block_length)
 
@@ -288,27 +295,6 @@ class LLaDA2Model(nn.Module):
             tuple(chosen) if output_router_indices else None,
         )
         return output if return_dict in (True, None) else output.to_tuple()
-
-    def _mask(self, attention_mask, batch, size, block_length):
-        if attention_mask is not None and attention_mask.ndim == 4:
-            rows, heads = attention_mask.shape[:2]
-            fits = rows in (1, batch) and heads in (1, self.config.num_attention_heads)
-            if not fits or attention_mask.shape[2:] != (size, size):
-                raise ValueError(
-                    f"attention_mask: [{batch}, 1, {size}, {size}] expected, got {list(attention_mask.shape)}"
-                )
-            if not attention_mask.is_floating_point():
-                return habits.as_bool(attention_mask)
-            additive = bool((attention_mask <= 0).all())  # sync: what it means
-            return attention_mask.to(self.dtype) if additive else habits.as_bool(attention_mask, ", or none above 0")
-        mask = block_causal_mask(size, block_length, self.device)[None, None]
-        if attention_mask is None:
-            return mask
-        if attention_mask.shape != (batch, size):
-            raise ValueError(f"attention_mask: [{batch}, {size}] expected, got {list(attention_mask.shape)}")
-        mask = mask & habits.as_bool(attention_mask)[:, None, None, :]
-        # a padding position may be left with nothing to see: let it see itself, so that no NaN arises
-        return mask | (~mask.any(-1, keepdim=True) & torch.eye(size, dtype=torch.bool, device=mask.device))
 
     @isolated
     def forward_blocks(self, tokens, positions, runs, cache, read=None):
@@ -342,6 +328,15 @@ class LLaDA2Model(nn.Module):
         attend = partial(_attend, k, v, blocks, own=own, rows=within)
         x, delta, _ = layer(x, delta, cos, sin, attend, block, (k, v, slot), own[within])
         return self.norm.add(x, delta)[1][after]
+
+    def new_cache(self, num_pages: int, block_length: int) -> PagedKVCache:
+        """An empty cache for the KV heads that the layers hold, in the network's dtype, where the network is.
+
+        num_pages: blocks that it has room for.
+        block_length: positions of a block.
+        """
+        kv_heads = self.layers[0].attention.kv_heads
+        return PagedKVCache(self.config, num_pages, block_length, self.dtype, self.device, kv_heads)
 
     def generate(self, inputs, *args, **kwargs):
         """Text from this model; see llada2_fast.generate.generate for all arguments."""

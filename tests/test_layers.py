@@ -18,7 +18,7 @@ TIERS = [
     {"folders"},
     {"kernels", "config", "outputs"},
     {"weights", "cache"},
-    {"layers"},
+    {"layers", "masks"},
     {"model"},
     {"decoding"},
     {"refinement", "generate", "engine"},
@@ -190,7 +190,7 @@ def sync_faults(source):
 
 def no_sync_files():
     rooms = python_files("llada2_fast/decoding")
-    networks = [ROOT / "llada2_fast" / f"{name}.py" for name in ("layers", "model")]
+    networks = [ROOT / "llada2_fast" / f"{name}.py" for name in ("layers", "masks", "model")]
     return [*python_files("kernels"), *networks, *(p for p in rooms if p.stem != "inputs")]
 
 

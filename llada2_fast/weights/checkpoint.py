@@ -23,30 +23,35 @@ from ..config import DTYPES, ModelConfig
 from ..kernels.fp8 import FP8, quantize_weight
 from .files import INDEX, ONE_FILE, WeightFile, refuse_stale, weight_files
 from .hub import resolve as resolve
+from .shapes import WHOLE, Share, is_fp8, parameter_shapes
 from .weight_map import (
     STORED,
     CheckpointError,
     Entry,
     WeightTarget,
-    is_fp8,
     match,
-    parameter_shapes,
     rename_table,
     split_tied_head,
     untied,
 )
 
 
-def inspect(folder: str | os.PathLike, config: ModelConfig) -> list[tuple[Entry, WeightTarget]]:
-    """What `load` will read, in file order, after every check that needs no weights, and a look at the LM head that a
-    file may hold although config.json ties it: it must be equal to the embeddings. CheckpointError names file and
-    tensor: broken index or header, wrong dtype or shape, a tensor that is unknown, provided twice or missing."""
+def inspect(folder: str | os.PathLike, config: ModelConfig, share: Share = WHOLE) -> list[tuple[Entry, WeightTarget]]:
+    """All tensors of a checkpoint in file order and where each goes, after every check that needs no weights, and a
+    look at the LM head that a file may hold although config.json ties it: it must be equal to the embeddings.
+
+    folder: the checkpoint's.
+    config: its config.
+    share: what `load` will read of its layers. All tensors are checked, whatever it is.
+    Raises CheckpointError naming file and tensor: broken index or header, wrong dtype or shape, a tensor that is
+    unknown, provided twice or missing.
+    """
     folder = Path(folder)
     entries = [entry for file in weight_files(folder) for entry in file]
     _check_plausible(folder, config, entries)
     files = {entry.source for entry in entries}
     entries, head = split_tied_head(entries, config)
-    plan = match(entries, config, folder / INDEX if len(files) > 1 else files.pop(), "config.json")
+    plan = match(entries, config, folder / INDEX if len(files) > 1 else files.pop(), "config.json", share)
     if head is not None:
         _check_tied(head, _embeddings(plan))
     return plan
@@ -55,13 +60,16 @@ def inspect(folder: str | os.PathLike, config: ModelConfig) -> list[tuple[Entry,
 def router_dtypes(plan: list[tuple[Entry, WeightTarget]], dtype: torch.dtype) -> dict[str, torch.dtype]:
     """Parameter -> dtype for the routers of a network whose other weights are held as `dtype`: wide enough that neither
     the gate nor expert_bias loses a bit, because near-ties between experts are decided by it."""
-    return {
-        slot.param: torch.promote_types(STORED[entry.dtype], dtype) for entry, slot in plan if ".router." in slot.param
-    }
+    routers = [(entry, target.param) for entry, target in plan if ".router." in target.param]
+    return {param: torch.promote_types(STORED[entry.dtype], dtype) for entry, param in routers}
 
 
 def load(
-    folder: str | os.PathLike, config: ModelConfig, params: dict[str, torch.Tensor], progress: bool = True
+    folder: str | os.PathLike,
+    config: ModelConfig,
+    params: dict[str, torch.Tensor],
+    progress: bool = True,
+    share: Share = WHOLE,
 ) -> None:
     """Fill `params` from the safetensors in a folder, converting to each parameter's dtype.
 
@@ -70,30 +78,34 @@ def load(
     params: name -> tensor, named and shaped as `parameter_shapes`; bf16, fp16, fp32, or fp8 where the config has it; on
         any device. Beyond them it holds nothing, or one tensor where weights become fp8.
     progress: show a bar.
+    share: what is held of each layer; of the other tensors nothing is read but the headers.
     Raises CheckpointError for whatever `inspect` refuses, for a file that becomes shorter and for weights that are not
     finite in their target dtype.
     """
-    _check_params(config, params)
-    plan = inspect(folder, config)
+    _check_params(config, params, share)
+    plan = [(entry, target) for entry, target in inspect(folder, config, share) if target.pieces()]
     total = sum(entry.nbytes for entry, _ in plan)
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=not progress)
     with bar, torch.no_grad():
         for path, part in groupby(plan, key=lambda item: item[0].source):
             file = WeightFile(path)
-            for entry, slot in part:
-                _fill(params, slot, file.read(entry.name), entry)
+            for entry, target in part:
+                _fill(params, target, file, entry)
                 bar.update(entry.nbytes)
 
 
-def _fill(params, slot, source, what):
-    """Copy `source`, a tensor of a checkpoint that errors call `what`, to where it goes."""
-    target = slot.view(params[slot.param])
-    quantize = target.dtype == FP8 != source.dtype
-    _check_finite(source, source.dtype if quantize else target.dtype, what)
-    if quantize:
-        source, scale = quantize_weight(source.to(target.device), slot.parts)
-        slot.scale.view(params[slot.scale.param]).copy_(scale)
-    target.copy_(source)
+def _fill(params, target, file, entry):
+    """Copy what is read of a stored tensor to where it goes."""
+    param = target.view(params[target.param])
+    quantize = param.dtype == FP8 != STORED[entry.dtype]
+    for i, (stored, place) in enumerate(target.pieces()):
+        source = file.read(entry.name, stored)
+        _check_finite(source, source.dtype if quantize else param.dtype, entry)
+        if quantize:
+            source, scale = quantize_weight(source.to(param.device), target.parts)
+            scales = target.scale
+            scales.view(params[scales.param])[scales.pieces()[i][1]].copy_(scale)
+        param[place].copy_(source)
 
 
 @torch.no_grad()
@@ -119,10 +131,10 @@ def adopt(module: torch.nn.Module, config: ModelConfig) -> dict[str, torch.Tenso
             raise CheckpointError(f"{entry} is on {where}; no model is split or offloaded")
     if head is not None and not _equal(tensors[head.name], tensors[_embeddings(plan).name]):
         raise untied(head)
-    for entry, slot in plan:
+    for entry, target in plan:
         tensor = tensors[entry.name]
         _check_finite(tensor, tensor.dtype, entry)
-        given.setdefault(slot.param, []).append((slot, tensor))
+        given.setdefault(target.param, []).append((target, tensor))
     dtype = given["word_embeddings.weight"][0][1].dtype
     dtypes = router_dtypes(plan, dtype)
     shapes = parameter_shapes(config)
@@ -130,13 +142,13 @@ def adopt(module: torch.nn.Module, config: ModelConfig) -> dict[str, torch.Tenso
 
 
 def _whole(given, shape, dtype) -> torch.Tensor:
-    """A parameter made of what was given for it, [(slot, tensor)]: the one tensor, or one that they become views of."""
-    slot, tensor = given[0]
-    if slot.shape == shape:
+    """A parameter of what was given for it, [(target, tensor)]: the one tensor, or one that they become views of."""
+    target, tensor = given[0]
+    if target.shape == shape:
         return tensor.detach().to(dtype)
     whole = torch.empty(shape, dtype=dtype, device=tensor.device)
-    for slot, tensor in given:
-        view = slot.view(whole).copy_(tensor)
+    for target, tensor in given:
+        view = target.view(whole).copy_(tensor)
         if tensor.dtype == dtype:
             tensor.data = view
     return whole
@@ -161,14 +173,14 @@ def save(
         raise ValueError(f"max_shard_bytes={max_shard_bytes!r:.80}: expected an integer >= 1")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    slots = {name: slot for name, slot in rename_table(config).items() if slot.covers == (name,)}
+    targets = {name: target for name, target in rename_table(config).items() if target.covers == (name,)}
     dtypes = {
-        name: params[slot.param].dtype if dtype is None or _keeps_dtype(config, slot) else dtype
-        for name, slot in slots.items()
+        name: params[target.param].dtype if dtype is None or _keeps_dtype(config, target) else dtype
+        for name, target in targets.items()
     }
     shards, used, total = [[]], 0, 0
-    for name, slot in slots.items():
-        size = math.prod(slot.shape) * dtypes[name].itemsize
+    for name, target in targets.items():
+        size = math.prod(target.shape) * dtypes[name].itemsize
         if shards[-1] and used + size > max_shard_bytes:
             shards.append([])
             used = 0
@@ -180,7 +192,7 @@ def save(
     for file, names in zip(files, shards, strict=True):
         tensors = {}
         for name in names:
-            tensor = slots[name].view(params[slots[name].param].detach())
+            tensor = targets[name].view(params[targets[name].param].detach())
             _check_finite(tensor, dtypes[name], f"{folder / file}: tensor {name}")
             tensors[name] = tensor.to("cpu", dtypes[name]).contiguous()
         save_file(tensors, folder / file, metadata={"format": "pt"})
@@ -191,9 +203,9 @@ def save(
     _write_json(folder / "config.json", replace(config, dtype=main_dtype).to_hf())
 
 
-def _keeps_dtype(config, slot):
-    fp8 = is_fp8(config, slot.param) or slot.covers[0].endswith("_scale_inv")
-    return fp8 or slot.param.endswith(".expert_bias")
+def _keeps_dtype(config, target):
+    fp8 = is_fp8(config, target.param) or target.covers[0].endswith("_scale_inv")
+    return fp8 or target.param.endswith(".expert_bias")
 
 
 def _write_json(path, content):
@@ -208,8 +220,8 @@ def _check_plausible(folder, config, entries):
         raise CheckpointError(f"{folder}/config.json: {sizes}: the weight files hold only {held} bytes of tensors")
 
 
-def _check_params(config, params):
-    shapes = parameter_shapes(config)
+def _check_params(config, params, share=WHOLE):
+    shapes = parameter_shapes(config, share)
     for name in sorted(shapes.keys() ^ params.keys()):
         raise ValueError(f"params: {name} is {'missing' if name in shapes else 'unexpected'}")
     for name, shape in shapes.items():
@@ -221,7 +233,7 @@ def _check_params(config, params):
 
 
 def _embeddings(plan):
-    return next(entry for entry, slot in plan if slot.param == "word_embeddings.weight")
+    return next(entry for entry, target in plan if target.param == "word_embeddings.weight")
 
 
 def _equal(a, b):

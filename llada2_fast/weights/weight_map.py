@@ -15,6 +15,8 @@ import torch
 
 from ..config import ModelConfig
 from ..kernels.fp8 import FP8, scale_shape
+from ..kernels.gemm import SCALE_GROUP
+from .shapes import WHOLE, Share, is_fp8, parameter_shapes, scale_name
 
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": FP8}  # safetensors' names
 
@@ -24,7 +26,6 @@ _ALIASES = (
     (re.compile(r"\.mlp\.gate\.e_score_correction_bias$"), ".mlp.gate.expert_bias"),
     (re.compile(r"\.mlp\.(experts\.(?:gate|up|down)_proj|w1|w2)\.weight$"), r".mlp.\1"),
 )
-_FP8 = re.compile(r"(query_key_value|dense|gate_up|down|lm_head)(\.weight)?$")  # parameters held in fp8
 _IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")  # recomputed from the config
 
 
@@ -50,14 +51,23 @@ class Entry(NamedTuple):
 
 
 class WeightTarget(NamedTuple):
-    """Where one tensor of a checkpoint goes: `view(params[param])` has its `shape`. `covers` are the names of the
-    standard layout that it provides: its own, or those of every expert for merged tensors."""
+    """Where one tensor of a checkpoint goes: `pieces` of it into those of `view(params[param])`.
+
+    param: the parameter.
+    shape: the stored tensor's.
+    covers: the names of the standard layout that it provides: its own, or those of every expert for merged tensors.
+    expert: its place among the experts that are held, None unless it is a single expert's.
+    half: of the stacked gate (0) and up (1) rows; None: both, or neither.
+    dim, ranges: what is read of it, ranges of one dimension, one after the other; None: all.
+    """
 
     param: str
     shape: tuple[int, ...]
     covers: tuple[str, ...]
     expert: int | None = None
-    half: int | None = None  # of the stacked gate (0) and up (1) rows
+    half: int | None = None
+    dim: int = 0
+    ranges: tuple[range, ...] | None = None
 
     @property
     def parts(self) -> int:
@@ -67,74 +77,44 @@ class WeightTarget(NamedTuple):
     @property
     def scale(self) -> "WeightTarget":
         """Where the fp8 scales of what goes here go."""
-        covers = tuple(f"{name}_scale_inv" for name in self.covers)
-        return self._replace(param=_scale_name(self.param), shape=scale_shape(self.shape, self.parts), covers=covers)
+        shape, covers = scale_shape(self.shape, self.parts), tuple(f"{name}_scale_inv" for name in self.covers)
+        size = SCALE_GROUP if self.dim >= len(shape) - 2 else 1  # rows and columns have scales in groups, experts not
+        ranges = self.ranges and tuple(range(part.start // size, part.stop // size) for part in self.ranges)
+        return self._replace(param=scale_name(self.param), shape=shape, covers=covers, ranges=ranges)
 
     def view(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Of a parameter, what its tensor goes into."""
         tensor = tensor if self.expert is None else tensor[self.expert]
         return tensor if self.half is None else tensor.chunk(2, dim=-2)[self.half]
 
-
-def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every parameter of the network, in its own (fused) layout."""
-    V, H, D, E = config.vocab_size, config.hidden_size, config.head_dim, config.num_experts
-    nq, nk = config.num_attention_heads, config.num_key_value_heads
-    shapes = {"word_embeddings.weight": (V, H), "norm.weight": (H,)}
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (V, H)
-
-    def add_mlp(name, width):
-        shapes[f"{name}.gate_up.weight"] = (2 * width, H)
-        shapes[f"{name}.down.weight"] = (H, width)
-
-    for i in range(config.num_hidden_layers):
-        layer, attention, mlp = f"layers.{i}", f"layers.{i}.attention", f"layers.{i}.mlp"
-        shapes[f"{layer}.input_layernorm.weight"] = (H,)
-        shapes[f"{layer}.post_attention_layernorm.weight"] = (H,)
-        shapes[f"{attention}.query_key_value.weight"] = ((nq + 2 * nk) * D, H)
-        shapes[f"{attention}.dense.weight"] = (H, nq * D)
-        if config.use_qkv_bias:
-            shapes[f"{attention}.query_key_value.bias"] = ((nq + 2 * nk) * D,)
-        if config.use_bias:
-            shapes[f"{attention}.dense.bias"] = (H,)
-        if config.use_qk_norm:
-            shapes[f"{attention}.query_layernorm.weight"] = (D,)
-            shapes[f"{attention}.key_layernorm.weight"] = (D,)
-        if i < config.first_k_dense_replace:
-            add_mlp(mlp, config.intermediate_size)
-            continue
-        width = config.moe_intermediate_size
-        shapes[f"{mlp}.router.weight"] = (E, H)
-        shapes[f"{mlp}.router.expert_bias"] = (E,)
-        shapes[f"{mlp}.experts.gate_up"] = (E, 2 * width, H)
-        shapes[f"{mlp}.experts.down"] = (E, H, width)
-        if config.num_shared_experts:
-            add_mlp(f"{mlp}.shared_experts", config.num_shared_experts * width)
-    if config.fp8:
-        weights = {name: shape for name, shape in shapes.items() if is_fp8(config, name)}
-        scales = {_scale_name(name): scale_shape(shape, 1 + ("gate_up" in name)) for name, shape in weights.items()}
-        shapes.update(scales)
-    return shapes
+    def pieces(self) -> list[tuple[tuple[slice, ...], tuple[slice, ...]]]:
+        """Index of the stored tensor and index of what `view` gives, for each piece that is read."""
+        if self.ranges is None:
+            return [((), ())]
+        before, at, pieces = (slice(None),) * self.dim, 0, []
+        for part in self.ranges:
+            pieces.append(((*before, slice(part.start, part.stop)), (*before, slice(at, at + len(part)))))
+            at += len(part)
+        return pieces
 
 
-def is_fp8(config: ModelConfig, param: str) -> bool:
-    """Whether the network holds this parameter in fp8."""
-    return config.fp8 and _FP8.search(param) is not None
+def rename_table(config: ModelConfig, share: Share = WHOLE) -> dict[str, WeightTarget]:
+    """Name in a checkpoint -> where it goes, for the standard layout and for merged experts; scales follow weights.
 
-
-def _scale_name(param):
-    """The parameter that holds the scales of an fp8 one."""
-    return param.removesuffix(".weight") + (".scale" if param.endswith(".weight") else "_scale")
-
-
-def rename_table(config: ModelConfig) -> dict[str, WeightTarget]:
-    """Name in a checkpoint -> where it goes, for the standard layout and for merged experts; scales follow weights."""
+    config: the checkpoint's.
+    share: what is held of its layers; tensors of which nothing is read are in the table, too.
+    """
     table = {}
+    share.check(config)
 
-    def add(name, param, shape, covers=None, **where):
-        table[name] = slot = WeightTarget(param, shape, covers or (name,), **where)
+    def add(name, param, shape, covers=None, expert=None, half=None):
+        dim, ranges = share.cut(config, param)
+        if expert is not None and ranges is not None:
+            (held,) = ranges
+            expert, ranges = expert - held.start, None if expert in held else ()
+        table[name] = target = WeightTarget(param, shape, covers or (name,), expert, half, dim, ranges)
         if is_fp8(config, param):
-            table[f"{name}_scale_inv"] = slot.scale
+            table[f"{name}_scale_inv"] = target.scale
 
     for param, shape in parameter_shapes(replace(config, quantization=None)).items():
         name = param if param == "lm_head.weight" else f"model.{param}"
@@ -185,45 +165,53 @@ def untied(head: Entry) -> CheckpointError:
 
 
 def match(
-    entries: list[Entry], config: ModelConfig, where: Path | str, authority: str
+    entries: list[Entry], config: ModelConfig, where: Path | str, authority: str, share: Share = WHOLE
 ) -> list[tuple[Entry, WeightTarget]]:
-    """The entries, in their order, and where each goes; those that the network recomputes are left out. CheckpointError
-    names source and tensor: wrong dtype or shape, a tensor that is unknown, provided twice or missing. In its messages
-    `where` is what a missing tensor is missing from and `authority` where `config` was read."""
-    table, provided, plan = rename_table(config), {}, []
+    """The entries, in their order, and where each goes; those that the network recomputes are left out.
+
+    entries: all tensors there are.
+    config: of the network that they must make.
+    where: what a missing tensor is missing from, for messages.
+    authority: where the config was read, for messages.
+    share: what is held of its layers.
+    Raises CheckpointError naming source and tensor: wrong dtype or shape, a tensor that is unknown, provided twice or
+    missing.
+    """
+    table, provided, plan = rename_table(config, share), {}, []
     for entry in entries:
         name = entry.name
         for pattern, replacement in _ALIASES:
             name = pattern.sub(replacement, name)
         if _IGNORED.search(name):
             continue
-        slot = table.get(name)
-        if slot is None:
+        target = table.get(name)
+        if target is None:
             raise CheckpointError(f"{entry} is unexpected: {authority} has no place for it")
-        if entry.shape != slot.shape:
-            raise CheckpointError(f"{entry} has shape {list(entry.shape)}, {authority} gives {list(slot.shape)}")
-        allowed = _allowed(config, slot)
+        if entry.shape != target.shape:
+            raise CheckpointError(f"{entry} has shape {list(entry.shape)}, {authority} gives {list(target.shape)}")
+        allowed = _allowed(config, target)
         if entry.dtype not in allowed:
             raise CheckpointError(f"{entry} has dtype {entry.dtype}, expected one of {', '.join(allowed)}")
-        for covered in slot.covers:
+        for covered in target.covers:
             if covered in provided:
                 other = provided[covered]
                 there = os.path.basename(other.source)
                 raise CheckpointError(f"{entry} is provided twice, also by {other.name} in {there}")
             provided[covered] = entry
-        plan.append((entry, slot))
+        plan.append((entry, target))
     wide = {f"{name}_scale_inv" for name, entry in provided.items() if entry.dtype != "F8_E4M3"}
     for name in sorted(wide & provided.keys()):
         raise CheckpointError(f"{provided[name]} is unexpected: its weight is not fp8")
-    missing = [name for name, slot in table.items() if slot.covers == (name,) and name not in provided.keys() | wide]
+    found = provided.keys() | wide
+    missing = [name for name, target in table.items() if target.covers == (name,) and name not in found]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(f"{where}: missing tensor {missing[0]}{more}, which {authority} calls for")
     return plan
 
 
-def _allowed(config, slot):
-    """The dtypes that the tensor for `slot` may have."""
-    if slot.covers[0].endswith("_scale_inv"):
+def _allowed(config, target):
+    """The dtypes that the tensor for `target` may have."""
+    if target.covers[0].endswith("_scale_inv"):
         return ("F32",)
-    return tuple(name for name, dtype in STORED.items() if dtype != FP8 or is_fp8(config, slot.param))
+    return tuple(name for name, dtype in STORED.items() if dtype != FP8 or is_fp8(config, target.param))
