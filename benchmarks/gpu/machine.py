@@ -7,6 +7,7 @@ means nothing.
 import gc
 import json
 import math
+import statistics
 import tempfile
 import time
 from collections import Counter
@@ -120,8 +121,7 @@ class Machine:
             call()
             spans[-1][1].record()
         torch.cuda.synchronize()
-        times = sorted(begin.elapsed_time(end) * 1e3 for begin, end in spans)
-        return times[len(times) // 2]
+        return statistics.median(begin.elapsed_time(end) * 1e3 for begin, end in spans)
 
     def seconds(self, call):
         """Wall time of a call and what it returned, with the device idle before and behind."""
