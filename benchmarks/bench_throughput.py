@@ -2,25 +2,41 @@
 
     llada2-fast bench throughput [--num-prompts N] [--max-concurrency N] [--request-rate R] [--input-len N]
                                  [--model PATH_OR_ID] [--quick] [--json] [--save [FOLDER]] [--plot FILE]
+    llada2-fast bench throughput --peers [--quick] [--json] [--save [FOLDER]]
 
 First the gate: what the engine gives the first requests, all of the warm-up in flight, must be what generate() gives
 each of them alone. Then rounds of new prompts each through the same engine; the figures are those of the round with the
 median throughput. Without --request-rate a request is sent as soon as another has ended, with it they arrive as a
 Poisson process and wait for their turn. Key names and meanings are those of `vllm bench`, tokens arrive block by block:
 ttft: until the first block; itl: from block to block; tpot: (e2el - ttft) / (tokens - 1); e2el: the whole request.
+
+With --peers the engine is held against the same requests one by one and against diffusers, with the small random
+network in float32, on as many threads as torch uses. Requests have prompts of 64 to 256 tokens and answers of 64 to
+192, quota decoding, 4 tokens a forward. Before anything is timed, all tokens of the engine must be those of generate(),
+later also those of diffusers. Measured are: 16 requests in flight against generate() one by one; requests of one prompt
+length against lock-step batches of diffusers' LLaDA2Pipeline, which drives the same network as it drives any model;
+latencies at 1 to 64 in flight and at several arrival rates; and what the engine itself costs per step and row,
+everything but forward and refinement. Of the options above only --quick, --json and --save count.
 """
 
 import argparse
 import random
+import statistics
 import time
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy
+import torch
+
 from llada2_fast.cli import options
-from llada2_fast.config import EngineConfig
+from llada2_fast.config import DecodeParams, EngineConfig
 from llada2_fast.engine import Engine, Event
 
 from . import harness
+from .models import SMALL, random_model
+from .peers import BLOCK, Task, diffusers
+from .simulate import Clock, StandIn
 from .workload import Workload, add_options, positive, print_table, require_equal
 
 NAMES = {
@@ -141,6 +157,149 @@ def plot(served, file):
         axes.grid(alpha=0.3)
 
 
+# --peers
+
+STEPS, IN_FLIGHT = 8, 16
+
+
+def random_jobs(count, seed=0):
+    """[(prompt, DecodeParams)] without common prefixes."""
+    rng = random.Random(seed)
+    return [
+        (
+            [rng.randrange(SMALL.vocab_size - 2) for _ in range(rng.choice((64, 128, 256)))],
+            DecodeParams(gen_length=rng.choice((64, 128, 192)), block_length=BLOCK, steps=STEPS, threshold=2.0),
+        )
+        for _ in range(count)
+    ]
+
+
+def small_engine(model, running=IN_FLIGHT):
+    return Engine(model, EngineConfig(max_num_seqs=running, cache_tokens=running * 512, enable_prefix_caching=False))
+
+
+def one_by_one(model, jobs):
+    """The tokens of each job by itself."""
+    outputs = []
+    for prompt, params in jobs:
+        rules = dict(gen_length=params.gen_length, block_length=BLOCK, steps=STEPS, threshold=params.threshold)
+        outputs.append(model.generate([prompt], **rules)[0].tolist())
+    return outputs
+
+
+def figures(served):
+    """{name: {p50, p95, p99}} in ms: first block after arrival, between blocks, whole request."""
+    seconds = latencies(served)
+    return {
+        name: {f"p{p}": float(numpy.percentile(seconds[key], p)) * 1e3 for p in (50, 95, 99)}
+        for name, key in (("first_block_ms", "ttft"), ("inter_block_ms", "itl"), ("request_ms", "e2el"))
+    }
+
+
+def tokens_of(served):
+    return [one.output.token_ids for one in served]
+
+
+def against_serial(model, jobs, rounds):
+    """(tokens/s of the engine with IN_FLIGHT requests, tokens/s one by one, latencies of the engine)."""
+    kept = {}
+
+    def together():
+        kept["served"] = serve(small_engine(model), jobs, IN_FLIGHT)
+
+    wanted = one_by_one(model, jobs)
+    together()
+    if tokens_of(kept["served"]) != wanted:
+        raise SystemExit("tokens of the engine differ from generate()'s: nothing is timed")
+    engine_s, serial_s = harness.timed_rounds([together, lambda: one_by_one(model, jobs)], rounds)
+    count = sum(map(len, wanted))
+    return count / engine_s, count / serial_s, figures(kept["served"])
+
+
+def against_diffusers(model, jobs):
+    """(tokens/s of the engine, tokens/s of diffusers): batches of 16 that run in lock-step to the longest answer."""
+    longest = max(params.gen_length for _, params in jobs)
+    call = diffusers(model, Task(torch.tensor([prompt for prompt, _ in jobs]), longest, STEPS, threshold=2.0))
+    kept = {}
+
+    def lock_step():
+        kept["theirs"] = call().sequences
+
+    def together():
+        kept["ours"] = tokens_of(serve(small_engine(model), jobs, IN_FLIGHT))
+
+    engine_s, diffusers_s = harness.timed_rounds([together, lock_step], 1)
+    for i, row in enumerate(kept["theirs"].tolist()):
+        if row[: jobs[i][1].gen_length] != kept["ours"][i]:
+            raise SystemExit(f"tokens of diffusers and of the engine differ in request {i}")
+    count = sum(params.gen_length for _, params in jobs)
+    return count / engine_s, count / diffusers_s
+
+
+def host_cost(rows, steps=150):
+    """Microseconds per step and row of the engine itself, at `rows` running rows; the network is a stand-in."""
+    engine = Engine(
+        StandIn(lambda *_: 0.0, Clock()),
+        EngineConfig(max_num_seqs=rows, cache_tokens=rows * 2048, max_waiting=2 * rows),
+    )
+    params = DecodeParams(gen_length=1500, threshold=0.9, seed=0, eos_ids=())
+    for i in range(rows):
+        engine.add_request([i % 2] * 64, params)
+    for _ in range(20):
+        engine.step()
+    inner, step = [], engine.decoder.step
+
+    def timed(*args):
+        started = time.perf_counter()
+        output = step(*args)
+        inner.append(time.perf_counter() - started)
+        return output
+
+    engine.decoder.step = timed
+    own = []
+    for _ in range(steps):
+        started = time.perf_counter()
+        engine.step()
+        own.append(time.perf_counter() - started - inner.pop())
+    return statistics.median(own) * 1e6 / rows
+
+
+def against_peers(quick):
+    """The results of --peers."""
+    model = random_model(SMALL)
+    jobs = random_jobs(32 if quick else 64)
+    tok_s, serial_tok_s, at_16 = against_serial(model, jobs, 3)
+    print(f"{IN_FLIGHT} in flight {tok_s:.0f} tok/s, one by one {serial_tok_s:.0f}: {tok_s / serial_tok_s:.2f}x")
+    alike = [([*prompt[:64]], params) for prompt, params in jobs[:IN_FLIGHT]]
+    if quick:
+        alike = [(prompt, DecodeParams(**{**vars(params), "gen_length": 64})) for prompt, params in alike]
+    batch_tok_s, diffusers_tok_s = against_diffusers(model, alike)
+    print(f"diffusers in lock-step {diffusers_tok_s:.0f} tok/s, engine {batch_tok_s:.0f}")
+    levels, rates, engine = [], [], None
+    for in_flight in (1, 16) if quick else (1, 2, 4, 8, 16, 32, 64):
+        engine, started = small_engine(model, in_flight), time.perf_counter()
+        served = serve(engine, jobs[: max(8, len(jobs) * min(in_flight, 16) // 16)], in_flight)
+        count = sum(map(len, tokens_of(served)))
+        levels.append({"in_flight": in_flight, "tok_s": count / (time.perf_counter() - started)} | figures(served))
+    per_second = tok_s * len(jobs) / sum(params.gen_length for _, params in jobs)
+    for load in (0.8,) if quick else (0.2, 0.4, 0.6, 0.8, 0.95):
+        rates.append({"rate": load * per_second} | figures(serve(small_engine(model), jobs, rate=load * per_second)))
+    for point in (*levels, *rates):
+        where = f"{point['in_flight']} in flight" if "in_flight" in point else f"{point['rate']:.2f} per second"
+        spread = ", ".join(f"{name[:-3]} {point[name]['p50']:.0f}/{point[name]['p99']:.0f} ms" for name in at_16)
+        print(f"{where:>16s}: p50/p99 {spread}")
+    host = {rows: host_cost(rows) for rows in (4, 16, 64, 256)}
+    print("engine itself, us per step and row: " + ", ".join(f"{us:.0f} at {rows} rows" for rows, us in host.items()))
+    results = {
+        "speedup_vs_serial": tok_s / serial_tok_s, "speedup_vs_diffusers": batch_tok_s / diffusers_tok_s,
+        "p99_inter_block_ms": at_16["inter_block_ms"]["p99"], "scheduler_us_per_row": host[64],
+        "leaked_pages": engine.cache.num_pages - engine.cache.num_free,
+        "tok_s": tok_s, "serial_tok_s": serial_tok_s, "diffusers_tok_s": diffusers_tok_s, "requests": len(jobs),
+        "at_16": at_16, "in_flight": levels, "rates": rates, "scheduler_us_per_row_at": host,
+    }  # fmt: skip
+    return results
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     add_options(parser)
@@ -150,7 +309,11 @@ def main(argv=None):
     add("--max-concurrency", type=positive, default=16, metavar="N", help="requests in flight at most (16)")
     add("--request-rate", type=float, metavar="R", help="arrivals per second; else as fast as others end")
     harness.add_plot_option(parser, "the distribution of the latencies")
+    add("--peers", action="store_true", help="against the same requests one by one and diffusers, random network")
     args = parser.parse_args(argv)
+    if args.peers:
+        harness.finish("engine", args, against_peers(args.quick))
+        return
     if args.request_rate is not None and not 0 < args.request_rate < float("inf"):
         parser.error(f"--request-rate {args.request_rate}: expected a number above 0")
     size, rounds = args.num_prompts or (16 if args.quick else 64), args.num_rounds or (1 if args.quick else 3)

@@ -120,8 +120,8 @@ def test_dry_run_of_steps_and_peers(capsys, tmp_path):
 def test_rounding_alone_does_not_fail_the_gate_of_the_peers(machine):
     """A GPU's kernels round otherwise than PyTorch's; here float32 does. In all twenty layers nothing would agree."""
     deep = replace(machine.config("mini"), num_hidden_layers=20, hidden_size=512, moe_intermediate_size=128)
-    machine.config = lambda name: deep
-    step = peers.gate_step(machine, 1024)
+    machine.config = lambda name, fp8=False: deep
+    step = Step(machine, machine.shallow(), 1, 1024, in_order=True)
     wide = copy.deepcopy(step)
     wide.model.float()
     wide.cache = PagedKVCache(wide.model.config, step.cache.num_pages, 32, torch.float32, machine.device)

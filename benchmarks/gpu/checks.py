@@ -16,9 +16,6 @@ from .. import aot
 from . import decode as gpu_decode
 from . import gates, steps
 from .machine import Machine
-from .weights import random_model
-
-LAYERS = 2  # a dense one and one of experts
 
 
 def versions(machine):
@@ -37,14 +34,9 @@ def versions(machine):
     }  # fmt: skip
 
 
-def _network(machine, fp8):
-    config = replace(machine.config("mini", fp8), num_hidden_layers=LAYERS)
-    return random_model(config, machine.dtype, machine.device)
-
-
 def step(machine, fp8, captured):
     """A step launched piece by piece; or captured, and its replay held against that bit by bit."""
-    made = steps.Step(machine, _network(machine, fp8), machine.size(2, 2), machine.size(1024, 64))
+    made = steps.Step(machine, machine.shallow(fp8), machine.size(2, 2), machine.size(1024, 64))
     if captured:
         return made.check()
     output, _ = made.graph.run()
@@ -54,7 +46,7 @@ def step(machine, fp8, captured):
 
 def decode(machine, fp8):
     """Two texts of the same prompts have the same tokens."""
-    model = _network(machine, fp8)
+    model = machine.shallow(fp8)
     inputs = gpu_decode.prompts(machine, model, 2)
     texts = [gpu_decode.text(model, inputs, machine.size(64, 32), 4) for _ in range(2)]
     if not torch.equal(*[text.sequences for text in texts]):
@@ -64,7 +56,7 @@ def decode(machine, fp8):
 
 def engine(machine):
     """Rows that come and go through fewer slots, one of them drawing with top-k."""
-    model = _network(machine, fp8=False)
+    model = machine.shallow()
     mask_id, length = model.config.mask_token_id, machine.size(48, 16)
     params = DecodeParams(gen_length=length, steps=4, threshold=2.0, mask_id=mask_id, eos_ids=(-1,))
     kinds = [params, params, replace(params, temperature=0.8, top_k=7, seed=3), params]

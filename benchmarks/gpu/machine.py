@@ -7,6 +7,7 @@ means nothing.
 import gc
 import json
 import math
+import statistics
 import tempfile
 import time
 from collections import Counter
@@ -30,6 +31,7 @@ TINY = replace(
     head_dim=32, mask_token_id=511, pad_token_id=510, eos_token_id=(510,),
 )  # fmt: skip
 
+LAYERS = 2  # a dense one and one of experts: all others are like that. There rounding costs a token in ten
 _LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchCooperative", "cudaMemcpyAsync", "cudaMemsetAsync")
 _SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 
@@ -120,8 +122,7 @@ class Machine:
             call()
             spans[-1][1].record()
         torch.cuda.synchronize()
-        times = sorted(begin.elapsed_time(end) * 1e3 for begin, end in spans)
-        return times[len(times) // 2]
+        return statistics.median(begin.elapsed_time(end) * 1e3 for begin, end in spans)
 
     def seconds(self, call):
         """Wall time of a call and what it returned, with the device idle before and behind."""
@@ -195,6 +196,11 @@ class Machine:
             self.require_memory(sum(p.nbytes for p in shapes.parameters()), "weights")
             self._network = random_model(config, self.dtype, self.device)
         return self._network
+
+    def shallow(self, fp8=False):
+        """A random network of mini's width and LAYERS layers, for what is compared: a random network is chaotic, and
+        after its twenty layers two ways of rounding have nothing in common."""
+        return random_model(replace(self.config("mini", fp8), num_hidden_layers=LAYERS), self.dtype, self.device)
 
     def lost(self):
         """Whether the device answers no more: after a wild memory access every call fails until the process ends."""

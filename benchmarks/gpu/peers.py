@@ -6,12 +6,10 @@
     grouped_mm  the most that PyTorch offers, one graph for torch.compile: contiguous keys and values, experts by
                 torch's grouped matrix product, refinement by thresholds alone. Stronger than what the goal asks
 
-Gate: in a network of the first GATE_LAYERS layers' shape each must choose the same tokens as our step at half of the
-positions at least. The whole network cannot be compared: a random one is chaotic, and where bf16 rounds otherwise its
-twenty layers end in hidden states that have nothing in common.
+Gate: in a network of two layers (Machine.shallow) each must choose the same tokens as our step at half of the positions
+at least; what is timed is the whole network.
 """
 
-from dataclasses import replace
 from functools import partial
 from unittest import mock
 
@@ -28,10 +26,8 @@ from llada2_fast.kernels.router import route_ref
 from ..roofline import BLOCK
 from .machine import Point
 from .steps import Step
-from .weights import random_model
 
 AGREE = 0.5
-GATE_LAYERS = 2  # a dense one and one of experts: all others are like that. Rounding costs a token in ten
 
 
 def reference_step(step):
@@ -107,12 +103,6 @@ def _experts(layer, h):
     return (by_token.float() * weights[..., None]).sum(1).to(h.dtype) + _mlp(layer.shared_experts, h)
 
 
-def gate_step(machine, prefix):
-    """Our step of a network as deep as rounding allows to compare."""
-    config = replace(machine.config("mini"), num_hidden_layers=GATE_LAYERS)
-    return Step(machine, random_model(config, machine.dtype, machine.device), 1, prefix, in_order=True)
-
-
 def agreeing(step, call):
     """Share of the block's tokens that a peer's call chooses as our step does."""
     step.reset()
@@ -134,7 +124,7 @@ def time_peer(machine, name):
 
     outside = torch.compiler.disable(moe.experts_ref) if name == "compile" else moe.experts_ref
     with mock.patch.object(moe, "experts_ref", outside):
-        step = gate_step(machine, prefix)
+        step = Step(machine, machine.shallow(), 1, prefix, in_order=True)
         share = agreeing(step, peer(step))
         if share < AGREE:
             raise ArithmeticError(f"{share:.0%} of the tokens agree with our step, at least {AGREE:.0%} must")

@@ -12,7 +12,7 @@ LEAST_SHARE = 0.005  # of a replay, for a kernel to have a row of its own
 COMMANDS = {  # benchmark -> the module that makes its lines
     "decode": "bench_decode",
     "layer": "bench_layer",
-    "engine": "bench_engine",
+    "engine": "bench_throughput --peers",
     "throughput": "bench_throughput",
     "latency": "bench_latency",
     "bench_refine": "kernels.bench_refine",

@@ -21,14 +21,13 @@ from .options import Help, add_model_options, decoding, encode, fit, load_model
 
 # The benchmarks by the names of `llada2-fast bench`: module of llada2_fast.benchmarks, what it measures.
 BENCHMARKS = {
-    "throughput": ("bench_throughput", "many requests through the engine: tokens/s and latencies under load"),
+    "throughput": ("bench_throughput", "many requests through the engine: tokens/s and latencies under load; --peers"),
     "latency": ("bench_latency", "one batch through generate(): time to the first block, per block, per forward"),
     "kernels": ("kernels.__main__", "every op against its reference"),
     "quality": ("quality", "the embedded model's right answers against its tokens per forward"),
     "sampling": ("sampling", "the embedded model's right answers when tokens are drawn"),
     "decode": ("bench_decode", "side by side with diffusers on the same weights"),
     "layer": ("bench_layer", "one layer of LLaDA2-mini's shape on a CPU, against its memory's bandwidth"),
-    "engine": ("bench_engine", "the engine against one request after the other"),
     "refine": ("kernels.bench_refine", "the refinement step against diffusers' scheduler"),
 }
 
