@@ -1,7 +1,8 @@
-"""The active block of every request slot of vLLM's model runner, and the step that refines them.
+"""The active block of every request of vLLM's model runner, and the step that refines them.
 
-Nothing here knows vLLM. A slot's block begins on the request's block grid, so its first `lead` tokens may be the end
-of the prompt. A block is handed out once a forward has seen its final tokens: that forward wrote its keys and values.
+Nothing here knows vLLM. A request's number in the runner is its lane here. Its block begins on the request's own grid,
+so its first tokens may be the end of the prompt. A block is handed out once a forward has seen its final tokens: that
+forward wrote its keys and values.
 """
 
 from dataclasses import replace
@@ -10,109 +11,88 @@ import numpy as np
 import torch
 
 from ...config import DecodeParams
-from ...decoding.decoder import row_rules
-from ...refinement import (
-    BLOCK_DONE,
-    CHANGED,
-    ERROR,
-    FINISHED,
-    FLAGS,
-    GENERATED,
-    PADDING,
-    PROMPT,
-    BlockState,
-    SpecialIds,
-    refine_params,
-    refine_step,
-)
+from ...decoding.lanes import Lanes
+from ...decoding.rules import NEVER, row_rule
+from ...kernels.refine import BLOCK_DONE, CHANGED, ERROR, FINISHED, FLAGS, SpecialIds, refine_step
+from ...kernels.roles import GENERATED, PROMPT
 
 MAX_EOS = 8  # EOS ids that end a block early; vLLM stops at any others once the block is handed out
 _ENDED = BLOCK_DONE | FINISHED | ERROR
 
 
 class Blocks:
-    """One block of L positions for each of S slots, on `device`; a closed slot takes no part.
+    """One block in each lane; a closed lane takes no part.
 
-    width: numpy int64 [S], the leading positions of a slot's blocks that exist (L but at the end of the context).
+    count: S lanes.
+    length: L, positions of a block.
+    mask_id: the id of what is still to be written.
+    device: of all tensors.
+
+    lanes: the Lanes. width: numpy int64 [S], the leading positions of a lane's blocks that exist (L but at the end of
+    the context).
     """
 
-    def __init__(self, slots, length, mask_id, device):
-        self.length, self.mask_id = length, mask_id
-        tokens = torch.full((slots, length), mask_id, dtype=torch.int64, device=device)
-        start = torch.zeros(slots, dtype=torch.int64, device=device)
-        self.state = BlockState.fresh(tokens, torch.zeros_like(tokens, dtype=torch.int8), start)
-        self.state.frozen.fill_(FINISHED)
-        unused = [[-1] * MAX_EOS] * slots
-        self.params = refine_params([DecodeParams()] * slots, length, [0] * slots, unused, device)
-        self.lead = torch.zeros_like(start)
-        self.count = torch.full_like(start, length)  # positions to hand out: width - lead
-        self.width = np.full(slots, length)
-        self.filters = np.zeros(slots, dtype=bool)  # draws with top-k or top-p
+    def __init__(self, count: int, length: int, mask_id: int, device: torch.device):
+        self.length = length
+        self.lanes = Lanes(count, length, SpecialIds(mask_id), device, MAX_EOS)
+        self.width = np.full(count, length)
+        self.filters = np.zeros(count, dtype=bool)  # draws with top-k or top-p
+        self._all = torch.arange(count, dtype=torch.int32, device=device)
+        self._no_repeat = torch.zeros_like(self._all)
 
-    def open(self, slot, prompt, start, width, params, seed, eos_ids):
-        """Lay out a slot's first block: the ids `prompt` (fewer than L), then masks, of which `width` positions exist.
+    def open(
+        self, lane: int, prompt: list[int], start: int, width: int, params: DecodeParams, seed: int, eos_ids: list[int]
+    ):
+        """Lay out a lane's first block.
 
-        start: position of the block's first token; params: DecodeParams; eos_ids: the first MAX_EOS are looked for.
+        lane: which; whatever was in it is forgotten.
+        prompt: the ids it begins with, fewer than L; masks follow.
+        start: position of its first token.
+        width: its positions that exist; nothing follows a block of fewer than L.
+        params, seed: how it is refined.
+        eos_ids: the first MAX_EOS of them are looked for.
         """
-        lead = len(prompt)
-        tokens = [*prompt, *[self.mask_id] * (self.length - lead)]
-        kind = [PROMPT] * lead + [GENERATED] * (width - lead) + [PADDING] * (self.length - width)
-        eos = [*eos_ids[:MAX_EOS], *[-1] * (MAX_EOS - len(eos_ids))]
-        device = self.lead.device
-        tokens, kind = (torch.tensor(ints, dtype=torch.int64, device=device) for ints in (tokens, kind))
-        self.state.reset_block(slot, tokens, kind, start, 0)
-        for name, value in (row_rules(params, self.length) | {"seed": seed}).items():
-            getattr(self.params, name)[slot] = value
-        self.params.eos_ids[slot] = torch.tensor(eos, dtype=torch.int64, device=device)
-        self.lead[slot] = lead
-        self.count[slot] = width - lead
-        self.width[slot] = width
-        self.filters[slot] = bool(params.top_k or params.top_p)
+        rule = row_rule(params, self.length)
+        end = NEVER if width == self.length else start + width
+        self.lanes.open(lane, start, list(prompt), end, end, rule, seed, tuple(eos_ids[:MAX_EOS]))
+        self.width[lane] = width
+        self.filters[lane] = rule.filters
 
-    def close(self, slot):
-        self.state.frozen[slot] = FINISHED
+    def close(self, lane: int):
+        """It takes no part any more."""
+        self.lanes.close(lane)
 
-    def step(self, logits, slots, first):
-        """Refine the blocks of some open slots and hand out those that are settled.
+    def step(self, logits: torch.Tensor, lanes: np.ndarray, first: np.ndarray):
+        """Refine the blocks of some open lanes and hand out those that are settled, without a read-back.
 
-        logits [M, V]; slots, first: numpy int64 [n], distinct slots and the rows of logits of their first positions.
+        logits: [M, V].
+        lanes: int64 [n], distinct.
+        first: int64 [n], the rows of logits of their first positions.
         Returns (sampled int64 [S, L]: the settled blocks' tokens behind the prompt, left-aligned; num_sampled int64
-        [S], 0 where nothing is settled; error bool [S]: the logits held NaN or infinity). Settled slots go on to their
+        [S], 0 where nothing is settled; error bool [S]: the logits held NaN or infinity). Settled lanes go on to their
         next block.
         """
-        state, device = self.state, logits.device
-        lane = np.arange(self.length)
+        state, bounds, device = self.lanes.state, self.lanes.bounds, logits.device
+        offset = np.arange(self.length)
         rows = np.full(state.tokens.shape, -1)
-        rows[slots] = np.where(lane < self.width[slots, None], first[:, None] + lane, -1)
+        rows[lanes] = np.where(offset < self.width[lanes, None], first[:, None] + offset, -1)
         index = torch.from_numpy(rows).to(device, non_blocking=True)
         here = index[:, 0] >= 0
-        frozen = torch.where(here, state.frozen, FINISHED)
-        filters = bool(self.filters[slots].any())
-        now = replace(state, frozen=frozen)
-        output = refine_step(logits, now, self.params, SpecialIds(self.mask_id), index, filters, only_needed=True)
+        now = replace(state, frozen=torch.where(here, state.frozen, FINISHED))  # the others may be amid their blocks
+        filters = bool(self.filters[lanes].any())
+        output = refine_step(logits, now, self.lanes.params, self.lanes.ids, index, filters, only_needed=True)
         flags = output.status[:, FLAGS]
-        state.frozen.copy_(torch.where(here, frozen, state.frozen))
         settled = here & ((flags & _ENDED) != 0) & ((flags & CHANGED) == 0)
 
-        lane = torch.arange(self.length, device=device)
-        sampled = state.tokens.gather(1, (self.lead[:, None] + lane).clamp(max=self.length - 1))
-        num_sampled = torch.where(settled, self.count, 0)
-        self._next(settled)
+        at = (state.kind == PROMPT).sum(-1, keepdim=True) + torch.arange(self.length, device=device)
+        sampled = state.tokens.gather(1, at.clamp(max=self.length - 1))
+        num_sampled = torch.where(settled, (state.kind == GENERATED).sum(-1), 0)
+        # whether EOS ends a request is vLLM's to say: here the next block follows
+        frozen = torch.where(here, now.frozen, state.frozen)
+        state.frozen.copy_(torch.where(settled, BLOCK_DONE, frozen))
+        bounds.changed.copy_(~settled)
+        self.lanes.advance(self._all, self._no_repeat, 0)
         return sampled, num_sampled, here & ((flags & ERROR) != 0)
-
-    def _next(self, settled):
-        """Lay out the block behind the settled ones."""
-        state = self.state
-        state.block_start += settled * self.length
-        for target, value in (
-            (state.tokens, self.mask_id), (state.kind, GENERATED), (state.commit_step, -1),
-            (state.commit_confidence, 0),
-        ):  # fmt: skip
-            target.masked_fill_(settled[:, None], value)
-        for target, value in (
-            (state.step, 0), (state.post_steps, 0), (state.frozen, 0), (self.lead, 0), (self.count, self.length),
-        ):  # fmt: skip
-            target.masked_fill_(settled, value)
 
 
 def block_segments(starts, lengths, split, length):

@@ -35,7 +35,7 @@ def model_state_class():
             super().__init__(vllm_config, model, encoder_cache, device)
             self.length = vllm_config.diffusion_config.canvas_length
             self.blocks = Blocks(self.max_num_reqs, self.length, mask_token_id(self.model_config), device)
-            self.slots = {}
+            self.lanes = {}  # request id -> its lane
             self.sampler = None
 
         def custom_sampler(self, sampler):
@@ -57,13 +57,13 @@ def model_state_class():
             # drawn as vLLM draws seeds: its ranks agree on numpy's generator
             seed = np.random.randint(_INT64.min, _INT64.max) if params.seed is None else params.seed
             self.blocks.open(req_index, ids[start:], start, width, params, seed, eos_ids(sampling_params))
-            self.slots[new_req_data.req_id] = req_index
+            self.lanes[new_req_data.req_id] = req_index
             self.sampler.begin(req_index, lead)
 
         def remove_request(self, req_id):
-            slot = self.slots.pop(req_id, None)
-            if slot is not None:
-                self.blocks.close(slot)
+            lane = self.lanes.pop(req_id, None)
+            if lane is not None:
+                self.blocks.close(lane)
 
         def prepare_inputs_embeds(self, scheduled_encoder_inputs, input_batch, req_states):
             return None
@@ -148,10 +148,10 @@ class BlockSampler:
         self.blocks, self.req_states = blocks, req_states
         self.lead = np.zeros_like(blocks.width)  # prompt tokens in a request's first block
 
-    def begin(self, slot, lead):
-        """A request's first block has been laid out in a slot."""
-        self.lead[slot] = lead
-        self.req_states.draft_tokens[slot] = self.blocks.state.tokens[slot]
+    def begin(self, lane: int, lead: int):
+        """A request's first block has been laid out in a lane, with so many tokens of the prompt."""
+        self.lead[lane] = lead
+        self.req_states.draft_tokens[lane] = self.blocks.lanes.state.tokens[lane]
 
     def add_request(self, req_idx, sampling_params):
         """Nothing to do: ModelState.add_request has seen the parameters, with the prompt."""
@@ -164,23 +164,23 @@ class BlockSampler:
         from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
         n, blocks, device = input_batch.num_reqs, self.blocks, logits.device
-        slots = input_batch.idx_mapping_np[:n]
+        lanes = input_batch.idx_mapping_np[:n]
         scheduled = np.diff(input_batch.query_start_loc_np[: n + 1])
         first = input_batch.cu_num_logits_np[:n]
         # A canvas cut short, at the end of the context or of the token budget, is no forward of its block: not a step.
-        whole = np.diff(input_batch.cu_num_logits_np[: n + 1]) == blocks.width[slots]
+        whole = np.diff(input_batch.cu_num_logits_np[: n + 1]) == blocks.width[lanes]
         whole &= input_batch.num_draft_tokens > 0
         # Of a prompt all tokens are computed, but for those in the block that is refined next; else all or none.
         prompts = input_batch.is_prefilling_np[:n]
         ends = input_batch.num_computed_prefill_tokens_np[:n] + scheduled >= input_batch.prefill_len_np[:n]
-        rejected = np.where(prompts, np.where(ends, self.lead[slots], 0), scheduled)
+        rejected = np.where(prompts, np.where(ends, self.lead[lanes], 0), scheduled)
         num_rejected = torch.from_numpy(rejected.astype(np.int32)).to(device, non_blocking=True)
         if not whole.any():
             sampled = torch.zeros(n, blocks.length, dtype=torch.int64, device=device)
             return SamplerOutput(sampled, None, None, torch.zeros_like(num_rejected), num_rejected)
-        sampled, num_sampled, error = blocks.step(logits, slots[whole], first[whole])
+        sampled, num_sampled, error = blocks.step(logits, lanes[whole], first[whole])
         rows = input_batch.idx_mapping[:n]
-        self.req_states.draft_tokens[rows] = blocks.state.tokens[rows]
+        self.req_states.draft_tokens[rows] = blocks.lanes.state.tokens[rows]
         num_sampled = num_sampled[rows].to(torch.int32)
         num_rejected = torch.where(num_sampled > 0, 0, num_rejected)
         return SamplerOutput(sampled[rows], None, error[rows].to(torch.int32), num_sampled, num_rejected)
