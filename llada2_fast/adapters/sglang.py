@@ -36,9 +36,9 @@ from dataclasses import dataclass
 import torch
 
 from ..config import DecodeParams
-from ..decoding.decoder import row_rules
+from ..decoding.rules import batch_params, row_rule
 from ..kernels import refine
-from ..kernels.refine import BlockState, RefineParams, SpecialIds, refine_step
+from ..kernels.refine import BlockState, SpecialIds, refine_step
 
 NAME = "LLaDA2Fast"
 _logger = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ class Refinement:
     def __init__(self, config):
         super().__init__(config)
         self.settings = Settings.read(config.algorithm_config, config.block_size)
-        self.rules = row_rules(self.settings.params, config.block_size)
+        self.rule = row_rule(self.settings.params, config.block_size)
         # every rank of a tensor-parallel group draws the same seeds
         self._generator = torch.Generator().manual_seed(self.settings.params.seed)
         self._batch = [], None, None, False
@@ -191,7 +191,7 @@ class Refinement:
 
     @property
     def _editing(self):
-        return bool(self.rules["flags"] & refine.EDITING)
+        return bool(self.rule.flags & refine.EDITING)
 
     def _gather(self, forward_batch, blocks):
         """BlockState without tokens, RefineParams, filters; those of the last step if its blocks step again."""
@@ -205,21 +205,10 @@ class Refinement:
         rows, device = len(blocks), forward_batch.input_ids.device
         kind = torch.stack([block.kind for block in blocks])
         counts = [[getattr(block, name) for block in blocks] for name in ("step", "post_steps", "frozen")]
-        whole = ("steps", "min_transfer", "max_steps", "max_post_steps", "flags", "top_k")
-        # one copy to the device for all that is int32, one for all that is float32
-        integers = torch.tensor(
-            [*counts, *([self.rules[name]] * rows for name in whole)], dtype=torch.int32, device="cpu"
-        )
-        step, post_steps, frozen, *integers = integers.to(device, non_blocking=True).unbind()
-        real = ("threshold", "edit_threshold", "temperature", "top_p")
-        reals = torch.tensor([[self.rules[name]] * rows for name in real], dtype=torch.float32, device="cpu")
-        reals = reals.to(device, non_blocking=True).unbind()
-        seed = torch.tensor([block.seed for block in blocks], dtype=torch.int64, device="cpu")
-        seed = seed.to(device, non_blocking=True)
-        params = RefineParams(
-            **dict(zip(whole, integers, strict=True)), **dict(zip(real, reals, strict=True)),
-            seed=seed, eos_ids=seed.new_full((rows, 1), -1),  # SGLang looks for EOS in finished blocks
-        )  # fmt: skip
+        counts = torch.tensor(counts, dtype=torch.int32, device="cpu").to(device, non_blocking=True)
+        step, post_steps, frozen = counts.unbind()
+        no_eos = [()] * rows  # SGLang looks for them in finished blocks
+        params = batch_params([self.rule] * rows, [block.seed for block in blocks], no_eos, device)
         filters = self._sampling(forward_batch.sampling_info, params)
         state = BlockState(
             None, kind, forward_batch.positions.view(rows, -1)[:, 0].to(torch.int64).contiguous(),

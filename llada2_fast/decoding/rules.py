@@ -121,17 +121,17 @@ def batch_params(
     seeds: an int64 per row.
     eos_ids: the ids of each row, which may be none.
     """
+    assert len(rules) == len(seeds) == len(eos_ids), "one of each for every row"
     width = max([1, *map(len, eos_ids)])
     whole = [[getattr(rule, name) for rule in rules] for name in WHOLE]
     real = [[getattr(rule, name) for rule in rules] for name in REAL]
-    wide = [[seed, *ids, *[-1] * (width - len(ids))] for seed, ids in zip(seeds, eos_ids, strict=True)]
+    wide = [*seeds, *(i for ids in eos_ids for i in (*ids, *[-1] * (width - len(ids))))]
     whole, real, wide = (
         torch.tensor(numbers, dtype=dtype, device="cpu").to(device, non_blocking=True)
         for numbers, dtype in ((whole, torch.int32), (real, torch.float32), (wide, torch.int64))
     )
-    wide = wide.view(len(rules), 1 + width)
     columns = dict(zip(WHOLE, whole.unbind(), strict=True)) | dict(zip(REAL, real.unbind(), strict=True))
-    return RefineParams(**columns, seed=wide[:, 0].contiguous(), eos_ids=wide[:, 1:].contiguous())
+    return RefineParams(**columns, seed=wide[: len(rules)], eos_ids=wide[len(rules) :].view(len(rules), width))
 
 
 def refine_params(

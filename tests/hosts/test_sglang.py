@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from llada2_fast import LLaDA2Model, demo
 from llada2_fast.adapters import sglang as adapter
-from llada2_fast.decoding.decoder import row_rules
+from llada2_fast.decoding.rules import row_rule
 from llada2_fast.kernels import refine
 from llada2_fast.kernels._triton import force_ops
 from llada2_fast.weights.special_tokens import load_tokenizer
@@ -420,10 +420,10 @@ def test_greedy_on_demand_whatever_requests_ask_for(algorithms):
 )
 def test_settings(config, profile, changed):
     settings = adapter.Settings.read(config, 8)
-    rules = row_rules(settings.params, 8)
+    rule = row_rule(settings.params, 8)
     assert settings.params.profile == profile
-    assert {name: rules[name] for name in changed} == pytest.approx(changed)
-    assert bool(rules["flags"] & refine.EDITING) is (profile == "sglang-joint")
+    assert {name: getattr(rule, name) for name in changed} == pytest.approx(changed)
+    assert bool(rule.flags & refine.EDITING) is (profile == "sglang-joint")
 
 
 @pytest.mark.parametrize(
