@@ -454,7 +454,10 @@ def test_top_p_and_top_k_are_those_of_a_lane_s_last_request(monkeypatch):
     """With nothing but the likeliest id left to be drawn, on the kernels: there a step without filters skips them."""
     from llada2_fast.adapters.vllm import blocks
 
+    asked = []
+
     def launch(logits, state, params, mask_id, index, filters, only_needed):
+        asked.append(filters)
         with interpreted():
             return refine.launch(logits, state, params, mask_id, index, filters, only_needed)
 
@@ -467,7 +470,7 @@ def test_top_p_and_top_k_are_those_of_a_lane_s_last_request(monkeypatch):
         made.open(1, [], 0, 4, params, 3, ())
         made.step(logits, lane, first)
         drawn = made.lanes.state.tokens[1]
-        assert torch.equal(drawn, logits.argmax(-1)) is one_each
+        assert torch.equal(drawn, logits.argmax(-1)) is one_each is asked[-1]
         assert not (drawn == MASK).any()
         made.close(1)
 
