@@ -7,28 +7,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from llada2_fast import DecodeParams, LLaDA2Model, RefineParams, demo, refine_params
-from llada2_fast.cache import PagedKVCache
-from llada2_fast.decoding.decoder import BlockDecoder, CachedForward
+from llada2_fast import DecodeParams, RefineParams, demo, refine_params
+from llada2_fast.refinement import Lanes, row_rule
 from tests.test_readme import BLOCKS
 
 
-def test_parameters_are_those_of_a_decoder(golden):
-    model = LLaDA2Model.from_pretrained(golden / "tiny", dtype=torch.float32, progress=False)
+def test_parameters_are_those_of_lanes():
     each = [
         DecodeParams(16, threshold=0.7, editing_threshold=0.5, steps=8, temperature=0.5, top_k=3, top_p=0.9),
         DecodeParams(16, profile="hf-2.0", eos_early_stop=True),
         DecodeParams(16, profile="hf-2.1"),
     ]
     eos = [[252], [252, 7], []]
-    decoder = BlockDecoder(
-        CachedForward(model, PagedKVCache(model.config, 99, 8, model.dtype, "cpu")), 3, 8, 255, max_eos=2
-    )
-    for slot, one in enumerate(each):
-        decoder.open(slot, torch.arange(9), one, slot, eos[slot])
+    lanes = Lanes(3, 8, 255, max_eos=2)
+    for lane, one in enumerate(each):
+        lanes.open(lane, 8, [3], 25, 32, row_rule(one, 8), lane, eos[lane])
     ours = refine_params(each, 8, range(3), eos)
     for field in fields(RefineParams):
-        a, b = getattr(ours, field.name), getattr(decoder.params, field.name)
+        a, b = getattr(ours, field.name), getattr(lanes.params, field.name)
         assert a.dtype == b.dtype and torch.equal(a, b), field.name
 
 
