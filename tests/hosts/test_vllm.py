@@ -13,12 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from llada2_fast import DecodeParams, LLaDA2Model, ModelConfig
-from llada2_fast.kernels import refine
+from llada2_fast import LLaDA2Model, ModelConfig
 from llada2_fast.kernels._triton import force_ops
 from tests.hosts import vllm_stubs
 from tests.hosts.vllm_runner import Runner
-from tests.kernels.interpreter import interpreted
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 ARCHITECTURE = "LLaDA2MoeModelLM"
@@ -448,31 +446,6 @@ def test_nan_logits_end_one_block_and_are_counted(registered):
 
     output = sampler(logits, runner._input_batch(InputBatch, [(r, 8, 8) for r in rows]))
     assert output.num_nans.tolist() == [1, 0] and output.num_sampled.tolist() == [8, 0]
-
-
-def test_top_p_and_top_k_are_those_of_a_lane_s_last_request(monkeypatch):
-    """With nothing but the likeliest id left to be drawn, on the kernels: there a step without filters skips them."""
-    from llada2_fast.adapters.vllm import blocks
-
-    asked = []
-
-    def launch(logits, state, params, mask_id, index, filters, only_needed):
-        asked.append(filters)
-        with interpreted():
-            return refine.launch(logits, state, params, mask_id, index, filters, only_needed)
-
-    monkeypatch.setattr(blocks, "refine_step", launch)
-    made = blocks.Blocks(2, 4, MASK, torch.device("cpu"))
-    logits = torch.randn(4, 256, generator=torch.Generator().manual_seed(0))
-    lane, first = np.array([1]), np.array([0])
-    for narrow, one_each in ([{}, False], [{"top_p": 1e-6}, True], [{}, False], [{"top_k": 1}, True]):
-        params = DecodeParams(temperature=1.0, threshold=0.0, **narrow)
-        made.open(1, [], 0, 4, params, 3, ())
-        made.step(logits, lane, first)
-        drawn = made.lanes.state.tokens[1]
-        assert torch.equal(drawn, logits.argmax(-1)) is one_each is asked[-1]
-        assert not (drawn == MASK).any()
-        made.close(1)
 
 
 def test_segments_are_block_causal():
