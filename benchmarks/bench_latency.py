@@ -43,9 +43,8 @@ def iterate(model, prompts, decoding):
 
     def on_step(decoder, _):
         steps.append(time.perf_counter() - started)
-        for row, ends in zip(decoder.rows, blocks, strict=True):
-            over = row.block_done or row.finish_reason
-            if over and len(ends) < len(row.counters.forwards_per_block):
+        for row, ends in zip(decoder.sequences, blocks, strict=True):
+            if row.block_ended and len(ends) < len(row.counters.forwards_per_block):
                 ends.append(steps[-1])
 
     output = model.generate(prompts, return_dict=True, on_step=on_step, **decoding)

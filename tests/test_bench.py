@@ -13,7 +13,7 @@ from benchmarks import bench_latency, bench_throughput, harness, workload
 from llada2_fast import demo
 from llada2_fast.cli import commands as cli
 from llada2_fast.cli import options
-from llada2_fast.decoding.decoder import CachedForward
+from llada2_fast.decoding.runner import CachedForward
 from llada2_fast.model import LLaDA2Model
 
 METRICS = {

@@ -129,9 +129,7 @@ COPIES = {"deepcopy": copy.deepcopy, "a file": through_a_file}
 @pytest.mark.parametrize("name, quantization", [("tiny", None), ("tiny", "fp8"), ("moe256", None)])
 def test_a_copy_is_a_model_of_its_own(golden, name, quantization, make):
     model = fresh(golden / name, torch.bfloat16, quantization)
-    model._graphed_decoder = (x for x in ())  # like graphs, nothing that can be copied
     twin = make(model)
-    assert all("_graphed_decoder" not in vars(one) for one in (twin, copy.copy(model)))
     assert twin.config == model.config and twin.special_ids == model.special_ids
     assert same(twin, model) and results(twin) == results(model)
     before = results(model)

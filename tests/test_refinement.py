@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llada2_fast import DecodeParams, RefineParams, demo, refine_params
-from llada2_fast.refinement import Lanes, row_rule
+from llada2_fast.refinement import Lanes, SpecialIds, row_rule
 from tests.test_readme import BLOCKS
 
 
@@ -19,7 +19,7 @@ def test_parameters_are_those_of_lanes():
         DecodeParams(16, profile="hf-2.1"),
     ]
     eos = [[252], [252, 7], []]
-    lanes = Lanes(3, 8, 255, max_eos=2)
+    lanes = Lanes(3, 8, SpecialIds(255), max_eos=2)
     for lane, one in enumerate(each):
         lanes.open(lane, 8, [3], 25, 32, row_rule(one, 8), lane, eos[lane])
     ours = refine_params(each, 8, range(3), eos)

@@ -158,6 +158,11 @@ class Sequence:
         return self.phase in (Phase.DECODE, Phase.BLOCK_END)
 
     @property
+    def block_ended(self) -> bool:
+        """Nothing of its active block changes any more."""
+        return self.phase in (Phase.BLOCK_END, Phase.FINISHED)
+
+    @property
     def finished(self) -> bool:
         return self.phase is Phase.FINISHED
 

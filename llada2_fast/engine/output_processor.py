@@ -2,7 +2,6 @@
 
 from itertools import takewhile
 
-from ..decoding.sequence import Phase
 from ..decoding.trace import Trace, until
 from .request import Event, Request, RequestOutput
 
@@ -13,7 +12,7 @@ def process(request: Request, now: float) -> tuple[list[Event], str | None]:
     now: on the engine's clock.
     """
     sequence = request.sequence
-    over = sequence.finished or sequence.phase is Phase.BLOCK_END
+    over = sequence.block_ended
     if not over and _stops_inside(request):
         sequence.keep_block()
         over = True

@@ -17,6 +17,7 @@ from llada2_fast import LLaDA2Model, ModelConfig
 from llada2_fast.kernels._triton import force_ops
 from tests.hosts import vllm_stubs
 from tests.hosts.vllm_runner import Runner
+from tests.kernels.interpreter import interpreted
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 ARCHITECTURE = "LLaDA2MoeModelLM"
