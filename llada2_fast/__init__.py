@@ -31,6 +31,7 @@ _HOME = {
     "LLaDA2MoeModelLM": "adapters.transformers",
     "LLaDA2Pipeline": "adapters.diffusers.pipeline",
     "LLaDA2PipelineOutput": "adapters.diffusers.pipeline",
+    "Lanes": "refinement",
     "ModelConfig": "config",
     "PROMPT": "refinement",
     "RefineParams": "refinement",
@@ -42,6 +43,7 @@ _HOME = {
     "load_tokenizer": "weights.special_tokens",
     "refine_params": "refinement",
     "refine_step": "refinement",
+    "row_rule": "refinement",
 }
 __all__ = [*_HOME, "register"]
 

@@ -23,7 +23,7 @@ WORDS = {  # a call of each block -> a word of its output
     "theirs(": "The answer is 943.",
     "writer(": "The answer is 943.",
     "Engine(": "The answer is 943.",
-    "BlockState": "The answer is 943.",
+    "Lanes": "The answer is 943.",
 }
 NAMES = [next((call for call in WORDS if call in block), "none") for block in BLOCKS]
 # Runs the blocks that stdin lists one after the other; prints for each what it printed, or how it failed.

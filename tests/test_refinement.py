@@ -44,7 +44,7 @@ def test_bad_input(change, message):
     "threshold=0.9, steps=8, temperature=0.7, top_p=0.9",
 ])  # fmt: skip
 def test_the_loop_of_the_readme_gives_the_tokens_of_generate(params):
-    loop = next(block for block in BLOCKS if "BlockState" in block)
+    loop = next(block for block in BLOCKS if "Lanes" in block)
     assert len([line for line in loop.splitlines() if line.strip()]) <= 55
     loop = loop.replace('"inclusionAI/LLaDA2.1-mini"', repr(str(Path(demo.path())))).replace('"cuda"', '"cpu"')
     assert "threshold=0.9, eos_early_stop=True" in loop
@@ -52,7 +52,7 @@ def test_the_loop_of_the_readme_gives_the_tokens_of_generate(params):
     exec(compile(loop.replace("threshold=0.9, eos_early_stop=True", params), "README.md", "exec"), names)
     options = eval(f"dict({params})")
     wanted = names["model"].generate(names["prompts"], gen_length=64, return_dict=True, seed=0, **options)
-    for prompt, canvas, sequence, count in zip(
-        names["prompts"], names["rows"], wanted.sequences, wanted.num_tokens, strict=True
+    for prompt, text, sequence, count in zip(
+        names["prompts"], names["texts"], wanted.sequences, wanted.num_tokens, strict=True
     ):
-        assert canvas[len(prompt) : len(prompt) + count].tolist() == sequence[:count].tolist()
+        assert text[len(prompt) : len(prompt) + count] == sequence[:count].tolist()
