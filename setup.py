@@ -43,6 +43,7 @@ setup(
     packages=[*find_packages(include=["llada2_fast", "llada2_fast.*"]), *FOLDERS],
     package_dir=FOLDERS,
     package_data={
+        "llada2_fast": ["py.typed"],
         "llada2_fast.adapters": ["lm_eval_tasks/*.*"],
         "llada2_fast.demo": ["model/*"],
         "llada2_fast.kernels": ["*.json"],

@@ -74,22 +74,29 @@ def generate(
 ):
     """Continue one or several prompts with an LLaDA2 model.
 
+    model: LLaDA2Model.
     inputs: int64 [P]; [B, P], with attention_mask [B, P] where padded (either side; bool, or 1 and 0 = padding); or a
-    list of lists of ids. Other integers, NumPy's arrays, and lists of tensors or arrays will do.
-    Sampling, thresholds, steps: see DecodeParams. eos_id: one id, several, or None = the checkpoint's; mask_id, pad_id:
-    None = the checkpoint's. seed: an int64, which the first row takes as it is and each other one mixes with its number
-    (equal prompts get answers of their own), or one per row; without it each row's seed is drawn from `generator` (one
-    torch.Generator, or one per row; default: torch's own, which greedy decoding leaves alone). trace: record every
-    commit and edit.
-    progress: a tqdm bar over generated blocks. use_cache=False recomputes the prefix at every step. settle: how a block
-    that its last step has changed gets its final K/V, "carry" = with the next block's first forward, "separate" = by a
-    forward of its own. graphs=True (on a GPU) replays each step as a CUDA graph; graphs and cache are kept for the
-    model's next call. on_step(decoder, result): called after every step with the BlockDecoder, whose `sequences` are
-    the rows, and the step's StepResult (decoding/runner.py). others: arguments of
-    transformers' generate() that change nothing (habits.GENERATING, or do_sample if it says what temperature says).
+        list of lists of ids. Other integers, NumPy's arrays, and lists of tensors or arrays will do.
+    temperature .. num_to_transfer, sampling_method, attend_tail, profile: see DecodeParams.
+    eos_id: one id, several, or None = the checkpoint's; mask_id, pad_id: None = the checkpoint's.
+    seed: an int64, which the first row takes as it is and each other one mixes with its number (equal prompts get
+        answers of their own), or one per row.
+    generator: of the seeds where none is given, a torch.Generator or one per row; None = torch's own, which greedy
+        decoding leaves alone.
+    return_dict: a GenerateOutput in place of ids.
+    trace: keep every commit and edit.
+    progress: a tqdm bar over generated blocks.
+    use_cache: False recomputes the prefix at every step.
+    settle: how a block that its last step has changed gets its final K/V, "carry" = with the next block's first
+        forward, "separate" = by a forward of its own.
+    graphs: replay each step as a CUDA graph, on a GPU; graphs and cache are kept for the model's next call.
+    on_step: called as on_step(decoder, result) after every step, with the BlockDecoder, whose `sequences` are the rows,
+        and the step's StepResult (decoding/runner.py).
+    others: arguments of transformers' generate() that change nothing (habits.GENERATING, or do_sample if it says what
+        temperature says).
 
     Returns int64 [1, n] cut after the first EOS for one prompt, [B, max n] filled with the pad id for several, or a
-    GenerateOutput if return_dict. Raises ValueError on bad arguments before any forward, RuntimeError on NaN logits.
+    GenerateOutput. Raises ValueError on bad arguments before any forward, RuntimeError on NaN logits.
     Source: generate() of the LLaDA2.0 and 2.1 model cards (profiles hf-2.0 and hf-2.1 give exactly their tokens,
     sglang-lowconf and sglang-joint those of SGLang's LowConfidence and JointThreshold).
     """

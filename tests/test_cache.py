@@ -218,3 +218,18 @@ def test_what_is_read_and_written_does_not_depend_on_what_else_is_read(name, ops
     wanted = everything[[block * length + offset for block, offsets in reads.items() for offset in offsets]]
     torch.testing.assert_close(some, wanted, atol=0 if ops == "torch" and model.exact_rows else NEAR, rtol=0)
     assert torch.equal(part.k, whole.k) and torch.equal(part.v, whole.v)
+
+
+def test_pages_come_back_as_stretches_of_neighbours():
+    """Freed in any order they stand side by side again; the lowest stretch that fits goes first, else the lowest."""
+    cache = cache_of(12)
+    a, b, c, d = (cache.allocate(3) for _ in range(4))
+    assert (a, b, c, d) == ((0, 1, 2), (3, 4, 5), (6, 7, 8), (9, 10, 11))
+    for pages in (d, b):
+        cache.free(pages)
+    assert cache.allocate(2) == (3, 4) and cache.allocate(3) == (9, 10, 11) and cache.num_free == 1
+    cache.free(a)
+    assert cache.allocate(4) == (0, 1, 2, 5) and cache.num_free == 0
+    with pytest.raises(ValueError, match="1 pages needed, 0 of 12 are free"):
+        cache.allocate(1)
+    cache.check_integrity([(3, 4), (9, 10, 11), (0, 1, 2, 5), c])

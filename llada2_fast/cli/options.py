@@ -6,41 +6,36 @@ from .machine import choose_threads
 
 GEN_LENGTH = 256  # when neither an option nor the model's positions say less
 
-# Parameters of generate() that the command line offers. Left out, they keep the defaults of DecodeParams, but for
-# gen_length (see GEN_LENGTH) and eos_early_stop, which is on.
-_NUMBER, _COUNT = {"type": float, "metavar": "X"}, {"type": int, "metavar": "N"}
+# Parameters of generate() that the command line offers; their help is that of DecodeParams. Left out, they keep its
+# defaults, but for gen_length (see GEN_LENGTH) and eos_early_stop, which is on.
+_NUMBER, _COUNT, _NAME = {"type": float, "metavar": "X"}, {"type": int, "metavar": "N"}, {"metavar": "NAME"}
 _SWITCH = {"action": argparse.BooleanOptionalAction}
 DECODING = {
-    "gen_length": _COUNT | {"help": f"most tokens to generate; {GEN_LENGTH} unless the model has fewer positions left"},
-    "block_length": _COUNT | {"help": "tokens per diffusion block; the checkpoint's unless given"},
-    "steps": _COUNT | {"help": "steps over which a block's quota is spread"},
-    "threshold": _NUMBER | {"help": "commit tokens with a confidence above this"},
-    "editing_threshold": _NUMBER | {"help": "replace tokens by others with a confidence above this; off unless given"},
-    "max_post_steps": _COUNT | {"help": "most editing steps of a block without masks"},
-    "minimal_topk": _COUNT | {"help": "least tokens to commit per step"},
-    "num_to_transfer": _COUNT | {"help": "least tokens to commit per step under --profile hf-2.1"},
-    "temperature": _NUMBER | {"help": "0 = greedy"},
-    "top_k": _COUNT | {"help": "sample among the k likeliest tokens"},
-    "top_p": _NUMBER | {"help": "sample among the likeliest tokens of this mass"},
-    "sampling_method": {"metavar": "NAME", "help": "auto, greedy or multinomial"},
-    "seed": _COUNT | {"help": "of the draws, with the number of the prompt; drawn itself unless given"},
-    "profile": {"metavar": "NAME", "help": "whose rules: default, hf-2.0, hf-2.1, sglang-lowconf or sglang-joint"},
-    "eos_early_stop": _SWITCH | {"help": "stop at the first end token (on)"},
-    "attend_tail": _SWITCH | {"help": "denoise the last block whole"},
-    "eos_id": _COUNT | {"action": "append", "help": "an end token, may be repeated; the checkpoint's unless given"},
-    "mask_id": _COUNT | {"help": "the mask token; the checkpoint's unless given"},
-    "pad_id": _COUNT | {"help": "the padding token; the checkpoint's unless given"},
-}
+    "gen_length": _COUNT, "block_length": _COUNT, "steps": _COUNT, "threshold": _NUMBER, "editing_threshold": _NUMBER,
+    "max_post_steps": _COUNT, "minimal_topk": _COUNT, "num_to_transfer": _COUNT, "temperature": _NUMBER,
+    "top_k": _COUNT, "top_p": _NUMBER, "sampling_method": _NAME, "seed": _COUNT, "profile": _NAME,
+    "eos_early_stop": _SWITCH, "attend_tail": _SWITCH, "eos_id": _COUNT | {"action": "append"}, "mask_id": _COUNT,
+    "pad_id": _COUNT,
+}  # fmt: skip
+_OWN_DEFAULTS = {
+    "gen_length": f"{GEN_LENGTH}, or as many as the model has positions left", "eos_early_stop": "on",
+    "eos_id": "may be repeated",
+}  # fmt: skip
 
 
 class Help(argparse.HelpFormatter):
-    """Adds the defaults of DecodeParams. Getting them imports torch, which only the help of a subcommand waits for."""
+    """Says of decoding options what DecodeParams says. Getting that imports torch, which only the help of a subcommand
+    waits for."""
 
     def _get_help_string(self, action):
+        if action.dest not in DECODING:
+            return action.help
         from ..config import DecodeParams
 
-        default = None if action.dest in ("gen_length", "eos_early_stop") else getattr(DecodeParams, action.dest, None)
-        return action.help if default is None or action.dest not in DECODING else f"{action.help} (default: {default})"
+        described = DecodeParams.__dataclass_fields__["eos_ids" if action.dest == "eos_id" else action.dest]
+        own = _OWN_DEFAULTS.get(action.dest) or (None if described.default is None else f"default: {described.default}")
+        text = described.metadata["help"]
+        return text if own is None else f"{text} ({own})"
 
 
 def add_model_options(parser):
@@ -56,7 +51,7 @@ def add_model_options(parser):
     for name, keywords in DECODING.items():
         aliases = ["--max-tokens"] if name == "gen_length" else []
         flag = "--" + name.replace("_", "-")
-        group.add_argument(flag, *aliases, dest=name, default=argparse.SUPPRESS, **keywords)
+        group.add_argument(flag, *aliases, dest=name, default=argparse.SUPPRESS, help=name, **keywords)
 
 
 def decoding(args):

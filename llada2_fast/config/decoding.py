@@ -1,6 +1,6 @@
 """DecodeParams: how one request is decoded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 from .checks import (
@@ -56,41 +56,55 @@ PRESETS = {  # the modes of the LLaDA2.1 model card
 }
 
 
+def _field(default, text):
+    """A field and what it means: the text of help, docs and schemas."""
+    return field(default=default, metadata={"help": text})
+
+
+def _described(cls):
+    """Decorates a dataclass: its docstring ends with what its fields mean."""
+    lines = [f"    {one.name}: {one.metadata['help']}." for one in fields(cls)]
+    cls.__doc__ = "\n".join([(cls.__doc__ or "").rstrip(), "", *lines, "    "])
+    return cls
+
+
+@_described
 @dataclass(frozen=True)
 class DecodeParams:
-    """How one request is decoded. Defaults are those of the LLaDA2.1 card's generate(), but editing is off.
+    """How one request is decoded; ValueError naming field, value and what is allowed.
 
-    A drawn token's confidence is what the model itself gives it, its probability at temperature 1 among all tokens, so
-    that thresholds mean the same at any temperature, `top_k` and `top_p`; under the profiles it is the probability of
-    the draw, as on the cards and in diffusers: near 1 at a low temperature or with narrow filters, where whole blocks
-    are committed at once.
-    `block_length` None = the model's; `threshold` and `editing_threshold` are strict and may exceed 1 (never reached);
-    `editing_threshold` None = off, 0.0 = edit whenever the candidate differs (under `hf-2.1` None = the card's 0.9,
-    under `sglang-joint` SGLang's 0.0); `top_k` None or 0 and `top_p` None or >= 1 = off (kept as None);
-    `eos_ids` None = the checkpoint's, () = none, an id outside the vocabulary never occurs; `seed` is an int64,
-    None = drawn from torch's generator where tokens are drawn; `attend_tail` denoises the last block whole;
-    `num_to_transfer` belongs to `hf-2.1` alone. The `sglang` profiles, SGLang's LowConfidence and JointThreshold, read
-    neither `steps` nor `minimal_topk`; `diffusers` is the default but for the confidence of a drawn token."""
+    Defaults are those of the LLaDA2.1 card's generate(), but editing is off. Thresholds are strict and may exceed 1,
+    which is never reached. A drawn token's confidence is what the model itself gives it, its probability at temperature
+    1 among all tokens, so that thresholds mean the same at any temperature, top_k and top_p; under the other profiles
+    it is the probability of the draw, as on the cards and in diffusers: near 1 at a low temperature or with narrow
+    filters, where whole blocks are committed at once.
+    """
 
-    gen_length: int = 2048
-    block_length: int | None = None
-    steps: int = 32
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    sampling_method: str = "auto"
-    threshold: float = 0.95
-    editing_threshold: float | None = None
-    max_post_steps: int = 16
-    minimal_topk: int = 1
-    num_to_transfer: int = 1
-    eos_early_stop: bool = False
-    eos_ids: tuple[int, ...] | None = None
-    mask_id: int | None = None
-    pad_id: int | None = None
-    seed: int | None = None
-    attend_tail: bool = True
-    profile: str = "default"
+    gen_length: int = _field(2048, "most tokens to generate")
+    block_length: int | None = _field(None, "tokens of a diffusion block; the checkpoint's unless given")
+    steps: int = _field(32, "steps over which a block's quota of commits is spread; not read under the sglang profiles")
+    temperature: float = _field(0.0, "of the draws; 0 = greedy")
+    top_k: int | None = _field(None, "draw among the k likeliest tokens; off unless given, or 0")
+    top_p: float | None = _field(None, "draw among the likeliest tokens of this mass; off unless given, or from 1 on")
+    sampling_method: str = _field("auto", "auto, greedy (whatever the temperature) or multinomial")
+    threshold: float = _field(0.95, "commit tokens with a confidence above this; above 1 by quota alone")
+    editing_threshold: float | None = _field(
+        None,
+        "replace committed tokens by others with a confidence above this; off unless given, but 0.9 under hf-2.1 and "
+        "0.0 under sglang-joint",
+    )
+    max_post_steps: int = _field(16, "most editing steps of a block without masks")
+    minimal_topk: int = _field(1, "least tokens to commit per step; not read under the sglang profiles")
+    num_to_transfer: int = _field(1, "least tokens to commit per step under profile hf-2.1, and of no use elsewhere")
+    eos_early_stop: bool = _field(False, "stop at the first end token")
+    eos_ids: tuple[int, ...] | None = _field(
+        None, "end tokens, several or none; the checkpoint's unless given; an id outside the vocabulary never occurs"
+    )
+    mask_id: int | None = _field(None, "the mask token; the checkpoint's unless given")
+    pad_id: int | None = _field(None, "the padding token; the checkpoint's unless given")
+    seed: int | None = _field(None, "of the draws, an int64; drawn itself unless given")
+    attend_tail: bool = _field(True, "denoise the last block whole, also behind gen_length")
+    profile: str = _field("default", "whose rules: default, hf-2.0, hf-2.1, sglang-lowconf, sglang-joint or diffusers")
 
     def __post_init__(self):
         for name in ("gen_length", "steps", "minimal_topk", "num_to_transfer"):

@@ -10,11 +10,13 @@
         output.steps                    # the denoise forward that wrote it
         output.edits                    # tokens that replaced others: position, old, new, step, confidence
         output.counters.denoise_forwards, output.tokens_per_forward
+    engine.stats()                      # running, waiting, finished, pages, tokens per forward
     engine.cache.clear()                # after the weights have changed
 """
 
 from .async_engine import AsyncEngine
 from .engine import Engine
 from .request import Event, QueueFull, Request, RequestOutput
+from .stats import EngineStats
 
-__all__ = ["AsyncEngine", "Engine", "Event", "QueueFull", "Request", "RequestOutput"]
+__all__ = ["AsyncEngine", "Engine", "EngineStats", "Event", "QueueFull", "Request", "RequestOutput"]

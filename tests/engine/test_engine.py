@@ -12,7 +12,7 @@ from transformers import BatchEncoding
 
 from llada2_fast.config import PRESETS, DecodeParams, EngineConfig
 from llada2_fast.demo import tasks
-from llada2_fast.engine import Engine
+from llada2_fast.engine import Engine, EngineStats
 from llada2_fast.model import LLaDA2Model
 from tests.engine.common import (
     MASK,
@@ -111,6 +111,36 @@ def test_step_graphs_give_the_same_tokens(overlap):
     assert engine.scheduler.preemptions > 0 and sum(request.shared_tokens for request in requests) > 0
     assert urgent.output.token_ids == tokens_alone(random_model(), prompt_of(60, 1), urgent.params)
     assert_empty(engine)
+
+
+@pytest.mark.parametrize("graphs", [{}, {"graphs": True, "capture": False}], ids=["eager", "overlap"])
+def test_a_trace_is_kept_for_who_asks_for_it(graphs):
+    """Also where the host learns a step late what was written; nobody else pays for it."""
+    engine = small_engine(trace=False, **graphs)
+    asked, other = (engine.add_request(prompt_of(9), PARAMS[1], trace=trace) for trace in (True, None))
+    while engine.has_work:
+        engine.step()
+    assert_as_alone(asked.output, random_model(), prompt_of(9), PARAMS[1])
+    assert_as_alone(other.output, random_model(), prompt_of(9), PARAMS[1], traced=False)
+    assert asked.output.edits and not other.output.edits
+
+
+def test_stats_say_what_was_done_and_is_held():
+    engine = small_engine(max_num_seqs=1, cache_tokens=160)
+    assert engine.stats() == EngineStats(0, 0, {}, 0, 0, 0, 0, 0, 0, 40, 40, 0, 0)
+    params = DecodeParams(gen_length=8, threshold=0.0, eos_ids=())
+    outputs = engine.generate([prompt_of(8)] * 2, params)
+    engine.add_request(prompt_of(8), DecodeParams(gen_length=8))
+    engine.add_request(prompt_of(8), DecodeParams(gen_length=8))
+    engine.step()
+    stats = engine.stats()
+    assert (stats.num_running, stats.num_waiting, stats.num_finished) == (1, 1, {"length": 2})
+    assert (stats.prompt_tokens, stats.generated_tokens) == (16, 16)
+    assert stats.shared_tokens == sum(output.shared_tokens for output in outputs) == 8
+    assert stats.denoise_forwards == sum(output.counters.denoise_forwards for output in outputs) == 4
+    assert stats.tokens_per_forward == 4.0 and stats.num_steps == 5
+    assert (stats.num_pages, stats.num_free_pages) == (40, engine.cache.num_free) == (40, 36)
+    assert stats.num_idle_pages == engine.cache.num_idle and stats.num_evicted_pages == 0
 
 
 def test_events_add_up_to_the_output():

@@ -86,6 +86,17 @@ def test_nan_in_one_row_fails_that_request_alone(size):
         assert_as_alone(output, model, prompt, params)
 
 
+def test_a_failed_step_is_logged_with_its_traceback(caplog):
+    engine = small_engine(model=failing_model(2, RuntimeError("boom")))
+    request = engine.add_request(prompt_of(5), SLOW)
+    while engine.has_work:
+        engine.step()
+    assert request.output.finish_reason == "error"
+    (record,) = [record for record in caplog.records if record.name.startswith("llada2_fast")]
+    assert record.levelname == "ERROR" and "1 requests end" in record.getMessage()
+    assert record.exc_info[1].args == ("boom",) and record.exc_info[2] is not None
+
+
 @pytest.mark.parametrize("error", [RuntimeError("boom"), torch.OutOfMemoryError("no memory"), ValueError("x")])
 @pytest.mark.parametrize("at", [1, 2, 5, 9])
 def test_an_exception_in_a_forward_fails_the_requests_of_that_step(at, error):
