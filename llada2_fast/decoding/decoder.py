@@ -81,24 +81,19 @@ class BlockDecoder:
         return self._apply(*self._launched.popleft()) if len(self._launched) > self.overlap else None
 
     def _check_left_out(self, sequences):
-        left_out = set(self.running()).difference(sequences) if sequences else ()
+        chosen = set(sequences)
+        left_out = [s for s in self.sequences if s is not None and s not in chosen and s.running] if sequences else ()
         assert not (left_out and self.overlap), "what is left out may be in the middle of a block by now"
         assert all(s.phase is Phase.BLOCK_END for s in left_out), "a row in the middle of a block is left out"
 
     def _plan(self, sequences, prefill):
-        steps = [
-            LaneStep(
-                s.lane, s.next_block, s.pages, s.limit, s.num_final_blocks, s.leading(), s.phase is Phase.BLOCK_END
-            )
-            for s in sequences
-        ]
+        steps = [_lane_step(sequence) for sequence in sequences]
         parts = [prefill_of(sequence, blocks) for sequence, blocks in prefill]
         if self.runner.carries:  # what comes before a row's first block goes ahead; the device sees to all that follow
             ahead = [step for step in steps if step.leading and not step.begins]
             parts += [Prefill(step.pages, step.limit, step.first, step.leading) for step in ahead]
         carried = None if self.overlap else sum(step.begins and bool(step.leading) for step in steps)
-        filters = any(s.params.top_k or s.params.top_p for s in sequences)
-        return Plan(steps, parts, filters, carried)
+        return Plan(steps, parts, any(s.filters for s in sequences), carried)
 
     def _note(self, sequences, prefill):
         """What the forwards of a step have settled, whatever its refinement does."""
@@ -106,33 +101,34 @@ class BlockDecoder:
             sequence.settle(sequence.num_final_blocks + blocks)
             sequence.counters.prefill_forwards += 1
         for sequence in sequences if self.runner.cached else ():
-            if self.runner.carries and sequence.num_final_blocks < sequence.block:
-                sequence.counters.prefill_forwards += 1
-            sequence.settle(sequence.block)
+            if sequence.num_final_blocks < sequence.block:
+                sequence.counters.prefill_forwards += self.runner.carries
+                sequence.settle(sequence.block)
 
     def _apply(self, sequences, result):
         """Let the sequences of a step know what it did; those it did nothing for leave `sequences`."""
         result.wait()
-        sequences = [s for s in sequences if not s.finished]  # which is known only since the step was launched
-        refined = []
+        cached, blocks, refined = self.runner.cached, result.blocks, []
         for sequence in sequences:
-            if result.blocks[sequence.lane] > sequence.block:
+            if sequence.phase is Phase.FINISHED:  # which is known only since the step was launched
+                continue
+            if blocks[sequence.lane] > sequence.block:
                 sequence.begin_next()
-                if self.runner.cached:
+                if cached:
                     sequence.settle(sequence.block)
             if sequence.phase is Phase.BLOCK_END:  # it waited for a place to be carried: the step has settled its block
                 sequence.settle(sequence.block + 1)
                 sequence.counters.settle_forwards += 1
             else:
                 refined.append(sequence)
-        blocks = self._read(refined, result)
+        left = self._read(refined, result)
         for sequence in refined:
             status = result.status[sequence.lane]
-            sequence.take_step(status, blocks.get(sequence.lane))
-            if self.runner.cached and not sequence.error:
-                ended = status[refine.FLAGS] & refine.BLOCK_DONE and not status[refine.FLAGS] & refine.CHANGED
+            sequence.take_step(status, left.get(sequence.lane))
+            if cached and not sequence.error:
                 sequence.num_computed_blocks = sequence.block + 1
-                sequence.settle(sequence.block + bool(ended))  # a step that changed nothing has written the final K/V
+                if status[refine.FLAGS] & (refine.BLOCK_DONE | refine.CHANGED) == refine.BLOCK_DONE:
+                    sequence.settle(sequence.block + 1)  # a step that changed nothing has written the final K/V
         result.sequences = refined
         return result
 
@@ -144,6 +140,13 @@ class BlockDecoder:
         details = any(s.detailed for s in wanted)
         lanes = [s.lane for s in wanted]
         return dict(zip(lanes, result.read(lanes, details), strict=True))
+
+
+def _lane_step(sequence):
+    begins = sequence.phase is Phase.BLOCK_END
+    block, first, length = sequence.block + begins, sequence.num_final_blocks, sequence.block_length
+    leading = sequence.ids[first * length : block * length] if first < block else []
+    return LaneStep(sequence.lane, block, sequence.pages, sequence.limit, first, leading, begins)
 
 
 def prefill_of(sequence: Sequence, blocks: int) -> Prefill:
@@ -172,11 +175,12 @@ def prefill_all(decoder: BlockDecoder, sequences: list[Sequence]):
 
 def settle_apart(decoder: BlockDecoder, sequences: list[Sequence]):
     """Forward the blocks that have ended by themselves, instead of with the next ones."""
-    late = [s for s in sequences if s.leading()]
+    steps = zip(sequences, map(_lane_step, sequences), strict=True)
+    late = [(sequence, step.block) for sequence, step in steps if step.leading]
     if late:
-        decoder.runner.prefill([prefill_of(s, s.next_block - s.num_final_blocks) for s in late])
-        for sequence in late:
-            sequence.settle(sequence.next_block)
+        decoder.runner.prefill([prefill_of(s, block - s.num_final_blocks) for s, block in late])
+        for sequence, block in late:
+            sequence.settle(block)
             sequence.counters.settle_forwards += 1
 
 

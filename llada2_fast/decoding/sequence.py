@@ -55,10 +55,17 @@ class Sequence:
     detailed: keep the confidence and the step of every token.
 
     watched: the active block is looked at after every step, not only when it has ended; anybody may set it.
-    To be read: phase; block, the number of the active one; ids, the tokens of all blocks before it, its own as
-    well once it has ended; tokens, steps, confidences, of the active block as the last step that was read left it
-    (where details are kept); token_steps and token_confidences, of the generated tokens in ids (likewise);
-    finish_reason, "eos" or "length"; error; counters; events.
+
+    To be read:
+    prompt_length, first_block: where generation starts.
+    total: prompt and generated positions, without the tail; limit: positions that exist, for the tail counts only where
+        it is attended to; num_blocks: all of them.
+    filters: tokens are drawn with top-k or top-p.
+    phase; block: the number of the active one.
+    ids: the tokens of all blocks before it, its own as well once it has ended.
+    tokens, steps, confidences: of the active block, as the last step that was read left it (where details are kept).
+    token_steps, token_confidences: of the generated tokens in ids (likewise).
+    finish_reason: "eos" or "length"; error; counters; events.
     """
 
     def __init__(
@@ -68,6 +75,12 @@ class Sequence:
         self.prompt, self.params, self.seed, self.eos_ids = prompt, params, seed, eos_ids
         self.block_length, self.mask_id = block_length, mask_id
         self.gen_length = params.gen_length
+        self.prompt_length = len(prompt)
+        self.total = self.prompt_length + params.gen_length
+        self.first_block = self.prompt_length // block_length
+        self.num_blocks = -(-self.total // block_length)
+        self.limit = self.num_blocks * block_length if params.attend_tail else self.total
+        self.filters = bool(params.top_k or params.top_p)
         self.phase = Phase.WAITING
         self.lane: int | None = None
         self.pages: tuple[int, ...] = ()
@@ -85,29 +98,6 @@ class Sequence:
         self.events: list[Event] | None = [] if trace else None
 
     # where things lie
-
-    @property
-    def prompt_length(self) -> int:
-        return len(self.prompt)
-
-    @property
-    def total(self) -> int:
-        """Prompt and generated positions, without the tail."""
-        return self.prompt_length + self.params.gen_length
-
-    @property
-    def num_blocks(self) -> int:
-        return -(-self.total // self.block_length)
-
-    @property
-    def first_block(self) -> int:
-        """The block generation starts in."""
-        return self.prompt_length // self.block_length
-
-    @property
-    def limit(self) -> int:
-        """Positions that exist: the tail counts only where it is attended to."""
-        return self.num_blocks * self.block_length if self.params.attend_tail else self.total
 
     @property
     def block_start(self) -> int:
@@ -166,20 +156,11 @@ class Sequence:
     def finished(self) -> bool:
         return self.phase is Phase.FINISHED
 
-    @property
-    def next_block(self) -> int:
-        """The block that the next step refines."""
-        return self.block + (self.phase is Phase.BLOCK_END)
-
-    def leading(self) -> list[int]:
-        """Tokens of the blocks that the next step's forward must see before the one it refines: those that are not
-        final."""
-        return self.ids[self.num_final_blocks * self.block_length : self.next_block * self.block_length]
-
     def settle(self, blocks: int):
         """The K/V of so many leading blocks are final now."""
-        self.num_final_blocks = max(self.num_final_blocks, blocks)
-        self.num_computed_blocks = max(self.num_computed_blocks, blocks)
+        if blocks > self.num_final_blocks:
+            self.num_final_blocks = blocks
+            self.num_computed_blocks = max(self.num_computed_blocks, blocks)
 
     def begin(self):
         """Its active block has been laid out in a lane."""
