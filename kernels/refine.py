@@ -135,91 +135,103 @@ def refine_step_ref(logits, state, params, ids, index=None, only_needed=False, t
 
 
 def _commit_ref(token, confidence, state, params, ids):
-    length = state.tokens.shape[1]
-    flags = params.flags
-    asked = reduce(or_, flags.tolist(), 0)  # sync: the reference alone; what no row asks for is skipped
-    masked, editable = roles_ref(state.tokens, state.kind, state.frozen, flags, ids.mask, asked)
-    before = masked.sum(-1, dtype=torch.int32)
+    """All that follows the candidates; token, confidence [R, L]."""
+    asked = reduce(or_, params.flags.tolist(), 0)  # sync: the reference alone; what no row asks for is skipped
+    masked, editable = roles_ref(state.tokens, state.kind, state.frozen, params.flags, ids.mask, asked)  # [R, L]
+    before = masked.sum(-1, dtype=torch.int32)  # [R, L] -> [R]
     live = state.frozen == 0
     error = None
     if bool(confidence.sum().isnan()):  # sync: the reference alone; there is no +inf
         error = live & (confidence.isnan() & (masked | editable)).any(-1)
         live = live & ~error
+        masked, editable = masked & live[:, None], editable & live[:, None]
 
-    # M2T: the threshold set, or the quota's most confident
-    steps = params.steps.clamp(min=1)
-    late = torch.minimum(state.step, steps - 1)
-    quota = torch.maximum(length // steps + (late < length % steps), params.min_transfer)[:, None]
-    commit = masked & (confidence > params.threshold[:, None])
-    enough = commit.sum(-1, keepdim=True) >= quota
-    if not bool(enough.all()):  # sync: the reference alone
-        ranked = torch.where(masked, confidence.clamp(min=-1), -2.0)  # whatever is masked comes before all else
-        order = ranked.argsort(dim=-1, descending=True, stable=True)
-        best = torch.zeros_like(masked).scatter_(1, order, torch.arange(length, device=order.device) < quota)
-        commit = torch.where(enough, commit, best & masked)
-    # T2T
-    edit = torch.zeros_like(commit)
-    if asked & EDITING:
-        edit = editable & (token != state.tokens) & (confidence > params.edit_threshold[:, None])
-    if error is not None:
-        commit, edit = commit & live[:, None], edit & live[:, None]
+    commit = _select_ref(masked, confidence, state, params)
+    edit = _edit_ref(editable, token, confidence, state.tokens, params, asked)
     written = commit | edit
     torch.where(written, token, state.tokens, out=state.tokens)
     torch.where(written, confidence, state.commit_confidence, out=state.commit_confidence)
     torch.where(written, state.step[:, None], state.commit_step, out=state.commit_step)
 
-    # counters and the end of the block
-    prompt = state.kind == PROMPT
-    present = state.kind != PADDING
-    holds_mask = (state.tokens == ids.mask) & present
-    generated_mask = holds_mask & ~prompt
-    still_masked = generated_mask
-    if asked & FILL_PROMPT:
-        still_masked = generated_mask | (holds_mask & ((flags & FILL_PROMPT) != 0)[:, None])
-    left = still_masked.sum(-1, dtype=torch.int32)
-    edits = edit.sum(-1, dtype=torch.int32)
-    state.step += live
-    state.post_steps += live & (before == 0)
-    ended = left == 0
-    if asked & EDITING:
-        one_phase = ((flags & EDITING) == 0) | (params.max_post_steps == 0)
-        settled = (before == 0) & ((edits == 0) | (state.post_steps >= params.max_post_steps))
-        ended = torch.where(one_phase, ended, settled)
-    done = live & (ended | (state.step >= params.max_steps))
-
-    eos_at = torch.full_like(left, -1)
-    is_eos = (state.tokens[:, :, None] == params.eos_ids[:, None, :]).any(-1) & present
-    if bool(is_eos.any()):  # sync: the reference alone
-        finished, eos_at = _judge_eos_ref(is_eos, commit, done, prompt, generated_mask, state, flags)
-        state.frozen |= (finished & live).int() * FINISHED
-    state.frozen |= done.int() * BLOCK_DONE
+    left, edits, done = _block_end_ref(state.tokens, state.kind, live, before, edit, state, params, ids, asked)
+    finished, eos_at = _eos_ref(state.tokens, state.kind, live, commit, done, state, params, ids, asked)
+    state.frozen |= done * BLOCK_DONE
+    state.frozen |= finished * FINISHED
     if error is not None:
-        state.frozen |= error.int() * ERROR
-    commits = commit.sum(-1, dtype=torch.int32)
-    changed = (commits + edits > 0).int() * CHANGED
-    status = (state.frozen | changed, left, commits, edits, eos_at, state.step, state.post_steps, before)
+        state.frozen |= error * ERROR
+    commits = commit.sum(-1, dtype=torch.int32)  # [R, L] -> [R]
+    flags = state.frozen | (commits + edits).sign() * CHANGED
+    status = (flags, left, commits, edits, eos_at, state.step, state.post_steps, before)
     return RefineOutput(torch.stack(status, 1), token, confidence, commit, edit)
 
 
-def _judge_eos_ref(is_eos, commit, done, prompt, generated_mask, state, flags):
-    """finished bool [R] and eos_at [R]; `first` = the first EOS that counts, `clear` or `clean` = no mask before it."""
-    length = is_eos.shape[1]
-    first_mask = _first(generated_mask)
-    first_generated = _first(is_eos & (state.kind == GENERATED))
+def _select_ref(masked, confidence, state, params):
+    """M2T -> commit bool [R, L]: the masked positions above the threshold if they are enough, else the quota's best."""
+    length = masked.shape[1]
+    steps = params.steps.clamp(min=1)
+    late = torch.minimum(state.step, steps - 1)
+    quota = torch.maximum(length // steps + (late < length % steps), params.min_transfer)[:, None]  # [R] -> [R, 1]
+    high = masked & (confidence > params.threshold[:, None])
+    enough = high.sum(-1, keepdim=True) >= quota
+    if bool(enough.all()):  # sync: the reference alone
+        return high
+    ranked = torch.where(masked, confidence.clamp(min=-1), -2.0)  # whatever is masked comes before all else
+    order = ranked.argsort(dim=-1, descending=True, stable=True)
+    best = torch.zeros_like(masked).scatter_(1, order, torch.arange(length, device=order.device) < quota)
+    return torch.where(enough, high, best & masked)
+
+
+def _edit_ref(editable, token, confidence, held, params, asked):
+    """T2T -> edit bool [R, L]: the editable positions whose candidate is another token and above the threshold."""
+    if not asked & EDITING:
+        return editable  # none is
+    return editable & (token != held) & (confidence > params.edit_threshold[:, None])
+
+
+def _block_end_ref(tokens, kind, live, before, edit, state, params, ids, asked):
+    """How many masks are left and how many tokens were edited, int32 [R], and whether the block has ended, bool [R];
+    counts the step in `state`. tokens: those after this step; before: the masks ahead of it."""
+    fillable = kind != PROMPT
+    if asked & FILL_PROMPT:
+        fillable = fillable | ((params.flags & FILL_PROMPT) != 0)[:, None]
+    left = ((tokens == ids.mask) & (kind != PADDING) & fillable).sum(-1, dtype=torch.int32)  # [R, L] -> [R]
+    edits = edit.sum(-1, dtype=torch.int32)  # [R, L] -> [R]
+    mask_free = before == 0
+    state.step += live
+    state.post_steps += live & mask_free
+    ended = left == 0
+    if asked & EDITING:
+        one_phase = ((params.flags & EDITING) == 0) | (params.max_post_steps == 0)
+        settled = mask_free & ((edits == 0) | (state.post_steps >= params.max_post_steps))
+        ended = torch.where(one_phase, ended, settled)
+    return left, edits, live & (ended | (state.step >= params.max_steps))
+
+
+def _eos_ref(tokens, kind, live, commit, done, state, params, ids, asked):
+    """Whether the row is finished, bool [R], and at which position its answer ends, int32 [R], -1 where that is open.
+    tokens: those after this step."""
+    present = kind != PADDING
+    is_eos = (tokens[:, :, None] == params.eos_ids[:, None, :]).any(-1) & present  # [R, L, K] -> [R, L]
+    if not bool(is_eos.any()):  # sync: the reference alone
+        return torch.zeros_like(done), torch.full_like(done, -1, dtype=torch.int32)
+    length, flags, generated = tokens.shape[1], params.flags, kind != PROMPT
+    first_mask = _first((tokens == ids.mask) & generated & present)  # [R, L] -> [R], as is all from here on
+    first = _first(is_eos & (kind == GENERATED))
     judged = ((flags & EOS_STEP) != 0) | (((flags & EOS_END) != 0) & done)
-    resolved = judged & (first_generated < length) & (first_mask > first_generated)
+    resolved = judged & (first < length) & (first_mask > first)
+    finished, eos_at = resolved & live, torch.where(resolved, first, -1)
+    if not asked & (EOS_COMMIT | EOS_HOLDS | EOS_CLEAN):
+        return finished, eos_at.int()
 
     prior_clean = (state.prior_flags & PRIOR_MASK) == 0
-    first_any = _first(is_eos)
-    in_prompt = (state.prior_flags & PRIOR_EOS) != 0
-    first_is_prompt = prompt.gather(1, first_any.clamp(max=length - 1)[:, None])[:, 0]
-    counts = in_prompt | first_is_prompt | (prior_clean & (first_mask > first_any))
+    first = _first(is_eos)
+    is_prompt = ~generated.gather(1, first.clamp(max=length - 1)[:, None])[:, 0]  # [R, L] -> [R]
+    in_prompt = ((state.prior_flags & PRIOR_EOS) != 0) | is_prompt
+    counts = in_prompt | (prior_clean & (first_mask > first))
     early = ((flags & EOS_COMMIT) != 0) & (is_eos & commit).any(-1) & counts
-    holds = done & (is_eos & ~prompt).any(-1)
-    clean = (first_mask == length) & prior_clean
-    ended = holds & (((flags & EOS_HOLDS) != 0) | (((flags & EOS_CLEAN) != 0) & clean))
-    eos_at = torch.where(resolved, first_generated, torch.where(early, first_any, -1))
-    return resolved | early | ended, eos_at.int()
+    clean = ((flags & EOS_CLEAN) != 0) & (first_mask == length) & prior_clean
+    ended = done & (is_eos & generated).any(-1) & (((flags & EOS_HOLDS) != 0) | clean)
+    return finished | early | ended, torch.where(early & ~resolved, first, eos_at).int()
 
 
 def _first(mask):
