@@ -56,7 +56,10 @@ def force_ops(choice):
 
 
 def register_op(schema, run, fake):
-    """Define torch.ops.llada2_fast.<op>, opaque to torch.compile and capturable in a CUDA graph; returns it.
+    """Define torch.ops.llada2_fast.<op>, opaque to torch.compile and capturable in a CUDA graph; returns what calls it.
+
+    Tensors without data under force_ops("triton") go past PyTorch, which would take them for traced ones: what the op
+    launches can then be noted.
 
     schema: the op's signature, "name(Tensor x, ...) -> Tensor", writes marked as in Tensor(a!). run: runs it on any
     device. fake: makes outputs of the right shapes and types without data.
@@ -66,4 +69,9 @@ def register_op(schema, run, fake):
     _library.impl(name, isolated(run), "CompositeExplicitAutograd")
     _library.impl(name, torch.library.fallthrough_kernel, "Autograd")  # what it gives has no gradient
     torch.library.register_fake(f"llada2_fast::{name}", fake, lib=_library)
-    return getattr(torch.ops.llada2_fast, name).default
+    op = getattr(torch.ops.llada2_fast, name).default
+
+    def call(x, *arguments):
+        return (run if _forced == "triton" and x.is_meta else op)(x, *arguments)
+
+    return call

@@ -15,6 +15,7 @@ import torch
 FAR = 8  # an entry measured for so many times the tokens is no guide any more
 
 _tried = {}
+_named = None
 
 
 def table_path(family):
@@ -29,6 +30,8 @@ def table(family):
 
 def device_name(device):
     """A torch.device by the name it has in the tables; "any" for all that is no GPU."""
+    if _named is not None:
+        return _named
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "any"
 
 
@@ -71,3 +74,15 @@ def tried(family, entry):
     finally:
         _tried.clear()
         _tried.update(before)
+
+
+@contextmanager
+def named(name):
+    """For what compiles ahead of time: within it every device goes by this name. Once a process, for what was found is
+    remembered by the device."""
+    global _named
+    before, _named = _named, name
+    try:
+        yield
+    finally:
+        _named = before

@@ -24,7 +24,6 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from unittest import mock
 
 import torch
 import triton
@@ -139,11 +138,7 @@ PARTS = {"steps": steps, "kernels": kernels, "scenarios": scenarios, "tests": te
 @contextmanager
 def without_gpu():
     """Within it ops on tensors without data take the way of a GPU."""
-    with (
-        force_ops("triton"),
-        torch.no_grad(),
-        mock.patch.object(refine, "_op", refine._dispatch),  # PyTorch would take a "meta" tensor for one that it traces
-    ):
+    with force_ops("triton"), torch.no_grad():
         yield
 
 
@@ -151,7 +146,7 @@ def launches(parts=tuple(PARTS), gpu="any"):
     """(aot.Launches of some of PARTS, each kernel once; for each part that failed why). gpu: as the tuned tables name
     it."""
     failures = []
-    with aot.recorded() as noted, without_gpu(), mock.patch.object(_tuned, "device_name", lambda device: gpu):
+    with aot.recorded() as noted, without_gpu(), _tuned.named(gpu):
         for part in parts:
             try:
                 noted += PARTS[part](Shapes()) or []

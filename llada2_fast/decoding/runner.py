@@ -161,4 +161,4 @@ class CachedForward:
         return self.model.forward_blocks(tokens, self._ids(at), spans, self.cache, read)
 
     def _ids(self, numbers):
-        return torch.tensor(numbers, **_ON_CPU).to(self.model.device)
+        return torch.tensor(numbers, dtype=torch.int64, device=self.model.device)
