@@ -189,7 +189,7 @@ class LLaDA2Model(nn.Module):
         for name, wide in checkpoint.router_dtypes(plan, dtype).items():
             model.get_parameter(name).data = torch.empty_like(model.get_parameter(name), dtype=wide)
         model.to_empty(device=device)
-        checkpoint.load(folder, config, dict(model.named_parameters()), progress=progress)
+        checkpoint.load(folder, config, dict(model.named_parameters()), progress, plan=plan)
         model.special_ids = ids
         return model
 

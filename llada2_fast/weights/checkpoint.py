@@ -70,6 +70,7 @@ def load(
     params: dict[str, torch.Tensor],
     progress: bool = True,
     share: Share = WHOLE,
+    plan: list[tuple[Entry, WeightTarget]] | None = None,
 ) -> None:
     """Fill `params` from the safetensors in a folder, converting to each parameter's dtype.
 
@@ -79,11 +80,13 @@ def load(
         any device. Beyond them it holds nothing, or one tensor where weights become fp8.
     progress: show a bar.
     share: what is held of each layer; of the other tensors nothing is read but the headers.
+    plan: what `inspect` has found, None = it is asked now.
     Raises CheckpointError for whatever `inspect` refuses, for a file that becomes shorter and for weights that are not
     finite in their target dtype.
     """
     _check_params(config, params, share)
-    plan = [(entry, target) for entry, target in inspect(folder, config, share) if target.pieces()]
+    plan = inspect(folder, config, share) if plan is None else plan
+    plan = [(entry, target) for entry, target in plan if target.pieces()]
     total = sum(entry.nbytes for entry, _ in plan)
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=not progress)
     with bar, torch.no_grad():

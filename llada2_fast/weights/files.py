@@ -95,8 +95,8 @@ class WeightFile:
         to touch what was mapped behind its end would end the process."""
         if self.path.stat().st_size < self._size:
             raise CheckpointError(f"{self.path}: truncated: tensor {name} was not read yet")
-        with torch.device("cpu"):  # else the host's default device
-            return self._file.get_slice(name)[index]
+        tensor = self._file.get_tensor(name)  # reads nothing yet; get_slice puts it on the host's default device
+        return tensor[index] if index else tensor
 
 
 def _entries(path) -> list[Entry]:
