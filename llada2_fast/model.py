@@ -26,8 +26,7 @@ from .masks import whole_mask
 from .outputs import Output
 from .weights import checkpoint
 from .weights.shapes import WHOLE, Share
-from .weights.special_tokens import NAMES as SPECIAL_IDS
-from .weights.special_tokens import check_ids, save_special_ids, special_ids
+from .weights.special_tokens import save_special_ids, special_ids, special_ids_of
 
 
 @dataclass(eq=False)
@@ -210,14 +209,7 @@ class LLaDA2Model(nn.Module):
         params = checkpoint.adopt(model, config)
         network = cls(config, params["word_embeddings.weight"].dtype, device="meta").eval()
         network.load_state_dict(params, assign=True)
-        said = model.config.to_dict()
-        if getattr(model, "generation_config", None) is not None:
-            said |= {name: value for name, value in model.generation_config.to_dict().items() if value is not None}
-        ids = {name: said[name] for name in SPECIAL_IDS if said.get(name) is not None}
-        eos = ids.get("eos_token_id")
-        if isinstance(eos, (int, list)):
-            ids["eos_token_id"] = (eos,) if isinstance(eos, int) else tuple(eos)
-        network.special_ids = check_ids(ids, config.vocab_size, type(model).__name__)
+        network.special_ids = special_ids_of(model, config.vocab_size)
         return network
 
     def save_pretrained(self, path, *, max_shard_size="5GB", safe_serialization=True, **kwargs):
