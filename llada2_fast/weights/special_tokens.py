@@ -13,8 +13,10 @@ NAMES = ("mask_token_id", "eos_token_id", "pad_token_id")
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 TEMPLATE = "chat_template.jinja"
 
+Ids = dict[str, int | tuple[int, ...]]  # of some of NAMES; eos_token_id's is a tuple
 
-def special_ids(folder: str | os.PathLike, vocab_size: int) -> dict[str, int | tuple[int, ...]]:
+
+def special_ids(folder: str | os.PathLike, vocab_size: int) -> Ids:
     """{mask_token_id, eos_token_id, pad_token_id} as far as a folder says, from its generation_config.json, else the
     tokenizer's files, else config.json.
 
@@ -35,7 +37,7 @@ def special_ids(folder: str | os.PathLike, vocab_size: int) -> dict[str, int | t
     return found
 
 
-def special_ids_of(module: torch.nn.Module, vocab_size: int) -> dict[str, int | tuple[int, ...]]:
+def special_ids_of(module: torch.nn.Module, vocab_size: int) -> Ids:
     """As `special_ids`, of a model that is loaded already: its generation_config's, else its config's.
 
     module: has a `config`, perhaps a `generation_config`, both with to_dict().
@@ -52,9 +54,7 @@ def special_ids_of(module: torch.nn.Module, vocab_size: int) -> dict[str, int | 
     return check_ids(ids, vocab_size, type(module).__name__)
 
 
-def check_ids(
-    ids: dict[str, int | tuple[int, ...]], vocab_size: int, source: str | os.PathLike
-) -> dict[str, int | tuple[int, ...]]:
+def check_ids(ids: Ids, vocab_size: int, source: str | os.PathLike) -> Ids:
     """Special ids without EOS ids outside the vocabulary.
 
     ids: what a source names.
@@ -69,7 +69,7 @@ def check_ids(
     return ids | eos
 
 
-def save_special_ids(folder: str | os.PathLike, ids: dict[str, int | tuple[int, ...]]) -> None:
+def save_special_ids(folder: str | os.PathLike, ids: Ids) -> None:
     """Write special ids, if there are any, to a folder's generation_config.json.
 
     folder: the checkpoint's.
