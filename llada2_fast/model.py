@@ -5,6 +5,7 @@ cards and diffusers call it; `forward_blocks` takes packed runs of whole blocks 
 decoder calls it. Shapes: B batch, S sequence, T packed tokens, H hidden, V vocab, D head dim, L block_length.
 """
 
+import os
 from dataclasses import dataclass, replace
 from functools import partial, partialmethod
 from typing import NamedTuple
@@ -15,9 +16,9 @@ from torch import nn
 from .cache import PagedKVCache
 from .config import DTYPES, ModelConfig, as_int, find_device, habits
 from .kernels._ambient import isolated, lasting
-from .kernels.attention import block_attention, masked_attention, place_blocks, single_blocks
+from .kernels.attention import BlockBatch, Span, block_attention, masked_attention, place_blocks, single_blocks
 from .kernels.fp8 import FP8, check_device, linear
-from .kernels.product import rows_of
+from .kernels.product import Rows, rows_of
 from .kernels.rope import rope_angles
 from .kernels.router import token_blocks
 from .layers import Layer, Linear, RMSNorm
@@ -26,8 +27,7 @@ from .masks import whole_mask
 from .outputs import Output
 from .weights import checkpoint
 from .weights.shapes import WHOLE, Share
-from .weights.special_tokens import NAMES as SPECIAL_IDS
-from .weights.special_tokens import check_ids, save_special_ids, special_ids
+from .weights.special_tokens import save_special_ids, special_ids, special_ids_of
 
 
 @dataclass(eq=False)
@@ -50,8 +50,8 @@ class Read(NamedTuple):
     rows: torch.Tensor  # int64 [M]: among the tokens of these blocks
 
 
-def read_nothing(device):
-    """The Read of a forward that only fills pages."""
+def read_nothing(device: torch.device) -> Read:
+    """The Read of a forward that only fills pages, on the network's device."""
     return Read([], torch.empty(0, dtype=torch.int64, device=device))
 
 
@@ -66,7 +66,7 @@ def _check_float(dtype):
         raise ValueError(f"dtype={dtype}: expected float64 or one of {', '.join(DTYPES)}")
 
 
-def seen_block_length(logits):
+def seen_block_length(logits: torch.Tensor) -> int | None:
     """The block length with which `forward` made these logits, which may be a slice of them; None: nothing is known."""
     return getattr(_whole(logits), "block_length", None)
 
@@ -102,7 +102,7 @@ class LLaDA2Model(nn.Module):
     def _apply(self, fn, recurse=True):
         return super()._apply(fn, recurse)
 
-    def to(self, *args, **kwargs):
+    def to(self, *args, **kwargs) -> "LLaDA2Model":
         """torch.nn.Module.to: a device moves everything. A dtype leaves routers as wide as they are, and fp8 weights
         and their scales as they are. ValueError, and nothing is changed, for a device that is not supported or not
         there, and for a dtype other than float16, bfloat16, float32 and float64."""
@@ -128,14 +128,14 @@ class LLaDA2Model(nn.Module):
     ipu, mtia, xpu = partialmethod(to, "ipu"), partialmethod(to, "mtia"), partialmethod(to, "xpu")  # which refuses them
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         return self.word_embeddings.weight.dtype
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self.word_embeddings.weight.device
 
-    def products(self):
+    def products(self) -> dict[tuple[int, int, torch.dtype], Rows]:
         """{(N, K, dtype): kernels.product.Rows} of all products on this device with as many threads as now: how each is
         computed, and at which heights a row's bits are the same. Found by a probe, which takes milliseconds a shape."""
         found = {}
@@ -149,7 +149,7 @@ class LLaDA2Model(nn.Module):
         return found
 
     @property
-    def exact_rows(self):
+    def exact_rows(self) -> bool:
         """Whether a token's bits do not depend on what else is in its batch: then tokens and trace of a request are
         those it gets alone. True on a CPU whose libraries round a row alike at some height, for each product with as
         many threads as now; False on a GPU, where cuBLAS picks kernels by the number of rows."""
@@ -157,15 +157,30 @@ class LLaDA2Model(nn.Module):
 
     @classmethod
     @lasting
-    def from_pretrained(cls, path, dtype=None, device=None, progress=True, quantization=None, *, torch_dtype=None,
-                        device_map=None, **kwargs):  # fmt: skip
-        """Load a LLaDA2.0/2.1/2.2 checkpoint folder or hub id (safetensors only, no remote code).
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | int | None = None,
+        progress: bool = True,
+        quantization: str | None = None,
+        *,
+        torch_dtype: torch.dtype | str | None = None,
+        device_map: torch.device | str | int | dict | None = None,
+        **kwargs,
+    ) -> "LLaDA2Model":
+        """Load a LLaDA2.0/2.1/2.2 checkpoint (safetensors only, no remote code).
 
-        dtype or torch_dtype: torch dtype of the weights or its name, None or "auto" = the config's; the routers'
-        tensors keep their own where it is wider. device or device_map: None = the CPU, "auto" = the GPU if there is
-        one. quantization: "fp8" turns the linear layers into block-scaled fp8 while they are read, None = the
-        config's. kwargs: revision, cache_dir, token, local_files_only, force_download of a hub id, and what changes
-        nothing here (habits.LOADING).
+        path: its folder, or the id of a hub repository.
+        dtype: of the weights, a torch dtype or its name, None or "auto" = the config's; the routers' tensors keep their
+            own where it is wider.
+        device: where the network goes, None = the CPU, "auto" = the GPU if there is one.
+        progress: show a bar.
+        quantization: "fp8" turns the linear layers into block-scaled fp8 while they are read, None = the config's.
+        torch_dtype: another name of dtype.
+        device_map: another name of device.
+        kwargs: revision, cache_dir, token, local_files_only, force_download of a hub id, subfolder, and what changes
+            nothing here (habits.LOADING).
         Raises CheckpointError naming file and tensor, ValueError naming an argument that cannot be honoured.
         """
         hub = habits.loading(kwargs)
@@ -184,42 +199,46 @@ class LLaDA2Model(nn.Module):
         for name, wide in checkpoint.router_dtypes(plan, dtype).items():
             model.get_parameter(name).data = torch.empty_like(model.get_parameter(name), dtype=wide)
         model.to_empty(device=device)
-        checkpoint.load(folder, config, dict(model.named_parameters()), progress=progress)
+        checkpoint.load(folder, config, dict(model.named_parameters()), progress, plan=plan)
         model.special_ids = ids
         return model
 
     @classmethod
     @lasting
-    def from_transformers(cls, model):
+    def from_transformers(cls, model: nn.Module) -> "LLaDA2Model":
         """The network on the tensors of a LLaDA2 model that is loaded already, e.g. with the checkpoint's remote code.
 
-        model: a torch module whose state_dict has a checkpoint's tensor names, with a `config` that has to_dict(). Used
-        where they are: embeddings, norms, query_key_value, dense, down projections outside the experts, router and LM
-        head. Experts and gate/up pairs, which we stack, are copied, one parameter at a time, and the module's tensors
-        become views of the copy: it goes on working, nothing is held twice, and at most one layer's experts are while
-        they are copied. Only what is not of the embeddings' dtype stays with the module and is converted for us (of the
-        router: what is narrower). Special ids: its generation_config's, else its config's.
-        CheckpointError naming the tensor as in from_pretrained, ValueError if it is in fp8.
+        Used where they are: embeddings, norms, query_key_value, dense, down projections outside the experts, router and
+        LM head. Experts and gate/up pairs, which we stack, are copied, one parameter at a time, and the module's
+        tensors become views of the copy: it goes on working, nothing is held twice, and at most one layer's experts are
+        while they are copied. Only what is not of the embeddings' dtype stays with the module and is converted for us
+        (of the router: what is narrower). Special ids: its generation_config's, else its config's.
+
+        model: its state_dict has a checkpoint's tensor names, its `config` has to_dict().
+        Raises CheckpointError naming the tensor as in from_pretrained, ValueError if it is in fp8.
         """
         config = ModelConfig.from_hf(model.config.to_dict())
         params = checkpoint.adopt(model, config)
         network = cls(config, params["word_embeddings.weight"].dtype, device="meta").eval()
         network.load_state_dict(params, assign=True)
-        said = model.config.to_dict()
-        if getattr(model, "generation_config", None) is not None:
-            said |= {name: value for name, value in model.generation_config.to_dict().items() if value is not None}
-        ids = {name: said[name] for name in SPECIAL_IDS if said.get(name) is not None}
-        eos = ids.get("eos_token_id")
-        if isinstance(eos, (int, list)):
-            ids["eos_token_id"] = (eos,) if isinstance(eos, int) else tuple(eos)
-        network.special_ids = check_ids(ids, config.vocab_size, type(model).__name__)
+        network.special_ids = special_ids_of(model, config.vocab_size)
         return network
 
-    def save_pretrained(self, path, *, max_shard_size="5GB", safe_serialization=True, **kwargs):
+    def save_pretrained(
+        self,
+        path: str | os.PathLike,
+        *,
+        max_shard_size: int | str | None = "5GB",
+        safe_serialization: bool = True,
+        **kwargs,
+    ) -> None:
         """Write the weights in the checkpoint's own layout, byte-equal, config.json and generation_config.json.
 
-        max_shard_size: bytes of a weight file at most, "5GB" or an int; kwargs: what changes nothing (habits.SAVING).
-        ValueError naming any other argument.
+        path: the folder, made if it is not there.
+        max_shard_size: bytes of a weight file at most, "5GB" or an int.
+        safe_serialization: True, nothing is pickled.
+        kwargs: what changes nothing (habits.SAVING).
+        Raises ValueError naming any other argument, CheckpointError for a folder that holds another checkpoint.
         """
         habits.saving(safe_serialization=safe_serialization, **kwargs)
         params = dict(self.named_parameters())
@@ -227,7 +246,7 @@ class LLaDA2Model(nn.Module):
         save_special_ids(path, self.special_ids)
 
     @isolated
-    def lm_logits(self, hidden):
+    def lm_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [..., H], after the final norm -> logits [..., V] in the model's dtype."""
         if self.config.tie_word_embeddings:
             return linear(hidden, self.word_embeddings.weight)
@@ -242,14 +261,28 @@ class LLaDA2Model(nn.Module):
         return None if self.config.expert_capacity is None else token_blocks(rows, size, length, self.device)
 
     @isolated
-    def forward(self, input_ids, position_ids=None, block_length=None, attention_mask=None,
-                output_hidden_states=False, output_router_indices=False, return_dict=True, **ignored):  # fmt: skip
-        """Logits of whole sequences, without a cache.
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        block_length: int | None = None,
+        attention_mask: torch.Tensor | None = None,
+        output_hidden_states: bool = False,
+        output_router_indices: bool = False,
+        return_dict: bool | None = True,
+        **ignored,
+    ) -> ModelOutput | tuple:
+        """Logits of whole sequences, without a cache. NumPy's arrays will do for tensors, and lists but for input_ids.
 
-        input_ids [B, S] int64; position_ids [B or 1, S], default 0..S-1 (angles only, masks use sequence indices);
-        attention_mask: None = block-causal; [B, S] padding (1 = real), AND-ed with block-causal; [B, 1, S, S], taken as
-        given: bool, or numbers 0 and 1 (1 = attend), or additive floats, none of them above 0. NumPy's arrays will do,
-        and lists but for input_ids. Returns ModelOutput, with return_dict=False its values as a tuple, logits first.
+        input_ids: [B, S] int64.
+        position_ids: [B or 1, S], None = 0..S-1; of angles only, masks use sequence indices.
+        block_length: positions of a block, None = the network's.
+        attention_mask: None = block-causal; [B, S] padding (1 = real), AND-ed with block-causal; [B, 1 or heads, S, S],
+            taken as given: bool, or numbers 0 and 1 (1 = attend), or additive floats, none of them above 0.
+        output_hidden_states: return those of all layers.
+        output_router_indices: return each token's experts.
+        return_dict: False returns the values of ModelOutput as a tuple, logits first.
+        ignored: what changes nothing (habits.FORWARD).
         Raises ValueError on shapes and masks that do not fit, and on ids outside the vocabulary if they are on the CPU.
         """
         habits.refuse("forward", ignored, habits.FORWARD)
@@ -297,13 +330,23 @@ class LLaDA2Model(nn.Module):
         return output if return_dict in (True, None) else output.to_tuple()
 
     @isolated
-    def forward_blocks(self, tokens, positions, runs, cache, read=None):
+    def forward_blocks(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        runs: list[Span] | BlockBatch,
+        cache: PagedKVCache,
+        read: Read | None = None,
+    ) -> torch.Tensor:
         """Hidden states of packed runs of whole blocks over cached pages; their K/V are written to their pages.
 
-        tokens, positions int64 [T], T = blocks of all runs times L; runs: list of Run, or a BlockBatch, which a CUDA
-        graph can hold; cache: PagedKVCache. read: a Read, with a list of Run only: whose hidden states are wanted, None
-        = everybody's; the last layer computes no more of the others than their K/V. Returns [T, H] after the final
-        norm, or [M, H] of what is read; lm_logits turns the needed ones into logits.
+        tokens: int64 [T], T = blocks of all runs times L.
+        positions: int64 [T], for angles.
+        runs: the blocks, Spans or a BlockBatch, which a CUDA graph can hold.
+        cache: holds their pages and those of the blocks before.
+        read: with Spans only: whose hidden states are wanted, None = everybody's; of the others the last layer computes
+            no more than their K/V.
+        Returns [T, H] after the final norm, or [M, H] of what is read; lm_logits turns the needed ones into logits.
         """
         length = cache.block_length
         x, delta = self.word_embeddings(tokens), None

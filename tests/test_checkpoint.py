@@ -5,6 +5,7 @@ import dataclasses
 import json
 import shutil
 import struct
+import time
 import tracemalloc
 import weakref
 
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llada2_fast.config import ModelConfig
 from llada2_fast.model import LLaDA2Model
-from llada2_fast.weights import checkpoint, files
+from llada2_fast.weights import checkpoint, files, weight_map
 from llada2_fast.weights.checkpoint import CheckpointError
 
 SETS = ["tiny", "group", "variant", "flat", "moe256", "bf16", "block22"]
@@ -540,6 +541,21 @@ def test_a_wrong_shape_is_told_with_both_shapes(golden):
     config = dataclasses.replace(ModelConfig.from_hf(golden / "tiny"), num_key_value_heads=4)
     with pytest.raises(CheckpointError, match=r"query_key_value.weight has shape \[128, 64\].* \[192, 64\]"):
         checkpoint.inspect(golden / "tiny", config)
+
+
+def test_as_many_tensors_as_mini_has_are_matched_in_no_time():
+    """14,776 of them: 0.3 s of a CPU, 30 if the names found so far are put together again for each."""
+    config = ModelConfig(
+        vocab_size=8, hidden_size=8, num_hidden_layers=20, moe_intermediate_size=2, first_k_dense_replace=1,
+        intermediate_size=2, num_attention_heads=2, num_experts=256,
+    )  # fmt: skip
+    table = weight_map.rename_table(config)
+    entries = [
+        weight_map.Entry(ONE, name, "F32", target.shape) for name, target in table.items() if target.covers == (name,)
+    ]
+    begin = time.process_time()
+    assert len(weight_map.match(entries, config, ONE, "config.json")) == len(entries) > 14_000
+    assert time.process_time() - begin < 8
 
 
 def test_a_weight_too_large_for_its_dtype_is_refused(golden, tmp_path):

@@ -58,8 +58,12 @@ def inspect(folder: str | os.PathLike, config: ModelConfig, share: Share = WHOLE
 
 
 def router_dtypes(plan: list[tuple[Entry, WeightTarget]], dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Parameter -> dtype for the routers of a network whose other weights are held as `dtype`: wide enough that neither
-    the gate nor expert_bias loses a bit, because near-ties between experts are decided by it."""
+    """Parameter -> dtype for the routers: wide enough that neither the gate nor expert_bias loses a bit, because
+    near-ties between experts are decided by it.
+
+    plan: what `inspect` or `match` gave.
+    dtype: in which the network's other weights are held.
+    """
     routers = [(entry, target.param) for entry, target in plan if ".router." in target.param]
     return {param: torch.promote_types(STORED[entry.dtype], dtype) for entry, param in routers}
 
@@ -70,6 +74,7 @@ def load(
     params: dict[str, torch.Tensor],
     progress: bool = True,
     share: Share = WHOLE,
+    plan: list[tuple[Entry, WeightTarget]] | None = None,
 ) -> None:
     """Fill `params` from the safetensors in a folder, converting to each parameter's dtype.
 
@@ -79,11 +84,13 @@ def load(
         any device. Beyond them it holds nothing, or one tensor where weights become fp8.
     progress: show a bar.
     share: what is held of each layer; of the other tensors nothing is read but the headers.
+    plan: what `inspect` has found, None = it is asked now.
     Raises CheckpointError for whatever `inspect` refuses, for a file that becomes shorter and for weights that are not
     finite in their target dtype.
     """
     _check_params(config, params, share)
-    plan = [(entry, target) for entry, target in inspect(folder, config, share) if target.pieces()]
+    plan = inspect(folder, config, share) if plan is None else plan
+    plan = [(entry, target) for entry, target in plan if target.pieces()]
     total = sum(entry.nbytes for entry, _ in plan)
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=not progress)
     with bar, torch.no_grad():
@@ -110,13 +117,16 @@ def _fill(params, target, file, entry):
 
 @torch.no_grad()
 def adopt(module: torch.nn.Module, config: ModelConfig) -> dict[str, torch.Tensor]:
-    """Parameters for the network (named and shaped as `parameter_shapes`) on the tensors of `module`, whose state_dict
-    has a checkpoint's names. A tensor that is a whole parameter is used where it is. Others are copied into theirs, one
-    parameter at a time, and become views of it. All have the embeddings' dtype, routers a wider one if theirs is. A
-    tensor of another dtype is converted and left alone.
+    """Parameters for the network on the tensors of a module that is loaded already: name -> tensor, named and shaped as
+    `parameter_shapes`.
 
-    ValueError for fp8. CheckpointError for what `inspect` refuses, for tensors that are not all on one device and
-    for those that are not finite."""
+    module: its state_dict has a checkpoint's names. A tensor that is a whole parameter is used where it is. Others are
+        copied into theirs, one parameter at a time, and become views of it. All have the embeddings' dtype, routers a
+        wider one if theirs is. A tensor of another dtype is converted and left alone.
+    config: the module's.
+    Raises ValueError for fp8, CheckpointError for what `inspect` refuses, for tensors that are not all on one device
+    and for those that are not finite.
+    """
     if config.fp8:
         raise ValueError(f"quantization={config.quantization!r}: expected a model without; load its folder instead")
     tensors, what = module.state_dict(keep_vars=True), type(module).__name__
@@ -161,11 +171,16 @@ def save(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Write `params` in the standard layout, with config.json, and an index where they fill more than one shard.
+    """Write a checkpoint in the standard layout, with config.json, and an index where it fills more than one shard. One
+    that was loaded without conversion is written back byte for byte.
 
-    Tensors keep their dtype, or are converted to `dtype`, all but expert_bias and fp8. So a checkpoint that was
-    loaded without conversion is written back byte for byte. A folder with weight files that would not be overwritten is
-    refused."""
+    folder: made if it is not there; one with weight files that would not be overwritten is refused.
+    config: the network's; what is written names the dtype of the embeddings.
+    params: its parameters, named and shaped as `parameter_shapes`.
+    dtype: which they are converted to, all but expert_bias and fp8; None = each keeps its own.
+    max_shard_bytes: of a weight file, unless a single tensor has more.
+    Raises CheckpointError for what would not be loaded again, ValueError for arguments that do not fit.
+    """
     _check_params(config, params)
     if dtype is not None and dtype not in DTYPES.values():
         raise ValueError(f"dtype={dtype}: expected one of {', '.join(DTYPES)}")

@@ -22,8 +22,11 @@ _WEIGHT_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
-def weight_files(folder) -> Iterator[list[Entry]]:
-    """The tensors of each weight file of a checkpoint, which must be exactly those that its index lists."""
+def weight_files(folder: Path) -> Iterator[list[Entry]]:
+    """The tensors of each weight file of a checkpoint, which must be exactly those that its index lists.
+
+    folder: the checkpoint's. CheckpointError names the file, and the tensor where there is one.
+    """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     names = sorted(path.name for path in folder.iterdir())
@@ -91,12 +94,16 @@ class WeightFile:
         return [Entry(self.path, name, x.get_dtype(), tuple(x.get_shape())) for name, x in slices.items()]
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> torch.Tensor:
-        """The part of a tensor at `index`, not copied, on the CPU. CheckpointError if the file has become shorter:
-        to touch what was mapped behind its end would end the process."""
+        """A part of a tensor, on the CPU, not copied.
+
+        name: the tensor's.
+        index: of the part, () for all.
+        CheckpointError if the file has become shorter: to touch what was mapped behind its end would end the process.
+        """
         if self.path.stat().st_size < self._size:
             raise CheckpointError(f"{self.path}: truncated: tensor {name} was not read yet")
-        with torch.device("cpu"):  # else the host's default device
-            return self._file.get_slice(name)[index]
+        tensor = self._file.get_tensor(name)  # reads nothing yet; get_slice puts it on the host's default device
+        return tensor[index] if index else tensor
 
 
 def _entries(path) -> list[Entry]:
@@ -153,7 +160,12 @@ def _parse(data, path):
         raise CheckpointError(str(error)) from None
 
 
-def refuse_stale(folder, files):
+def refuse_stale(folder: Path, files: list[str]) -> None:
+    """CheckpointError if a folder has weight files or an index that saving to it would leave behind.
+
+    folder: where a checkpoint will be saved.
+    files: those that will be written.
+    """
     for path in sorted(folder.iterdir()):
         if (path.name == INDEX or _WEIGHT_FILE.fullmatch(path.name)) and path.name not in files:
             raise CheckpointError(f"{path}: belongs to another checkpoint; save to an empty folder")

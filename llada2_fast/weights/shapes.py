@@ -109,10 +109,10 @@ def parameter_shapes(config: ModelConfig, share: Share = WHOLE) -> dict[str, tup
 
 
 def is_fp8(config: ModelConfig, param: str) -> bool:
-    """Whether the network holds this parameter in fp8."""
+    """Whether the network of a config holds the parameter of this name in fp8."""
     return config.fp8 and _FP8.search(param) is not None
 
 
-def scale_name(param):
-    """The parameter that holds the scales of an fp8 one."""
+def scale_name(param: str) -> str:
+    """The parameter that holds the scales of the fp8 one of this name."""
     return param.removesuffix(".weight") + (".scale" if param.endswith(".weight") else "_scale")

@@ -1,7 +1,10 @@
 """Special token ids and the tokenizer of a checkpoint. Nothing here has a default: the checkpoint decides."""
 
 import json
+import os
 from pathlib import Path
+
+import torch
 
 from ..config import habits, parse_json
 from .hub import resolve
@@ -10,13 +13,17 @@ NAMES = ("mask_token_id", "eos_token_id", "pad_token_id")
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 TEMPLATE = "chat_template.jinja"
 
+Ids = dict[str, int | tuple[int, ...]]  # of some of NAMES; eos_token_id's is a tuple
 
-def special_ids(folder, vocab_size):
-    """{mask_token_id, eos_token_id, pad_token_id} as far as the folder says, eos_token_id a tuple of ints.
 
-    Read from generation_config.json, else the tokenizer's files, else config.json. EOS ids outside 0..vocab_size - 1
-    mean none and are left out. ValueError naming the file for unreadable JSON, an id that is no integer, and a mask or
-    pad id outside the vocabulary.
+def special_ids(folder: str | os.PathLike, vocab_size: int) -> Ids:
+    """{mask_token_id, eos_token_id, pad_token_id} as far as a folder says, from its generation_config.json, else the
+    tokenizer's files, else config.json.
+
+    folder: a checkpoint's.
+    vocab_size: EOS ids outside 0..vocab_size - 1 mean none and are left out.
+    Raises ValueError naming the file for unreadable JSON, an id that is no integer, and a mask or pad id outside the
+    vocabulary.
     """
     folder = Path(folder)
     found = {}
@@ -30,8 +37,31 @@ def special_ids(folder, vocab_size):
     return found
 
 
-def check_ids(ids, vocab_size, source):
-    """The special ids that `source` names, without EOS ids outside the vocabulary. ValueError for other such ids."""
+def special_ids_of(module: torch.nn.Module, vocab_size: int) -> Ids:
+    """As `special_ids`, of a model that is loaded already: its generation_config's, else its config's.
+
+    module: has a `config`, perhaps a `generation_config`, both with to_dict().
+    vocab_size: EOS ids outside 0..vocab_size - 1 mean none and are left out.
+    Raises ValueError naming the module's class for a mask or pad id outside the vocabulary.
+    """
+    said = module.config.to_dict()
+    if getattr(module, "generation_config", None) is not None:
+        said |= {name: value for name, value in module.generation_config.to_dict().items() if value is not None}
+    ids = {name: said[name] for name in NAMES if said.get(name) is not None}
+    eos = ids.get("eos_token_id")
+    if isinstance(eos, (int, list)):
+        ids["eos_token_id"] = (eos,) if isinstance(eos, int) else tuple(eos)
+    return check_ids(ids, vocab_size, type(module).__name__)
+
+
+def check_ids(ids: Ids, vocab_size: int, source: str | os.PathLike) -> Ids:
+    """Special ids without EOS ids outside the vocabulary.
+
+    ids: what a source names.
+    vocab_size: ids are 0..vocab_size - 1.
+    source: what names them, for messages.
+    Raises ValueError for other ids outside the vocabulary.
+    """
     for name, value in ids.items():
         if name != "eos_token_id" and not 0 <= value < vocab_size:
             raise ValueError(f"{source}: {name}={value}: expected an id in 0..{vocab_size - 1}, the vocabulary")
@@ -39,8 +69,12 @@ def check_ids(ids, vocab_size, source):
     return ids | eos
 
 
-def save_special_ids(folder, ids):
-    """Write what `special_ids` gave to the folder's generation_config.json."""
+def save_special_ids(folder: str | os.PathLike, ids: Ids) -> None:
+    """Write special ids, if there are any, to a folder's generation_config.json.
+
+    folder: the checkpoint's.
+    ids: as `special_ids` gave them.
+    """
     if ids:
         eos = ids.get("eos_token_id", ())
         ids = {**ids, "eos_token_id": eos[0] if len(eos) == 1 else list(eos)} if eos else ids
@@ -83,12 +117,14 @@ def _from_tokenizer(folder):
     return found
 
 
-def load_tokenizer(path, *, padding_side=None, **kwargs):
+def load_tokenizer(path: str | os.PathLike, *, padding_side: str | None = None, **kwargs):
     """The tokenizer.json of a folder or hub id as a transformers tokenizer; no file of the checkpoint is ever run.
 
-    padding_side: "left" or "right", None = what the checkpoint says; kwargs: as of LLaDA2Model.from_pretrained.
-    CheckpointError where there is no such folder or hub id, ValueError without a tokenizer.json, for files that make no
-    tokenizer and for arguments that cannot be honoured.
+    path: the folder, or the id of a hub repository.
+    padding_side: "left" or "right", None = what the checkpoint says.
+    kwargs: as of LLaDA2Model.from_pretrained.
+    Raises CheckpointError where there is no such folder or hub id, ValueError without a tokenizer.json, for files that
+    make no tokenizer and for arguments that cannot be honoured.
     The generic fast class, not AutoTokenizer: that one looks at auto_map and may ask to run the checkpoint's own code.
     """
     hub, others = habits.split_hub(kwargs)

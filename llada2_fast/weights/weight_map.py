@@ -149,7 +149,12 @@ def _add_experts(add, stem, param, shape):
 
 def split_tied_head(entries: list[Entry], config: ModelConfig) -> tuple[list[Entry], Entry | None]:
     """The entries without the LM head of a config that ties it to the embeddings, and that head, None if there is none:
-    some files list it all the same, and live modules do. CheckpointError if it cannot be equal to the embeddings."""
+    some files list it all the same, and live modules do.
+
+    entries: all tensors there are.
+    config: of the network that they must make.
+    Raises CheckpointError for a head that cannot be equal to the embeddings.
+    """
     heads = [entry for entry in entries if config.tie_word_embeddings and entry.name == "lm_head.weight"]
     for head in heads[1:]:
         raise CheckpointError(f"{head} is provided twice, also in {os.path.basename(heads[0].source)}")
