@@ -2,8 +2,8 @@
 
     o = softmax(q k^T / sqrt(D)) v          q [T, nq, D] -> o [T, nq, D]; KV head h serves q heads h*g .. h*g+g-1
 
-A *run* is a number of consecutive whole blocks of one row, forwarded together: one for a denoise step, two when the
-finished block is carried along, many in prefill. Each block of a run sees all earlier blocks of its row and itself,
+A *span* is a number of consecutive whole blocks of one row, forwarded together: one for a denoise step, two when the
+finished block is carried along, many in prefill. Each block of a span sees all earlier blocks of its row and itself,
 bidirectionally, and nothing later. Its own keys and values are already in its pages (write_pages).
 
     k_cache, v_cache [pages, L, nk, D]      page = one block of K/V
@@ -59,16 +59,16 @@ class BlockBatch(NamedTuple):
     limit: torch.Tensor  # int32 [R]: how many positions of the row exist
 
     @classmethod
-    def from_runs(cls, runs, device):
-        """The blocks of a list of Span, in order; a row per run."""
-        ends = [run.first_block + run.num_blocks for run in runs]
+    def from_spans(cls, spans, device):
+        """The blocks of a list of Span, in order; a row per span."""
+        ends = [span.first_block + span.num_blocks for span in spans]
         width = max(ends, default=0)
-        blocks = [(i, b) for i, run in enumerate(runs) for b in range(run.first_block, ends[i])]
-        table = [page for run in runs for page in (run.pages[:width] + (0,) * width)[:width]]
-        numbers = [row for row, _ in blocks] + [index for _, index in blocks] + table + [run.limit for run in runs]
+        blocks = [(i, b) for i, span in enumerate(spans) for b in range(span.first_block, ends[i])]
+        table = [page for span in spans for page in (span.pages[:width] + (0,) * width)[:width]]
+        numbers = [row for row, _ in blocks] + [index for _, index in blocks] + table + [span.limit for span in spans]
         flat = pinned(numbers, device).to(device, non_blocking=True)  # one copy to the device, not four
-        row, index, table, limit = flat.split([len(blocks), len(blocks), len(table), len(runs)])
-        return cls(row, index, table.view(len(runs), width), limit)
+        row, index, table, limit = flat.split([len(blocks), len(blocks), len(table), len(spans)])
+        return cls(row, index, table.view(len(spans), width), limit)
 
     def slots(self, length):
         """Cache slots of all tokens for blocks of `length` tokens: int64 [NB * length], -1 in unused blocks."""
@@ -77,7 +77,7 @@ class BlockBatch(NamedTuple):
         slot = torch.add(torch.arange(length, device=row.device), page, alpha=length)
         return slot.masked_fill_(row < 0, -1).flatten()
 
-    def runs(self):
+    def spans(self):
         """The used blocks as a list of (query block, Span of one block); for the reference."""
         limits, tables = self.limit.tolist(), self.page_table.tolist()  # sync: reference
         blocks = zip(self.block_row.tolist(), self.block_index.tolist(), strict=True)  # sync: reference
@@ -94,20 +94,20 @@ def write_pages(k, v, k_cache, v_cache, slot):
     v_cache.flatten(0, 1).index_copy_(0, slot, v)
 
 
-def run_slots(runs, block_length):
-    """Cache slots of all tokens of the runs, in order: a list of ints."""
+def span_slots(spans, block_length):
+    """Cache slots of all tokens of the spans, in order: a list of ints."""
     return [
-        run.pages[block] * block_length + offset
-        for run in runs
-        for block in range(run.first_block, run.first_block + run.num_blocks)
+        span.pages[block] * block_length + offset
+        for span in spans
+        for block in range(span.first_block, span.first_block + span.num_blocks)
         for offset in range(block_length)
     ]
 
 
-def single_blocks(runs, ordinals):
-    """Runs of one block each: those of the blocks with these ordinals among the blocks of all runs."""
+def single_blocks(spans, ordinals):
+    """Spans of one block each: those of the blocks with these ordinals among the blocks of all spans."""
     singles = [
-        run._replace(first_block=run.first_block + i, num_blocks=1) for run in runs for i in range(run.num_blocks)
+        span._replace(first_block=span.first_block + i, num_blocks=1) for span in spans for i in range(span.num_blocks)
     ]
     return [singles[i] for i in ordinals]
 
@@ -116,36 +116,36 @@ def place_blocks(blocks, length, x):
     """blocks (list of Span or BlockBatch) as block_attention takes them for tensors like x, and their tokens' slots."""
     if not isinstance(blocks, BlockBatch):
         if not use_triton(x):
-            return blocks, torch.tensor(run_slots(blocks, length), dtype=torch.int64, device=x.device)
-        blocks = BlockBatch.from_runs(blocks, x.device)
+            return blocks, torch.tensor(span_slots(blocks, length), dtype=torch.int64, device=x.device)
+        blocks = BlockBatch.from_spans(blocks, x.device)
     return blocks, blocks.slots(length)
 
 
-def block_attention_ref(q, k_cache, v_cache, runs):
-    """q [T, nq, D], T = sum of the runs' blocks times L; caches [pages, L, nk, D] -> [T, nq, D].
+def block_attention_ref(q, k_cache, v_cache, spans):
+    """q [T, nq, D], T = sum of the spans' blocks times L; caches [pages, L, nk, D] -> [T, nq, D].
 
-    Each block has a call of its own, so that its bits do not depend on the run it is in: how a prompt was cut into
+    Each block has a call of its own, so that its bits do not depend on the span it is in: how a prompt was cut into
     chunks, or how much of it was found in the cache. Larger masked calls are no faster at L = 32 (measured, CPU).
     """
     length = k_cache.shape[1]
     out = torch.empty_like(q)
     begin = 0
-    for run in runs:
-        keys = _row(k_cache, run, length)
-        values = _row(v_cache, run, length)
-        for block in range(run.first_block, run.first_block + run.num_blocks):
-            seen = min((block + 1) * length, run.limit)
+    for span in spans:
+        keys = _row(k_cache, span, length)
+        values = _row(v_cache, span, length)
+        for block in range(span.first_block, span.first_block + span.num_blocks):
+            seen = min((block + 1) * length, span.limit)
             out[begin : begin + length] = _attend(q[begin : begin + length], keys[:seen], values[:seen])
             begin += length
     return out
 
 
-def _row(cache, run, length):
-    """The row's keys or values up to the run's end, [S, nk, D]; a view where its pages stand side by side."""
-    end = run.first_block + run.num_blocks
-    if _side_by_side(run.pages):
-        return cache[run.pages[0] : run.pages[0] + end].flatten(0, 1)
-    return cache[torch.tensor(run.pages[:end], dtype=torch.int64, device=cache.device)].flatten(0, 1)
+def _row(cache, span, length):
+    """The row's keys or values up to the span's end, [S, nk, D]; a view where its pages stand side by side."""
+    end = span.first_block + span.num_blocks
+    if _side_by_side(span.pages):
+        return cache[span.pages[0] : span.pages[0] + end].flatten(0, 1)
+    return cache[torch.tensor(span.pages[:end], dtype=torch.int64, device=cache.device)].flatten(0, 1)
 
 
 @lru_cache(maxsize=4096)  # asked for every layer and step of a row, a tenth of a millisecond at 2000 tokens
@@ -166,9 +166,9 @@ def batch_attention_ref(q, k_cache, v_cache, batch):
     """block_attention_ref for a BlockBatch: q [NB * L, nq, D] -> [NB * L, nq, D], zeros in unused blocks."""
     length = k_cache.shape[1]
     out = torch.zeros_like(q)
-    for block, run in batch.runs():
+    for block, span in batch.spans():
         rows = slice(block * length, (block + 1) * length)
-        out[rows] = block_attention_ref(q[rows], k_cache, v_cache, [run])
+        out[rows] = block_attention_ref(q[rows], k_cache, v_cache, [span])
     return out
 
 
@@ -287,7 +287,7 @@ def block_attention(q, k_cache, v_cache, blocks):
     ValueError if shapes, dtypes or strides do not fit.
     """
     if use_triton(q):
-        batch = blocks if isinstance(blocks, BlockBatch) else BlockBatch.from_runs(blocks, q.device)
+        batch = blocks if isinstance(blocks, BlockBatch) else BlockBatch.from_spans(blocks, q.device)
         return launch(q, k_cache, v_cache, batch)
     if isinstance(blocks, BlockBatch):
         return batch_attention_ref(q, k_cache, v_cache, blocks)

@@ -1,7 +1,7 @@
 """The LLaDA2 MoE network.
 
 Two ways through the same layers: `forward` takes whole sequences and an attention mask, without a cache, as the model
-cards and diffusers call it; `forward_blocks` takes packed runs of whole blocks and attends over cached pages, as the
+cards and diffusers call it; `forward_blocks` takes packed spans of whole blocks and attends over cached pages, as the
 decoder calls it. Shapes: B batch, S sequence, T packed tokens, H hidden, V vocab, D head dim, L block_length.
 """
 
@@ -334,15 +334,15 @@ class LLaDA2Model(nn.Module):
         self,
         tokens: torch.Tensor,
         positions: torch.Tensor,
-        runs: list[Span] | BlockBatch,
+        spans: list[Span] | BlockBatch,
         cache: PagedKVCache,
         read: Read | None = None,
     ) -> torch.Tensor:
-        """Hidden states of packed runs of whole blocks over cached pages; their K/V are written to their pages.
+        """Hidden states of packed spans of whole blocks over cached pages; their K/V are written to their pages.
 
-        tokens: int64 [T], T = blocks of all runs times L.
+        tokens: int64 [T], T = blocks of all spans times L.
         positions: int64 [T], for angles.
-        runs: the blocks, Spans or a BlockBatch, which a CUDA graph can hold.
+        spans: the blocks, Spans or a BlockBatch, which a CUDA graph can hold.
         cache: holds their pages and those of the blocks before.
         read: with Spans only: whose hidden states are wanted, None = everybody's; of the others the last layer computes
             no more than their K/V.
@@ -350,7 +350,7 @@ class LLaDA2Model(nn.Module):
         """
         length = cache.block_length
         x, delta = self.word_embeddings(tokens), None
-        blocks, slot = place_blocks(runs, length, x)
+        blocks, slot = place_blocks(spans, length, x)
         block = self._token_blocks(1, tokens.shape[0], length)
         cos, sin = self._angles(positions)
         *layers, last = zip(self.layers, cache.k, cache.v, strict=True)
@@ -362,7 +362,7 @@ class LLaDA2Model(nn.Module):
         begins = torch.tensor(read.blocks, dtype=torch.int64, device=x.device)[:, None] * length
         offsets = torch.arange(length, dtype=torch.int64, device=x.device)
         own = (begins + offsets).flatten()  # tokens of the blocks that are read
-        blocks, _ = place_blocks(single_blocks(runs, read.blocks), length, x)
+        blocks, _ = place_blocks(single_blocks(spans, read.blocks), length, x)
         if block is None:
             within, after = read.rows, slice(None)
         else:  # experts are chosen for whole blocks

@@ -19,7 +19,7 @@ def case_of(machine, config, rows, prefix, prefill=False, shuffled=False):
     first = 0 if prefill else count - 1
     pages = (torch.randperm if shuffled else torch.arange)(rows * count, device="cpu").split(count)
     runs = [Span(tuple(own.tolist()), first, count - first, count * BLOCK) for own in pages]
-    blocks = runs if machine.dry else BlockBatch.from_runs(runs, machine.device)
+    blocks = runs if machine.dry else BlockBatch.from_spans(runs, machine.device)
     at = torch.arange(count * BLOCK, device=machine.device) // BLOCK
     mask = (at[first * BLOCK :, None] >= at)[None, None]
 

@@ -152,7 +152,7 @@ def test_a_block_does_not_depend_on_how_it_is_forwarded(small_splits):
 def test_width_of_the_table_order_of_pages_and_size_of_the_scratch_change_nothing(extra, small_splits, monkeypatch):
     q, k, v, runs = make([(9, 1, 2), (0, 1, 0), (2, 2, 1)], 8, 2, 1, 16)
     plain = kernel(q, k, v, runs)
-    batch = BlockBatch.from_runs(runs, "cpu")
+    batch = BlockBatch.from_spans(runs, "cpu")
     wider = torch.nn.functional.pad(batch.page_table, (0, extra), value=2**30)  # reading these pages would crash
     assert torch.equal(kernel(q, k, v, batch._replace(page_table=wider)), plain)
     order = torch.randperm(k.shape[0])
@@ -200,15 +200,15 @@ def test_splits_are_few_and_even():
 
 def test_batch_of_runs():
     runs = [Span((5, 2, 7, 9), 1, 2, 11), Span((3,), 0, 1, 4), Span((6, 1, 8), 2, 1, 12)]
-    batch = BlockBatch.from_runs(runs, "cpu")
+    batch = BlockBatch.from_spans(runs, "cpu")
     assert all(x.dtype == torch.int32 for x in batch)
     assert batch.block_row.tolist() == [0, 0, 1, 2] and batch.block_index.tolist() == [1, 2, 0, 2]
     assert batch.page_table.shape == (3, 3) and batch.limit.tolist() == [11, 4, 12]
-    assert batch.slots(4).tolist() == attention.run_slots(runs, 4)
+    assert batch.slots(4).tolist() == attention.span_slots(runs, 4)
     single = [(0, Span((5, 2), 1, 1, 11)), (1, Span((5, 2, 7), 2, 1, 11)), (2, runs[1]), (3, runs[2])]
-    assert batch.runs() == single
-    empty = BlockBatch.from_runs([], "cpu")
-    assert empty.slots(4).shape == (0,) and empty.runs() == []
+    assert batch.spans() == single
+    empty = BlockBatch.from_spans([], "cpu")
+    assert empty.slots(4).shape == (0,) and empty.spans() == []
 
 
 def with_unused(batch, used):
@@ -224,7 +224,7 @@ def test_unused_blocks(small_splits):
     """Their output is zero, their tokens have no slot, the others' bits stay: as the reference has it."""
     q, k, v, runs = make([(5, 1, 0), (0, 2, 0)], 8, 2, 1, 16)
     used = [False, True, False, True, True, False]
-    batch = with_unused(BlockBatch.from_runs(runs, "cpu"), used)
+    batch = with_unused(BlockBatch.from_spans(runs, "cpu"), used)
     spread = torch.full((6, 8, 2, 16), float("nan"))
     spread[used] = q.view(3, 8, 2, 16)
     got = kernel(spread.flatten(0, 1), k, v, batch)
@@ -233,13 +233,13 @@ def test_unused_blocks(small_splits):
     reference = attention.block_attention(spread.flatten(0, 1), k, v, batch)
     torch.testing.assert_close(got, reference, atol=1e-5, rtol=1e-5)
     slots = batch.slots(8).view(6, 8)
-    assert slots[used].flatten().tolist() == attention.run_slots(runs, 8)
+    assert slots[used].flatten().tolist() == attention.span_slots(runs, 8)
     assert (slots[[not u for u in used]] == -1).all()
 
 
 def test_reference_of_a_batch_is_the_reference_of_its_runs():
     q, k, v, runs = make([(3, 1, 2), (0, 2, 0), (1, 2, 1)], 4, 4, 2, 16)
-    batch = BlockBatch.from_runs(runs, "cpu")
+    batch = BlockBatch.from_spans(runs, "cpu")
     got = attention.batch_attention_ref(q, k, v, batch)
     torch.testing.assert_close(got, attention.block_attention_ref(q, k, v, runs), atol=1e-6, rtol=1e-6)
 
@@ -248,12 +248,12 @@ def test_place_blocks():
     runs = [Span((5, 2, 7), 1, 2, 11), Span((3,), 0, 1, 4)]
     x = torch.zeros(1)
     blocks, slot = attention.place_blocks(runs, 4, x)
-    assert blocks is runs and slot.tolist() == attention.run_slots(runs, 4)
+    assert blocks is runs and slot.tolist() == attention.span_slots(runs, 4)
     with force_ops("triton"):
         batch, slot = attention.place_blocks(runs, 4, x)
-    assert isinstance(batch, BlockBatch) and slot.tolist() == attention.run_slots(runs, 4)
+    assert isinstance(batch, BlockBatch) and slot.tolist() == attention.span_slots(runs, 4)
     again, slot = attention.place_blocks(batch, 4, x)
-    assert again is batch and slot.tolist() == attention.run_slots(runs, 4)
+    assert again is batch and slot.tolist() == attention.span_slots(runs, 4)
 
 
 def test_the_network_over_a_batch_with_unused_blocks(golden):
@@ -273,7 +273,7 @@ def test_the_network_over_a_batch_with_unused_blocks(golden):
             hidden = model.forward_blocks(tokens[keep].flatten(), positions[keep].flatten(), blocks, cache)
         return hidden.view(-1, length, hidden.shape[-1]), cache.k, cache.v
 
-    batch = with_unused(BlockBatch.from_runs(runs, "cpu"), used)
+    batch = with_unused(BlockBatch.from_spans(runs, "cpu"), used)
     wanted, *pages = forward("torch", used, runs)
     for got, *written in (
         forward("triton", used, runs), forward("torch", [True] * 4, batch), forward("triton", [True] * 4, batch),
@@ -285,7 +285,7 @@ def test_the_network_over_a_batch_with_unused_blocks(golden):
 
 def test_what_does_not_fit_is_refused():
     q, k, v, runs = make([(1, 1, 0), (0, 1, 0)], 4, 4, 2, 16)
-    batch = BlockBatch.from_runs(runs, "cpu")
+    batch = BlockBatch.from_spans(runs, "cpu")
     turned_q, turned_v = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, v))
     bad = {
         "q": [(q[:7], k, v, batch), (q[:, :3], k, v, batch), (turned_q, k, v, batch),
@@ -323,7 +323,7 @@ def test_on_a_gpu(shape, dtype):
 def test_a_cuda_graph_holds_it():
     """Captured once; rows and prefixes then change under it, and nothing waits for the host."""
     q, k, v, runs = make([(40, 1, 0), (3, 1, 0)], 32, 16, 4, 128, torch.bfloat16, "cuda")
-    batch = BlockBatch.from_runs(runs, "cuda")
+    batch = BlockBatch.from_spans(runs, "cuda")
     attention.block_attention(q, k, v, batch)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

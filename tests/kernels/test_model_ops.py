@@ -170,7 +170,7 @@ def test_a_block_does_not_depend_on_the_run_it_is_in():
 
 def test_write_pages_and_run_slots():
     runs = [attention.Span((3, 1), 1, 1, 8), attention.Span((0, 2), 0, 2, 8)]
-    slots = attention.run_slots(runs, 4)
+    slots = attention.span_slots(runs, 4)
     assert slots == [4, 5, 6, 7, 0, 1, 2, 3, 8, 9, 10, 11]
     k, v = torch.randn(2, 12, 2, 3)
     caches = torch.zeros(2, 4, 4, 2, 3)
