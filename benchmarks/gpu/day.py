@@ -78,7 +78,11 @@ def phases(folder, dry=False, changed=None):
     python, tried, day = [sys.executable, "-m"], ["--dry-run"] * dry, folder / "day.jsonl"
     tests = [*python, "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--timeout-method", "thread"]
     side_by_side = ["-n", "auto", "--dist", "loadfile", "--timeout", "60"]
-    side_by_side += ["-p", "benchmarks.gpu.failed_tests", "--failed-to", str(day)]
+    side_by_side += [
+        "-p",
+        "benchmarks.gpu.failed_tests",
+        f"--failed-to={day}",
+    ]  # by itself it could be a root of pytest's
     packed = folder / "cache.tar.xz"
     unpacked = ["--unpack", str(packed)] * packed.is_file()
     kept = ["--resume"] if changed is None else ["--resume-any", "--anew", changed]

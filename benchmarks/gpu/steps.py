@@ -58,7 +58,7 @@ class Step:
         self.state.tokens.copy_(tokens)
         self.state.block_start.fill_(prefix)
         self.state.frozen.zero_()
-        lanes.params = each_row(
+        self.params = lanes.params = each_row(
             batch, device, threshold=2.0, edit_threshold=2.0, max_steps=2**30, flags=refine.BAN_MASK | refine.EDITING
         )
         pages = (torch.arange if in_order else torch.randperm)(batch * width, device=device)
