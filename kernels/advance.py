@@ -17,8 +17,8 @@ import torch
 
 from ._ambient import run_kernel
 from ._triton import tl, triton, use_triton
-from .refine import BLOCK_DONE, PRIOR_MASK
 from .roles import GENERATED, PADDING, PROMPT, TAIL
+from .state import BLOCK_DONE, PRIOR_MASK
 
 _DONE, _MASKED = tl.constexpr(BLOCK_DONE), tl.constexpr(PRIOR_MASK)
 _GENERATED, _PROMPT = tl.constexpr(GENERATED), tl.constexpr(PROMPT)

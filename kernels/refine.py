@@ -16,107 +16,55 @@ On a GPU: the launch or two of candidates.py that read the logits, and one that 
 (_commit_kernel). Nothing is read back; a step can be captured in a CUDA graph.
 """
 
-from collections import namedtuple
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import reduce
 from operator import or_
-from typing import NamedTuple
 
 import torch
 
 from ._ambient import run_kernel
 from ._triton import register_op, tl, triton, use_triton
 from .candidates import TILE_V, SampleParams, _combine, block_candidates_ref, launch_parts, row_layout
-from .roles import BAN_MASK as BAN_MASK  # for callers, beside the others
-from .roles import EDITING, FILL_PROMPT, GENERATED, ID_ARGUMENTS, PADDING, PROMPT, SpecialIds, _roles, roles_ref
-from .roles import OWN_SOFTMAX as OWN_SOFTMAX
-from .roles import TAIL as TAIL
-
-# RefineParams.flags beside those of roles.py
-EOS_STEP = 8  # judge EOS after every step
-EOS_END = 16  # judge EOS when the block ends
-EOS_COMMIT = 32  # LLaDA2.0 card: judge when this step committed an EOS, prompt and tail included
-EOS_HOLDS = 64  # LLaDA2.0 card: a block that ends and holds an EOS at a generated position ends the row
-EOS_CLEAN = 128  # LLaDA2.1 card: the same, but only if the generated window holds no mask
-
-# BlockState.prior_flags
-PRIOR_MASK, PRIOR_EOS = 1, 2  # an earlier generated block holds a mask; the prompt holds an EOS
-
-# columns of the status tensor, and the bits of its FLAGS
-FLAGS, MASKS_LEFT, COMMITS, EDITS, EOS_AT, STEP, POST_STEPS, MASKS_BEFORE = range(8)
-BLOCK_DONE, FINISHED, ERROR, CHANGED = 1, 2, 4, 8
-
-
-@dataclass
-class RefineParams:
-    """Per-row parameters, tensors [R] on the device of the logits; eos_ids is [R, number of ids], -1 where unused."""
-
-    temperature: torch.Tensor  # float32, 0 = greedy
-    top_k: torch.Tensor  # int32, 0 = off
-    top_p: torch.Tensor  # float32, >= 1 = off
-    seed: torch.Tensor  # int64
-    threshold: torch.Tensor  # float32
-    edit_threshold: torch.Tensor  # float32, read where EDITING is set
-    steps: torch.Tensor  # int32, the quota spreads L over them
-    min_transfer: torch.Tensor  # int32, least quota
-    max_steps: torch.Tensor  # int32, the block ends as it is after so many steps
-    max_post_steps: torch.Tensor  # int32
-    flags: torch.Tensor  # int32
-    eos_ids: torch.Tensor  # int64 [R, K]
-
-    def rows(self, index):
-        """The parameters of some rows (index: int64 [n])."""
-        return RefineParams(*(getattr(self, f.name)[index] for f in fields(self)))
-
-
-@dataclass
-class BlockState:
-    """Per-row state of the active block; refine_step updates all but kind, block_start and prior_flags in place."""
-
-    tokens: torch.Tensor  # int64 [R, L]
-    kind: torch.Tensor  # int8 [R, L]: GENERATED, PROMPT, TAIL, PADDING
-    block_start: torch.Tensor  # int64 [R]: absolute position of the block's first token
-    step: torch.Tensor  # int32 [R]: steps done in this block
-    post_steps: torch.Tensor  # int32 [R]: mask-free steps done in this block
-    frozen: torch.Tensor  # int32 [R]: the row's BLOCK_DONE | FINISHED | ERROR bits; non-zero rows are left alone
-    prior_flags: torch.Tensor  # int32 [R]: PRIOR_MASK | PRIOR_EOS
-    commit_step: torch.Tensor  # int32 [R, L]: step of the commit or edit that put the token there, -1 before
-    commit_confidence: torch.Tensor  # float32 [R, L]: its confidence
-
-    def rows(self, index):
-        """A copy of some rows (index: int64 [n])."""
-        return BlockState(*(getattr(self, f.name)[index] for f in fields(self)))
-
-    @classmethod
-    def fresh(cls, tokens, kind, block_start, prior_flags=None):
-        """State of blocks nobody has touched yet: tokens [R, L] int64, kind [R, L] int8, block_start [R] int64."""
-        rows = tokens.shape[0]
-        count = torch.zeros(rows, dtype=torch.int32, device=tokens.device)
-        return cls(
-            tokens, kind, block_start, count.clone(), count.clone(), count.clone(),
-            count.clone() if prior_flags is None else prior_flags,
-            torch.full_like(tokens, -1, dtype=torch.int32),
-            torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device),
-        )  # fmt: skip
-
-    def reset_block(self, rows, tokens, kind, block_start, prior_flags):
-        """Lay a new block out in some rows: an int with tokens, kind [L], or int64 [n] with [n, L]; block_start and
-        prior_flags like rows."""
-        self.tokens[rows], self.kind[rows] = tokens, kind
-        self.block_start[rows], self.prior_flags[rows] = block_start, prior_flags
-        for counter in (self.step, self.post_steps, self.frozen, self.commit_confidence):
-            counter[rows] = 0
-        self.commit_step[rows] = -1
-
-
-class RefineOutput(NamedTuple):
-    """What one step did. status is the only thing a host ever needs to read."""
-
-    status: torch.Tensor  # int32 [R, 8], columns FLAGS .. MASKS_BEFORE
-    token: torch.Tensor  # int64 [R, L]: candidate, -1 where none was computed
-    confidence: torch.Tensor  # float32 [R, L]: its confidence, -inf where none was computed
-    commit: torch.Tensor  # bool [R, L]: written by M2T
-    edit: torch.Tensor  # bool [R, L]: written by T2T
+from .roles import (  # noqa: F401  some for callers, beside the others
+    BAN_MASK,
+    EDITING,
+    FILL_PROMPT,
+    GENERATED,
+    ID_ARGUMENTS,
+    OWN_SOFTMAX,
+    PADDING,
+    PROMPT,
+    TAIL,
+    SpecialIds,
+    _roles,
+    roles_ref,
+)
+from .state import (  # noqa: F401  likewise
+    BLOCK_DONE,
+    CHANGED,
+    COMMITS,
+    EDITS,
+    EOS_AT,
+    EOS_CLEAN,
+    EOS_COMMIT,
+    EOS_END,
+    EOS_HOLDS,
+    EOS_STEP,
+    ERROR,
+    FINISHED,
+    FLAGS,
+    MASKS_BEFORE,
+    MASKS_LEFT,
+    POST_STEPS,
+    PRIOR_EOS,
+    PRIOR_MASK,
+    STEP,
+    BlockState,
+    ParamTensors,
+    RefineOutput,
+    RefineParams,
+    StateTensors,
+)
 
 
 def needed_positions(state, params, ids):
@@ -394,10 +342,6 @@ def _commit_kernel(
     tl.store(STATUS + 7, before)
 
 
-_State = namedtuple("_State", [field.name for field in fields(BlockState)])  # as a kernel takes them
-_Params = namedtuple("_Params", [field.name for field in fields(RefineParams)])
-
-
 def launch(logits, state, params, ids, index, filters, only_needed, tile_v=TILE_V):
     rows, length = state.tokens.shape
     output = _empty(state.tokens)
@@ -414,7 +358,7 @@ def launch(logits, state, params, ids, index, filters, only_needed, tile_v=TILE_
     lanes, num_warps = row_layout(length)
     run_kernel(
         _commit_kernel, (rows,),
-        index, parts, part_ids, _State(**vars(state)), _Params(**vars(params)), output, ids, tiles,
+        index, parts, part_ids, StateTensors(**vars(state)), ParamTensors(**vars(params)), output, ids, tiles,
         L=length, TILES=parts.shape[2], LANES=lanes, ONLY_NEEDED=only_needed, NUM_EOS=params.eos_ids.shape[1],
         num_warps=num_warps,
     )  # fmt: skip
