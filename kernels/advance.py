@@ -17,8 +17,8 @@ import torch
 
 from ._ambient import run_kernel
 from ._triton import tl, triton, use_triton
-from .refine import BLOCK_DONE, PRIOR_MASK
 from .roles import GENERATED, PADDING, PROMPT, TAIL
+from .state import BLOCK_DONE, PRIOR_MASK, StateTensors
 
 _DONE, _MASKED = tl.constexpr(BLOCK_DONE), tl.constexpr(PRIOR_MASK)
 _GENERATED, _PROMPT = tl.constexpr(GENERATED), tl.constexpr(PROMPT)
@@ -69,7 +69,7 @@ def advance_ref(state, bounds, slot, repeat, carried, ids):
 @triton.jit
 def _advance_kernel(
     SLOT, REPEAT, TOTAL, LIMIT, CHANGED,
-    TOKENS, KIND, BLOCK_START, STEP, POST_STEPS, FROZEN, PRIOR_FLAGS, COMMIT_STEP, COMMIT_CONFIDENCE,  # BlockState
+    STATE,  # BlockState
     ROW, BLOCK, LAID, mask_id,
     A: tl.constexpr, C: tl.constexpr, L: tl.constexpr, ENTRIES: tl.constexpr, PLACES: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -80,13 +80,13 @@ def _advance_kernel(
     own = there & (tl.load(REPEAT + entry, mask=there, other=1) == 0)
     n = slot[:, None] * L + lane[None, :]
     inside = own[:, None] & (lane < L)[None, :]
-    start = tl.load(BLOCK_START + slot, mask=there, other=0)
+    start = tl.load(STATE.block_start + slot, mask=there, other=0)
     total = tl.load(TOTAL + slot, mask=own, other=0)
     limit = tl.load(LIMIT + slot, mask=own, other=0)
-    prior_flags = tl.load(PRIOR_FLAGS + slot, mask=own, other=0)
-    tokens = tl.load(TOKENS + n, mask=inside, other=0)
-    kind = tl.load(KIND + n, mask=inside, other=0)
-    ready = own & (tl.load(FROZEN + slot, mask=own, other=0) == _DONE) & (start + L < total)
+    prior_flags = tl.load(STATE.prior_flags + slot, mask=own, other=0)
+    tokens = tl.load(STATE.tokens + n, mask=inside, other=0)
+    kind = tl.load(STATE.kind + n, mask=inside, other=0)
+    ready = own & (tl.load(STATE.frozen + slot, mask=own, other=0) == _DONE) & (start + L < total)
     unsettled = ready & (tl.load(CHANGED + slot, mask=own, other=0) != 0)
     place = tl.cumsum(unsettled.to(tl.int32), 0) - 1
     given = unsettled & (place < C)
@@ -106,16 +106,16 @@ def _advance_kernel(
     tokens = tl.where(going[:, None], mask_id, tokens)
     new = inside & going[:, None]
     tl.debug_barrier()  # every thread has read the state
-    tl.store(TOKENS + n, tokens, mask=new)
-    tl.store(KIND + n, fresh.to(tl.int8), mask=new)
-    tl.store(COMMIT_STEP + n, tl.full([ENTRIES, LANES], -1, tl.int32), mask=new)
-    tl.store(COMMIT_CONFIDENCE + n, tl.zeros([ENTRIES, LANES], tl.float32), mask=new)
+    tl.store(STATE.tokens + n, tokens, mask=new)
+    tl.store(STATE.kind + n, fresh.to(tl.int8), mask=new)
+    tl.store(STATE.commit_step + n, tl.full([ENTRIES, LANES], -1, tl.int32), mask=new)
+    tl.store(STATE.commit_confidence + n, tl.zeros([ENTRIES, LANES], tl.float32), mask=new)
     none = tl.zeros([ENTRIES], tl.int32)
-    tl.store(BLOCK_START + slot, start, mask=going)
-    tl.store(STEP + slot, none, mask=going)
-    tl.store(POST_STEPS + slot, none, mask=going)
-    tl.store(FROZEN + slot, none, mask=going)
-    tl.store(PRIOR_FLAGS + slot, prior_flags | tl.where(holds_mask, _MASKED, 0), mask=going)
+    tl.store(STATE.block_start + slot, start, mask=going)
+    tl.store(STATE.step + slot, none, mask=going)
+    tl.store(STATE.post_steps + slot, none, mask=going)
+    tl.store(STATE.frozen + slot, none, mask=going)
+    tl.store(STATE.prior_flags + slot, prior_flags | tl.where(holds_mask, _MASKED, 0), mask=going)
 
     # what is forwarded: the entries, and entry 0 wherever it is repeated
     first = entry == 0
@@ -143,7 +143,8 @@ def launch(state, bounds, slot, repeat, carried, ids):
     size = triton.next_power_of_2(entries) * triton.next_power_of_2(length)
     run_kernel(
         _advance_kernel, (1,),
-        slot, repeat, bounds.total, bounds.limit, bounds.changed, *vars(state).values(), rows, index, laid, ids.mask,
+        slot, repeat, bounds.total, bounds.limit, bounds.changed, StateTensors(**vars(state)),
+        rows, index, laid, ids.mask,
         A=entries, C=carried, L=length, ENTRIES=triton.next_power_of_2(entries),
         PLACES=triton.next_power_of_2(max(carried, 1)), LANES=triton.next_power_of_2(length),
         num_warps=min(16, max(1, size // 256)),

@@ -16,106 +16,55 @@ On a GPU: the launch or two of candidates.py that read the logits, and one that 
 (_commit_kernel). Nothing is read back; a step can be captured in a CUDA graph.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import reduce
 from operator import or_
-from typing import NamedTuple
 
 import torch
 
 from ._ambient import run_kernel
 from ._triton import register_op, tl, triton, use_triton
 from .candidates import TILE_V, SampleParams, _combine, block_candidates_ref, launch_parts, row_layout
-from .roles import BAN_MASK as BAN_MASK  # for callers, beside the others
-from .roles import EDITING, FILL_PROMPT, GENERATED, ID_ARGUMENTS, PADDING, PROMPT, SpecialIds, _roles, roles_ref
-from .roles import OWN_SOFTMAX as OWN_SOFTMAX
-from .roles import TAIL as TAIL
-
-# RefineParams.flags beside those of roles.py
-EOS_STEP = 8  # judge EOS after every step
-EOS_END = 16  # judge EOS when the block ends
-EOS_COMMIT = 32  # LLaDA2.0 card: judge when this step committed an EOS, prompt and tail included
-EOS_HOLDS = 64  # LLaDA2.0 card: a block that ends and holds an EOS at a generated position ends the row
-EOS_CLEAN = 128  # LLaDA2.1 card: the same, but only if the generated window holds no mask
-
-# BlockState.prior_flags
-PRIOR_MASK, PRIOR_EOS = 1, 2  # an earlier generated block holds a mask; the prompt holds an EOS
-
-# columns of the status tensor, and the bits of its FLAGS
-FLAGS, MASKS_LEFT, COMMITS, EDITS, EOS_AT, STEP, POST_STEPS, MASKS_BEFORE = range(8)
-BLOCK_DONE, FINISHED, ERROR, CHANGED = 1, 2, 4, 8
-
-
-@dataclass
-class RefineParams:
-    """Per-row parameters, tensors [R] on the device of the logits; eos_ids is [R, number of ids], -1 where unused."""
-
-    temperature: torch.Tensor  # float32, 0 = greedy
-    top_k: torch.Tensor  # int32, 0 = off
-    top_p: torch.Tensor  # float32, >= 1 = off
-    seed: torch.Tensor  # int64
-    threshold: torch.Tensor  # float32
-    edit_threshold: torch.Tensor  # float32, read where EDITING is set
-    steps: torch.Tensor  # int32, the quota spreads L over them
-    min_transfer: torch.Tensor  # int32, least quota
-    max_steps: torch.Tensor  # int32, the block ends as it is after so many steps
-    max_post_steps: torch.Tensor  # int32
-    flags: torch.Tensor  # int32
-    eos_ids: torch.Tensor  # int64 [R, K]
-
-    def rows(self, index):
-        """The parameters of some rows (index: int64 [n])."""
-        return RefineParams(*(getattr(self, f.name)[index] for f in fields(self)))
-
-
-@dataclass
-class BlockState:
-    """Per-row state of the active block; refine_step updates all but kind, block_start and prior_flags in place."""
-
-    tokens: torch.Tensor  # int64 [R, L]
-    kind: torch.Tensor  # int8 [R, L]: GENERATED, PROMPT, TAIL, PADDING
-    block_start: torch.Tensor  # int64 [R]: absolute position of the block's first token
-    step: torch.Tensor  # int32 [R]: steps done in this block
-    post_steps: torch.Tensor  # int32 [R]: mask-free steps done in this block
-    frozen: torch.Tensor  # int32 [R]: the row's BLOCK_DONE | FINISHED | ERROR bits; non-zero rows are left alone
-    prior_flags: torch.Tensor  # int32 [R]: PRIOR_MASK | PRIOR_EOS
-    commit_step: torch.Tensor  # int32 [R, L]: step of the commit or edit that put the token there, -1 before
-    commit_confidence: torch.Tensor  # float32 [R, L]: its confidence
-
-    def rows(self, index):
-        """A copy of some rows (index: int64 [n])."""
-        return BlockState(*(getattr(self, f.name)[index] for f in fields(self)))
-
-    @classmethod
-    def fresh(cls, tokens, kind, block_start, prior_flags=None):
-        """State of blocks nobody has touched yet: tokens [R, L] int64, kind [R, L] int8, block_start [R] int64."""
-        rows = tokens.shape[0]
-        count = torch.zeros(rows, dtype=torch.int32, device=tokens.device)
-        return cls(
-            tokens, kind, block_start, count.clone(), count.clone(), count.clone(),
-            count.clone() if prior_flags is None else prior_flags,
-            torch.full_like(tokens, -1, dtype=torch.int32),
-            torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device),
-        )  # fmt: skip
-
-    def reset_block(self, rows, tokens, kind, block_start, prior_flags):
-        """Lay a new block out in some rows: an int with tokens, kind [L], or int64 [n] with [n, L]; block_start and
-        prior_flags like rows."""
-        self.tokens[rows], self.kind[rows] = tokens, kind
-        self.block_start[rows], self.prior_flags[rows] = block_start, prior_flags
-        for counter in (self.step, self.post_steps, self.frozen, self.commit_confidence):
-            counter[rows] = 0
-        self.commit_step[rows] = -1
-
-
-class RefineOutput(NamedTuple):
-    """What one step did. status is the only thing a host ever needs to read."""
-
-    status: torch.Tensor  # int32 [R, 8], columns FLAGS .. MASKS_BEFORE
-    token: torch.Tensor  # int64 [R, L]: candidate, -1 where none was computed
-    confidence: torch.Tensor  # float32 [R, L]: its confidence, -inf where none was computed
-    commit: torch.Tensor  # bool [R, L]: written by M2T
-    edit: torch.Tensor  # bool [R, L]: written by T2T
+from .roles import (  # noqa: F401  some for callers, beside the others
+    BAN_MASK,
+    EDITING,
+    FILL_PROMPT,
+    GENERATED,
+    ID_ARGUMENTS,
+    OWN_SOFTMAX,
+    PADDING,
+    PROMPT,
+    TAIL,
+    SpecialIds,
+    _roles,
+    roles_ref,
+)
+from .state import (  # noqa: F401  likewise
+    BLOCK_DONE,
+    CHANGED,
+    COMMITS,
+    EDITS,
+    EOS_AT,
+    EOS_CLEAN,
+    EOS_COMMIT,
+    EOS_END,
+    EOS_HOLDS,
+    EOS_STEP,
+    ERROR,
+    FINISHED,
+    FLAGS,
+    MASKS_BEFORE,
+    MASKS_LEFT,
+    POST_STEPS,
+    PRIOR_EOS,
+    PRIOR_MASK,
+    STEP,
+    BlockState,
+    ParamTensors,
+    RefineOutput,
+    RefineParams,
+    StateTensors,
+)
 
 
 def needed_positions(state, params, ids):
@@ -135,7 +84,7 @@ def refine_step_ref(logits, state, params, ids, index=None, only_needed=False, t
 
 
 def _commit_ref(token, confidence, state, params, ids):
-    """All that follows the candidates; token, confidence [R, L]."""
+    """All that follows the candidates, in the order of _commit_kernel; token, confidence [R, L]."""
     asked = reduce(or_, params.flags.tolist(), 0)  # sync: the reference alone; what no row asks for is skipped
     masked, editable = roles_ref(state.tokens, state.kind, state.frozen, params.flags, ids.mask, asked)  # [R, L]
     before = masked.sum(-1, dtype=torch.int32)  # [R, L] -> [R]
@@ -152,6 +101,7 @@ def _commit_ref(token, confidence, state, params, ids):
     torch.where(written, token, state.tokens, out=state.tokens)
     torch.where(written, confidence, state.commit_confidence, out=state.commit_confidence)
     torch.where(written, state.step[:, None], state.commit_step, out=state.commit_step)
+    # what moves tokens within the block, as LLaDA2.2's deletions and insertions do, belongs here
 
     left, edits, done = _block_end_ref(state.tokens, state.kind, live, before, edit, state, params, ids, asked)
     finished, eos_at = _eos_ref(state.tokens, state.kind, live, commit, done, state, params, ids, asked)
@@ -223,6 +173,7 @@ def _eos_ref(tokens, kind, live, commit, done, state, params, ids, asked):
     if not asked & (EOS_COMMIT | EOS_HOLDS | EOS_CLEAN):
         return finished, eos_at.int()
 
+    # the cards' rules
     prior_clean = (state.prior_flags & PRIOR_MASK) == 0
     first = _first(is_eos)
     is_prompt = ~generated.gather(1, first.clamp(max=length - 1)[:, None])[:, 0]  # [R, L] -> [R]
@@ -260,12 +211,77 @@ def _first_lane(mask, lane, L: tl.constexpr):
 
 
 @triton.jit
+def _select(masked, confidence, STATE, PARAMS, row, lane, L: tl.constexpr):
+    """_select_ref of one row's positions."""
+    steps = tl.maximum(tl.load(PARAMS.steps + row), 1)
+    extra = (tl.minimum(tl.load(STATE.step + row), steps - 1) < L % steps).to(tl.int32)
+    quota = tl.maximum(L // steps + extra, tl.load(PARAMS.min_transfer + row))
+    high = masked & (confidence > tl.load(PARAMS.threshold + row))
+    ranked = tl.where(masked, tl.maximum(confidence, -1.0), -2.0)  # whatever is masked comes before all else
+    tied = (ranked[None, :] == ranked[:, None]) & (lane[None, :] < lane[:, None])  # [L] -> [L, L]
+    ahead = (ranked[None, :] > ranked[:, None]) | tied
+    rank = tl.sum(ahead.to(tl.int32), 1)  # [L, L] -> [L]
+    return tl.where(_count(high) >= quota, high, masked & (rank < quota))
+
+
+@triton.jit
+def _edit(editable, token, confidence, held, PARAMS, row):
+    """_edit_ref of one row's positions."""
+    return editable & (token != held) & (confidence > tl.load(PARAMS.edit_threshold + row))
+
+
+@triton.jit
+def _block_end(tokens, kind, live, before, edit, STATE, PARAMS, ids, row):
+    """_block_end_ref of one row, whose counters it returns as well."""
+    flags = tl.load(PARAMS.flags + row)
+    fillable = (kind != _PROMPT) | ((flags & _FILL_PROMPT) != 0)
+    left = _count((tokens == ids.mask) & (kind != _PADDING) & fillable)
+    edits = _count(edit)
+    mask_free = before == 0
+    step = tl.load(STATE.step + row) + live.to(tl.int32)
+    post_steps = tl.load(STATE.post_steps + row) + (live & mask_free).to(tl.int32)
+    max_post_steps = tl.load(PARAMS.max_post_steps + row)
+    one_phase = ((flags & _EDITING) == 0) | (max_post_steps == 0)
+    settled = mask_free & ((edits == 0) | (post_steps >= max_post_steps))
+    ended = tl.where(one_phase, left == 0, settled)
+    return left, edits, step, post_steps, live & (ended | (step >= tl.load(PARAMS.max_steps + row)))
+
+
+@triton.jit
+def _eos(
+    tokens, kind, live, commit, done, STATE, PARAMS, ids, row, lane, L: tl.constexpr, NUM_EOS: tl.constexpr
+):  # fmt: skip
+    """_eos_ref of one row."""
+    flags, prior_flags = tl.load(PARAMS.flags + row), tl.load(STATE.prior_flags + row)
+    present = kind != _PADDING
+    is_eos = lane < 0
+    for k in tl.static_range(NUM_EOS):
+        is_eos |= tokens == tl.load(PARAMS.eos_ids + row * NUM_EOS + k)
+    is_eos &= present
+    generated = kind != _PROMPT
+    first_mask = _first_lane((tokens == ids.mask) & generated & present, lane, L)
+    first = _first_lane(is_eos & (kind == _GENERATED), lane, L)
+    judged = ((flags & _EOS_STEP) != 0) | (((flags & _EOS_END) != 0) & done)
+    resolved = judged & (first < L) & (first_mask > first)
+
+    # the cards' rules
+    prior_clean = (prior_flags & _PRIOR_MASK) == 0
+    first_any = _first_lane(is_eos, lane, L)
+    in_prompt = ((prior_flags & _PRIOR_EOS) != 0) | (_count((kind == _PROMPT) & (lane == first_any)) > 0)
+    counts = in_prompt | (prior_clean & (first_mask > first_any))
+    early = ((flags & _EOS_COMMIT) != 0) & (_count(is_eos & commit) > 0) & counts
+    holds = done & (_count(is_eos & generated) > 0)
+    clean = (first_mask == L) & prior_clean
+    ended = holds & (((flags & _EOS_HOLDS) != 0) | (((flags & _EOS_CLEAN) != 0) & clean))
+    eos_at = tl.where(resolved, first, tl.where(early, first_any, -1))
+    return (resolved | early | ended) & live, eos_at
+
+
+@triton.jit
 def _commit_kernel(
     INDEX, PART, PART_ID,  # see candidates.py
-    TOKENS, KIND, BLOCK_START, STEP, POST_STEPS, FROZEN, PRIOR_FLAGS, COMMIT_STEP, COMMIT_CONFIDENCE,  # BlockState
-    TEMPERATURE, SEED, THRESHOLD, EDIT_THRESHOLD, STEPS, MIN_TRANSFER, MAX_STEPS, MAX_POST_STEPS, FLAGS, EOS_IDS,
-    STATUS, TOKEN, CONFIDENCE, COMMIT, EDIT,  # RefineOutput
-    mask_id, tiles,
+    STATE, PARAMS, OUT,  # BlockState, RefineParams, RefineOutput
+    ids, tiles,
     L: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr, ONLY_NEEDED: tl.constexpr, NUM_EOS: tl.constexpr,
 ):  # fmt: skip
     """Grid (R,): one row from its parts to its next block, as _commit_ref; a frozen row only reports."""
@@ -273,12 +289,12 @@ def _commit_kernel(
     lane = tl.arange(0, LANES)
     inside = lane < L
     n = row * L + lane
-    held = tl.load(TOKENS + n, mask=inside, other=-1)
-    kind = tl.load(KIND + n, mask=inside, other=_PADDING)
-    frozen = tl.load(FROZEN + row)
-    flags = tl.load(FLAGS + row)
-    old_step = tl.load(STEP + row)
-    masked, editable = _roles(held, kind, frozen, flags, mask_id)
+    held = tl.load(STATE.tokens + n, mask=inside, other=-1)
+    kind = tl.load(STATE.kind + n, mask=inside, other=_PADDING)
+    frozen = tl.load(STATE.frozen + row)
+    flags = tl.load(PARAMS.flags + row)
+    old_step = tl.load(STATE.step + row)
+    masked, editable = _roles(held, kind, frozen, flags, ids.mask)
     before = _count(masked)
     wanted = inside
     if INDEX is not None:
@@ -286,76 +302,36 @@ def _commit_kernel(
     if ONLY_NEEDED:
         wanted &= masked | editable
     token, confidence, _top, _mass, _scale_ = _combine(
-        PART, PART_ID, n, wanted, tl.num_programs(0) * L * TILES, tiles, tl.load(TEMPERATURE + row), flags,
-        tl.load(SEED + row), tl.load(BLOCK_START + row) + lane, old_step, TILES,
+        PART, PART_ID, n, wanted, tl.num_programs(0) * L * TILES, tiles, tl.load(PARAMS.temperature + row), flags,
+        tl.load(PARAMS.seed + row), tl.load(STATE.block_start + row) + lane, old_step, TILES,
     )  # fmt: skip
     token = token.to(tl.int64)
     confidence = tl.where(wanted, confidence, float("-inf"))
     error = (frozen == 0) & (_count((confidence != confidence) & (masked | editable)) > 0)
     live = (frozen == 0) & (error == 0)
 
-    # M2T: the threshold set, or the quota's most confident
-    steps = tl.maximum(tl.load(STEPS + row), 1)
-    extra = (tl.minimum(old_step, steps - 1) < L % steps).to(tl.int32)
-    quota = tl.maximum(L // steps + extra, tl.load(MIN_TRANSFER + row))
-    high = masked & (confidence > tl.load(THRESHOLD + row))
-    ranked = tl.where(masked, tl.maximum(confidence, -1.0), -2.0)  # whatever is masked comes before all else
-    tied = (ranked[None, :] == ranked[:, None]) & (lane[None, :] < lane[:, None])
-    ahead = (ranked[None, :] > ranked[:, None]) | tied
-    rank = tl.sum(ahead.to(tl.int32), 1)
-    commit = tl.where(_count(high) >= quota, high, masked & (rank < quota)) & live
-    # T2T
-    edit = editable & (token != held) & (confidence > tl.load(EDIT_THRESHOLD + row)) & live
+    commit = _select(masked, confidence, STATE, PARAMS, row, lane, L) & live
+    edit = _edit(editable, token, confidence, held, PARAMS, row) & live
     written = commit | edit
     new = tl.where(written, token, held)
+    # what moves tokens within the block, as LLaDA2.2's deletions and insertions do, belongs here
 
-    # counters and the end of the block
-    present = kind != _PADDING
-    prompt = kind == _PROMPT
-    left = _count((new == mask_id) & present & ((kind != _PROMPT) | ((flags & _FILL_PROMPT) != 0)))
-    edits = _count(edit)
-    step = old_step + live.to(tl.int32)
-    post_steps = tl.load(POST_STEPS + row) + (live & (before == 0)).to(tl.int32)
-    max_post_steps = tl.load(MAX_POST_STEPS + row)
-    one_phase = ((flags & _EDITING) == 0) | (max_post_steps == 0)
-    settled = (before == 0) & ((edits == 0) | (post_steps >= max_post_steps))
-    done = live & (tl.where(one_phase, left == 0, settled) | (step >= tl.load(MAX_STEPS + row)))
-
-    # EOS
-    is_eos = lane < 0
-    for k in tl.static_range(NUM_EOS):
-        is_eos |= new == tl.load(EOS_IDS + row * NUM_EOS + k)
-    is_eos &= present
-    prior_flags = tl.load(PRIOR_FLAGS + row)
-    prior_clean = (prior_flags & _PRIOR_MASK) == 0
-    generated_mask = (new == mask_id) & (kind != _PROMPT) & present
-    first_mask = _first_lane(generated_mask, lane, L)
-    first_generated = _first_lane(is_eos & (kind == _GENERATED), lane, L)
-    judged = ((flags & _EOS_STEP) != 0) | (((flags & _EOS_END) != 0) & done)
-    finished = judged & (first_generated < L) & (first_mask > first_generated)
-    first_any = _first_lane(is_eos, lane, L)
-    first_is_prompt = _count(prompt & (lane == first_any)) > 0
-    counts = ((prior_flags & _PRIOR_EOS) != 0) | first_is_prompt | (prior_clean & (first_mask > first_any))
-    early = ((flags & _EOS_COMMIT) != 0) & (_count(is_eos & commit) > 0) & counts
-    holds = done & (_count(is_eos & (kind != _PROMPT)) > 0)
-    clean = (first_mask == L) & prior_clean
-    ended = holds & (((flags & _EOS_HOLDS) != 0) | (((flags & _EOS_CLEAN) != 0) & clean))
-    eos_at = tl.where(finished, first_generated, tl.where(early, first_any, -1))
-    finished = (finished | early | ended) & live
+    left, edits, step, post_steps, done = _block_end(new, kind, live, before, edit, STATE, PARAMS, ids, row)
+    finished, eos_at = _eos(new, kind, live, commit, done, STATE, PARAMS, ids, row, lane, L, NUM_EOS)
     now = frozen | done.to(tl.int32) * _BLOCK_DONE | finished.to(tl.int32) * _FINISHED | error.to(tl.int32) * _ERROR
 
     tl.debug_barrier()  # every thread has read the state
-    tl.store(TOKENS + n, new, mask=inside & written)
-    tl.store(COMMIT_STEP + n, tl.zeros([LANES], tl.int32) + old_step, mask=inside & written)
-    tl.store(COMMIT_CONFIDENCE + n, confidence, mask=inside & written)
-    tl.store(STEP + row, step)
-    tl.store(POST_STEPS + row, post_steps)
-    tl.store(FROZEN + row, now)
-    tl.store(TOKEN + n, token, mask=inside)
-    tl.store(CONFIDENCE + n, confidence, mask=inside)
-    tl.store(COMMIT + n, commit, mask=inside)
-    tl.store(EDIT + n, edit, mask=inside)
-    STATUS += row * 8
+    tl.store(STATE.tokens + n, new, mask=inside & written)
+    tl.store(STATE.commit_step + n, tl.zeros([LANES], tl.int32) + old_step, mask=inside & written)
+    tl.store(STATE.commit_confidence + n, confidence, mask=inside & written)
+    tl.store(STATE.step + row, step)
+    tl.store(STATE.post_steps + row, post_steps)
+    tl.store(STATE.frozen + row, now)
+    tl.store(OUT.token + n, token, mask=inside)
+    tl.store(OUT.confidence + n, confidence, mask=inside)
+    tl.store(OUT.commit + n, commit, mask=inside)
+    tl.store(OUT.edit + n, edit, mask=inside)
+    STATUS = OUT.status + row * 8
     tl.store(STATUS + 0, now | (_count(written) > 0).to(tl.int32) * _CHANGED)
     tl.store(STATUS + 1, left)
     tl.store(STATUS + 2, _count(commit))
@@ -382,9 +358,7 @@ def launch(logits, state, params, ids, index, filters, only_needed, tile_v=TILE_
     lanes, num_warps = row_layout(length)
     run_kernel(
         _commit_kernel, (rows,),
-        index, parts, part_ids, *vars(state).values(),
-        params.temperature, params.seed, params.threshold, params.edit_threshold, params.steps, params.min_transfer,
-        params.max_steps, params.max_post_steps, params.flags, params.eos_ids, *output, ids.mask, tiles,
+        index, parts, part_ids, StateTensors(**vars(state)), ParamTensors(**vars(params)), output, ids, tiles,
         L=length, TILES=parts.shape[2], LANES=lanes, ONLY_NEEDED=only_needed, NUM_EOS=params.eos_ids.shape[1],
         num_warps=num_warps,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from ._triton import tl, triton
 # kind of a position
 GENERATED, PROMPT, TAIL, PADDING = 0, 1, 2, 3  # TAIL is denoised but never returned; PADDING is not even denoised
 
-# bits of a row's flags that decide roles and candidates; refine.py has the others
+# bits of a row's flags that decide roles and candidates; state.py has the others
 BAN_MASK = 1  # the mask id is never a candidate
 FILL_PROMPT = 2  # mask ids at prompt positions are filled like any other (model cards)
 EDITING = 4  # T2T editing

@@ -1,6 +1,7 @@
 """The whole refinement step: the kernels in Triton's interpreter against the reference, under every mode and flag."""
 
 import copy
+import inspect
 from functools import partial
 
 import pytest
@@ -209,6 +210,12 @@ def test_thresholds_are_strict(threshold, commits, edits):
         with interpreted():
             output = step(torch.zeros(1, 4, 64), fresh, params, ids, index=None)
         assert (int(output.commit.sum()), int(output.edit.sum())) == (commits, edits)
+
+
+@pytest.mark.parametrize("rule", ["_select", "_edit", "_block_end", "_eos"])
+def test_a_rule_takes_the_same_in_the_reference_and_in_the_kernel(rule):
+    shared = [name for name in inspect.signature(getattr(refine, f"{rule}_ref")).parameters if name != "asked"]
+    assert [name.lower() for name in getattr(refine, rule).arg_names][: len(shared)] == shared
 
 
 def rows_of(which, logits, state, params):

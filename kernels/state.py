@@ -1,0 +1,101 @@
+"""What a refinement step reads and writes of each row: its parameters, its active block's state, what was done.
+
+Shapes: R rows, L block_length, K EOS ids a row.
+"""
+
+from collections import namedtuple
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+
+# RefineParams.flags beside those of roles.py
+EOS_STEP = 8  # judge EOS after every step
+EOS_END = 16  # judge EOS when the block ends
+EOS_COMMIT = 32  # LLaDA2.0 card: judge when this step committed an EOS, prompt and tail included
+EOS_HOLDS = 64  # LLaDA2.0 card: a block that ends and holds an EOS at a generated position ends the row
+EOS_CLEAN = 128  # LLaDA2.1 card: the same, but only if the generated window holds no mask
+
+# BlockState.prior_flags
+PRIOR_MASK, PRIOR_EOS = 1, 2  # an earlier generated block holds a mask; the prompt holds an EOS
+
+# columns of the status tensor, and the bits of its FLAGS
+FLAGS, MASKS_LEFT, COMMITS, EDITS, EOS_AT, STEP, POST_STEPS, MASKS_BEFORE = range(8)
+BLOCK_DONE, FINISHED, ERROR, CHANGED = 1, 2, 4, 8
+
+
+@dataclass
+class RefineParams:
+    """Per-row parameters, tensors [R] on the device of the logits; eos_ids is [R, number of ids], -1 where unused."""
+
+    temperature: torch.Tensor  # float32, 0 = greedy
+    top_k: torch.Tensor  # int32, 0 = off
+    top_p: torch.Tensor  # float32, >= 1 = off
+    seed: torch.Tensor  # int64
+    threshold: torch.Tensor  # float32
+    edit_threshold: torch.Tensor  # float32, read where EDITING is set
+    steps: torch.Tensor  # int32, the quota spreads L over them
+    min_transfer: torch.Tensor  # int32, least quota
+    max_steps: torch.Tensor  # int32, the block ends as it is after so many steps
+    max_post_steps: torch.Tensor  # int32
+    flags: torch.Tensor  # int32
+    eos_ids: torch.Tensor  # int64 [R, K]
+
+    def rows(self, index):
+        """The parameters of some rows (index: int64 [n])."""
+        return RefineParams(*(getattr(self, f.name)[index] for f in fields(self)))
+
+
+@dataclass
+class BlockState:
+    """Per-row state of the active block; refine_step updates all but kind, block_start and prior_flags in place."""
+
+    tokens: torch.Tensor  # int64 [R, L]
+    kind: torch.Tensor  # int8 [R, L]: GENERATED, PROMPT, TAIL, PADDING
+    block_start: torch.Tensor  # int64 [R]: absolute position of the block's first token
+    step: torch.Tensor  # int32 [R]: steps done in this block
+    post_steps: torch.Tensor  # int32 [R]: mask-free steps done in this block
+    frozen: torch.Tensor  # int32 [R]: the row's BLOCK_DONE | FINISHED | ERROR bits; non-zero rows are left alone
+    prior_flags: torch.Tensor  # int32 [R]: PRIOR_MASK | PRIOR_EOS
+    commit_step: torch.Tensor  # int32 [R, L]: step of the commit or edit that put the token there, -1 before
+    commit_confidence: torch.Tensor  # float32 [R, L]: its confidence
+
+    def rows(self, index):
+        """A copy of some rows (index: int64 [n])."""
+        return BlockState(*(getattr(self, f.name)[index] for f in fields(self)))
+
+    @classmethod
+    def fresh(cls, tokens, kind, block_start, prior_flags=None):
+        """State of blocks nobody has touched yet: tokens [R, L] int64, kind [R, L] int8, block_start [R] int64."""
+        rows = tokens.shape[0]
+        count = torch.zeros(rows, dtype=torch.int32, device=tokens.device)
+        return cls(
+            tokens, kind, block_start, count.clone(), count.clone(), count.clone(),
+            count.clone() if prior_flags is None else prior_flags,
+            torch.full_like(tokens, -1, dtype=torch.int32),
+            torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device),
+        )  # fmt: skip
+
+    def reset_block(self, rows, tokens, kind, block_start, prior_flags):
+        """Lay a new block out in some rows: an int with tokens, kind [L], or int64 [n] with [n, L]; block_start and
+        prior_flags like rows."""
+        self.tokens[rows], self.kind[rows] = tokens, kind
+        self.block_start[rows], self.prior_flags[rows] = block_start, prior_flags
+        for counter in (self.step, self.post_steps, self.frozen, self.commit_confidence):
+            counter[rows] = 0
+        self.commit_step[rows] = -1
+
+
+class RefineOutput(NamedTuple):
+    """What one step did. status is the only thing a host ever needs to read."""
+
+    status: torch.Tensor  # int32 [R, 8], columns FLAGS .. MASKS_BEFORE
+    token: torch.Tensor  # int64 [R, L]: candidate, -1 where none was computed
+    confidence: torch.Tensor  # float32 [R, L]: its confidence, -inf where none was computed
+    commit: torch.Tensor  # bool [R, L]: written by M2T
+    edit: torch.Tensor  # bool [R, L]: written by T2T
+
+
+# Their tensors by the same names, as kernels take them
+StateTensors = namedtuple("StateTensors", [field.name for field in fields(BlockState)])
+ParamTensors = namedtuple("ParamTensors", [field.name for field in fields(RefineParams)])
