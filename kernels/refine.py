@@ -16,7 +16,7 @@ On a GPU: the launch or two of candidates.py that read the logits, and one that 
 (_commit_kernel). Nothing is read back; a step can be captured in a CUDA graph.
 """
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import reduce
 from operator import or_
 
@@ -113,6 +113,24 @@ def _commit_ref(token, confidence, state, params, ids):
     flags = state.frozen | (commits + edits).sign() * CHANGED
     status = (flags, left, commits, edits, eos_at, state.step, state.post_steps, before)
     return RefineOutput(torch.stack(status, 1), token, confidence, commit, edit)
+
+
+def judge_ref(commit, status, state, params, ids):
+    """What is over in rows whose tokens somebody has rewritten after a step: its block end and EOS, once more.
+
+    commit bool [R, L], status [R, 8]: what the step did. state: after the step, with the tokens as they are now; it is
+    left alone. Masks that were put back are for the next step to fill: with them a block is no longer free of masks.
+    Returns BLOCK_DONE | FINISHED, int32 [R].
+    """
+    live = torch.ones_like(state.frozen, dtype=torch.bool)
+    masked, _ = roles_ref(state.tokens, state.kind, torch.zeros_like(state.frozen), params.flags, ids.mask)
+    before = torch.where(masked.any(-1), 1, status[:, MASKS_BEFORE])
+    state = replace(state, step=state.step - 1, post_steps=state.post_steps - (before == 0).int())  # it was counted
+    _, _, done = _block_end_ref(
+        state.tokens, state.kind, live, before, status[:, EDITS, None], state, params, ids, asked=~0
+    )  # fmt: skip
+    finished, _ = _eos_ref(state.tokens, state.kind, live, commit, done, state, params, ids, asked=~0)
+    return done.int() * BLOCK_DONE | finished.int() * FINISHED
 
 
 def _select_ref(masked, confidence, state, params):

@@ -18,7 +18,9 @@ from .weights.shapes import WHOLE, Share
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, size, eps, **kw):
+    """w * x / sqrt(mean(x^2) + eps), over the last dimension."""
+
+    def __init__(self, size: int, eps: float, **kw):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size, **kw))
         self.eps = eps
@@ -34,7 +36,7 @@ class RMSNorm(nn.Module):
 class Linear(KeepsFp8):
     """x W^T (+ b). In fp8, W is e4m3 with a `scale` per block; its `parts`, equal shares of its rows, share none."""
 
-    def __init__(self, size_in, size_out, bias=False, fp8=False, parts=1, **kw):
+    def __init__(self, size_in: int, size_out: int, bias: bool = False, fp8: bool = False, parts: int = 1, **kw):
         super().__init__()
         self.weight, self.scale = _weight((size_out, size_in), fp8, parts, **kw)
         self.bias = nn.Parameter(torch.empty(size_out, **kw)) if bias else None
@@ -81,7 +83,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """down( silu(gate(x)) * up(x) ); gate and up are one projection, gate rows first."""
 
-    def __init__(self, config, inner, **kw):
+    def __init__(self, config: ModelConfig, inner: int, **kw):
         super().__init__()
         self.gate_up = Linear(config.hidden_size, 2 * inner, fp8=config.fp8, parts=2, **kw)
         self.down = Linear(inner, config.hidden_size, fp8=config.fp8, **kw)
@@ -95,9 +97,9 @@ class MLP(nn.Module):
 
 
 class Router(NeverNarrower):
-    """Near-ties between experts are decided by the last bits of its weights."""
+    """Which experts a token goes to, of all there are. Near-ties are decided by the last bits of its weights."""
 
-    def __init__(self, config, **kw):
+    def __init__(self, config: ModelConfig, **kw):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, **kw))
         self.expert_bias = nn.Parameter(torch.empty(config.num_experts, device=kw["device"], dtype=torch.float32))
@@ -112,6 +114,8 @@ class Router(NeverNarrower):
 
 
 class Experts(KeepsFp8):
+    """The weights of the routed experts that are held, gate rows above up rows."""
+
     def __init__(self, config: ModelConfig, share: Share = WHOLE, **kw):
         super().__init__()
         count, inner, hidden = share.num_experts(config), config.moe_intermediate_size, config.hidden_size
@@ -128,7 +132,8 @@ class Experts(KeepsFp8):
 
 
 class MoE(nn.Module):
-    """Routed experts plus the shared expert, which is neither scaled nor gated."""
+    """Routed experts plus the shared expert, which is neither scaled nor gated. Of a share of the experts only the
+    weights are there: what routing names is computed by who holds all."""
 
     def __init__(self, config: ModelConfig, share: Share = WHOLE, **kw):
         super().__init__()
@@ -146,6 +151,8 @@ class MoE(nn.Module):
 
 
 class Layer(nn.Module):
+    """Attention and MLP, each behind a norm; dense or MoE by its index."""
+
     def __init__(self, config: ModelConfig, index: int, share: Share = WHOLE, **kw):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **kw)

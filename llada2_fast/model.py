@@ -7,14 +7,14 @@ decoder calls it. Shapes: B batch, S sequence, T packed tokens, H hidden, V voca
 
 import os
 from dataclasses import dataclass, replace
-from functools import partial, partialmethod
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from .cache import PagedKVCache
-from .config import DTYPES, ModelConfig, as_int, find_device, habits
+from .config import ModelConfig, as_int, habits
 from .kernels._ambient import isolated, lasting
 from .kernels.attention import BlockBatch, Span, block_attention, masked_attention, place_blocks, single_blocks
 from .kernels.fp8 import FP8, check_device, linear
@@ -26,6 +26,7 @@ from .masks import block_causal_mask as block_causal_mask
 from .masks import whole_mask
 from .outputs import Output
 from .weights import checkpoint
+from .weights.conversion import OnOurDevices
 from .weights.shapes import WHOLE, Share
 from .weights.special_tokens import save_special_ids, special_ids, special_ids_of
 
@@ -60,12 +61,6 @@ def _attend(k, v, blocks, q, own=slice(None), rows=slice(None)):
     return block_attention(q[own], k, v, blocks)[rows]
 
 
-def _check_float(dtype):
-    """ValueError for a dtype that a network cannot have."""
-    if dtype not in (*DTYPES.values(), torch.float64):
-        raise ValueError(f"dtype={dtype}: expected float64 or one of {', '.join(DTYPES)}")
-
-
 def seen_block_length(logits: torch.Tensor) -> int | None:
     """The block length with which `forward` made these logits, which may be a slice of them; None: nothing is known."""
     return getattr(_whole(logits), "block_length", None)
@@ -75,7 +70,7 @@ def _whole(tensor):
     return tensor if tensor._base is None else tensor._base
 
 
-class LLaDA2Model(nn.Module):
+class LLaDA2Model(OnOurDevices):
     """The network. `block_length` is the one used where a call names none (config `block_size`, else 32).
 
     config: what it is.
@@ -101,31 +96,6 @@ class LLaDA2Model(nn.Module):
     @lasting
     def _apply(self, fn, recurse=True):
         return super()._apply(fn, recurse)
-
-    def to(self, *args, **kwargs) -> "LLaDA2Model":
-        """torch.nn.Module.to: a device moves everything. A dtype leaves routers as wide as they are, and fp8 weights
-        and their scales as they are. ValueError, and nothing is changed, for a device that is not supported or not
-        there, and for a dtype other than float16, bfloat16, float32 and float64."""
-        for value in (*args, *(kwargs.get(name) for name in ("device", "dtype", "tensor"))):
-            device, dtype = (value.device, value.dtype) if isinstance(value, torch.Tensor) else (value, value)
-            named = isinstance(device, (str, int, torch.device)) and not isinstance(device, bool)
-            if named and str(device) != "meta":
-                find_device(device)
-            if isinstance(dtype, torch.dtype):
-                _check_float(dtype)
-        return super().to(*args, **kwargs)
-
-    def type(self, dst_type):
-        """torch.nn.Module.type: as to(dtype=dst_type)."""
-        if isinstance(dst_type, torch.dtype):
-            _check_float(dst_type)
-        return super().type(dst_type)
-
-    def cuda(self, device=None):
-        """torch.nn.Module.cuda: as to(device), None = "cuda"."""
-        return self.to("cuda" if device is None else device)
-
-    ipu, mtia, xpu = partialmethod(to, "ipu"), partialmethod(to, "mtia"), partialmethod(to, "xpu")  # which refuses them
 
     @property
     def dtype(self) -> torch.dtype:

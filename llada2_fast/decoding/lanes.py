@@ -16,7 +16,6 @@ from ..kernels._ambient import lasting
 from ..kernels.advance import RowBounds, advance, begin_next
 from ..kernels.attention import pinned
 from ..kernels.refine import BlockState, RefineOutput, RefineParams, SpecialIds, needed_positions, refine_step
-from ..kernels.roles import roles_ref
 from .rules import REAL, WHOLE, Rule
 
 
@@ -123,7 +122,7 @@ class Lanes:
         state.tokens, state.kind = torch.cat((before, state.tokens), 1), torch.cat((kind.to(torch.int8), state.kind), 1)
         output = RefineOutput(*(part[rows] for part in output))
         commit = torch.cat((torch.zeros_like(before, dtype=torch.bool), output.commit), 1)
-        over = _over(commit, output.status, state, self.params.rows(rows), self.mask_id)
+        over = refine.judge_ref(commit, output.status, state, self.params.rows(rows), self.ids)
         self.state.frozen[rows] = over
         return over.tolist()  # sync: after a callback, which has read the step
 
@@ -135,20 +134,3 @@ class Lanes:
     def advance(self, lanes: torch.Tensor, repeat: torch.Tensor, carried: int):
         """Begin the next blocks of some lanes; arguments and values as of kernels.advance.advance."""
         return advance(self.state, self.bounds, lanes, repeat, carried, self.ids)
-
-
-def _over(commit, status, state, params, mask_id):
-    """int32 [n], BLOCK_DONE | FINISHED: block end and EOS of rewritten blocks, as kernels/refine.py has them.
-
-    Masks that were put back are for the next step to fill: with them a block is no longer free of masks.
-    """
-    prompt, present = state.kind == refine.PROMPT, state.kind != refine.PADDING
-    left = roles_ref(state.tokens, state.kind, torch.zeros_like(state.frozen), params.flags, mask_id)[0].any(-1)
-    one_phase = ((params.flags & refine.EDITING) == 0) | (params.max_post_steps == 0)
-    at_rest = (status[:, refine.EDITS] == 0) | (state.post_steps >= params.max_post_steps)
-    settled = ~left & (status[:, refine.MASKS_BEFORE] == 0) & at_rest
-    done = torch.where(one_phase, ~left, settled) | (state.step >= params.max_steps)
-    is_eos = (state.tokens[:, :, None] == params.eos_ids[:, None, :]).any(-1) & present
-    masked = (state.tokens == mask_id) & present & ~prompt
-    finished, _ = refine._judge_eos_ref(is_eos, commit, done, prompt, masked, state, params.flags)
-    return done.int() * refine.BLOCK_DONE | finished.int() * refine.FINISHED
