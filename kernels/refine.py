@@ -67,14 +67,22 @@ from .state import (  # noqa: F401  likewise
 )
 
 
-def needed_positions(state, params, ids):
+def needed_positions(state: BlockState, params: RefineParams, ids: SpecialIds) -> torch.Tensor:
     """bool [R, L]: the positions whose logits a step reads (masked; editable where editing). False on frozen rows."""
     masked, editable = roles_ref(state.tokens, state.kind, state.frozen, params.flags, ids.mask)
     return masked | editable
 
 
-def refine_step_ref(logits, state, params, ids, index=None, only_needed=False, tile_v=TILE_V):
-    """One step in PyTorch; see refine_step."""
+def refine_step_ref(
+    logits: torch.Tensor,
+    state: BlockState,
+    params: RefineParams,
+    ids: SpecialIds,
+    index: torch.Tensor | None = None,
+    only_needed: bool = False,
+    tile_v: int = TILE_V,
+) -> RefineOutput:
+    """One step in PyTorch; see refine_step. tile_v: ids that a draw takes together, smaller in tests alone."""
     sampling = SampleParams(params.temperature, params.top_k, params.top_p, params.seed)
     wanted = needed_positions(state, params, ids) if only_needed else None
     token, confidence = block_candidates_ref(
@@ -342,7 +350,17 @@ def _commit_kernel(
     tl.store(STATUS + 7, before)
 
 
-def launch(logits, state, params, ids, index, filters, only_needed, tile_v=TILE_V):
+def launch(
+    logits: torch.Tensor,
+    state: BlockState,
+    params: RefineParams,
+    ids: SpecialIds,
+    index: torch.Tensor | None,
+    filters: bool,
+    only_needed: bool,
+    tile_v: int = TILE_V,
+) -> RefineOutput:
+    """refine_step's launches. Raises ValueError where a tensor of state or params, or index, is not contiguous."""
     rows, length = state.tokens.shape
     output = _empty(state.tokens)
     if rows * length == 0:
@@ -405,14 +423,26 @@ def _values(of):
     return [getattr(of, field.name) for field in fields(of)]
 
 
-def refine_step(logits, state, params, ids, index=None, filters=True, only_needed=False):
+def refine_step(
+    logits: torch.Tensor,
+    state: BlockState,
+    params: RefineParams,
+    ids: SpecialIds,
+    index: torch.Tensor | None = None,
+    filters: bool = True,
+    only_needed: bool = False,
+) -> RefineOutput:
     """One refinement step of R rows; updates `state` in place.
 
-    logits: [R, L, V] for all positions, or [M, V] for some: then index int64 [R, L] names each position's row of
-    logits, -1 where there is none (needed_positions says which must be there). Any float type. ids: SpecialIds.
-    filters: False promises that no row has top_k or top_p, which saves a launch on a GPU. only_needed: leave out the
-    positions that the step does not need, whatever logits there are.
-    Returns RefineOutput. A row whose needed logits hold NaN or +inf, or -inf alone, gets the ERROR bit, is frozen and
+    logits: [R, L, V] for all positions, or [M, V] for some; of any float type
+    state: the rows' blocks
+    params: the rows' rules
+    ids: the model's special ids
+    index: int64 [R, L], each position's row of logits [M, V], -1 for none; needed_positions says which must be there
+    filters: False promises that no row has top_k or top_p, which saves a launch on a GPU
+    only_needed: leave out the positions that the step does not need, whatever logits there are
+
+    Returns what was done. A row whose needed logits hold NaN or +inf, or -inf alone, gets the ERROR bit, is frozen and
     keeps its block. Raises ValueError on shapes that do not fit, and on ids of another type.
     """
     if not isinstance(ids, SpecialIds):
