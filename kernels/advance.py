@@ -17,8 +17,8 @@ import torch
 
 from ._ambient import run_kernel
 from ._triton import tl, triton, use_triton
-from .roles import GENERATED, PADDING, PROMPT, TAIL
-from .state import BLOCK_DONE, PRIOR_MASK, StateTensors
+from .roles import GENERATED, PADDING, PROMPT, TAIL, SpecialIds
+from .state import BLOCK_DONE, PRIOR_MASK, BlockState, StateTensors
 
 _DONE, _MASKED = tl.constexpr(BLOCK_DONE), tl.constexpr(PRIOR_MASK)
 _GENERATED, _PROMPT = tl.constexpr(GENERATED), tl.constexpr(PROMPT)
@@ -45,10 +45,12 @@ def _begin_ref(state, bounds, slot, ids):
     state.reset_block(slot, tokens.fill_(ids.mask), kind, start, prior_flags)
 
 
-def advance_ref(state, bounds, slot, repeat, carried, ids):
+def advance_ref(
+    state: BlockState, bounds: RowBounds, slot: torch.Tensor, repeat: torch.Tensor, carried: int, ids: SpecialIds
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See advance."""
     slot, length = slot.long(), state.tokens.shape[1]
-    block, tokens = state.block_start[slot] // length, state.tokens[slot]
+    block, tokens = state.block_start[slot] // length, state.tokens[slot]  # [S] -> [A], [S, L] -> [A, L]
     end = (block + 1) * length
     ready = (repeat == 0) & (state.frozen[slot] == BLOCK_DONE) & (end < bounds.total[slot])
     unsettled = ready & (bounds.changed[slot] != 0)
@@ -58,9 +60,9 @@ def advance_ref(state, bounds, slot, repeat, carried, ids):
     _begin_ref(state, bounds, slot[going], ids)
 
     now = torch.where(repeat == 0, slot, slot[:1])
-    rows = torch.cat((now, now[:1].expand(carried)))
+    rows = torch.cat((now, now[:1].expand(carried)))  # [A] -> [A + C]
     index = state.block_start[rows] // length
-    laid = state.tokens[rows]
+    laid = state.tokens[rows]  # [S, L] -> [A + C, L]
     places = len(slot) + torch.arange(int(given.sum()), device=slot.device)
     rows[places], index[places], laid[places] = slot[given], block[given], tokens[given]
     return rows.int(), index.int(), laid
@@ -137,7 +139,10 @@ def _advance_kernel(
         tl.store(LAID + (A + spare)[:, None].to(tl.int64) * L + lane[None, :], copies, mask=free[:, None] & lanes)
 
 
-def launch(state, bounds, slot, repeat, carried, ids):
+def launch(
+    state: BlockState, bounds: RowBounds, slot: torch.Tensor, repeat: torch.Tensor, carried: int, ids: SpecialIds
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """advance's launch."""
     entries, length = slot.shape[0], state.tokens.shape[1]
     rows, index, laid = _empty(state.tokens, entries + carried)
     size = triton.next_power_of_2(entries) * triton.next_power_of_2(length)
@@ -157,10 +162,18 @@ def _empty(tokens, blocks):
     return new(blocks, dtype=torch.int32), new(blocks, dtype=torch.int32), new((blocks, tokens.shape[1]))
 
 
-def advance(state, bounds, slot, repeat, carried, ids):
-    """Begin the next blocks of a plan's rows; updates `state` (BlockState over S slots) in place.
+def advance(
+    state: BlockState, bounds: RowBounds, slot: torch.Tensor, repeat: torch.Tensor, carried: int, ids: SpecialIds
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Begin the next blocks of a plan's rows; updates `state` in place.
 
-    bounds: RowBounds; slot, repeat: int32 [A], A at least 1, entry 0 no repeat; carried: C; ids: SpecialIds.
+    state: the blocks of S slots
+    bounds: how far their rows go
+    slot: int32 [A], A at least 1: the slot of each entry of the plan
+    repeat: int32 [A], non-zero where an entry repeats entry 0, which itself is none
+    carried: C, the places for ended blocks
+    ids: the model's special ids
+
     Returns (row int32 [A + C], block int32 [A + C], tokens int64 [A + C, L]): slot, number in its row and tokens of
     each block to forward, first the entries' active blocks, then the carried ones.
     """

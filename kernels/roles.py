@@ -37,14 +37,26 @@ _PROMPT, _PADDING = tl.constexpr(PROMPT), tl.constexpr(PADDING)
 _FILL_PROMPT, _EDITING = tl.constexpr(FILL_PROMPT), tl.constexpr(EDITING)
 
 
-def roles_ref(tokens, kind, frozen, flags, mask_id, asked=~0):
-    """tokens, kind [R, L]; frozen, flags [R] int32 -> masked, editable: bool [R, L].
+def roles_ref(
+    tokens: torch.Tensor,
+    kind: torch.Tensor,
+    frozen: torch.Tensor,
+    flags: torch.Tensor,
+    mask_id: int,
+    asked: int = ~0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which positions are masked and which editable: bool [R, L] each.
 
-    asked: all rows' flags in one int, where they are known; what no row asks for is not computed.
+    tokens: int64 [R, L]
+    kind: int8 [R, L]
+    frozen: int32 [R], non-zero on rows that are left alone
+    flags: int32 [R]
+    mask_id: what a masked position holds
+    asked: all rows' flags in one int, where they are known; what no row asks for is not computed
     """
     holds_mask = tokens == mask_id
     generated = kind != PROMPT
-    live = (kind != PADDING) & (frozen == 0)[:, None]
+    live = (kind != PADDING) & (frozen == 0)[:, None]  # [R] -> [R, 1]
     fillable = generated | ((flags & FILL_PROMPT) != 0)[:, None] if asked & FILL_PROMPT else generated
     masked = live & holds_mask & fillable
     if not asked & EDITING:

@@ -41,7 +41,7 @@ class RefineParams:
     flags: torch.Tensor  # int32
     eos_ids: torch.Tensor  # int64 [R, K]
 
-    def rows(self, index):
+    def rows(self, index: torch.Tensor) -> "RefineParams":
         """The parameters of some rows (index: int64 [n])."""
         return RefineParams(*(getattr(self, f.name)[index] for f in fields(self)))
 
@@ -60,13 +60,25 @@ class BlockState:
     commit_step: torch.Tensor  # int32 [R, L]: step of the commit or edit that put the token there, -1 before
     commit_confidence: torch.Tensor  # float32 [R, L]: its confidence
 
-    def rows(self, index):
+    def rows(self, index: torch.Tensor) -> "BlockState":
         """A copy of some rows (index: int64 [n])."""
         return BlockState(*(getattr(self, f.name)[index] for f in fields(self)))
 
     @classmethod
-    def fresh(cls, tokens, kind, block_start, prior_flags=None):
-        """State of blocks nobody has touched yet: tokens [R, L] int64, kind [R, L] int8, block_start [R] int64."""
+    def fresh(
+        cls,
+        tokens: torch.Tensor,
+        kind: torch.Tensor,
+        block_start: torch.Tensor,
+        prior_flags: torch.Tensor | None = None,
+    ) -> "BlockState":
+        """State of blocks nobody has touched yet, of the tensors given and zeros.
+
+        tokens: int64 [R, L]
+        kind: int8 [R, L]
+        block_start: int64 [R]
+        prior_flags: int32 [R], None for no bits
+        """
         rows = tokens.shape[0]
         count = torch.zeros(rows, dtype=torch.int32, device=tokens.device)
         return cls(
@@ -76,9 +88,22 @@ class BlockState:
             torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device),
         )  # fmt: skip
 
-    def reset_block(self, rows, tokens, kind, block_start, prior_flags):
-        """Lay a new block out in some rows: an int with tokens, kind [L], or int64 [n] with [n, L]; block_start and
-        prior_flags like rows."""
+    def reset_block(
+        self,
+        rows: int | torch.Tensor,
+        tokens: torch.Tensor,
+        kind: torch.Tensor,
+        block_start: int | torch.Tensor,
+        prior_flags: int | torch.Tensor,
+    ) -> None:
+        """Lay a new block out in some rows.
+
+        rows: int, or int64 [n]
+        tokens: int64 [L], or [n, L]
+        kind: int8, like tokens
+        block_start: int, or int64 [n] or one for all
+        prior_flags: int, or int32 [n] or one for all
+        """
         self.tokens[rows], self.kind[rows] = tokens, kind
         self.block_start[rows], self.prior_flags[rows] = block_start, prior_flags
         for counter in (self.step, self.post_steps, self.frozen, self.commit_confidence):

@@ -15,6 +15,7 @@ from ..kernels import refine
 from ..kernels._ambient import lasting
 from ..kernels.advance import RowBounds, advance, begin_next
 from ..kernels.attention import pinned
+from ..kernels.commit import judge_ref
 from ..kernels.refine import BlockState, RefineOutput, RefineParams, SpecialIds, needed_positions, refine_step
 from .rules import REAL, WHOLE, Rule
 
@@ -122,7 +123,7 @@ class Lanes:
         state.tokens, state.kind = torch.cat((before, state.tokens), 1), torch.cat((kind.to(torch.int8), state.kind), 1)
         output = RefineOutput(*(part[rows] for part in output))
         commit = torch.cat((torch.zeros_like(before, dtype=torch.bool), output.commit), 1)
-        over = refine.judge_ref(commit, output.status, state, self.params.rows(rows), self.ids)
+        over = judge_ref(commit, output.status, state, self.params.rows(rows), self.ids)
         self.state.frozen[rows] = over
         return over.tolist()  # sync: after a callback, which has read the step
 

@@ -10,7 +10,7 @@ import triton
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from llada2_fast.kernels import refine
+from llada2_fast.kernels import commit, refine
 from llada2_fast.kernels._triton import force_ops
 from llada2_fast.kernels.candidates import TILE_V
 from tests.kernels import truth
@@ -214,8 +214,8 @@ def test_thresholds_are_strict(threshold, commits, edits):
 
 @pytest.mark.parametrize("rule", ["_select", "_edit", "_block_end", "_eos"])
 def test_a_rule_takes_the_same_in_the_reference_and_in_the_kernel(rule):
-    shared = [name for name in inspect.signature(getattr(refine, f"{rule}_ref")).parameters if name != "asked"]
-    assert [name.lower() for name in getattr(refine, rule).arg_names][: len(shared)] == shared
+    shared = [name for name in inspect.signature(getattr(commit, f"{rule}_ref")).parameters if name != "asked"]
+    assert [name.lower() for name in getattr(commit, rule).arg_names][: len(shared)] == shared
 
 
 def rows_of(which, logits, state, params):
