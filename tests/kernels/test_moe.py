@@ -210,6 +210,25 @@ def test_experts(dtype, tokens, top_k, with_shared):
     close(run(moe.experts, h, routing, *weights, shared), wanted(h, routing, weights, shared))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_routed_sum_is_rounded_before_the_shared_expert_is_added(dtype):
+    """Values whose products and sums float32 holds exactly: all that is left are the two roundings."""
+    tokens, top_k, hidden = 5, 3, 70
+    generator = torch.Generator().manual_seed(4)
+
+    def some(*shape):
+        return torch.randint(-127, 128, shape, generator=generator) / 16
+
+    outer, weights, shared = some(tokens * top_k, hidden), some(tokens, top_k) / 8, some(tokens, hidden)
+    routed = (outer.view(tokens, top_k, hidden) * weights[..., None]).sum(1)
+    expected = routed.to(dtype) + shared.to(dtype)
+    assert not torch.equal((routed + shared).to(dtype), expected)  # once rounded is not enough
+    out = torch.empty(tokens, hidden, dtype=dtype)
+    with interpreted():
+        moe._combine_kernel[(tokens, 2)](outer.to(dtype), weights, shared.to(dtype), out, hidden, top_k, 64)
+    assert torch.equal(out, expected)
+
+
 @pytest.mark.parametrize("hidden, inner", [(64, 64), (130, 70), (16, 128)])
 def test_experts_of_other_widths(hidden, inner):
     h, weights, shared, rule = expert_inputs(9, hidden=hidden, inner=inner)
