@@ -392,7 +392,7 @@ def test_the_tokenizer_runs_no_code_of_the_checkpoint(tmp_path):
         shutil.copy(path, tmp_path)
     edit(tmp_path, auto_map={"AutoTokenizer": ["tokenization_x.X", None], "AutoConfig": "tokenization_x.X"})
     (tmp_path / "tokenization_x.py").write_text(REMOTE, encoding="utf-8")
-    code = f"from llada2_fast.tokens import load_tokenizer; print(load_tokenizer({str(tmp_path)!r}).mask_token)"
+    code = f"from llada2_fast import load_tokenizer; print(load_tokenizer({str(tmp_path)!r}).mask_token)"
     assert run(code, input="y\n") == ["<|mask|>"]
 
 
