@@ -497,6 +497,12 @@ def test_a_frozen_row_changes_nothing(bits):
     assert flags == bits and out.status[0, refine.COMMITS] == out.status[0, refine.EDITS] == 0
 
 
+def test_an_eos_does_not_finish_a_frozen_row():
+    made = state([E, 5], frozen=refine.BLOCK_DONE)
+    assert not step(peaks((1, 0.9), (2, 0.9)), made, params(flags=STOP)).finished
+    assert made.frozen.tolist() == [refine.BLOCK_DONE]
+
+
 @pytest.mark.parametrize("poison", ["nan", "inf", "nan at the mask id", "inf at the mask id", "nothing but -inf"])
 @pytest.mark.parametrize("temperature, flag", [(0.0, 0), (1.0, 0), (1.0, refine.OWN_SOFTMAX)])
 @pytest.mark.parametrize("where", ["masked", "editable"])
