@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from ..config import DTYPES, ModelConfig
 from ..kernels.fp8 import FP8, quantize_weight
 from .files import INDEX, ONE_FILE, WeightFile, refuse_stale, weight_files
-from .hub import resolve as resolve
+from .hub import resolve as resolve  # for those who load
 from .shapes import WHOLE, Share, is_fp8, parameter_shapes
 from .weight_map import (
     STORED,

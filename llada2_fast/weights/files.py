@@ -111,9 +111,10 @@ def _entries(path) -> list[Entry]:
     header = _checked_header(path)
     try:
         return WeightFile(path).entries()
-    except CheckpointError as error:
+    except CheckpointError as error:  # of a dtype that is none the library does not say whose it is
         unjudged = [name for name, fields in header.items() if fields["dtype"] not in STORED]
-        raise CheckpointError(f"{error}; see tensor {unjudged[0]}" if unjudged else str(error)) from None
+        more = f"; see tensor {unjudged[0]}" if unjudged and "tensor `" not in str(error) else ""
+        raise CheckpointError(f"{error}{more}") from None
 
 
 def _checked_header(path) -> dict[str, dict]:
