@@ -112,6 +112,20 @@ def test_a_row_without_a_place_waits_for_one_step(model):
     assert sum(row.counters.settle_forwards for row in decode(model, [8] * 5, params, overlap=0)) == 0
 
 
+def test_the_step_a_row_waits_for_settles_its_block(model):
+    """So that it needs no place any more, and others may match the block."""
+    decoder, rows = decoder_of(model, [8] * 5, {"threshold": 0.0}, overlap=1)
+    waited = set()
+    while running := [row for row in rows if row.running]:
+        before = [row.counters.settle_forwards for row in rows]
+        decoder.step(running)
+        for row, forwards in zip(rows, before, strict=True):
+            if row.counters.settle_forwards > forwards:
+                waited.add(row)
+                assert row.num_final_blocks == row.block + 1
+    assert len(waited) == 3
+
+
 def test_steps_are_launched_before_the_last_one_is_read(model):
     decoder, rows = decoder_of(model, [21], PARAMS["greedy"], overlap=1)
     decode_all(decoder, rows)
