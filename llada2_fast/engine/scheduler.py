@@ -140,7 +140,6 @@ class Scheduler:
         self.running.remove(request)
         self._take_away(request)
         request.sequence.suspend()
-        request.num_inserted = 0
         request.preemptions += 1
         self.preemptions += 1
         self._enqueue(request)
