@@ -132,7 +132,7 @@ def test_an_ablation_takes_its_part_out_and_leaves_the_model_alone(model):
         calls[name] = {event.key: event.count for event in profile.key_averages()}
     assert calls["grouped experts"]["aten::repeat_interleave"] > 0
     assert "llada2_fast::refine_step" not in calls["fused refinement"]
-    assert calls["grouped experts"]["llada2_fast::refine_step"] == 4
+    assert calls["grouped experts"]["llada2_fast::refine_step"] == 8  # steps
     assert [type(layer.mlp) for layer in model.layers] == own
     assert not any(isinstance(part, peers.MaskedExperts) for part in model.modules())
 
