@@ -265,7 +265,7 @@ def test_a_graph_has_no_place_for_a_block_that_was_seen_as_it_stays(golden, edit
     options = {"gen_length": 7, "block_length": 4, "threshold": 0.0, "mask_id": 255, "eos_id": -1}
     with fake_cuda():
         model = move(Measured.from_pretrained(golden / "tiny", progress=False))
-        model.generate([[1]], graphs=True, trace=True, editing_threshold=editing, **options)
+        model.generate([[1]], graphs=True, on_step=lambda *_: None, editing_threshold=editing, **options)
     assert model.sizes == sizes
 
 
