@@ -33,7 +33,7 @@ def wheel(unpacked):
     yield folder
     sys.path[:], sys.meta_path[:] = path, finders
     for name in set(sys.modules) - before:
-        if name.partition(".")[0] in ("vllm", *vllm_stubs.PADDING):
+        if name.partition(".")[0] in ("vllm", *vllm_stubs.ABSENT):
             del sys.modules[name]
 
 

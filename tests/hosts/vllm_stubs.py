@@ -1,6 +1,6 @@
 """vLLM's real Python files, imported without what no CPU test machine has installed.
 
-`install(folder)` puts the unpacked wheel on the path and stands in for the packages in PADDING, and for nothing else.
+`install(folder)` puts the unpacked wheel on the path and stands in for the packages in ABSENT, and for nothing else.
 A stand-in's attributes are classes that can be called, subclassed, subscripted and used as decorators; msgspec's Struct
 keeps its fields, since SamplingParams is one.
 """
@@ -10,7 +10,7 @@ import importlib.machinery
 import sys
 import types
 
-PADDING = (
+ABSENT = (
     "aiohttp", "cachetools", "cbor2", "cloudpickle", "einops", "fastapi", "llguidance", "msgspec", "openai",
     "openai_harmony", "partial_json_parser", "prometheus_client", "psutil", "pybase64", "uvloop", "xgrammar", "zmq",
 )  # fmt: skip
@@ -81,7 +81,7 @@ class _Module(types.ModuleType):
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in PADDING:
+        if name.partition(".")[0] in ABSENT:
             return importlib.machinery.ModuleSpec(name, self, is_package=True)
 
     def create_module(self, spec):
