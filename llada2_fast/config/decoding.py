@@ -139,6 +139,11 @@ class DecodeParams:
         """Tokens are drawn at random, not the most likely ones."""
         return self.temperature > 0 and self.sampling_method != "greedy"
 
+    @property
+    def filters(self) -> bool:
+        """Tokens are drawn with top-k or top-p, which costs a launch on a GPU."""
+        return self.top_k is not None or self.top_p is not None
+
     @classmethod
     def preset(cls, name, **changes) -> "DecodeParams":
         """One of PRESETS, "quality" or "speed", with other fields as given."""

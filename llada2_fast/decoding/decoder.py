@@ -93,7 +93,7 @@ class BlockDecoder:
             ahead = [step for step in steps if step.leading and not step.begins]
             parts += [Prefill(step.pages, step.limit, step.first, step.leading) for step in ahead]
         carried = None if self.overlap else sum(step.begins and bool(step.leading) for step in steps)
-        return Plan(steps, parts, any(s.filters for s in sequences), carried)
+        return Plan(steps, parts, any(s.params.filters for s in sequences), carried)
 
     def _note(self, sequences, prefill):
         """What the forwards of a step have settled, whatever its refinement does."""

@@ -30,11 +30,6 @@ class Rule(NamedTuple):
     max_post_steps: int
     flags: int
 
-    @property
-    def filters(self) -> bool:
-        """Tokens are drawn with top-k or top-p, which costs a launch on a GPU."""
-        return self.top_k > 0 or self.top_p < 1
-
 
 class Quota(NamedTuple):
     """How a block's commits are spread: over `steps`, at least min_transfer a step, no more than max_steps steps."""

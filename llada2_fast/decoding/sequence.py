@@ -60,7 +60,6 @@ class Sequence:
     prompt_length, first_block: where generation starts.
     total: prompt and generated positions, without the tail; limit: positions that exist, for the tail counts only where
         it is attended to; num_blocks: all of them.
-    filters: tokens are drawn with top-k or top-p.
     phase; block: the number of the active one.
     ids: the tokens of all blocks before it, its own as well once it has ended.
     tokens, steps, confidences: of the active block, as the last step that was read left it (where details are kept).
@@ -80,7 +79,6 @@ class Sequence:
         self.first_block = self.prompt_length // block_length
         self.num_blocks = -(-self.total // block_length)
         self.limit = self.num_blocks * block_length if params.attend_tail else self.total
-        self.filters = bool(params.top_k or params.top_p)
         self.phase = Phase.WAITING
         self.lane: int | None = None
         self.pages: tuple[int, ...] = ()

@@ -56,7 +56,7 @@ class Blocks:
         end = NEVER if width == self.length else start + width
         self.lanes.open(lane, start, list(prompt), end, end, rule, seed, tuple(eos_ids[:MAX_EOS]))
         self.width[lane] = width
-        self.filters[lane] = rule.filters
+        self.filters[lane] = params.filters
 
     def close(self, lane: int):
         """It takes no part any more."""
