@@ -90,8 +90,7 @@ class BlockDecoder:
         steps = [_lane_step(sequence) for sequence in sequences]
         parts = [prefill_of(sequence, blocks) for sequence, blocks in prefill]
         if self.runner.carries:  # what comes before a row's first block goes ahead; the device sees to all that follow
-            ahead = [step for step in steps if step.leading and not step.begins]
-            parts += [Prefill(step.pages, step.limit, step.first, step.leading) for step in ahead]
+            parts += [step.ahead() for step in steps if step.leading and not step.begins]
         carried = None if self.overlap else sum(step.begins and bool(step.leading) for step in steps)
         return Plan(steps, parts, any(s.params.filters for s in sequences), carried)
 
@@ -176,11 +175,11 @@ def prefill_all(decoder: BlockDecoder, sequences: list[Sequence]):
 def settle_apart(decoder: BlockDecoder, sequences: list[Sequence]):
     """Forward the blocks that have ended by themselves, instead of with the next ones."""
     steps = zip(sequences, map(_lane_step, sequences), strict=True)
-    late = [(sequence, step.block) for sequence, step in steps if step.leading]
+    late = [(sequence, step) for sequence, step in steps if step.leading]
     if late:
-        decoder.runner.prefill([prefill_of(s, block - s.num_final_blocks) for s, block in late])
-        for sequence, block in late:
-            sequence.settle(block)
+        decoder.runner.prefill([step.ahead() for _, step in late])
+        for sequence, step in late:
+            sequence.settle(step.block)
             sequence.counters.settle_forwards += 1
 
 

@@ -17,6 +17,15 @@ from ..model import Read, read_nothing
 _ON_CPU = {"dtype": torch.int64, "device": "cpu"}
 
 
+class Prefill(NamedTuple):
+    """Whole blocks of a row, from block `first` on, that are forwarded for their K/V alone."""
+
+    pages: tuple[int, ...]
+    limit: int
+    first: int
+    tokens: list[int]
+
+
 class LaneStep(NamedTuple):
     """What a step does in one lane.
 
@@ -33,14 +42,9 @@ class LaneStep(NamedTuple):
     leading: list[int]
     begins: bool
 
-
-class Prefill(NamedTuple):
-    """Whole blocks of a row, from block `first` on, that are forwarded for their K/V alone."""
-
-    pages: tuple[int, ...]
-    limit: int
-    first: int
-    tokens: list[int]
+    def ahead(self) -> Prefill:
+        """Its leading blocks, to be forwarded by themselves."""
+        return Prefill(self.pages, self.limit, self.first, self.leading)
 
 
 class Plan(NamedTuple):
