@@ -13,7 +13,6 @@ from dataclasses import replace
 import torch
 from tqdm import tqdm
 
-from llada2_fast.cache import PagedKVCache
 from llada2_fast.kernels.attention import Span
 from llada2_fast.model import LLaDA2Model
 
@@ -46,7 +45,7 @@ def measure(dtype, rounds):
     """The record of one dtype."""
     model = one_layer(dtype)
     layer, blocks = model.layers[0], PREFIX // BLOCK + 1
-    cache = PagedKVCache(model.config, blocks, BLOCK, dtype, "cpu")
+    cache = model.new_cache(blocks, BLOCK)
     run = Span(tuple(range(blocks)), blocks - 1, 1, blocks * BLOCK)
     tokens = torch.randint(0, 500, (BLOCK,), generator=torch.Generator().manual_seed(1))
     chosen = []

@@ -27,7 +27,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llada2_fast import LLaDA2Model, demo
-from llada2_fast.cache import PagedKVCache
 from llada2_fast.config import DecodeParams
 from llada2_fast.decoding.decoder import BlockDecoder, decode_all, prefill_all
 from llada2_fast.decoding.graph_runner import GraphRunner
@@ -154,7 +153,7 @@ def around_the_graph():
     model = LLaDA2Model.from_pretrained(golden(), dtype=torch.float32, progress=False)
     row = Sequence(list(range(40)), DecodeParams(gen_length=64), 0, (252,), model.block_length, mask_id=255)
     with torch.inference_mode(), torch_products(padded=False), Calls() as all_calls:
-        cache = PagedKVCache(model.config, row.num_blocks, row.block_length, model.dtype, "cpu")
+        cache = model.new_cache(row.num_blocks, row.block_length)
         runner = _Counted(model, cache, Lanes(1, row.block_length, SpecialIds(row.mask_id), pages=row.num_blocks))
         decoder = BlockDecoder(runner)
         row.pages = cache.allocate(row.num_blocks)

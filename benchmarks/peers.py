@@ -19,7 +19,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from llada2_fast.cache import PagedKVCache
 from llada2_fast.config import DecodeParams
 from llada2_fast.decoding.decoder import BlockDecoder, decode_all, prefill_all
 from llada2_fast.decoding.inputs import resolve_ids
@@ -231,7 +230,7 @@ def _without_refine(model, task):
     def call():
         scheduler.set_timesteps(task.steps, block_length=BLOCK)
         row = Sequence(task.prompt[0].tolist(), params, 0, eos_ids, BLOCK, mask_id)
-        cache = PagedKVCache(model.config, row.num_blocks, BLOCK, model.dtype, model.device)
+        cache = model.new_cache(row.num_blocks, BLOCK)
         lanes = SchedulerLanes(scheduler, 1, BLOCK, refine.SpecialIds(mask_id))
         decoder = BlockDecoder(EagerRunner(CachedForward(model, cache), lanes))
         row.pages = cache.allocate(row.num_blocks)

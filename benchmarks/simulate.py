@@ -60,6 +60,9 @@ class StandIn:
         self.cost, self.clock, self.forwards = cost, clock, 0
         self.generator = torch.Generator().manual_seed(seed)
 
+    def new_cache(self, num_pages, block_length):
+        return PagedKVCache(self.config, num_pages, block_length, self.dtype, self.device)
+
     def forward_blocks(self, tokens, positions, runs, cache, read=None):
         self.forwards += 1
         self.clock.now += self.cost(len(tokens), sum(pairs(run.first_block, run.num_blocks) for run in runs))

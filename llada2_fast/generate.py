@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 
-from .cache import PagedKVCache
 from .config import DecodeParams, habits
 from .decoding.decoder import BlockDecoder, decode_all, prefill_all
 from .decoding.graph_runner import GraphRunner, power_of_two
@@ -138,10 +137,14 @@ def generate(
 
 
 def _eager_runner(model, sequences, use_cache):
-    one, pages = sequences[0], sum(s.num_blocks for s in sequences)
-    cache = PagedKVCache(model.config, pages, one.block_length, model.dtype, model.device)
-    lanes = Lanes(len(sequences), one.block_length, SpecialIds(one.mask_id), model.device, max(1, len(one.eos_ids)))
+    cache, lanes = _room(model, sequences[0], len(sequences), sum(s.num_blocks for s in sequences))
     return EagerRunner(CachedForward(model, cache, cached=use_cache), lanes), cache
+
+
+def _room(model, one, count, pages, width=0):
+    """(an empty cache of so many pages, `count` lanes for sequences like `one` with tables of `width` pages)."""
+    lanes = Lanes(count, one.block_length, SpecialIds(one.mask_id), model.device, max(1, len(one.eos_ids)), width)
+    return model.new_cache(pages, one.block_length), lanes
 
 
 # By model, the runner of its last call with graphs, and where its weights were then.
@@ -162,8 +165,7 @@ def _kept_runner(model, sequences):
             return runner, runner.cache
     del runner  # before its successor's cache is made
     count, width, pages = map(power_of_two, asked)
-    cache = PagedKVCache(model.config, pages, one.block_length, model.dtype, model.device)
-    lanes = Lanes(count, one.block_length, SpecialIds(one.mask_id), model.device, max(1, len(one.eos_ids)), width)
+    cache, lanes = _room(model, one, count, pages, width)
     runner = GraphRunner(weakref.proxy(model), cache, lanes)  # if it held its model, that would be kept for ever
     return runner, cache
 

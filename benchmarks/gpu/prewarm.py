@@ -32,7 +32,6 @@ from triton.backends.nvidia import driver
 from triton.runtime.cache import FileCacheManager
 
 from llada2_fast import demo
-from llada2_fast.cache import PagedKVCache
 from llada2_fast.config import ModelConfig
 from llada2_fast.decoding.graph_runner import StepGraph
 from llada2_fast.decoding.lanes import Lanes
@@ -65,7 +64,7 @@ ENTRY = re.compile(r"([A-Z2-7]{52})/(\w+\.(?:cubin|json))")  # a file of Triton'
 def steps_of(config, dtype, sizes, pages, prefill, length=BLOCK):
     """Steps of a network as the decode loop's graphs hold them, with and without top-k and top-p, and its prefill."""
     model = LLaDA2Model(config, dtype=dtype, device="meta").eval()
-    cache = PagedKVCache(config, max(pages), length, dtype, model.device)
+    cache = model.new_cache(max(pages), length)
     for active, carried in sizes:
         for width in pages:
             lanes = Lanes(active, length, refine.SpecialIds(config.mask_token_id), model.device, pages=width)

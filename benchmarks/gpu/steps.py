@@ -19,7 +19,6 @@ from functools import partial
 
 import torch
 
-from llada2_fast.cache import PagedKVCache
 from llada2_fast.decoding.graph_runner import StepGraph
 from llada2_fast.decoding.lanes import Lanes
 from llada2_fast.kernels import refine
@@ -49,7 +48,7 @@ class Step:
         logits = 2 * batch * BLOCK * config.vocab_size
         machine.require_memory(kept + 3 * logits, f"cache and logits of batch {batch}, prefix {prefix}")
         self.model, self.prefix, self.mask_id = model, prefix, config.mask_token_id
-        self.cache = PagedKVCache(config, batch * width, BLOCK, machine.dtype, device)
+        self.cache = model.new_cache(batch * width, BLOCK)
         self.cache.k.normal_()
         self.cache.v.normal_()
         tokens = torch.randint(config.mask_token_id, (batch, BLOCK), device=device)

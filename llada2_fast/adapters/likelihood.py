@@ -5,7 +5,6 @@ import math
 import torch
 import torch.nn.functional as F
 
-from ..cache import PagedKVCache
 from ..decoding.decoder import PREFILL_TOKENS
 from ..decoding.inputs import check_prompts
 from ..kernels._ambient import isolated
@@ -47,7 +46,7 @@ def likelihood_bound(
     canvas.view(-1)[:total] = ids
     canvas, where = canvas.to(model.device), torch.arange(blocks * length, device=model.device).view(blocks, length)
     limit = blocks * length if attend_tail else total
-    cache = PagedKVCache(model.config, blocks - 1 + batch_size, length, model.dtype, model.device)
+    cache = model.new_cache(blocks - 1 + batch_size, length)
     chunk = max(1, PREFILL_TOKENS[model.device.type] // length)
     for begin in range(0, blocks - 1, chunk):
         end = min(begin + chunk, blocks - 1)

@@ -8,7 +8,6 @@ from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from dataclasses import replace
 
-from ..cache import PagedKVCache
 from ..config import DecodeParams, EngineConfig, as_float, as_ids
 from ..decoding.decoder import BlockDecoder
 from ..decoding.graph_runner import GraphRunner
@@ -46,7 +45,7 @@ class Engine:
         self.mask_id = resolve_ids(model, DecodeParams(mask_id=config.mask_id, eos_ids=()))[0]
         pages = max(1, config.cache_tokens // length)
         widest = min(pages, -(-model.config.max_position_embeddings // length))
-        self.cache = PagedKVCache(model.config, pages, length, model.dtype, model.device)
+        self.cache = model.new_cache(pages, length)
         ids, table = SpecialIds(self.mask_id), widest if config.graphs else 0
         lanes = Lanes(config.max_num_seqs, length, ids, model.device, config.max_eos_ids, table)
         if config.graphs:

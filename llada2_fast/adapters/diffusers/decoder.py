@@ -2,7 +2,6 @@
 
 import torch
 
-from ...cache import PagedKVCache
 from ...config import MODEL_TYPES, DecodeParams
 from ...decoding.decoder import BlockDecoder
 from ...decoding.inputs import check_fit, check_prompts, row_seeds
@@ -46,7 +45,7 @@ def open_decoder(
         for prompt, seed in zip(prompts, seeds, strict=True)
     ]
     if own:
-        cache = PagedKVCache(config, sum(s.num_blocks for s in sequences), length, model.dtype, model.device)
+        cache = model.new_cache(sum(s.num_blocks for s in sequences), length)
         for sequence in sequences:
             sequence.pages = cache.allocate(sequence.num_blocks)
         forward = CachedForward(model, cache)
