@@ -1,5 +1,7 @@
 """Random-weight networks of the shapes the benchmarks talk about. Speed does not depend on the weights' values."""
 
+import copy
+
 import torch
 
 from llada2_fast.config import ModelConfig
@@ -33,3 +35,12 @@ def random_model(config, seed=0, dtype=torch.float32, device="cpu"):
     model.lm_head.weight[[config.mask_token_id, *config.eos_token_id]] = 0
     model.products()  # probed now and not within what is measured
     return model
+
+
+def with_experts(model, make):
+    """A network on the same weights whose routed experts are make(its own), a module called as layers.Experts is."""
+    twin = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
+    for layer in twin.layers:
+        if hasattr(layer.mlp, "experts"):
+            layer.mlp.experts = make(layer.mlp.experts)
+    return twin

@@ -11,7 +11,6 @@ Each is a function of (model, task) that returns a call without arguments, and t
 threshold decoding, greedy, without editing; random networks never predict EOS, so nobody stops early.
 """
 
-import copy
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -28,6 +27,8 @@ from llada2_fast.decoding.sequence import Sequence
 from llada2_fast.kernels import refine
 from llada2_fast.kernels.moe import gated, mlp
 from llada2_fast.kernels.product import torch_products
+
+from .models import with_experts
 
 BLOCK = 32
 
@@ -209,11 +210,7 @@ class SchedulerLanes(Lanes):
 
 
 def _without_experts(model, task):
-    twin = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})  # on the same weights
-    for layer in twin.layers:
-        if hasattr(layer.mlp, "experts"):
-            layer.mlp.experts = MaskedExperts(layer.mlp.experts)
-    return ours(twin, task)
+    return ours(with_experts(model, MaskedExperts), task)
 
 
 def _without_products(model, task):

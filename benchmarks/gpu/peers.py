@@ -10,7 +10,6 @@ Gate: in a network of two layers (Machine.shallow) each must choose the same tok
 at least; what is timed is the whole network.
 """
 
-import copy
 from functools import partial
 
 import torch
@@ -23,6 +22,7 @@ from llada2_fast.kernels.norm import rms_norm_ref
 from llada2_fast.kernels.rope import qk_norm_rope_ref, rope_angles
 from llada2_fast.kernels.router import route_ref
 
+from ..models import with_experts
 from ..roofline import BLOCK
 from .machine import Point
 from .steps import Step
@@ -42,18 +42,9 @@ class OuterExperts(torch.nn.Module):
         return self.own(x, routing, shared)
 
 
-def with_outer_experts(model):
-    """A network on the same weights."""
-    twin = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
-    for layer in twin.layers:
-        if hasattr(layer.mlp, "experts"):
-            layer.mlp.experts = OuterExperts(layer.mlp.experts)
-    return twin
-
-
 def reference_step(step):
     """A call for the tokens [32]: forward over the cache, LM head, refinement; references under force_ops("torch")."""
-    state, model = step.state, with_outer_experts(step.model)
+    state, model = step.state, with_experts(step.model, OuterExperts)
     pages = tuple(step.page_table[0].tolist())
     runs = [Span(pages, len(pages) - 1, 1, len(pages) * BLOCK)]
     positions = step.prefix + torch.arange(BLOCK, device=state.tokens.device)
