@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import llada2_fast
 from llada2_fast import LLaDA2Model, ModelConfig
 from llada2_fast.kernels._triton import force_ops
 from tests.hosts import vllm_stubs
@@ -35,6 +36,7 @@ def wheel(unpacked):
     for name in set(sys.modules) - before:
         if name.partition(".")[0] in ("vllm", *vllm_stubs.ABSENT):
             del sys.modules[name]
+    llada2_fast.register()  # vLLM has entered its config classes in transformers' tables
 
 
 LAZY = {f"llada2_fast.adapters.vllm.{name}" for name in ("network", "state", "blocks")}
