@@ -77,12 +77,8 @@ def phases(folder, dry=False, changed=None):
     """All phases, in their order. folder: where results go; changed: see --changed."""
     python, tried, day = [sys.executable, "-m"], ["--dry-run"] * dry, folder / "day.jsonl"
     tests = [*python, "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--timeout-method", "thread"]
-    side_by_side = ["-n", "auto", "--dist", "loadfile", "--timeout", "60"]
-    side_by_side += [
-        "-p",
-        "benchmarks.gpu.failed_tests",
-        f"--failed-to={day}",
-    ]  # by itself it could be a root of pytest's
+    side_by_side = ["-n", "auto", "--dist", "loadfile", "--timeout", "60", "-p", "benchmarks.gpu.failed_tests"]
+    side_by_side.append(f"--failed-to={day}")  # one word: a path by itself could become pytest's root
     packed = folder / "cache.tar.xz"
     unpacked = ["--unpack", str(packed)] * packed.is_file()
     kept = ["--resume"] if changed is None else ["--resume-any", "--anew", changed]
