@@ -7,7 +7,7 @@
 
 A ready row that must wait stays as it is for one step; that step's forward over the final tokens settles it.
 
-Shapes: S slots, A entries of the plan, C places, L block_length. The plan names a slot per entry; an entry may repeat
+Shapes: S lanes, A entries of the plan, C places, L block_length. The plan names a lane per entry; an entry may repeat
 entry 0 (it fills a graph of a larger size), and a place nobody needs repeats entry 0 too, as it is after advancing.
 """
 
@@ -34,124 +34,125 @@ class RowBounds:
     changed: torch.Tensor  # non-zero: the row's last step changed its block
 
 
-def _begin_ref(state, bounds, slot, ids):
-    """Lay the next blocks of some slots [n] out."""
-    start, tokens = state.block_start[slot] + state.tokens.shape[1], state.tokens[slot]
-    masked = ((tokens == ids.mask) & (state.kind[slot] != PROMPT)).any(-1)
-    prior_flags = state.prior_flags[slot] | masked.int() * PRIOR_MASK
-    position = start[:, None] + torch.arange(tokens.shape[1], device=slot.device)  # [n, L]
-    behind, absent = position >= bounds.total[slot][:, None], position >= bounds.limit[slot][:, None]
+def _begin_ref(state, bounds, lane, ids):
+    """Lay the next blocks of some lanes [n] out."""
+    start, tokens = state.block_start[lane] + state.tokens.shape[1], state.tokens[lane]
+    masked = ((tokens == ids.mask) & (state.kind[lane] != PROMPT)).any(-1)
+    prior_flags = state.prior_flags[lane] | masked.int() * PRIOR_MASK
+    position = start[:, None] + torch.arange(tokens.shape[1], device=lane.device)  # [n, L]
+    behind, absent = position >= bounds.total[lane][:, None], position >= bounds.limit[lane][:, None]
     kind = (behind * TAIL + absent * (PADDING - TAIL)).to(state.kind.dtype)  # GENERATED is 0
-    state.reset_block(slot, tokens.fill_(ids.mask), kind, start, prior_flags)
+    state.reset_block(lane, tokens.fill_(ids.mask), kind, start, prior_flags)
 
 
 def advance_ref(
-    state: BlockState, bounds: RowBounds, slot: torch.Tensor, repeat: torch.Tensor, carried: int, ids: SpecialIds
+    state: BlockState, bounds: RowBounds, lane: torch.Tensor, repeat: torch.Tensor, carried: int, ids: SpecialIds
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See advance."""
-    slot, length = slot.long(), state.tokens.shape[1]
-    block, tokens = state.block_start[slot] // length, state.tokens[slot]  # [S] -> [A], [S, L] -> [A, L]
+    lane, length = lane.long(), state.tokens.shape[1]
+    block, tokens = state.block_start[lane] // length, state.tokens[lane]  # [S] -> [A], [S, L] -> [A, L]
     end = (block + 1) * length
-    ready = (repeat == 0) & (state.frozen[slot] == BLOCK_DONE) & (end < bounds.total[slot])
-    unsettled = ready & (bounds.changed[slot] != 0)
+    ready = (repeat == 0) & (state.frozen[lane] == BLOCK_DONE) & (end < bounds.total[lane])
+    unsettled = ready & (bounds.changed[lane] != 0)
     given = unsettled & (unsettled.cumsum(0) <= carried)
     going = ready & (given | ~unsettled)
 
-    _begin_ref(state, bounds, slot[going], ids)
+    _begin_ref(state, bounds, lane[going], ids)
 
-    now = torch.where(repeat == 0, slot, slot[:1])
+    now = torch.where(repeat == 0, lane, lane[:1])
     rows = torch.cat((now, now[:1].expand(carried)))  # [A] -> [A + C]
     index = state.block_start[rows] // length
     laid = state.tokens[rows]  # [S, L] -> [A + C, L]
-    places = len(slot) + torch.arange(int(given.sum()), device=slot.device)
-    rows[places], index[places], laid[places] = slot[given], block[given], tokens[given]
+    places = len(lane) + torch.arange(int(given.sum()), device=lane.device)
+    rows[places], index[places], laid[places] = lane[given], block[given], tokens[given]
     return rows.int(), index.int(), laid
 
 
 @triton.jit
 def _advance_kernel(
-    SLOT, REPEAT, TOTAL, LIMIT, CHANGED,
+    LANE, REPEAT, TOTAL, LIMIT, CHANGED,
     STATE,  # BlockState
     ROW, BLOCK, LAID, mask_id,
-    A: tl.constexpr, C: tl.constexpr, L: tl.constexpr, ENTRIES: tl.constexpr, PLACES: tl.constexpr, LANES: tl.constexpr,
+    A: tl.constexpr, C: tl.constexpr, L: tl.constexpr,
+    ENTRIES: tl.constexpr, PLACES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (1,): all entries at once, [ENTRIES, LANES]."""
-    entry, lane = tl.arange(0, ENTRIES), tl.arange(0, LANES)
+    """Grid (1,): all entries at once, [ENTRIES, COLUMNS]."""
+    entry, column = tl.arange(0, ENTRIES), tl.arange(0, COLUMNS)
     there = entry < A
-    slot = tl.load(SLOT + entry, mask=there, other=0).to(tl.int64)
+    lane = tl.load(LANE + entry, mask=there, other=0).to(tl.int64)
     own = there & (tl.load(REPEAT + entry, mask=there, other=1) == 0)
-    n = slot[:, None] * L + lane[None, :]
-    inside = own[:, None] & (lane < L)[None, :]
-    start = tl.load(STATE.block_start + slot, mask=there, other=0)
-    total = tl.load(TOTAL + slot, mask=own, other=0)
-    limit = tl.load(LIMIT + slot, mask=own, other=0)
-    prior_flags = tl.load(STATE.prior_flags + slot, mask=own, other=0)
+    n = lane[:, None] * L + column[None, :]
+    inside = own[:, None] & (column < L)[None, :]
+    start = tl.load(STATE.block_start + lane, mask=there, other=0)
+    total = tl.load(TOTAL + lane, mask=own, other=0)
+    limit = tl.load(LIMIT + lane, mask=own, other=0)
+    prior_flags = tl.load(STATE.prior_flags + lane, mask=own, other=0)
     tokens = tl.load(STATE.tokens + n, mask=inside, other=0)
     kind = tl.load(STATE.kind + n, mask=inside, other=0)
-    ready = own & (tl.load(STATE.frozen + slot, mask=own, other=0) == _DONE) & (start + L < total)
-    unsettled = ready & (tl.load(CHANGED + slot, mask=own, other=0) != 0)
+    ready = own & (tl.load(STATE.frozen + lane, mask=own, other=0) == _DONE) & (start + L < total)
+    unsettled = ready & (tl.load(CHANGED + lane, mask=own, other=0) != 0)
     place = tl.cumsum(unsettled.to(tl.int32), 0) - 1
     given = unsettled & (place < C)
     going = ready & (given | (unsettled == 0))
 
     # the ended blocks that ride along
     at = A + tl.where(given, place, 0)
-    tl.store(ROW + at, slot.to(tl.int32), mask=given)
+    tl.store(ROW + at, lane.to(tl.int32), mask=given)
     tl.store(BLOCK + at, (start // L).to(tl.int32), mask=given)
-    tl.store(LAID + at[:, None].to(tl.int64) * L + lane[None, :], tokens, mask=inside & given[:, None])
+    tl.store(LAID + at[:, None].to(tl.int64) * L + column[None, :], tokens, mask=inside & given[:, None])
 
     # the next blocks
     holds_mask = tl.sum((inside & (tokens == mask_id) & (kind != _PROMPT)).to(tl.int32), 1) > 0
     start = tl.where(going, start + L, start)
-    text, tail = (total - start).to(tl.int32)[:, None], (limit - start).to(tl.int32)[:, None]  # lanes before their ends
-    fresh = tl.where(lane[None, :] < text, _GENERATED, tl.where(lane[None, :] < tail, _TAIL, _PADDING))
+    text, tail = (total - start).to(tl.int32)[:, None], (limit - start).to(tl.int32)[:, None]  # up to their ends
+    fresh = tl.where(column[None, :] < text, _GENERATED, tl.where(column[None, :] < tail, _TAIL, _PADDING))
     tokens = tl.where(going[:, None], mask_id, tokens)
     new = inside & going[:, None]
     tl.debug_barrier()  # every thread has read the state
     tl.store(STATE.tokens + n, tokens, mask=new)
     tl.store(STATE.kind + n, fresh.to(tl.int8), mask=new)
-    tl.store(STATE.commit_step + n, tl.full([ENTRIES, LANES], -1, tl.int32), mask=new)
-    tl.store(STATE.commit_confidence + n, tl.zeros([ENTRIES, LANES], tl.float32), mask=new)
+    tl.store(STATE.commit_step + n, tl.full([ENTRIES, COLUMNS], -1, tl.int32), mask=new)
+    tl.store(STATE.commit_confidence + n, tl.zeros([ENTRIES, COLUMNS], tl.float32), mask=new)
     none = tl.zeros([ENTRIES], tl.int32)
-    tl.store(STATE.block_start + slot, start, mask=going)
-    tl.store(STATE.step + slot, none, mask=going)
-    tl.store(STATE.post_steps + slot, none, mask=going)
-    tl.store(STATE.frozen + slot, none, mask=going)
-    tl.store(STATE.prior_flags + slot, prior_flags | tl.where(holds_mask, _MASKED, 0), mask=going)
+    tl.store(STATE.block_start + lane, start, mask=going)
+    tl.store(STATE.step + lane, none, mask=going)
+    tl.store(STATE.post_steps + lane, none, mask=going)
+    tl.store(STATE.frozen + lane, none, mask=going)
+    tl.store(STATE.prior_flags + lane, prior_flags | tl.where(holds_mask, _MASKED, 0), mask=going)
 
     # what is forwarded: the entries, and entry 0 wherever it is repeated
     first = entry == 0
-    first_slot = tl.sum(tl.where(first, slot, 0), 0)
+    first_lane = tl.sum(tl.where(first, lane, 0), 0)
     first_block = tl.sum(tl.where(first, start // L, 0), 0)
     first_tokens = tl.sum(tl.where(first[:, None], tokens, 0), 0)
-    tl.store(ROW + entry, tl.where(own, slot, first_slot).to(tl.int32), mask=there)
+    tl.store(ROW + entry, tl.where(own, lane, first_lane).to(tl.int32), mask=there)
     tl.store(BLOCK + entry, tl.where(own, start // L, first_block).to(tl.int32), mask=there)
     tokens = tl.where(own[:, None], tokens, first_tokens[None, :])
-    lanes = (lane < L)[None, :]
-    tl.store(LAID + entry[:, None].to(tl.int64) * L + lane[None, :], tokens, mask=there[:, None] & lanes)
+    columns = (column < L)[None, :]
+    tl.store(LAID + entry[:, None].to(tl.int64) * L + column[None, :], tokens, mask=there[:, None] & columns)
     if C > 0:
         spare = tl.arange(0, PLACES)
         free = (spare >= tl.sum(given.to(tl.int32), 0)) & (spare < C)
         blank = tl.zeros([PLACES], tl.int32)
-        tl.store(ROW + A + spare, blank + first_slot.to(tl.int32), mask=free)
+        tl.store(ROW + A + spare, blank + first_lane.to(tl.int32), mask=free)
         tl.store(BLOCK + A + spare, blank + first_block.to(tl.int32), mask=free)
-        copies = tl.broadcast_to(first_tokens[None, :], (PLACES, LANES))
-        tl.store(LAID + (A + spare)[:, None].to(tl.int64) * L + lane[None, :], copies, mask=free[:, None] & lanes)
+        copies = tl.broadcast_to(first_tokens[None, :], (PLACES, COLUMNS))
+        tl.store(LAID + (A + spare)[:, None].to(tl.int64) * L + column[None, :], copies, mask=free[:, None] & columns)
 
 
 def launch(
-    state: BlockState, bounds: RowBounds, slot: torch.Tensor, repeat: torch.Tensor, carried: int, ids: SpecialIds
+    state: BlockState, bounds: RowBounds, lane: torch.Tensor, repeat: torch.Tensor, carried: int, ids: SpecialIds
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """advance's launch."""
-    entries, length = slot.shape[0], state.tokens.shape[1]
+    entries, length = lane.shape[0], state.tokens.shape[1]
     rows, index, laid = _empty(state.tokens, entries + carried)
     size = triton.next_power_of_2(entries) * triton.next_power_of_2(length)
     run_kernel(
         _advance_kernel, (1,),
-        slot, repeat, bounds.total, bounds.limit, bounds.changed, StateTensors(**vars(state)),
+        lane, repeat, bounds.total, bounds.limit, bounds.changed, StateTensors(**vars(state)),
         rows, index, laid, ids.mask,
         A=entries, C=carried, L=length, ENTRIES=triton.next_power_of_2(entries),
-        PLACES=triton.next_power_of_2(max(carried, 1)), LANES=triton.next_power_of_2(length),
+        PLACES=triton.next_power_of_2(max(carried, 1)), COLUMNS=triton.next_power_of_2(length),
         num_warps=min(16, max(1, size // 256)),
     )  # fmt: skip
     return rows, index, laid
@@ -163,32 +164,32 @@ def _empty(tokens, blocks):
 
 
 def advance(
-    state: BlockState, bounds: RowBounds, slot: torch.Tensor, repeat: torch.Tensor, carried: int, ids: SpecialIds
+    state: BlockState, bounds: RowBounds, lane: torch.Tensor, repeat: torch.Tensor, carried: int, ids: SpecialIds
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Begin the next blocks of a plan's rows; updates `state` in place.
 
-    state: the blocks of S slots
+    state: the blocks of S lanes
     bounds: how far their rows go
-    slot: int32 [A], A at least 1: the slot of each entry of the plan
+    lane: int32 [A], A at least 1: the lane of each entry of the plan
     repeat: int32 [A], non-zero where an entry repeats entry 0, which itself is none
     carried: C, the places for ended blocks
     ids: the model's special ids
 
-    Returns (row int32 [A + C], block int32 [A + C], tokens int64 [A + C, L]): slot, number in its row and tokens of
+    Returns (row int32 [A + C], block int32 [A + C], tokens int64 [A + C, L]): lane, number in its row and tokens of
     each block to forward, first the entries' active blocks, then the carried ones.
     """
     run = launch if use_triton(state.tokens) else advance_ref
-    return run(state, bounds, slot, repeat, carried, ids)
+    return run(state, bounds, lane, repeat, carried, ids)
 
 
-def begin_next(state, bounds, slots, ids):
-    """Begin the next blocks of slots whose block has ended, whatever their last steps changed: of the plan's three, for
+def begin_next(state, bounds, lanes, ids):
+    """Begin the next blocks of lanes whose block has ended, whatever their last steps changed: of the plan's three, for
     a host that sees to what is carried by itself. Updates `state` in place.
 
-    bounds: RowBounds, whose `changed` is zero; slots: a list of ints; ids: SpecialIds.
+    bounds: RowBounds, whose `changed` is zero; lanes: a list of ints; ids: SpecialIds.
     """
-    slot = torch.tensor(slots, dtype=torch.int64, device="cpu").to(state.tokens.device)
+    lane = torch.tensor(lanes, dtype=torch.int64, device="cpu").to(state.tokens.device)
     if use_triton(state.tokens):
-        launch(state, bounds, slot.int(), torch.zeros_like(slot, dtype=torch.int32), 0, ids)
+        launch(state, bounds, lane.int(), torch.zeros_like(lane, dtype=torch.int32), 0, ids)
     else:
-        _begin_ref(state, bounds, slot, ids)
+        _begin_ref(state, bounds, lane, ids)

@@ -351,22 +351,22 @@ def _combine(PART, PART_ID, n, wanted, plane, tiles, temperature, flags, seed, p
 def _candidates_kernel(
     INDEX, FLAGS, START, STEP, TEMPERATURE, SEED, PART, PART_ID,
     TOKEN, CONFIDENCE, SECOND, SECOND_CONFIDENCE,  # [R, L]; the last two are None without a runner-up
-    tiles, L: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr,
+    tiles, L: tl.constexpr, TILES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Grid (R,): the candidates of one row from the parts of its positions."""
     row = tl.program_id(0)
-    lane = tl.arange(0, LANES)
-    n = row * L + lane
-    wanted = lane < L
+    column = tl.arange(0, COLUMNS)
+    n = row * L + column
+    wanted = column < L
     if INDEX is not None:
-        wanted &= tl.load(INDEX + n, mask=lane < L, other=-1) >= 0
+        wanted &= tl.load(INDEX + n, mask=column < L, other=-1) >= 0
     plane = tl.num_programs(0) * L * TILES
     token, confidence, top, mass, scale = _combine(
         PART, PART_ID, n, wanted, plane, tiles, tl.load(TEMPERATURE + row), tl.load(FLAGS + row).to(tl.int32),
-        tl.load(SEED + row), tl.load(START + row) + lane, tl.load(STEP + row), TILES,
+        tl.load(SEED + row), tl.load(START + row) + column, tl.load(STEP + row), TILES,
     )  # fmt: skip
-    tl.store(TOKEN + n, token.to(tl.int64), mask=lane < L)
-    tl.store(CONFIDENCE + n, tl.where(wanted, confidence, _NONE), mask=lane < L)
+    tl.store(TOKEN + n, token.to(tl.int64), mask=column < L)
+    tl.store(CONFIDENCE + n, tl.where(wanted, confidence, _NONE), mask=column < L)
     if SECOND is not None:
         tile = tl.arange(0, TILES)[None, :]
         at = n[:, None] * TILES + tile
@@ -381,8 +381,8 @@ def _candidates_kernel(
         second = tl.min(tl.where(best == logit[:, None], tl.where(taken, other_id, best_id), _NO_ID), 1)
         none = (token < 0) | (logit == _NONE)
         share = tl.exp2((logit - top) * scale) / mass
-        tl.store(SECOND + n, tl.where(none, -1, second).to(tl.int64), mask=lane < L)
-        tl.store(SECOND_CONFIDENCE + n, tl.where(none, 0.0, share), mask=lane < L)
+        tl.store(SECOND + n, tl.where(none, -1, second).to(tl.int64), mask=column < L)
+        tl.store(SECOND_CONFIDENCE + n, tl.where(none, 0.0, share), mask=column < L)
 
 
 def launch_parts(logits, index, roles, flags, start, step, params, ids, filters, runner_up=False, tile_v=TILE_V):
@@ -431,11 +431,11 @@ def launch(logits, start, step, params, ids, flags, index, filters, runner_up, t
     parts, part_ids, tiles = launch_parts(
         logits, index, None, flags, start, step, params, ids, filters, runner_up, tile_v
     )  # fmt: skip
-    lanes, num_warps = row_layout(length)
+    columns, num_warps = row_layout(length)
     run_kernel(
         _candidates_kernel, (rows,),
         index, flags, start, step, params.temperature, params.seed, parts, part_ids,
-        *found, *(() if runner_up else (None, None)), tiles, length, parts.shape[2], lanes, num_warps=num_warps,
+        *found, *(() if runner_up else (None, None)), tiles, length, parts.shape[2], columns, num_warps=num_warps,
     )  # fmt: skip
     return found
 
@@ -455,9 +455,9 @@ def pass_layout(device, dtype, vocab):
 
 
 def row_layout(length):
-    """Lanes and warps of a kernel that has the parts of a row's positions side by side."""
-    lanes = max(16, triton.next_power_of_2(length))
-    return lanes, 8 if lanes <= 32 else 16
+    """Columns and warps of a kernel that has the parts of a row's positions side by side."""
+    columns = max(16, triton.next_power_of_2(length))
+    return columns, 8 if columns <= 32 else 16
 
 
 def _empty(logits, index, runner_up):

@@ -183,20 +183,20 @@ def _count(mask):
 
 
 @triton.jit
-def _first_lane(mask, lane, L: tl.constexpr):
+def _first_column(mask, column, L: tl.constexpr):
     """Index of the first True of a row's positions, L where there is none."""
-    return tl.min(tl.where(mask, lane, L), 0)
+    return tl.min(tl.where(mask, column, L), 0)
 
 
 @triton.jit
-def _select(masked, confidence, STATE, PARAMS, row, lane, L: tl.constexpr):
+def _select(masked, confidence, STATE, PARAMS, row, column, L: tl.constexpr):
     """_select_ref of one row's positions."""
     steps = tl.maximum(tl.load(PARAMS.steps + row), 1)
     extra = (tl.minimum(tl.load(STATE.step + row), steps - 1) < L % steps).to(tl.int32)
     quota = tl.maximum(L // steps + extra, tl.load(PARAMS.min_transfer + row))
     high = masked & (confidence > tl.load(PARAMS.threshold + row))
     ranked = tl.where(masked, tl.maximum(confidence, -1.0), -2.0)  # whatever is masked comes before all else
-    tied = (ranked[None, :] == ranked[:, None]) & (lane[None, :] < lane[:, None])  # [L] -> [L, L]
+    tied = (ranked[None, :] == ranked[:, None]) & (column[None, :] < column[:, None])  # [L] -> [L, L]
     ahead = (ranked[None, :] > ranked[:, None]) | tied
     rank = tl.sum(ahead.to(tl.int32), 1)  # [L, L] -> [L]
     return tl.where(_count(high) >= quota, high, masked & (rank < quota))
@@ -227,25 +227,25 @@ def _block_end(tokens, kind, live, before, edit, STATE, PARAMS, ids, row):
 
 @triton.jit
 def _eos(
-    tokens, kind, live, commit, done, STATE, PARAMS, ids, row, lane, L: tl.constexpr, NUM_EOS: tl.constexpr
+    tokens, kind, live, commit, done, STATE, PARAMS, ids, row, column, L: tl.constexpr, NUM_EOS: tl.constexpr
 ):  # fmt: skip
     """_eos_ref of one row."""
     flags, prior_flags = tl.load(PARAMS.flags + row), tl.load(STATE.prior_flags + row)
     present = kind != _PADDING
-    is_eos = lane < 0
+    is_eos = column < 0
     for k in tl.static_range(NUM_EOS):
         is_eos |= tokens == tl.load(PARAMS.eos_ids + row * NUM_EOS + k)
     is_eos &= present
     generated = kind != _PROMPT
-    first_mask = _first_lane((tokens == ids.mask) & generated & present, lane, L)
-    first = _first_lane(is_eos & (kind == _GENERATED), lane, L)
+    first_mask = _first_column((tokens == ids.mask) & generated & present, column, L)
+    first = _first_column(is_eos & (kind == _GENERATED), column, L)
     judged = ((flags & _EOS_STEP) != 0) | (((flags & _EOS_END) != 0) & done)
     resolved = judged & (first < L) & (first_mask > first)
 
     # the cards' rules
     prior_clean = (prior_flags & _PRIOR_MASK) == 0
-    first_any = _first_lane(is_eos, lane, L)
-    in_prompt = ((prior_flags & _PRIOR_EOS) != 0) | (_count((kind == _PROMPT) & (lane == first_any)) > 0)
+    first_any = _first_column(is_eos, column, L)
+    in_prompt = ((prior_flags & _PRIOR_EOS) != 0) | (_count((kind == _PROMPT) & (column == first_any)) > 0)
     counts = in_prompt | (prior_clean & (first_mask > first_any))
     early = ((flags & _EOS_COMMIT) != 0) & (_count(is_eos & commit) > 0) & counts
     holds = done & (_count(is_eos & generated) > 0)
@@ -260,13 +260,13 @@ def _commit_kernel(
     INDEX, PART, PART_ID,  # see candidates.py
     STATE, PARAMS, OUT,  # BlockState, RefineParams, RefineOutput
     ids, tiles,
-    L: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr, ONLY_NEEDED: tl.constexpr, NUM_EOS: tl.constexpr,
+    L: tl.constexpr, TILES: tl.constexpr, COLUMNS: tl.constexpr, ONLY_NEEDED: tl.constexpr, NUM_EOS: tl.constexpr,
 ):  # fmt: skip
     """Grid (R,): one row from its parts to its next block, as commit_ref; a frozen row only reports."""
     row = tl.program_id(0)
-    lane = tl.arange(0, LANES)
-    inside = lane < L
-    n = row * L + lane
+    column = tl.arange(0, COLUMNS)
+    inside = column < L
+    n = row * L + column
     held = tl.load(STATE.tokens + n, mask=inside, other=-1)
     kind = tl.load(STATE.kind + n, mask=inside, other=_PADDING)
     frozen = tl.load(STATE.frozen + row)
@@ -281,26 +281,26 @@ def _commit_kernel(
         wanted &= masked | editable
     token, confidence, _top, _mass, _scale_ = _combine(
         PART, PART_ID, n, wanted, tl.num_programs(0) * L * TILES, tiles, tl.load(PARAMS.temperature + row), flags,
-        tl.load(PARAMS.seed + row), tl.load(STATE.block_start + row) + lane, old_step, TILES,
+        tl.load(PARAMS.seed + row), tl.load(STATE.block_start + row) + column, old_step, TILES,
     )  # fmt: skip
     token = token.to(tl.int64)
     confidence = tl.where(wanted, confidence, float("-inf"))
     error = (frozen == 0) & (_count((confidence != confidence) & (masked | editable)) > 0)
     live = (frozen == 0) & (error == 0)
 
-    commit = _select(masked, confidence, STATE, PARAMS, row, lane, L) & live
+    commit = _select(masked, confidence, STATE, PARAMS, row, column, L) & live
     edit = _edit(editable, token, confidence, held, PARAMS, row) & live
     written = commit | edit
     new = tl.where(written, token, held)
     # what moves tokens within the block, as LLaDA2.2's deletions and insertions do, belongs here
 
     left, edits, step, post_steps, done = _block_end(new, kind, live, before, edit, STATE, PARAMS, ids, row)
-    finished, eos_at = _eos(new, kind, live, commit, done, STATE, PARAMS, ids, row, lane, L, NUM_EOS)
+    finished, eos_at = _eos(new, kind, live, commit, done, STATE, PARAMS, ids, row, column, L, NUM_EOS)
     now = frozen | done.to(tl.int32) * _BLOCK_DONE | finished.to(tl.int32) * _FINISHED | error.to(tl.int32) * _ERROR
 
     tl.debug_barrier()  # every thread has read the state
     tl.store(STATE.tokens + n, new, mask=inside & written)
-    tl.store(STATE.commit_step + n, tl.zeros([LANES], tl.int32) + old_step, mask=inside & written)
+    tl.store(STATE.commit_step + n, tl.zeros([COLUMNS], tl.int32) + old_step, mask=inside & written)
     tl.store(STATE.commit_confidence + n, confidence, mask=inside & written)
     tl.store(STATE.step + row, step)
     tl.store(STATE.post_steps + row, post_steps)

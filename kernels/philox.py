@@ -5,7 +5,7 @@
     uniform = (word >> 8) * 2^-24 + 2^-25          rounded to float32: never 0, 1 once in 2^24 draws
     pick    = the first index whose cumulative weight exceeds uniform * total; never one of weight zero
 
-A draw depends on its own row's seed, position and step alone: not on batch, slot, cache layout or scheduling.
+A draw depends on its own row's seed, position and step alone: not on batch, lane, cache layout or scheduling.
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011); known answers of Random123.
 """
 

@@ -112,11 +112,11 @@ def launch(
     parts, part_ids, tiles = launch_parts(
         logits, index, roles, params.flags, state.block_start, state.step, sampling, ids, filters, tile_v=tile_v
     )  # fmt: skip
-    lanes, num_warps = row_layout(length)
+    columns, num_warps = row_layout(length)
     run_kernel(
         _commit_kernel, (rows,),
         index, parts, part_ids, StateTensors(**vars(state)), ParamTensors(**vars(params)), output, ids, tiles,
-        L=length, TILES=parts.shape[2], LANES=lanes, ONLY_NEEDED=only_needed, NUM_EOS=params.eos_ids.shape[1],
+        L=length, TILES=parts.shape[2], COLUMNS=columns, ONLY_NEEDED=only_needed, NUM_EOS=params.eos_ids.shape[1],
         num_warps=num_warps,
     )  # fmt: skip
     return output
