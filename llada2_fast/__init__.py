@@ -82,8 +82,8 @@ def __dir__():
 class _Hosts(PathFinder):
     """Registers with other libraries' tables when somebody imports them, so that nobody else pays for them."""
 
-    # Their module -> our adapter, and what it does as soon as that module is there.
-    PENDING = {
+    # Their module -> our adapter, and what it does each time that module has been executed.
+    STEPS = {
         "transformers.models.auto.configuration_auto": ("transformers", "register_configs"),
         "transformers.models.auto.modeling_auto": ("transformers", "register_models"),
         "diffusers.pipelines.pipeline_loading_utils": ("diffusers", "register"),
@@ -91,15 +91,14 @@ class _Hosts(PathFinder):
 
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        if name not in cls.PENDING:
+        spec = super().find_spec(name, path, target) if name in cls.STEPS else None
+        if spec is None:
             return None
-        step = cls.PENDING.pop(name)
-        spec = super().find_spec(name, path, target)
         execute = spec.loader.exec_module
 
         def exec_module(module):
             execute(module)
-            _register(*step)
+            _register(*cls.STEPS[name])
 
         spec.loader.exec_module = exec_module
         return spec
@@ -109,6 +108,6 @@ def _register(adapter, step):
     getattr(importlib.import_module(f".adapters.{adapter}", __name__), step)()
 
 
-for _name in [name for name in _Hosts.PENDING if name in sys.modules]:
-    _register(*_Hosts.PENDING.pop(_name))
+for _name in _Hosts.STEPS.keys() & sys.modules.keys():
+    _register(*_Hosts.STEPS[_name])
 sys.meta_path.insert(0, _Hosts)

@@ -378,6 +378,8 @@ def test_import_is_light():
     "import transformers; from llada2_fast.generate import generate",
     "from transformers import AutoModelForCausalLM; from llada2_fast import generate",
     "import llada2_fast; from transformers import AutoModelForCausalLM; from llada2_fast import generate",
+    "from llada2_fast import generate; from importlib.util import find_spec; "
+    "find_spec('transformers.models.auto.configuration_auto')",
 ])  # fmt: skip
 def test_importing_both_packages_registers_and_generate_is_always_the_function(golden, first):
     code = f"{first}; import llada2_fast; print(type(generate).__name__, generate is llada2_fast.generate)"
