@@ -1,5 +1,6 @@
 """Engine: add requests, step, read events. All requests share one BlockDecoder, the refinement loop of the project."""
 
+import itertools
 import logging
 import math
 import time
@@ -31,7 +32,12 @@ _logger = logging.getLogger(__name__)
 class Engine:
     """Continuous batching of block diffusion over a shared paged cache. Not for use from several threads.
 
-    model: LLaDA2Model; tokenizer: needed for text and stop strings; clock: seconds, for times and fairness.
+    model: LLaDA2Model.
+    config: places, pages and how steps are run; None = EngineConfig()'s.
+    tokenizer: needed for text and stop strings.
+    clock: () -> seconds, for times and fairness.
+    Raises ValueError for a config that the model or its device cannot have.
+
     Tokens, confidences and traces of a request are those of `generate()` with its prompt, parameters and seed, whatever
     else is running; on a float32 CPU bit for bit where block_length is a multiple of 4.
     """
@@ -84,7 +90,9 @@ class Engine:
         as_float("priority", priority, "that is finite", math.isfinite)
         stop_token_ids = () if stop_token_ids is None else as_ids("stop_token_ids", stop_token_ids)
         self._arrivals += 1
-        request_id = f"request-{self._arrivals}" if request_id is None else request_id
+        if request_id is None:
+            names = (f"request-{number}" for number in itertools.count(self._arrivals))
+            request_id = next(name for name in names if name not in self.requests)
         if request_id in self.requests:
             raise ValueError(f"request_id={request_id!r:.80}: expected another id than those of unfinished requests")
         prompt = self._check_prompt(prompt_ids, params)
@@ -171,7 +179,11 @@ class Engine:
         )  # fmt: skip
 
     def stream(self, request, drafts=True):
-        """Events of a request as they come; the engine steps while there are none. Closing the iterator cancels it."""
+        """Events of a request as they come; the engine steps while there are none. Closing the iterator cancels it.
+
+        request: a handle of add_request.
+        drafts: whether "draft" events, the open block as it stands, are among them.
+        """
         request.drafts = drafts
         try:
             while request.events or request.output is None:

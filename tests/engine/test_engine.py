@@ -125,6 +125,15 @@ def test_a_trace_is_kept_for_who_asks_for_it(graphs):
     assert asked.output.edits and not other.output.edits
 
 
+def test_an_id_that_is_made_up_is_nobody_s():
+    engine = small_engine()
+    params = DecodeParams(gen_length=4, steps=1, eos_ids=())
+    given = ["request-2", None, "request-4", None, None]
+    requests = [engine.add_request(prompt_of(3), params, request_id=name) for name in given]
+    assert len({request.request_id for request in requests}) == len(given)
+    assert len(engine.generate([prompt_of(3)] * 2, params)) == 2 and all(request.output for request in requests)
+
+
 def test_stats_say_what_was_done_and_is_held():
     engine = small_engine(max_num_seqs=1, cache_tokens=160)
     assert engine.stats() == EngineStats(0, 0, {}, 0, 0, 0, 0, 0, 0, 40, 40, 0, 0)
