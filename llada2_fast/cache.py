@@ -106,6 +106,7 @@ class PagedKVCache:
             raise ValueError(f"cache: {count} pages needed, {self.num_free} of {self.num_pages} are free")
         while self._blank.count < count:
             self._evict(next(iter(self._idle)))
+            self.num_evicted += 1
         pages = self._blank.take(count)
         for page in pages:
             self._count[page] = 1
@@ -157,7 +158,6 @@ class PagedKVCache:
     def _evict(self, page):
         del self._page[self._hash.pop(page)], self._idle[page]
         self._blank.give(page)
-        self.num_evicted += 1
 
     def check_integrity(self, held):
         """Assert that the pages held by somebody (an iterable of page tuples) are exactly the counted ones, that the

@@ -58,7 +58,9 @@ def test_published_pages_are_found_held_and_evicted_least_recently_used_first():
     cache.incref(cache.match_prefix(keys[:1]))  # used again: younger than b[0]
     cache.free(a[:1])
     cache.allocate(2)  # a blank one and the older of the published
-    assert cache.match_prefix(keys[2:]) == () and cache.match_prefix(keys) == a[:1]
+    assert cache.match_prefix(keys[2:]) == () and cache.match_prefix(keys) == a[:1] and cache.num_evicted == 2
+    cache.clear()
+    assert cache.match_prefix(keys) == () and cache.num_evicted == 2  # forgotten, not given to somebody else
 
 
 def test_a_row_s_last_blocks_are_evicted_before_the_ones_they_need():
