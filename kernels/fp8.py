@@ -1,7 +1,7 @@
-"""Block-scaled fp8 (e4m3): weights with a scale per 128 x 128 block, activations with one per 1 x 128.
+"""Group-scaled fp8 (e4m3): weights with a scale per group of 128 x 128, activations with one per 1 x 128.
 
-    scale = largest magnitude of the block / 448,  q = cast(x / scale)        x ~ q * scale
-    y = cast(sum over K blocks of (sum_k q_x q_w) * scale_x * scale_w)        sums in float32
+    scale = largest magnitude of the group / 448,  q = cast(x / scale)        x ~ q * scale
+    y = cast(sum over groups of K of (sum_k q_x q_w) * scale_x * scale_w)        sums in float32
 
 Weights are quantised when they are loaded, activations on the fly. The layout is that of published checkpoints, whose
 `weight_scale_inv` is our scale. Linear layers in any precision go through `linear`.
@@ -20,6 +20,7 @@ from .gemm import SCALE_GROUP, TINY, QuantTensor, gemm, scale_of
 
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
+_GROUP = tl.constexpr(SCALE_GROUP)
 PROGRAMS = 256  # about two for each multiprocessor of a large GPU
 CAPABILITY = (8, 9)  # the first NVIDIA GPUs that multiply fp8
 
@@ -32,14 +33,14 @@ def check_device(device):
         raise ValueError(f"device: {name} has no fp8 products, compute capability {needed} or higher expected")
 
 
-def blocks(size):
-    """Blocks along `size` elements."""
+def num_groups(size):
+    """Groups along `size` elements, the last one cut short."""
     return -(-size // SCALE_GROUP)
 
 
 def scale_shape(shape, parts=1):
-    """Shape of the scales of a weight [.., N, K] of `parts` matrices one above the other, each with its own blocks."""
-    return (*shape[:-2], parts * blocks(shape[-2] // parts), blocks(shape[-1]))
+    """Shape of the scales of a weight [.., N, K] of `parts` matrices one above the other, each with its own groups."""
+    return (*shape[:-2], parts * num_groups(shape[-2] // parts), num_groups(shape[-1]))
 
 
 def scale_ref(largest):
@@ -50,7 +51,7 @@ def scale_ref(largest):
 def quantize_weight(weight, parts=1):
     """weight [.., N, K] of any float type, anywhere -> QuantTensor: e4m3 [.., N, K], float32 [.., N / 128, K / 128].
 
-    parts: matrices one above the other, each with its own blocks: 2 for gate and up.
+    parts: matrices one above the other, each with its own groups: 2 for gate and up.
     """
     if weight.ndim > 2:  # one after the other, for memory
         return QuantTensor(*map(torch.stack, zip(*(quantize_weight(part, parts) for part in weight), strict=True)))
@@ -90,7 +91,7 @@ def _quantize_kernel(X, OUT, SCALE, x_stride, K: tl.constexpr, GROUPS: tl.conste
     """Grid (rows, GROUPS / TILE_G)."""
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * TILE_G + tl.arange(0, TILE_G)
-    k = group[:, None] * 128 + tl.arange(0, 128)[None, :]
+    k = group[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]
     x = tl.load(X + row * x_stride + k, mask=k < K, other=0.0).to(tl.float32)
     scale = scale_of(tl.max(tl.abs(x), 1))
     tl.store(OUT + row * K + k, tl.div_rn(x, scale[:, None]).to(OUT.dtype.element_ty), mask=k < K)
@@ -102,7 +103,7 @@ def quantize(x):
     if not use_triton(x):
         return quantize_ref(x)
     rows, columns = x.shape
-    groups = blocks(columns)
+    groups = num_groups(columns)
     out, scale = x.new_empty(rows, columns, dtype=FP8), x.new_empty(rows, groups, dtype=torch.float32)
     if x.numel():
         x = x if x.stride(1) == 1 else x.contiguous()

@@ -1,4 +1,4 @@
-"""Rows times weights, of one matrix or of one per expert, in float32, 16 bits or block-scaled fp8; tile sizes.
+"""Rows times weights, of one matrix or of one per expert, in float32, 16 bits or group-scaled fp8; tile sizes.
 
     out[p] = x[row of p] W[expert of p]^T                               x [., K], W [E, N, K], out [., N]
     gated:   silu(gate) * up of the first and the second N rows of W    W [E, 2N, K]
@@ -32,6 +32,7 @@ TILE_K = 64  # unless tuned
 SCALE_GROUP = 128  # rows and columns of a weight, columns of an activation, that share an fp8 scale
 TINY = 1e-30  # stands in for the largest magnitude of a group of zeros
 _TINY = tl.constexpr(TINY)
+_GROUP = tl.constexpr(SCALE_GROUP)
 
 
 class QuantTensor(NamedTuple):
@@ -82,8 +83,8 @@ def _gemm_kernel(
     every row. Scales None: not fp8. OUT_SCALE: OUT is fp8 too, TILE_N 128. LIKE: of the type of activations.
     """
     SPAN: tl.constexpr = (2 * N if GATED else N) * K
-    GROUPS: tl.constexpr = (K + 127) // 128  # of a row's K that share a scale
-    BLOCKS: tl.constexpr = (N + 127) // 128  # of a matrix's rows that share scales; gate and up have their own
+    GROUPS: tl.constexpr = (K + _GROUP - 1) // _GROUP  # of a row's K that share a scale
+    ROW_GROUPS: tl.constexpr = (N + _GROUP - 1) // _GROUP  # of a matrix's rows; gate and up have their own
     if TILES is None:
         tile = tl.program_id(0) % tl.cdiv(tokens, TILE_M)
         first = tl.program_id(0) // tl.cdiv(tokens, TILE_M) * TILE_N
@@ -112,7 +113,7 @@ def _gemm_kernel(
         source = row // TOP_K if GATED else row
         weight += expert * SPAN
         if W_SCALE is not None:
-            w_scale += expert * ((2 * BLOCKS if GATED else BLOCKS) * GROUPS)
+            w_scale += expert * ((2 * ROW_GROUPS if GATED else ROW_GROUPS) * GROUPS)
         if SHARED is not None:
             if tile < 0:
                 token = (tile + tl.cdiv(tokens, TILE_M)) * TILE_M + m
@@ -122,7 +123,7 @@ def _gemm_kernel(
                 weight = SHARED
                 w_scale = SHARED_SCALE
     if W_SCALE is not None:
-        w_scale += first // 128 * GROUPS  # one row of blocks holds all of the tile
+        w_scale += first // _GROUP * GROUPS  # one group of rows holds all of the tile
     k = tl.arange(0, TILE_K)
     x_at = X + source[:, None].to(tl.int64) * x_stride + k[None, :]
     w_at = weight + n[:, None] * K + k[None, :]
@@ -148,7 +149,7 @@ def _gemm_kernel(
             if X_SCALE is None:
                 up = tl.dot(w, x, up, input_precision="ieee")
             else:
-                up += tl.dot(w, x) * (tl.load(w_scale + BLOCKS * GROUPS + group) * x_scale)
+                up += tl.dot(w, x) * (tl.load(w_scale + ROW_GROUPS * GROUPS + group) * x_scale)
     if GATED:
         gate = rounded(acc, LIKE)
         acc = rounded(rounded(gate / (1.0 + tl.exp(-gate)), LIKE) * rounded(up, LIKE), LIKE)
@@ -159,7 +160,7 @@ def _gemm_kernel(
     else:
         scale = scale_of(tl.max(tl.abs(acc), 0))
         tl.store(OUT + place, tl.div_rn(acc, scale[None, :]).to(OUT.dtype.element_ty), mask=mask)
-        tl.store(OUT_SCALE + row.to(tl.int64) * BLOCKS + first // 128, scale, mask=inside)
+        tl.store(OUT_SCALE + row.to(tl.int64) * ROW_GROUPS + first // _GROUP, scale, mask=inside)
 
 
 def gemm(x, weight, shared, routing, gated, like, tile_m, tile_n, num_warps, num_stages, tile_k=TILE_K):

@@ -34,7 +34,7 @@ class RMSNorm(nn.Module):
 
 
 class Linear(KeepsFp8):
-    """x W^T (+ b). In fp8, W is e4m3 with a `scale` per block; its `parts`, equal shares of its rows, share none."""
+    """x W^T (+ b). In fp8, W is e4m3 with a `scale` per group; its `parts`, equal shares of its rows, share none."""
 
     def __init__(self, size_in: int, size_out: int, bias: bool = False, fp8: bool = False, parts: int = 1, **kw):
         super().__init__()

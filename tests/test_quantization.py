@@ -88,7 +88,7 @@ def test_an_expert_of_a_checkpoint_has_scales_of_its_own(saved):
     _, tensors = saved
     name = "model.layers.1.mlp.experts.3.up_proj.weight"
     rows, columns = tensors[name].shape
-    assert tensors[f"{name}_scale_inv"].shape == (fp8.blocks(rows), fp8.blocks(columns))
+    assert tensors[f"{name}_scale_inv"].shape == (fp8.num_groups(rows), fp8.num_groups(columns))
 
 
 def test_what_a_checkpoint_left_wide_is_quantised(golden, saved):

@@ -71,7 +71,7 @@ class WeightTarget(NamedTuple):
 
     @property
     def parts(self) -> int:
-        """Matrices one above the other that it holds, each with fp8 blocks of its own."""
+        """Matrices one above the other that it holds, each with fp8 groups of its own."""
         return 2 if "gate_up" in self.param and self.half is None else 1
 
     @property

@@ -50,7 +50,7 @@ def test_a_weight_by_the_formula(rows, columns, parts):
     tops = [part * height + top for part in range(parts) for top in range(0, height, 128)]
     for i, top in enumerate(tops):
         bottom = min(top + 128, (top // height + 1) * height)
-        for j in range(fp8.blocks(columns)):
+        for j in range(fp8.num_groups(columns)):
             block = weight[top:bottom, j * 128 : j * 128 + 128]
             assert scale[i, j] == block.abs().max() / 448
             q = values[top:bottom, j * 128 : j * 128 + 128]
