@@ -11,6 +11,7 @@ import torch
 from ._ambient import run_kernel
 from ._triton import FLOATS, tl, triton, use_triton
 from .attention import check_caches, write_pages
+from .gemm import rounded
 from .norm import rms_norm_ref
 
 
@@ -49,12 +50,6 @@ def qk_norm_rope_write_ref(
     return q
 
 
-@triton.jit
-def _rounded(x, like):
-    """x in the dtype that `like` points to, as float32 again."""
-    return x.to(like.dtype.element_ty).to(tl.float32)
-
-
 @triton.jit(do_not_specialize=["tokens"])
 def _qk_norm_rope_kernel(
     QKV, Q_WEIGHT, K_WEIGHT, COS, SIN, Q, K, V, SLOT, eps, tokens, qkv_stride, page_stride, token_stride,
@@ -86,13 +81,13 @@ def _qk_norm_rope_kernel(
         scale = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
         q_weight = tl.load(Q_WEIGHT + d, mask=d < D, other=0.0).to(tl.float32)
         k_weight = tl.load(K_WEIGHT + d, mask=d < D, other=0.0).to(tl.float32)
-        x = _rounded(_rounded(x * scale, QKV) * tl.where(is_q, q_weight, k_weight), QKV)
+        x = rounded(rounded(x * scale, QKV) * tl.where(is_q, q_weight, k_weight), QKV)
         q_weight = tl.load(Q_WEIGHT + partner, mask=turns, other=0.0).to(tl.float32)
         k_weight = tl.load(K_WEIGHT + partner, mask=turns, other=0.0).to(tl.float32)
-        y = _rounded(_rounded(y * scale, QKV) * tl.where(is_q, q_weight, k_weight), QKV)
+        y = rounded(rounded(y * scale, QKV) * tl.where(is_q, q_weight, k_weight), QKV)
     cos = tl.load(COS + token * ROT + d, mask=exists & turns, other=1.0).to(tl.float32)
     sin = tl.load(SIN + token * ROT + d, mask=exists & turns, other=0.0).to(tl.float32)
-    turned = _rounded(x * cos, QKV) + _rounded(tl.where(d < HALF, -y, y) * sin, QKV)
+    turned = rounded(x * cos, QKV) + rounded(tl.where(d < HALF, -y, y) * sin, QKV)
     result = tl.where(turns, turned, x).to(Q.dtype.element_ty)
     tl.store(Q + (token * HEADS + head) * D + d, result, mask=inside & is_q)
     if SLOT is None:
