@@ -1,4 +1,4 @@
-"""What the scheduler refuses, in the words of diffusers, and what it warns of."""
+"""What scheduler and pipeline refuse, in the words of diffusers, and what they warn of."""
 
 import math
 import warnings
@@ -12,9 +12,14 @@ from ...model import seen_block_length
 NO_STEPS = 2**30  # the most that a step's number may be
 
 
+def is_int(value) -> bool:
+    """An integer of Python or NumPy, no bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def check_positive(name: str, value, most: float = math.inf):
     """ValueError for what is no integer in 1 .. most."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if not is_int(value):
         raise ValueError(f"`{name}` must be an integer, got {value!r:.80}.")
     if value <= 0:
         raise ValueError(f"`{name}` must be > 0, got {value}.")

@@ -17,10 +17,11 @@ from ...decoding.sequence import Phase
 from ...kernels import refine
 from ...outputs import Output
 from .callbacks import CANDIDATES, TENSORS, rewrite, step_tensors
+from .checks import is_int
 from .decoder import open_decoder
 from .files import INDEX, load_parts, save_parts
 from .foreign import model_device
-from .prompts import callback_names, check_arguments, check_ids, check_source, is_int, prepare_input_ids
+from .prompts import callback_names, check_arguments, check_ids, check_source, prepare_input_ids
 
 
 @dataclass(eq=False)
@@ -190,22 +191,36 @@ class LLaDA2Pipeline:
     ):
         """Continue prompts.
 
-        prompt: str or list of str, wrapped as chats where the tokenizer has a template and use_chat_template is True;
-        messages: a chat or a list of chats; input_ids: [P] or [B, P], a tensor or array of integers that int64 holds,
-        with attention_mask of the same shape (bool, or 1 and 0 = padding, either side). Ids take precedence.
-        block_length: None = the scheduler's config's; num_inference_steps: per block; threshold: commit above it (> 1:
-        by quota alone); editing_threshold: edit above it, None, 0 and less = off; minimal_topk: least commits per step;
-        eos_token_id, mask_token_id: None = the tokenizer's (without one: no EOS, and an error); generator: one
-        torch.Generator, or one per row. A drawn token's confidence is its probability after temperature and filters, as
-        in diffusers: a call with a temperature below 1, top_k or top_p warns of it.
+        prompt: str or list of str.
+        messages: a chat or a list of chats.
+        input_ids: [P] or [B, P], a tensor or array of integers that int64 holds. Ids take precedence.
+        attention_mask: of input_ids' shape, bool, or 1 and 0 = padding, on either side.
+        use_chat_template: wrap prompts as chats where the tokenizer has a template.
+        add_generation_prompt: end a chat with the opening of the answer.
+        gen_length: tokens to generate.
+        block_length: positions refined together; None = the scheduler's config's.
+        num_inference_steps: per block.
+        temperature: 0 = greedy. A drawn token's confidence is its probability after temperature and filters, as in
+            diffusers: a call with a temperature below 1, top_k or top_p warns of it.
+        top_p, top_k: what a draw is among; None = all tokens.
+        sampling_method: "auto", "greedy" or "multinomial"; auto draws where the temperature is above 0.
+        threshold: commit above it; above 1 by quota alone.
+        editing_threshold: edit above it; None, 0 and less = off.
+        max_post_steps: steps of editing after a block's last mask.
+        minimal_topk: least commits per step.
+        eos_early_stop: end a row at its first EOS; its sequence is filled with the pad id (else the EOS id) from there.
+        eos_token_id: None = the tokenizer's; without one there is no EOS.
+        mask_token_id: None = the tokenizer's; without one a ValueError.
+        generator: one torch.Generator, or one per row.
+        output_type: "text", or "seq" for ids alone.
+        return_dict: False = (sequences, texts).
+        callback_on_step_end: called as (pipe, step, timestep, tensors) after every step; step counts all, timestep
+            those of the block that found masks. It may return None, or a dict whose "block_x" takes effect
+            (callbacks.rewrite); so does writing into block_x.
+        callback_on_step_end_tensor_inputs: names of the tensors it is given (callbacks.step_tensors).
 
-        callback_on_step_end(pipe, step, timestep, tensors) is called after every step: step counts all steps, timestep
-        those of the block that found masks; tensors holds the named ones (callbacks.step_tensors). It may return None,
-        or a dict whose "block_x" takes effect (callbacks.rewrite); so does writing into block_x.
-
-        Returns LLaDA2PipelineOutput, or (sequences, texts). With eos_early_stop a row's sequence is filled with the
-        pad id (else the EOS id) after its first EOS; texts end there in any case. Raises ValueError on bad arguments
-        before any forward, RuntimeError naming row and step where logits hold NaN or infinity.
+        Returns LLaDA2PipelineOutput, or (sequences, texts); texts end at the first EOS in any case. Raises ValueError
+        on bad arguments before any forward, RuntimeError naming row and step where logits hold NaN or infinity.
         """
         names = callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
         if block_length is None:

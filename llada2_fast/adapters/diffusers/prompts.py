@@ -1,12 +1,11 @@
 """What a pipeline is given: prompts of three forms become ids, and what diffusers refuses is refused in its words."""
 
-from numbers import Integral
-
 import numpy as np
 import torch
 
-from ...config import SAMPLING_METHODS, habits
+from ...config import habits
 from ...decoding.inputs import checked_thresholds
+from .checks import check_method, check_positive
 
 
 def prepare_input_ids(
@@ -92,15 +91,9 @@ def check_arguments(
         "minimal_topk": minimal_topk,
     }  # fmt: skip
     for name, value in counts.items():
-        if not is_int(value):
-            raise ValueError(f"`{name}` must be an integer, got {value!r:.80}.")
-        if value <= 0:
-            raise ValueError(f"`{name}` must be > 0, got {value}.")
+        check_positive(name, value)
     checked_thresholds(threshold, None)
-    if sampling_method not in SAMPLING_METHODS:
-        raise ValueError(
-            f"`sampling_method` must be one of {{'auto','greedy','multinomial'}}, got {sampling_method!r:.80}."
-        )
+    check_method(sampling_method)
     if output_type not in ("seq", "text"):
         raise ValueError(f"`output_type` must be 'seq' or 'text', got {output_type!r:.80}.")
     unknown = [name for name in names if name not in known_names]
@@ -108,11 +101,6 @@ def check_arguments(
         raise ValueError(f"`callback_on_step_end_tensor_inputs` has to be in {known_names}, but found {unknown}")
     if callback is not None and not callable(callback):
         raise ValueError(f"`callback_on_step_end` must be callable, got {callback!r:.80}.")
-
-
-def is_int(value) -> bool:
-    """An integer of Python or NumPy, no bool."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def check_ids(input_ids) -> torch.Tensor:

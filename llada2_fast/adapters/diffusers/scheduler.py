@@ -178,13 +178,19 @@ class BlockRefinementScheduler:
     ):  # fmt: skip
         """One refinement step of R blocks, each by itself.
 
-        model_output: logits [R, L, V], any float dtype; timestep: the step's number in the block, from 0, an int;
-        sample: int64 [R, L], unchanged; mask_token_id: None = uniform mode; threshold, editing_threshold, minimal_topk:
-        None = the config's; prompt_mask: bool [L] or [R, L], True = never written (mask mode); generator: one
-        torch.Generator, or one per row.
-        A drawn token's confidence is its probability after temperature and filters, as in diffusers, of which the first
-        step warns that has a temperature below 1, top_k or top_p.
-        Returns BlockRefinementSchedulerOutput, or its six fields as a tuple. Raises ValueError on bad arguments,
+        model_output: logits [R, L, V], any float dtype.
+        timestep: the step's number in the block, from 0, an int.
+        sample: int64 [R, L], unchanged.
+        mask_token_id: None = uniform mode.
+        temperature: 0 = greedy. A drawn token's confidence is its probability after temperature and filters, as in
+            diffusers, of which the first step warns that has a temperature below 1, top_k or top_p.
+        top_p, top_k: what a draw is among; None = all tokens.
+        sampling_method: "auto", "greedy" or "multinomial"; auto draws where the temperature is above 0.
+        threshold, editing_threshold, minimal_topk: None = the config's.
+        prompt_mask: bool [L] or [R, L], True = never written (mask mode).
+        generator: one torch.Generator, or one per row.
+        return_dict: False = the output's six fields as a tuple.
+        Returns BlockRefinementSchedulerOutput, or a tuple. Raises ValueError on bad arguments,
         RuntimeError where logits hold NaN or infinity. Warns if logits are a slice of what our model gave for blocks of
         another length.
         """
