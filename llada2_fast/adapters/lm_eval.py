@@ -86,12 +86,21 @@ def register():
 class LLaDA2LM:
     """What lm-eval calls, without its base class; `register` joins them.
 
-    pretrained: folder or hub id, None = the embedded model; dtype: "auto" = the checkpoint's (embedded model: float32);
-    device: None = the GPU if there is one; batch_size: rows decoded together, "auto" = EngineConfig's, or
-    max_batch_size; cache_tokens: None = what that many of the largest requests need; mc_num, mc_seed: of
-    `likelihood_bound`; preset, decode: DecodeParams, where `gen_length` is for tasks that name no max_gen_toks, and
-    end tokens are honoured unless eos_early_stop=False. trust_remote_code changes nothing: no checkpoint's code is run.
-    ValueError for anything else, before any weight is read.
+    pretrained: folder or hub id, None = the embedded model.
+    revision: of a hub id.
+    dtype: "auto" = the checkpoint's (embedded model: float32).
+    device: None = the GPU if there is one.
+    quantization: as of LLaDA2Model.from_pretrained.
+    batch_size: rows decoded together, "auto" = EngineConfig's, or max_batch_size.
+    max_batch_size: what "auto" is.
+    cache_tokens: of the engine's cache; None = what that many of the largest requests need.
+    graphs: replay each step as a CUDA graph, on a GPU.
+    mc_num, mc_seed: of `likelihood_bound`.
+    preset: one of PRESETS.
+    trust_remote_code: changes nothing: no checkpoint's code is run.
+    decode: DecodeParams' fields, where `gen_length` is for tasks that name no max_gen_toks, and end tokens are honoured
+        unless eos_early_stop=False.
+    Raises ValueError for anything else, before any weight is read.
     """
 
     def __init__(
@@ -114,6 +123,8 @@ class LLaDA2LM:
         if dtype not in (None, "auto", *DTYPES):
             raise ValueError(f"dtype={dtype!r:.80}: expected auto or one of {', '.join(DTYPES)}")
         self._device = find_device(device)
+        if graphs and self._device.type != "cuda":
+            raise ValueError(f"graphs=True: expected a GPU, not {self._device}")
         own = "float32" if pretrained is None else None
         self.pretrained, self.revision, self.quantization = pretrained or demo.path(), revision, quantization
         folder = checkpoint.resolve(self.pretrained, revision)
