@@ -1,4 +1,4 @@
-"""Launch parameters measured on GPUs: a table per family of kernels, <family>_tuned.json, made by benchmarks/tune.py.
+"""Launch parameters measured on GPUs: a table per family of kernels, <family>_tuned.json, made by benchmarks/tune/.
 
 What no table knows runs with the defaults that stand beside its kernels. A parameter may stand in a table if no bit of
 any result depends on it: the tuner compares with the defaults before it times. And no entry is chosen by what else is

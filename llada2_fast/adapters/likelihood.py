@@ -20,15 +20,22 @@ def likelihood_bound(
 ):
     """A lower bound of log p(continuation | prompt) in nats, the negative training loss of block diffusion.
 
-    prompt (may be empty), continuation: lists of token ids; batch_size: samples forwarded together, of no influence on
-    the result on a float32 CPU. With the grid of `generate`, the sum over the blocks that hold continuation of
+    model: LLaDA2Model.
+    prompt, continuation: lists of token ids; the prompt may be empty.
+    mask_id: the model's mask token.
+    block_length: None = the model's.
+    mc_num: samples of a block, at most.
+    seed: of the samples.
+    batch_size: samples forwarded together, of no influence on the result on a float32 CPU.
+    attend_tail: whether masks stand behind the continuation in its last block, as while generating.
+
+    With the grid of `generate`, the sum over the blocks that hold continuation of
 
         E over l ~ U{1..k}, M ~ U{subsets of l}  of  k / l * sum over i in M of log p(x_i | x without M, earlier blocks)
 
     k: the block's positions that hold continuation, M: those of them that are masked. That is the cross entropy of the
     masked positions weighted by 1 / t at a mask ratio t ~ U(0, 1), and the mean over all orders in which k tokens can
-    be committed one by one. Earlier blocks and prompt positions are clean; behind the continuation the last block holds
-    masks, as while generating, or nothing without attend_tail.
+    be committed one by one. Earlier blocks and prompt positions are clean.
 
     If 2^k - 1 <= mc_num the expectation is summed over all M exactly, so one token needs one forward. Otherwise mc_num
     M are drawn from torch.Generator(seed), a new one per call so that answers are compared on the same masks; l is
@@ -50,9 +57,9 @@ def likelihood_bound(
     chunk = max(1, PREFILL_TOKENS[model.device.type] // length)
     for begin in range(0, blocks - 1, chunk):
         end = min(begin + chunk, blocks - 1)
-        run = Span(tuple(range(end)), begin, end - begin, limit)
+        span = Span(tuple(range(end)), begin, end - begin, limit)
         nothing = read_nothing(model.device)
-        model.forward_blocks(canvas[begin:end].flatten(), where[begin:end].flatten(), [run], cache, nothing)
+        model.forward_blocks(canvas[begin:end].flatten(), where[begin:end].flatten(), [span], cache, nothing)
 
     generator, bound = torch.Generator().manual_seed(seed), 0.0
     for block in range(n // length, blocks):
@@ -62,11 +69,11 @@ def likelihood_bound(
         for rows in samples.to(model.device).split(batch_size):
             tokens = canvas[block].repeat(len(rows), 1)
             tokens[:, scored].masked_fill_(rows, mask_id)
-            runs = [Span((*range(block), blocks - 1 + row), block, 1, limit) for row in range(len(rows))]
+            spans = [Span((*range(block), blocks - 1 + row), block, 1, limit) for row in range(len(rows))]
             read = torch.zeros(tokens.shape, dtype=torch.bool, device=tokens.device)
             read[:, scored] = rows
             read = Read(list(range(len(rows))), torch.where(read.flatten())[0])
-            hidden = model.forward_blocks(tokens.flatten(), where[block].repeat(len(rows)), runs, cache, read)
+            hidden = model.forward_blocks(tokens.flatten(), where[block].repeat(len(rows)), spans, cache, read)
             logits = model.lm_logits(hidden)
             target = canvas[block, scored].expand(rows.shape)[rows]
             log_p = torch.zeros(rows.shape, dtype=torch.float64, device=rows.device)

@@ -60,7 +60,6 @@ GENERATING = {
 }  # fmt: skip
 FORWARD = {
     "use_cache": (True, False),  # there is none: whole sequences
-    "return_dict": (True, False),
     "output_attentions": (False,),
     "logits_to_keep": (0,),  # all of them
 }

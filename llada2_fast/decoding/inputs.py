@@ -7,7 +7,7 @@ from numbers import Integral
 import numpy as np
 import torch
 
-from ..config import as_float, as_float32, as_temperature
+from ..config import PROFILES, as_float, as_float32, as_temperature
 from ..config.habits import as_bool, as_tensor, check_vocabulary, holds_ids, token_ids
 
 
@@ -15,8 +15,8 @@ def split_prompts(inputs, attention_mask=None, name="inputs"):
     """inputs in any accepted form -> list of int64 [n], padding stripped. ValueError, which speaks of `name`, for
     anything else.
 
-    A tensor or NumPy array [P] or [B, P], of any integer type that int64 holds, with a padding_mask of its shape where
-    there is padding; or a list of ids, or of such rows.
+    A tensor or NumPy array [P] or [B, P], of any integer type that int64 holds, with an attention_mask of its shape
+    where there is padding; or a list of ids, or of such rows.
     """
     if isinstance(inputs, (torch.Tensor, np.ndarray)):
         inputs = token_ids(name, inputs)
@@ -113,7 +113,7 @@ def _first(*values):
 def check_fit(config, prompts, params):
     """ValueError if a prompt does not fit the model: ids outside the vocabulary, too many positions, 2.2 decoding."""
     edits = [name for name in ("delete_token_id", "split_token_id") if getattr(config, name) is not None]
-    if edits and params.profile != "hf-2.1":
+    if edits and not PROFILES[params.profile].levenshtein:
         raise ValueError(
             f"profile={params.profile!r}: the checkpoint has {' and '.join(edits)} (LLaDA2.2), whose Levenshtein "
             "editing is not there yet; expected 'hf-2.1', which decodes it as a plain LLaDA2.1 checkpoint"

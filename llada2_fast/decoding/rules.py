@@ -1,6 +1,6 @@
 """DecodeParams -> the rule of a row -> RefineParams. Nowhere else does a profile become numbers and flags.
 
-Whose rules: semantics.md names them; `generate` of the LLaDA2.0 and 2.1 model cards, SGLang's LowConfidence and
+Whose rules: `generate` of the LLaDA2.0 and 2.1 model cards, SGLang's LowConfidence and
 JointThreshold, diffusers' BlockRefinementScheduler, and our own default.
 """
 

@@ -73,11 +73,10 @@ class StepResult:
         self._status, self._columns, self._arrived = status, columns, arrived
 
     def wait(self):
-        """Until it is here; returns itself."""
+        """Until it is here."""
         if self._arrived is not None:
             self._arrived.synchronize()
         self.status = self._status.tolist()  # sync: the one of a step
-        return self
 
     def read(self, lanes: list[int], details: bool = True):
         """[(tokens, steps, confidences)] of the blocks in some lanes, lists of L numbers each; without details the last

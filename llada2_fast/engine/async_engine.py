@@ -36,7 +36,10 @@ class Call(NamedTuple):
 
 
 class AsyncEngine:
-    """For `async with`, or closed by `aclose()`, which cancels what is not finished."""
+    """For `async with`, or closed by `aclose()`, which cancels what is not finished.
+
+    engine: an Engine that nobody else uses from now on: it steps in a thread of its own.
+    """
 
     def __init__(self, engine):
         self.engine = engine
@@ -56,8 +59,9 @@ class AsyncEngine:
     async def stream(self, prompt_ids, params=DEFAULTS, *, drafts=False, wait=False, **options):
         """Events of a new request as they come, the last one "finish". Arguments and errors: Engine.add_request.
 
-        Leaving the iteration, or cancelling its task, cancels the request. wait: where too many requests wait, suspend
-        the caller until there is room instead of raising QueueFull.
+        drafts: whether "draft" events, the open block as it stands, are among them.
+        wait: where too many requests wait, suspend the caller until there is room instead of raising QueueFull.
+        Leaving the iteration, or cancelling its task, cancels the request.
         """
         check_params(params)
         loop, news, opened = asyncio.get_running_loop(), asyncio.Event(), []
