@@ -5,11 +5,11 @@ where the kernel's own type is bf16, by relative norm.
 """
 
 import copy
-from dataclasses import fields
 from functools import partial
 
 import torch
 
+from llada2_fast.decoding.rules import NEVER, Rule, batch_params
 from llada2_fast.kernels import attention, norm, refine, rope
 from llada2_fast.kernels._triton import force_ops
 from llada2_fast.layers import MoE
@@ -19,7 +19,15 @@ from .machine import poisoned
 from .weights import fill
 
 BF16_ERROR = 1e-2
-_NEVER = 2**30
+IDLE = Rule(  # greedy rows whose every step does all its work, commits nothing and edits nothing
+    temperature=0.0, top_k=0, top_p=1.0, threshold=2.0, edit_threshold=2.0, steps=NEVER, min_transfer=0,
+    max_steps=NEVER, max_post_steps=16, flags=refine.BAN_MASK,
+)  # fmt: skip
+MODES = {  # of drawing a token
+    "greedy": {},
+    "sampling": {"temperature": 1.0},
+    "filters": {"temperature": 1.0, "top_k": 50, "top_p": 0.95},
+}
 
 
 def relative(out, reference):
@@ -33,17 +41,10 @@ def require(what, value, most):
         raise ArithmeticError(f"{what}: {value:.3g}, at most {most:g} allowed")
 
 
-def each_row(rows, device, **values):
-    """RefineParams of equal rows with seeds of their own: greedy, no EOS, no quota, and what `values` says."""
-    defaults = {"top_p": 1.0, "steps": _NEVER, "max_post_steps": 16}
-    made = {}
-    for field in fields(refine.RefineParams):
-        real = field.name in ("temperature", "top_p", "threshold", "edit_threshold")
-        dtype = torch.float32 if real else torch.int32
-        made[field.name] = torch.full((rows,), (defaults | values).get(field.name, 0), dtype=dtype, device=device)
-    made["seed"] = torch.arange(rows, device=device)
-    made["eos_ids"] = torch.full((rows, 1), -1, device=device)
-    return refine.RefineParams(**made)
+def params_of(rules, device):
+    """RefineParams of rows without EOS ids and with seeds of their own, each tensor in memory of its own."""
+    params = batch_params(rules, range(len(rules)), [()] * len(rules), device)
+    return refine.RefineParams(*(column.clone() for column in vars(params).values()))
 
 
 def refine_case(machine, modes):
@@ -57,10 +58,7 @@ def refine_case(machine, modes):
     kind = torch.full_like(tokens, refine.GENERATED, dtype=torch.int8)
     state = refine.BlockState.fresh(tokens, kind, torch.full((rows,), 1024, device=device))
     flags = refine.BAN_MASK | refine.OWN_SOFTMAX
-    params = each_row(rows, device, threshold=2.0, edit_threshold=2.0, max_steps=_NEVER, flags=flags)
-    params.temperature.copy_(torch.tensor([float(mode != "greedy") for mode in modes]))
-    params.top_k.copy_(torch.tensor([50 * (mode == "filters") for mode in modes]))
-    params.top_p.copy_(torch.tensor([0.95 if mode == "filters" else 1.0 for mode in modes]))
+    params = params_of([IDLE._replace(flags=flags, **MODES[mode]) for mode in modes], device)
     return logits, state, params, refine.SpecialIds(mask_id)
 
 

@@ -17,11 +17,10 @@ import torch
 from llada2_fast.kernels._triton import force_ops
 
 from ..kernels import bench_attention, bench_moe, bench_norm, bench_refine, bench_rope
-from .gates import GATES
+from .gates import GATES, MODES
 from .machine import Point
 
 BATCHES, PREFIXES, TOKENS = (1, 8, 32, 128), (1024, 8192, 32768), (32, 64, 256, 1024, 4096)
-MODES = ("greedy", "sampling", "filters")
 
 
 @torch.no_grad()

@@ -89,7 +89,7 @@ def steps(machine):
 def kernels(machine):
     """Those of benchmarks.gpu.kernels, which take other paths than a step."""
     for batch in gpu_kernels.BATCHES:
-        for mode in gpu_kernels.MODES:
+        for mode in gates.MODES:
             refine.refine_step(*gates.refine_case(machine, [mode] * batch), filters=mode == "filters")
         for prefix in gpu_kernels.PREFIXES:
             attention.block_attention(*gates.attention_case(machine, [prefix] * batch))

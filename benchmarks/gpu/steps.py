@@ -24,7 +24,7 @@ from llada2_fast.decoding.lanes import Lanes
 from llada2_fast.kernels import refine
 
 from ..roofline import BLOCK, GPUS, floor_ms, gpu_of, step_costs, touched_experts
-from .gates import each_row
+from .gates import IDLE, params_of
 from .machine import Point
 
 GRID = [(batch, prefix) for prefix in (1024, 8192, 32768) for batch in (1, 8, 32, 128)]
@@ -57,9 +57,8 @@ class Step:
         self.state.tokens.copy_(tokens)
         self.state.block_start.fill_(prefix)
         self.state.frozen.zero_()
-        self.params = lanes.params = each_row(
-            batch, device, threshold=2.0, edit_threshold=2.0, max_steps=2**30, flags=refine.BAN_MASK | refine.EDITING
-        )
+        rule = IDLE._replace(flags=IDLE.flags | refine.EDITING)
+        self.params = lanes.params = params_of([rule] * batch, device)
         pages = (torch.arange if in_order else torch.randperm)(batch * width, device=device)
         self.page_table = lanes.page_table.copy_(pages.view(batch, width))
         bounds.total.fill_(width * BLOCK)
