@@ -15,9 +15,8 @@ from benchmarks.gpu import gates, goals, peers, profile
 from benchmarks.gpu import machine as gpu_machine
 from benchmarks.gpu import steps as gpu_steps
 from benchmarks.gpu import suite as gpu
-from benchmarks.gpu.machine import DoesNotFit, Machine, Point
+from benchmarks.gpu.machine import SHARP, DoesNotFit, Machine, Point, fill, random_model
 from benchmarks.gpu.steps import Step
-from benchmarks.gpu.weights import SHARP, fill, random_model
 from benchmarks.harness import ROOT
 from benchmarks.lines import lines_of
 from benchmarks.roofline import GPUS, MINI, gpu_of, step_costs

@@ -15,8 +15,7 @@ from llada2_fast.kernels._triton import force_ops
 from llada2_fast.layers import MoE
 
 from ..roofline import BLOCK
-from .machine import poisoned
-from .weights import fill
+from .machine import fill, poisoned
 
 BF16_ERROR = 1e-2
 IDLE = Rule(  # greedy rows whose every step does all its work, commits nothing and edits nothing

@@ -1,4 +1,4 @@
-"""The machine under test: its clock, its counters and its ceilings. The one place where a GPU and a dry run differ.
+"""The machine under test: its clock, counters, ceilings and random networks. Here alone a GPU and a dry run differ.
 
 A dry run takes the same paths on a CPU with tiny shapes, one repetition and perf_counter for events; what it measures
 means nothing.
@@ -10,7 +10,6 @@ import math
 import statistics
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,7 +22,6 @@ from llada2_fast.model import LLaDA2Model
 
 from ..models import SMALL
 from ..roofline import MODELS
-from .weights import random_model
 
 CONFIGS = {name: replace(config, mask_token_id=156895) for name, config in MODELS.items()}  # that of LLaDA2.0 and 2.1
 TINY = replace(
@@ -34,6 +32,10 @@ TINY = replace(
 LAYERS = 2  # a dense one and one of experts: all others are like that. There rounding costs a token in ten
 _LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchCooperative", "cudaMemcpyAsync", "cudaMemsetAsync")
 _SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
+SHARP = 4.0  # of the QK-norms' weights: attention scores of standard deviation 16, so a query has few keys
+MASK_SCALE = 0.02  # of the mask's embedding
+FP8_STD = 64.0  # of fp8 values, which reach 448
+_CHUNK = 2**26
 
 
 class Point(NamedTuple):
@@ -137,19 +139,18 @@ class Machine:
             torch.cuda.synchronize()
 
     def counted(self, call):
-        """What the host asks of the device during a call, by torch.profiler: syncs, launches, graph_launches.
-
-        launches: kernels, copies and fills launched one by one; graph_launches: replays of a whole graph. What the
-        profiler adds of its own is taken off. Zeros in a dry run.
-        """
-        own, seen = self._profiled(lambda: None), self._profiled(call)
-        return {kind: seen[kind] - own[kind] for kind in ("syncs", "launches", "graph_launches")}
+        """What the host asks of the device during a call, by torch.profiler, less what the profiler asks for itself:
+        {"syncs", "launches"}, of kernels, copies and fills one by one. Zeros in a dry run."""
+        counts = {"syncs": 0, "launches": 0}
+        for sign, one in ((-1, lambda: None), (1, call)):
+            for event in self._profile(one).events():
+                counts["syncs"] += sign * (event.name in _SYNCS)
+                counts["launches"] += sign * event.name.startswith(_LAUNCHES)
+        return counts
 
     def device_events(self, call):
-        """[(name, grid, µs)] of what the device does for a call, in a graph's replay too: kernels, copies and fills.
-
-        grid is "" for what has none. In a dry run operators on the CPU.
-        """
+        """[(name, grid, µs)] of what the device does for a call, in a graph's replay too: kernels, copies and fills;
+        grid is "" for what has none. In a dry run operators on the CPU."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "trace.json"
             self._profile(call).export_chrome_trace(str(path))  # its file has the grids, its events have not
@@ -170,14 +171,6 @@ class Machine:
             call()
             self.synchronize()
         return profile
-
-    def _profiled(self, call):
-        counts = Counter()
-        for event in self._profile(call).events():
-            counts["syncs"] += event.name in _SYNCS
-            counts["launches"] += event.name.startswith(_LAUNCHES)
-            counts["graph_launches"] += event.name.startswith("cudaGraphLaunch")
-        return counts
 
     def account(self, us, size, operations=0.0):
         """A line's common part: µs, bytes that must move, what that makes of the ceilings, and the floor's distance."""
@@ -238,6 +231,43 @@ class Shapes(Machine):
 
     def require_memory(self, size, what):
         pass
+
+
+def random_model(config, dtype, device):
+    """LLaDA2Model of this config, fp8 where it says so, made in place on the device: never a second copy of a tensor.
+
+    Speed depends on weights through one thing, which experts the tokens of a block choose. Published floors assume that
+    they choose independently. In a plain random network the masks of a block, all one embedding, would choose almost
+    alike and read a fraction of the experts. So queries and keys are sharpened and the mask's embedding is small: what
+    a masked position holds is then what it attended to, and that differs by position. How many experts are touched is
+    measured and stands beside every figure it decides.
+    """
+    model = LLaDA2Model(config, dtype=dtype, device="meta").to_empty(device=device).eval()
+    fill(model)
+    model.word_embeddings.weight[config.mask_token_id] *= MASK_SCALE
+    return model
+
+
+@torch.no_grad()
+def fill(module):
+    """Give every parameter of a network, or of a part of one, values that keep activations in a usual range."""
+    parameters = dict(module.named_parameters())
+    for name, p in parameters.items():
+        if name.endswith("expert_bias"):
+            p.zero_()
+        elif name.endswith(("query_layernorm.weight", "key_layernorm.weight")):
+            p.fill_(SHARP)
+        elif p.ndim == 1:
+            p.fill_(1.0)
+        elif p.dtype != torch.float8_e4m3fn:
+            p.normal_(std=1.0 if "embeddings" in name else p.shape[-1] ** -0.5)
+    for name, p in parameters.items():  # behind the others, for their scales were filled as if they were weights
+        if p.dtype == torch.float8_e4m3fn:
+            for part in p.view(-1).split(_CHUNK):
+                part.copy_(torch.randn(part.shape, dtype=torch.bfloat16, device=p.device).mul_(FP8_STD))
+            stem = name.removesuffix(".weight")
+            scale = parameters[f"{stem}.scale" if stem != name else f"{stem}_scale"]
+            scale.fill_(p.shape[-1] ** -0.5 / FP8_STD)
 
 
 def ceilings(machine):

@@ -48,7 +48,7 @@ SLOW, LEAST_S = 6.0, 60.0  # a point is broken off when it takes so many times w
 GRACE_S = 8.0  # until a point that has been broken off is out of what it was doing
 LOST, HUNG_AT_END, LEFT_OUT = 3, 4, 5  # exit codes
 OUT_OF_TIME = {"error": "broken off: out of time"}
-_INPUTS = ("gpu/machine", "gpu/gates", "gpu/weights", "roofline")
+_INPUTS = ("gpu/machine", "gpu/gates", "roofline")
 SOURCES = {  # section -> modules of benchmarks, beside the package itself, that decide its figures; * as in file names
     "ceilings": ("gpu/machine",),
     "decode": (*_INPUTS, "gpu/decode", "peers"),
