@@ -12,11 +12,11 @@ from unittest.mock import ANY
 import pytest
 import torch
 
-from benchmarks.gpu import checks, first_light
 from benchmarks.gpu import day as gpu_day
+from benchmarks.gpu import first_light
 from benchmarks.gpu import suite as gpu
-from benchmarks.gpu.apart import apart
 from benchmarks.gpu.day import Day, Phase
+from benchmarks.gpu.first_light import apart
 from benchmarks.harness import ROOT
 from benchmarks.lines import lines_of
 from tests import unruly
@@ -43,7 +43,7 @@ def test_dry_run(tmp_path, capsys):
     )
     day = lines_of(tmp_path / "day.jsonl")
     assert [line["phase"] for line in day if "phase" in line][-1] == "decode" and all(line["ok"] for line in day)
-    assert {line["check"] for line in day if "check" in line} == set(checks.checks())
+    assert {line["check"] for line in day if "check" in line} == set(first_light.checks())
     assert [line.split() for line in capsys.readouterr().out.splitlines()[-4:]] == [
         [name, ANY, "s", "passed"] for name in ("prewarm", "light", "tests", "decode")
     ]
