@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.gpu import gates, goals, peers, profile
+from benchmarks.gpu import gates, goals, peers
 from benchmarks.gpu import machine as gpu_machine
 from benchmarks.gpu import steps as gpu_steps
 from benchmarks.gpu import suite as gpu
@@ -140,7 +140,7 @@ def test_a_profile_names_each_kernel_with_its_count_and_times():
     events = [(gemm, "2x1x1", us) for us in (200.0, 100.0)]
     events += [(gemm, "4x1x1", 50.0), (fill, "", 2.0), ("Memcpy DtoD (Device -> Device)", "", 1.5)]
     events += [(f"nvjet_{i}", "", 0.5) for i in range(24)]
-    kernels, rest = profile.summed(events)
+    kernels, rest = gpu_steps.summed(events)
     assert kernels[0] == {
         "name": gemm, "grid": "2x1x1", "count": 2, "us": 150.0, "total_us": 300.0, "least_us": 100.0, "most_us": 200.0,
     }  # fmt: skip
@@ -148,7 +148,7 @@ def test_a_profile_names_each_kernel_with_its_count_and_times():
     assert kernels[2]["name"] == "vectorized_elementwise_kernel<4, FillFunctor<int>, std::a..."
     assert len(kernels) == 25 and (rest["count"], rest["total_us"]) == (3, 1.5)
     line = {"ms": 0.4, "kernels_ms": 0.3655, "gaps_ms": 0.0345, "launches": 29, "kernels": kernels, "rest": rest}
-    text = list(profile.show(line))
+    text = list(gpu_steps.show(line))
     assert text[1].split() == ["2", "150.00", "100.00", "200.00", "300.0", gemm, "2x1x1"]
     assert text[-1].endswith("365.5  in all; the replay takes 400.0, gaps are 34.5") and len(text) == 28
 

@@ -1,6 +1,7 @@
 """A whole denoise step, forward and refinement, of a random-weight network of the true shape, by CUDA graph.
 
     step <model> <bf16|fp8> b<batch> p<prefix> [carried [real]]
+    profile mini <bf16|fp8> b<batch> carried
 
 carried: with a place for an ended block to every four rows, as decoding replays it at every step; the places repeat the
 first row's block, as they usually do. real: as many rows begin their next block and carry the one that has ended along,
@@ -13,8 +14,14 @@ the tokens route independently, as the floor assumes, and what little state chan
 floor_ms is benchmarks.roofline's with the ceilings measured in this run, floor_default_ms with its row for this GPU, if
 it has one, floor_touched_ms with the experts really touched in place of the expected number. launched_ms is the same
 work launched piece by piece, in `launches` pieces. Gate: both give the same bits.
+
+A profile says where a replay's time goes, kernel by kernel. ms is its own time, by events and without the profiler;
+kernels_ms the sum over what one replay under torch.profiler ran on the device, copies and fills included; gaps_ms what
+is left. kernels: of each name and grid, for products of two sizes have one name, count, mean, total, shortest and
+longest time in µs, for the TOP that take longest together; rest: of all others. A dry run counts operators on the CPU.
 """
 
+import re
 from functools import partial
 
 import torch
@@ -33,6 +40,7 @@ VARIANTS = ("", "carried", "carried real")
 FIRST = ["b1 p1024 carried", "b1 p1024", "b32 p1024 carried", "b1 p1024 carried real"]
 FLASH_MEMORY = 100e9  # bytes that a GPU must have for flash in fp8 to be worth a try
 FLASH_ROOM = 65536  # tokens of cache that must fit beside flash in fp8 on a GPU of 141 GB
+TOP, WIDTH = 25, 60  # of a profile: kernels with a row of their own, characters of a name
 
 
 class Step:
@@ -140,8 +148,57 @@ def time_step(machine, name, fp8, batch, prefix, variant=""):
     }  # fmt: skip
 
 
+def short(name):
+    """A kernel's name without return type, arguments and what all of PyTorch's have in common, cut to WIDTH."""
+    name = re.sub(r"\(anonymous namespace\)::|at::native::|at::cuda::|^void ", "", name)
+    name = re.sub(r"(?<=.)\(.*", "", name).rstrip()
+    return name if len(name) <= WIDTH else name[: WIDTH - 3] + "..."
+
+
+def summed(events):
+    """[(name, grid, µs)] -> (kernels, rest) of a profile, the longest first; rest is None where there are no others."""
+    launches = {}
+    for name, grid, us in events:
+        launches.setdefault((name, grid), []).append(us)
+    ranked = sorted(launches.items(), key=lambda item: -sum(item[1]))
+    others = [us for _, times in ranked[TOP:] for us in times]
+    rows = [_row(short(name), grid, times) for (name, grid), times in ranked[:TOP]]
+    return rows, _row("rest", "", others) if others else None
+
+
+def _row(name, grid, times):
+    figures = {"us": sum(times) / len(times), "total_us": sum(times), "least_us": min(times), "most_us": max(times)}
+    return {"name": name, "grid": grid, "count": len(times)} | {key: round(us, 2) for key, us in figures.items()}
+
+
+def show(line):
+    """The profile as text, a line per kernel."""
+    yield f"{'count':>6} {'mean µs':>9} {'from':>9} {'to':>9} {'total µs':>10}  kernel"
+    for row in line["kernels"] + [line["rest"]] * (line["rest"] is not None):
+        times = f"{row['us']:9.2f} {row['least_us']:9.2f} {row['most_us']:9.2f} {row['total_us']:10.1f}"
+        yield f"{row['count']:6} {times}  {row['name']} {row['grid']}".rstrip()
+    total, replay, gaps = (f"{1e3 * line[key]:.1f}" for key in ("kernels_ms", "ms", "gaps_ms"))
+    yield f"{line['launches']:6} {'':29} {total:>10}  in all; the replay takes {replay}, gaps are {gaps}"
+
+
+def profile_step(machine, fp8, batch):
+    sizes = machine.size(batch, 2), machine.size(1024, 64)
+    step = Step(machine, machine.network("mini", fp8), *sizes, variant="carried")
+    ms = machine.call_us(step.call, rounds=20, before=step.reset) / 1e3
+    step.reset()
+    events = machine.device_events(step.call)
+    kernels, rest = summed(events)
+    total = sum(us for *_, us in events) / 1e3
+    line = {
+        "ms": ms, "kernels_ms": total, "gaps_ms": ms - total, "launches": len(events), "kernels": kernels, "rest": rest,
+    }  # fmt: skip
+    print("\n".join(show(line)), flush=True)
+    return line
+
+
 def points():
-    """Steps of mini in both precisions, those of FIRST first; flash in fp8 last, which takes the whole device."""
+    """Steps of mini in both precisions, those of FIRST first; flash in fp8 last, which takes the whole device; and the
+    profiles, a section of their own."""
     cases = [(*size, variant) for size in GRID for variant in (VARIANTS if size in CARRIED else VARIANTS[:1])]
     named = {f"b{batch} p{prefix} {variant}".rstrip(): (batch, prefix, variant) for batch, prefix, variant in cases}
     first = [name for name in FIRST if name in named]
@@ -155,4 +212,8 @@ def points():
     for prefix in (1024, FLASH_ROOM - BLOCK):
         measure = partial(time_step, name="flash", fp8=True, batch=1, prefix=prefix)
         found.append(Point(f"step flash fp8 b1 p{prefix}", "steps", 30, measure, True, memory=FLASH_MEMORY))
+    for kind, fp8 in (("bf16", False), ("fp8", True)):
+        for batch in (1, 32):
+            measure = partial(profile_step, fp8=fp8, batch=batch)
+            found.append(Point(f"profile mini {kind} b{batch} carried", "profile", 4, measure))
     return found

@@ -38,7 +38,7 @@ import torch
 
 from ..harness import RESULTS, ROOT, card
 from ..lines import append_line, lines_of
-from . import decode, kernels, peers, profile, steps
+from . import decode, kernels, peers, steps
 from .goals import judge
 from .machine import DoesNotFit, Machine, Point, ceilings
 
@@ -52,7 +52,7 @@ _INPUTS = ("gpu/machine", "gpu/gates", "roofline")
 SOURCES = {  # section -> modules of benchmarks, beside the package itself, that decide its figures; * as in file names
     "ceilings": ("gpu/machine",),
     "decode": (*_INPUTS, "gpu/decode", "peers"),
-    "profile": (*_INPUTS, "gpu/steps", "gpu/profile"),
+    "profile": (*_INPUTS, "gpu/steps"),
     "steps": (*_INPUTS, "gpu/steps"),
     "kernels": (*_INPUTS, "gpu/kernels", "kernels/*"),
     "peers": (*_INPUTS, "gpu/steps", "gpu/peers"),
@@ -62,7 +62,7 @@ SOURCES = {  # section -> modules of benchmarks, beside the package itself, that
 
 def all_points(only=SECTIONS):
     """The points of some sections in the order they are run: ceilings, then two rounds through the sections."""
-    modules = (decode, profile, steps, kernels, peers)
+    modules = (decode, steps, kernels, peers)
     found = [point for module in modules for point in module.points() if point.section in only]
     found.sort(key=lambda point: (point.later, SECTIONS.index(point.section)))
     return [Point("ceilings", "ceilings", 3, ceilings, gate=None), *found]
