@@ -40,6 +40,23 @@ def require(what, value, most):
         raise ArithmeticError(f"{what}: {value:.3g}, at most {most:g} allowed")
 
 
+def close(what, pairs, most=BF16_ERROR):
+    """A gate's line for pairs of (out, reference); ArithmeticError where their relative error is above `most`."""
+    errors = [relative(*pair) for pair in pairs]
+    for error in errors:  # each, for max() may pass over a NaN
+        require(f"{what}, relative error", error, most)
+    return {"relative_error": max(errors)}
+
+
+def both_ways(op, args):
+    """What an op makes of these arguments in poisoned memory; the reference's result and arguments, in float32."""
+    wide = [x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args]
+    with poisoned():
+        out = op(*args)
+    with force_ops("torch"):
+        return out, op(*wide), wide
+
+
 def params_of(rules, device):
     """RefineParams of rows without EOS ids and with seeds of their own, each tensor in memory of its own."""
     params = batch_params(rules, range(len(rules)), [()] * len(rules), device)
@@ -111,16 +128,10 @@ def attention_case(machine, prefixes, unused=0):
 
 def gate_attention(machine):
     """Rows of mixed lengths, an empty prefix and an unused block among them."""
-    most = 96
-    q, k, v, blocks = attention_case(machine, [machine.size(n, most) for n in (0, 1024, 5024, 33 * 1024)], unused=1)
-    blocks.limit[1] -= 5  # a row that ends within its last page
-    with poisoned():
-        out = attention.block_attention(q, k, v, blocks)
-    with force_ops("torch"):
-        wanted = attention.block_attention(q.float(), k.float(), v.float(), blocks)
-    error = relative(out, wanted)
-    require("attention, relative error", error, BF16_ERROR)
-    return {"relative_error": error}
+    args = attention_case(machine, [machine.size(n, 96) for n in (0, 1024, 5024, 33 * 1024)], unused=1)
+    args[-1].limit[1] -= 5  # a row that ends within its last page
+    out, wanted, _ = both_ways(attention.block_attention, args)
+    return close("attention", [(out, wanted)])
 
 
 def moe_layer(machine, fp8):
@@ -133,7 +144,7 @@ def moe_layer(machine, fp8):
 def gate_moe(machine, fp8):
     """Against float32 on the same weights; fp8 against its own reference. Near-ties may route 1 in 200 otherwise."""
     layer = moe_layer(machine, fp8)
-    errors, rerouted, counts = [], 0, (32, machine.size(1000, 48))
+    pairs, rerouted, counts = [], 0, (32, machine.size(1000, 48))
     for tokens in counts:
         h = machine.random(tokens, layer.router.weight.shape[1])
         with poisoned():
@@ -141,11 +152,11 @@ def gate_moe(machine, fp8):
         with force_ops("torch"):
             wanted, wanted_ids = layer(h) if fp8 else copy.deepcopy(layer).float()(h.float())
         same = (ids == wanted_ids).all(1)
-        errors.append(relative(out[same], wanted[same]))
+        pairs.append((out[same], wanted[same]))
         rerouted += int((~same).sum()) / sum(counts)
-    require("experts, relative error", max(errors), 2 * BF16_ERROR if fp8 else BF16_ERROR)
+    line = close("experts", pairs, 2 * BF16_ERROR if fp8 else BF16_ERROR)
     require("share of tokens routed otherwise", rerouted, 0.005)
-    return {"relative_error": max(errors), "rerouted": rerouted}
+    return line | {"rerouted": rerouted}
 
 
 def norm_case(machine, tokens, model="mini"):
@@ -165,32 +176,15 @@ def rope_case(machine, tokens, model="mini"):
     return machine.random(tokens, heads + 2 * kv_heads, dim), *weights, cos, sin, 1e-6, heads, kv_heads, *caches, slot
 
 
-def wide(args):
-    """The same arguments in float32."""
-    return [x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args]
-
-
 def gate_norm(machine):
-    args = norm_case(machine, machine.size(1000, 64))
-    with poisoned():
-        out = norm.add_rms_norm(*args)
-    with force_ops("torch"):
-        wanted = norm.add_rms_norm(*wide(args))
-    error = max(relative(*pair) for pair in zip(out, wanted, strict=True))
-    require("norm, relative error", error, BF16_ERROR)
-    return {"relative_error": error}
+    out, wanted, _ = both_ways(norm.add_rms_norm, norm_case(machine, machine.size(1000, 64)))
+    return close("norm", zip(out, wanted, strict=True))
 
 
 def gate_rope(machine):
     args = rope_case(machine, machine.size(1024, 64))
-    reference = wide(args)
-    with poisoned():
-        q = rope.qk_norm_rope_write(*args)
-    with force_ops("torch"):
-        wanted = rope.qk_norm_rope_write(*reference)
-    error = max(relative(*pair) for pair in ((q, wanted), *zip(args[8:10], reference[8:10], strict=True)))
-    require("rope and pages, relative error", error, BF16_ERROR)
-    return {"relative_error": error}
+    q, wanted, wide = both_ways(rope.qk_norm_rope_write, args)
+    return close("rope and pages", [(q, wanted), *zip(args[8:10], wide[8:10], strict=True)])
 
 
 GATES = {
