@@ -30,8 +30,7 @@ STEPS = (4, 5)
 
 def prompts(machine, model, batch):
     """`batch` prompts of random ids on the device, int64 [n] each."""
-    size = (batch, machine.size(PROMPT, 64))
-    return torch.randint(model.config.mask_token_id, size, device=machine.device)
+    return torch.randint(model.config.mask_token_id, (batch, machine.size(PROMPT, 64)), device=machine.device)
 
 
 def text(model, inputs, gen_length, steps):
@@ -79,11 +78,13 @@ def asked_per_step(machine, model, inputs):
     blocks = (machine.size(2, 1), machine.size(6, 2))
     calls = [partial(text, model, inputs, n * BLOCK, STEPS[1]) for n in blocks]
     less, more = map(machine.counted, calls)
-    fewer_ms, more_ms = (sum(us for *_, us in machine.device_events(call)) / 1e3 for call in calls)
+    less_ms, more_ms = (sum(us for *_, us in machine.device_events(call)) / 1e3 for call in calls)
     forwards = (blocks[1] - blocks[0]) * STEPS[1]
-    names = {"host_syncs_per_step": "syncs", "launches_per_step": "launches"}
-    asked = {name: (more[kind] - less[kind]) / forwards for name, kind in names.items()}
-    return asked | {"busy_ms_per_forward": (more_ms - fewer_ms) / forwards}
+    return {
+        "host_syncs_per_step": (more["syncs"] - less["syncs"]) / forwards,
+        "launches_per_step": (more["launches"] - less["launches"]) / forwards,
+        "busy_ms_per_forward": (more_ms - less_ms) / forwards,
+    }
 
 
 def time_diffusers(machine):
@@ -102,9 +103,9 @@ def time_diffusers(machine):
 
 
 def points():
-    found = [
-        Point(f"decode mini {'fp8' if fp8 else 'bf16'} b{batch}", "decode", 16, partial(time_decode, fp8=fp8,
-              batch=batch), fp8 and batch > 1)
-        for fp8, batch in ((False, 1), (False, 32), (True, 1), (True, 32))
-    ]  # fmt: skip
+    found = []
+    for kind, fp8 in (("bf16", False), ("fp8", True)):
+        for batch in (1, 32):
+            measure = partial(time_decode, fp8=fp8, batch=batch)
+            found.append(Point(f"decode mini {kind} b{batch}", "decode", 16, measure, fp8 and batch > 1))
     return [*found, Point("decode diffusers", "decode", 12, time_diffusers, later=True)]

@@ -11,10 +11,9 @@ from ..roofline import GPUS, MINI, floor_ms, gpu_of, step_costs
 
 
 class Goal(NamedTuple):
-    """value(lines of `points`, in order) is to be at most, or at least, `limit`.
+    """value(lines of `points`, in order) is to be at most, or at least, `limit`; by_card: it is over the GPU's floor.
 
     floor: arguments of step_costs behind the config; the limit is a speed on an H200 and goes with this step's floor.
-    by_card: the value is over the floor of the GPU.
     """
 
     text: str
@@ -27,13 +26,10 @@ class Goal(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What became of a goal: its text, the limit in words, the value (None: not measured), "met", "missed" or "not
-    measured"."""
-
     text: str
-    limit: str
+    limit: str  # in words
     value: float | None
-    verdict: str
+    verdict: str  # "met", "missed" or "not measured"
 
 
 def _goal(text, points, value, at_most=None, at_least=None, **rest):
