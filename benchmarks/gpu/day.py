@@ -101,10 +101,9 @@ def phases(folder, dry=False, changed=None):
         Phase("steps", 600, gpu("steps,kernels")),
         Phase("tune", 150, [*python, "benchmarks.tune", *told, str(folder / "tune.jsonl"), "--resume", *tried]),
         Phase("peers", 300, gpu("peers"), named=True),
-        *[
-            Phase(tool, 1800, sanitizer(tool), named=True, environment=bounded) for tool in ("memcheck", "racecheck")
-        ],
-    ]  # fmt: skip
+        Phase("memcheck", 1800, sanitizer("memcheck"), named=True, environment=bounded),
+        Phase("racecheck", 1800, sanitizer("racecheck"), named=True, environment=bounded),
+    ]
 
 
 class Day:
@@ -137,10 +136,11 @@ class Day:
         if phase.name == "tune":
             for family in tune.FAMILIES:
                 shutil.copy(_tuned.table_path(family), self.folder)
-        took = round(time.monotonic() - started, 1)
         ok = error is None or (error == OUT_OF_TIME and not phase.named)
-        line = {"phase": phase.name, "ok": ok, "error": error, "starts": starts}
-        return self._keep(line | {"seconds": took})
+        line = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "phase": phase.name, "ok": ok}
+        line |= {"error": error, "starts": starts, "seconds": round(time.monotonic() - started, 1)}
+        append_line(self.folder / "day.jsonl", line)
+        return line
 
     def _start(self, phase, end):
         """(what went wrong or None, exit code or None if it was killed)."""
@@ -181,12 +181,6 @@ class Day:
         with self._lock, open(self.folder / "log.txt", "a", encoding="utf-8") as file:
             file.write(f"{name:8} {text}\n")
             print(f"{name:8} {text}"[:WIDTH], flush=True)
-
-    def _keep(self, line):
-        append_line(
-            self.folder / "day.jsonl", {"time": datetime.now(timezone.utc).isoformat(timespec="seconds")} | line
-        )
-        return line
 
 
 def kill_group(process):

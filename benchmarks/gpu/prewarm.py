@@ -3,14 +3,12 @@
     python -m benchmarks.gpu.prewarm [--only steps,kernels,scenarios,tests,tune] [--jobs N] [--target sm_90]
                                  [--device-name NAME] [--unpack FILE] [--pack FILE] [--dry-run]
 
-All cores compile side by side, and no GPU is needed; a process that launches one of these kernels afterwards loads it.
-Steps and kernels are run on tensors of their real shapes and no data, at the launch parameters that the tuned tables
-hold for the GPU that is there, or for --device-name.
+All cores compile side by side, without a GPU. What launches is run on tensors of real shapes and no data, at the launch
+parameters that the tuned tables hold for the GPU that is there, or for --device-name. The last line counts what was
+compiled, what was there already and what failed; exit 1 if something did.
 
 --pack FILE leaves the compiled kernels in a tar.xz for another machine: there --unpack FILE puts them into the cache
-first, if FILE is of the same build of Triton and the same target, and says why not otherwise. The last line counts what
-was compiled, what was there already and what failed. Exit 1 if something failed. --dry-run compiles one
-kernel of the first part.
+first, if FILE is of the same build of Triton and the same target, and says why not otherwise.
 """
 
 import argparse
@@ -126,12 +124,10 @@ def tests(machine):
             small(path.parent, None, torch.float32, length, [(1, 0), (1, 1)])
 
 
-def tuning(machine):
-    """All tries of benchmarks.tune."""
-    return tune.launches(machine, tune.groups(machine))
-
-
-PARTS = {"steps": steps, "kernels": kernels, "scenarios": scenarios, "tests": tests, "tune": tuning}
+PARTS = {
+    "steps": steps, "kernels": kernels, "scenarios": scenarios, "tests": tests,
+    "tune": lambda machine: tune.launches(machine, tune.groups(machine)),
+}  # fmt: skip
 
 
 @contextmanager
@@ -142,8 +138,7 @@ def without_gpu():
 
 
 def launches(parts=tuple(PARTS), gpu="any"):
-    """(aot.Launches of some of PARTS, each kernel once; for each part that failed why). gpu: as the tuned tables name
-    it."""
+    """(aot.Launches of some of PARTS, each kernel once; why parts failed). gpu: as the tuned tables name it."""
     failures = []
     with aot.recorded() as noted, without_gpu(), _tuned.named(gpu):
         for part in parts:
@@ -177,24 +172,23 @@ def compile_one(launch, target, launcher):
 
 def compile_all(found, target, jobs=None):
     """(number compiled, number that was there, reasons of failures, paths as of compile_one) of aot.Launches."""
-    compiled = there = 0
-    failures, paths = [], []
+    failures, paths, hits = [], [], []
     first_of = {tuple(launch.signature.values()): launch.name for launch in reversed(found)}  # they share a launcher
     launchers = set(first_of.values()) if torch.cuda.is_available() and hasattr(driver, "make_launcher") else ()
     work = [(launch, target, launch.name in launchers) for launch in found]
-    results = aot.compile_each(work, jobs, compile_one)
     try:
-        for hit, files, error in results:
+        for done, (hit, files, error) in enumerate(aot.compile_each(work, jobs, compile_one), 1):
             paths += files
-            failures += [error] if error else []
-            there += hit
-            compiled += not hit and not error
-            done = compiled + there + len(failures)
+            if error:
+                failures.append(error)
+            else:
+                hits.append(hit)
             if done % 50 == 0:
                 print(f"{done} of {len(found)}", flush=True)
     except BrokenProcessPool:
-        failures.append(f"a process died, {len(found) - compiled - there - len(failures)} kernels are not compiled")
-    return compiled, there, failures, paths
+        left = len(found) - len(hits) - len(failures)
+        failures.append(f"a process died, {left} kernels are not compiled")
+    return hits.count(False), hits.count(True), failures, paths
 
 
 # Carrying
