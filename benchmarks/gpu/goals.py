@@ -4,23 +4,23 @@ Goals were set for an H200. On another GPU a goal that names its floor is held a
 for in proportion to the floors, those of benchmarks.roofline.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 from ..roofline import GPUS, MINI, floor_ms, gpu_of, step_costs
 
 
 class Goal(NamedTuple):
-    """value(lines of `points`, in order) is to be at most, or at least, `limit`; by_card: it is over the GPU's floor.
+    """A field of a point's line, over the same of a second point if one is named, is to be "most" or "least" `limit`.
 
     floor: arguments of step_costs behind the config; the limit is a speed on an H200 and goes with this step's floor.
+    by_card: the value is over the floor of the GPU.
     """
 
     text: str
     points: tuple[str, ...]
-    value: Callable
+    field: str
+    at: str
     limit: float
-    at_most: bool
     floor: tuple | None = None
     by_card: bool = False
 
@@ -32,33 +32,23 @@ class Verdict(NamedTuple):
     verdict: str  # "met", "missed" or "not measured"
 
 
-def _goal(text, points, value, at_most=None, at_least=None, **rest):
-    """A goal whose value is a field of its one point, or a function of several points' lines."""
-    points = (points,) if isinstance(points, str) else points
-    read = (lambda line: line.get(value)) if isinstance(value, str) else value
-    return Goal(text, points, read, at_least if at_most is None else at_most, at_most is not None, **rest)
-
-
 _STEP, _STEP8 = "step mini bf16 b1 p1024", "step mini fp8 b1 p1024"
 _DECODE, _DECODE32, _DECODE8 = "decode mini bf16 b1", "decode mini bf16 b32", "decode mini fp8 b1"
+_ATTENTION = "attention b8 p32768"
 
 GOALS = (
-    _goal("mini bf16 b1 p1024: step over its default floor", _STEP, "over_floor_default", at_most=1.25, by_card=True),
-    _goal("mini fp8 b1 p1024: step over its default floor", _STEP8, "over_floor_default", at_most=1.35, by_card=True),
-    _goal("mini bf16 b1: tokens/s at TPF 6.63", _DECODE, "tok_s", at_least=1100, floor=(1, 1024, 2)),
-    _goal("mini fp8 b1: tokens/s at TPF 6.63", _DECODE8, "tok_s", at_least=1900, floor=(1, 1024, 1)),
-    _goal("mini bf16: tokens/s of batch 32 over batch 1", (_DECODE32, _DECODE),
-          lambda many, one: many["tok_s"] / one["tok_s"], at_least=8),
-    _goal("host syncs in a step", _STEP, "host_syncs", at_most=0),
-    _goal("launches outside the graph in a step", _STEP, "launches_outside_graph", at_most=2),
-    _goal("attention b8 p32768: percent of copy bandwidth", "attention b8 p32768", "percent_of_copy",
-          at_least=80),
-    _goal("torch.compile of the reference model over our step", ("peer compile", _STEP),
-          lambda peer, ours: peer["ms"] / ours["ms"], at_least=3),
-    _goal("torch.compile with grouped_mm over our step", ("peer grouped_mm", _STEP),
-          lambda peer, ours: peer["ms"] / ours["ms"], at_least=1),
-    _goal("mini bf16 b1 p1024: peak memory in GB", _STEP, "peak_gb", at_most=36),
-)  # fmt: skip
+    Goal("mini bf16 b1 p1024: step over its default floor", (_STEP,), "over_floor_default", "most", 1.25, by_card=True),
+    Goal("mini fp8 b1 p1024: step over its default floor", (_STEP8,), "over_floor_default", "most", 1.35, by_card=True),
+    Goal("mini bf16 b1: tokens/s at TPF 6.63", (_DECODE,), "tok_s", "least", 1100, floor=(1, 1024, 2)),
+    Goal("mini fp8 b1: tokens/s at TPF 6.63", (_DECODE8,), "tok_s", "least", 1900, floor=(1, 1024, 1)),
+    Goal("mini bf16: tokens/s of batch 32 over batch 1", (_DECODE32, _DECODE), "tok_s", "least", 8),
+    Goal("host syncs in a step", (_STEP,), "host_syncs", "most", 0),
+    Goal("launches outside the graph in a step", (_STEP,), "launches_outside_graph", "most", 2),
+    Goal("attention b8 p32768: percent of copy bandwidth", (_ATTENTION,), "percent_of_copy", "least", 80),
+    Goal("torch.compile of the reference model over our step", ("peer compile", _STEP), "ms", "least", 3),
+    Goal("torch.compile with grouped_mm over our step", ("peer grouped_mm", _STEP), "ms", "least", 1),
+    Goal("mini bf16 b1 p1024: peak memory in GB", (_STEP,), "peak_gb", "most", 36),
+)
 
 
 class Prediction(NamedTuple):
@@ -79,7 +69,7 @@ PREDICTIONS = (  # estimates before the first measurement: bytes, SASS and launc
     Prediction(_STEP8, "ms", "ms", {"h100": 5.9}),
     Prediction(_DECODE, "ms_per_forward", "ms per forward", {"h100": 9.9}),
     Prediction(_DECODE, "tok_s", "tokens/s", {"h100": 670, "h200": 885}),
-    Prediction("attention b8 p32768", "percent_of_copy", "percent of copy bandwidth", {"h100": (72, 78)}),
+    Prediction(_ATTENTION, "percent_of_copy", "percent of copy bandwidth", {"h100": (72, 78)}),
 )
 
 
@@ -88,14 +78,12 @@ def judge(lines):
     card, rates = _card(lines)
     verdicts = []
     for goal in GOALS:
-        found = [lines.get(name, {}) for name in goal.points]
+        values = [lines.get(name, {}).get(goal.field) for name in goal.points]
         limit, words = _limit(goal, card, rates)
-        value = None
-        if all(line and not line.keys() & {"error", "skipped"} for line in found):
-            value = goal.value(*found)
-        verdict = "not measured" if value is None else "missed"
-        if value is not None and (value <= limit if goal.at_most else value >= limit):
-            verdict = "met"
+        value, verdict = None, "not measured"
+        if None not in values:
+            value = values[0] / values[1] if len(values) > 1 else values[0]
+            verdict = "met" if (value <= limit if goal.at == "most" else value >= limit) else "missed"
         verdicts.append(Verdict(goal.text, words, value, verdict))
     return verdicts
 
@@ -119,4 +107,4 @@ def _limit(goal, card, rates):
         costs = step_costs(MINI, *goal.floor)
         limit *= floor_ms(costs, *GPUS["h200"]) / floor_ms(costs, *rates)
         of = f" ({card}; H200: {goal.limit:g})"
-    return limit, f"at {'most' if goal.at_most else 'least'} {limit:.4g}{of}"
+    return limit, f"at {goal.at} {limit:.4g}{of}"
