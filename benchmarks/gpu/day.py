@@ -14,10 +14,10 @@ Phases, each a command of its own that may fail, hang or lose the device without
     peers      PyTorch alone at the same step, if named              benchmarks.gpu --only peers
     memcheck, racecheck   of kernels at small sizes, if named        compute-sanitizer
 
-They run in this order, or in that of --only. Needs a checkout, torch, triton, transformers, pytest with xdist and
-timeout; no network. What a phase prints goes to DIR/log.txt and, cut to a line's width, to the terminal. DIR/day.jsonl
-has a line for every phase, check of first light and failed test, as soon as it ends; DIR/gpu.jsonl and DIR/tune.jsonl
-have what was measured. DIR/cache.tar.xz, if it is there, is a pack of compiled kernels made by benchmarks.gpu.prewarm.
+They run in this order, or in that of --only. Needs a checkout, pytest with xdist and timeout; no network. What a phase
+prints goes to DIR/log.txt and, cut to a line's width, to the terminal. DIR/day.jsonl has a line for every phase, check
+of first light and failed test, as soon as it ends; DIR/gpu.jsonl and DIR/tune.jsonl have what was measured.
+DIR/cache.tar.xz, if it is there, is a pack of compiled kernels made by benchmarks.gpu.prewarm.
 
 A phase that loses the device is started again with what it has left to do. A second run on the same DIR measures what
 the first did not. After an edit, and new tuned tables are one, that would be everything; with --changed NAMES (parts of
@@ -155,7 +155,12 @@ class Day:
         except OSError as error:
             return str(error), None
         self._running.append(process)
-        listener = threading.Thread(target=self._listen, args=(phase.name, process.stdout))
+
+        def listen():
+            for line in process.stdout:
+                self._say(phase.name, line.rstrip("\n"))
+
+        listener = threading.Thread(target=listen)
         listener.start()
         try:
             code = process.wait(seconds)
@@ -171,10 +176,6 @@ class Day:
         self.end = time.monotonic()
         for process in self._running:
             kill_group(process)
-
-    def _listen(self, name, stream):
-        for line in stream:
-            self._say(name, line.rstrip("\n"))
 
     def _say(self, name, text):
         """To the log, and cut to a line's width to the terminal."""

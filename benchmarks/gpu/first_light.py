@@ -160,7 +160,7 @@ def _send(call, pipe, output):
 
 
 def run(names, dry, jobs, limit, out=None):
-    """Run the checks side by side, a line each as it ends. Returns the lines."""
+    """Run the checks side by side; their lines, each kept and printed as it ends."""
 
     def one(name):
         started = time.monotonic()

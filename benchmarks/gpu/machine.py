@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +29,6 @@ TINY = replace(
     SMALL, vocab_size=512, hidden_size=64, num_hidden_layers=2, intermediate_size=128, moe_intermediate_size=32,
     head_dim=32, mask_token_id=511, pad_token_id=510, eos_token_id=(510,),
 )  # fmt: skip
-
 LAYERS = 2  # a dense one and one of experts: all others are like that. There rounding costs a token in ten
 _LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchCooperative", "cudaMemcpyAsync", "cudaMemsetAsync")
 _SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
@@ -55,8 +55,7 @@ class DoesNotFit(Exception):
 
 
 class Machine:
-    """device, its name and bytes of memory; dtype of weights and activations; ceilings as measured: copy bandwidth in
-    TB/s, bf16 TFLOP/s."""
+    """device, name, bytes of memory, dtype of weights and activations; bandwidth in TB/s and bf16 tflops, measured."""
 
     def __init__(self, dry):
         self.dry = dry
@@ -92,9 +91,8 @@ class Machine:
         return [make() for _ in range(self.copies(size))]
 
     def kernel_us(self, calls, rounds=10, least=16):
-        """Median µs of a call, made in turn by replays of one CUDA graph that holds them all: no launch overhead.
-
-        least: fewest calls in the graph; they are repeated to make so many."""
+        """Median µs of a call, made in turn by replays of one CUDA graph that holds them all, repeated until it holds
+        `least`: no launch overhead."""
         if self.dry:
             return self.call_us(calls[0])
         for call in calls:
@@ -272,8 +270,7 @@ def fill(module):
 
 def ceilings(machine):
     """What the device reaches in the two things that bound everything: moving bytes and multiplying matrices."""
-    length, size = machine.size(2**31, 2**20), machine.size(8192, 64)
-    source = machine.random(length)
+    source, size = machine.random(machine.size(2**31, 2**20)), machine.size(8192, 64)
     target = torch.empty_like(source)
     a, b = machine.random(size, size), machine.random(size, size)
     machine.call_us(lambda: a @ b, rounds=100)  # an idle device has to speed up first
@@ -286,10 +283,8 @@ def ceilings(machine):
     if not machine.dry and torch.cuda.get_device_capability() >= (8, 9):
         one = torch.ones((), device=machine.device)
         a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()
-        product = machine.call_us(
-            lambda: torch._scaled_mm(a8, b8, scale_a=one, scale_b=one, out_dtype=torch.bfloat16), rounds=20
-        )
-        result["fp8_tflops"] = 2 * size**3 / product / 1e6
+        product = partial(torch._scaled_mm, a8, b8, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+        result["fp8_tflops"] = 2 * size**3 / machine.call_us(product, rounds=20) / 1e6
     return result
 
 

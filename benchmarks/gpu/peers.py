@@ -145,8 +145,5 @@ def time_peer(machine, name):
 
 
 def points():
-    seconds = {"eager": 8, "compile": 80, "grouped_mm": 100}
-    return [
-        Point(f"peer {name}", "peers", cost, partial(time_peer, name=name), later=True)
-        for name, cost in seconds.items()
-    ]
+    cases = ("eager", 8), ("compile", 80), ("grouped_mm", 100)
+    return [Point(f"peer {name}", "peers", seconds, partial(time_peer, name=name), True) for name, seconds in cases]

@@ -104,12 +104,13 @@ class Step:
 
     def touched(self):
         """Experts whose weights the step reads, mean over the MoE layers."""
-        routers = [layer.mlp.router for layer in self.model.layers if hasattr(layer.mlp, "router")]
         counts = []
-        hooks = [
-            router.register_forward_hook(lambda _module, _args, routing: counts.append(routing.ids.unique().numel()))
-            for router in routers
-        ]
+
+        def note(_module, _args, routing):
+            counts.append(routing.ids.unique().numel())
+
+        routers = [layer.mlp.router for layer in self.model.layers if hasattr(layer.mlp, "router")]
+        hooks = [router.register_forward_hook(note) for router in routers]
         self.reset()
         self.graph.run()
         for hook in hooks:

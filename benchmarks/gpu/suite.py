@@ -3,15 +3,13 @@
     python -m benchmarks.gpu [--minutes 8] [--only SECTION,...] [--points NAME,...] [--results FILE] [--dry-run]
                              [--resume | --resume-any [--anew NAME,...]]
 
-Runs unattended with this checkout, torch, triton, transformers and numpy; without diffusers its ratios are null. Points
-go in order of importance, in two rounds: the telling ones of every section first, the rest of the grids behind them,
-peers last. A point is started only if it is expected to end in time, and what has not ended then is broken off. Each is
-one JSON line, printed, and appended to benchmarks/results/gpu.jsonl as soon as it is there; one that fails leaves its
-error and the next one runs; one that takes much longer than it should is broken off, too. --resume leaves out what has
-been measured on the same device with the same sources: those that the section uses, tuned tables among them;
---resume-any what was measured with any sources, but for points with one of --anew in the name, which need these.
-Ceilings are always measured. At the end stand the goals, met or missed, and one JSON line with them and the count of
-points.
+Runs unattended; without diffusers its ratios are null. Points go in order of importance, in two rounds: the telling
+ones of every section first, the rest of the grids behind them, peers last. Each is one JSON line, printed and appended
+to benchmarks/results/gpu.jsonl as soon as it is there; one that fails leaves its error and the next one runs. A point
+starts only if it is expected to end in time, and what has not ended then, or takes much longer than it should, is
+broken off. --resume leaves out what has been measured on the same device with the same sources: those that the section
+uses, tuned tables among them; --resume-any what was measured with any sources, but for points with one of --anew in the
+name. Ceilings are always measured. At the end stand the goals, met or missed, and one JSON line with them and counts.
 
 Exit codes: 0 all points measured; 1 some failed; 2 no CUDA device, or bad arguments; 3 the device was lost, or hangs
 (run again with --resume, which leaves that point out); 4 it hangs and the time is over; 5 out of time, points are left.
@@ -82,8 +80,8 @@ def chosen(points, names):
 
 
 def sources(section, tables=True):
-    """Fingerprint of what decides a section's figures: a commit would not do, for result lines themselves change the
-    tree. It is the package and those modules of the benchmarks that make the section's inputs, or time them.
+    """Fingerprint of what decides a section's figures: the package and those modules of the benchmarks that make the
+    section's inputs, or time them. A commit would not do, for result lines themselves change the tree.
 
     tables: with the tuned tables; the tuner, which writes them and measures against the defaults, goes without.
     """
@@ -130,9 +128,10 @@ class Results:
 
     def add(self, point, seconds, values):
         """Keep a point's line, in the file and on the terminal (there without what all lines share)."""
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        own = {"point": point.name, "section": point.section, "sources": self.sources[point.section], "time": now}
-        own |= {"seconds": seconds} | values
+        own = {
+            "point": point.name, "section": point.section, "sources": self.sources[point.section],
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "seconds": seconds,
+        } | values  # fmt: skip
         own = {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in own.items()}
         self.lines[point.name] = self.common | own
         print(json.dumps(own), flush=True)
@@ -159,7 +158,9 @@ def run(points, machine, results, end):
     counts = {"measured": 0, "failed": 0, "left_out": 0}
     spent = expected = 5.0  # what points have taken and what they were expected to; 5 s so that the first do not decide
     for point in points:
-        _set_ceilings(machine, results)
+        if results.passed("ceilings"):
+            line = results.lines["ceilings"]
+            machine.bandwidth, machine.tflops = line["copy_tb_s"], line["bf16_tflops"]
         if results.done(point.name):
             continue
         started = time.monotonic()
@@ -234,12 +235,6 @@ def _watched(seconds, give_up):
         signal.signal(signal.SIGUSR1, before)
 
 
-def _set_ceilings(machine, results):
-    if results.passed("ceilings"):
-        line = results.lines["ceilings"]
-        machine.bandwidth, machine.tflops = line["copy_tb_s"], line["bf16_tflops"]
-
-
 def measure(point, machine, results):
     """A point's values; {"error": ...}; {"skipped": ...} where the device is too small."""
     machine.to_default_stream()
@@ -249,8 +244,8 @@ def measure(point, machine, results):
         return point.measure(machine)
     except DoesNotFit as reason:
         return {"skipped": str(reason)}
-    # The one place where every failure is caught: minutes on a GPU are few, and a kernel that does not compile, or a
-    # shape that does not fit, must not cost the figures of all the others. It is recorded and fails the run.
+    # Every failure is caught here: minutes on a GPU are few, and a kernel that does not compile must not cost the
+    # figures of all the others. It is recorded and fails the run.
     except Exception as error:
         traceback.print_exc(limit=-4)
         line = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
@@ -263,12 +258,8 @@ def main(arguments=None):
     parser.add_argument("--only", default=",".join(SECTIONS), help="comma-separated sections (default: %(default)s)")
     parser.add_argument("--points", metavar="NAME,...", help="these alone: names of points or parts of them")
     parser.add_argument("--resume", action="store_true", help="leave out what the results file has already")
-    parser.add_argument(
-        "--resume-any", action="store_true", help="the same, whatever the sources were: you know better"
-    )
-    parser.add_argument(
-        "--anew", metavar="NAME,...", default="", help="but points with one of these in the name need these sources"
-    )
+    parser.add_argument("--resume-any", action="store_true", help="the same, whatever the sources were")
+    parser.add_argument("--anew", metavar="NAME,...", default="", help="but for points with one of these in the name")
     parser.add_argument("--results", type=Path, help="file of result lines (default: benchmarks/results/gpu.jsonl)")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on a CPU: tries the suite, not the machine")
     options = parser.parse_args(arguments)
@@ -287,16 +278,15 @@ def main(arguments=None):
     end = time.monotonic() + 60 * options.minutes - (0 if options.dry_run else RESERVE_S)
     machine = Machine(options.dry_run)
     path = options.results or (None if options.dry_run else RESULTS / "gpu.jsonl")
-    results = Results(
-        machine, path, options.resume or options.resume_any, any_sources=options.resume_any,
-        anew=[part for part in options.anew.split(",") if part],
-    )  # fmt: skip
+    resume, anew = options.resume or options.resume_any, list(filter(None, options.anew.split(",")))
+    results = Results(machine, path, resume, any_sources=options.resume_any, anew=anew)
     print(json.dumps(results.common))
     outcome = run([point for point in points if point.memory <= machine.memory], machine, results, end)
-    verdicts = judge(results.lines)
-    for goal in verdicts:
-        print(f"{goal.verdict:12} {'-' if goal.value is None else f'{goal.value:.4g}':>8}  {goal.text}, {goal.limit}")
-    goals = {f"{goal.text}, {goal.limit}": goal.verdict for goal in verdicts}
+    goals = {}
+    for goal in judge(results.lines):
+        text = f"{goal.text}, {goal.limit}"
+        print(f"{goal.verdict:12} {'-' if goal.value is None else f'{goal.value:.4g}':>8}  {text}")
+        goals[text] = goal.verdict
     summary = {"benchmark": "gpu", "dry_run": machine.dry, "goals": goals}
     print(json.dumps(summary | outcome._asdict()))
     return outcome.exit_code
