@@ -411,6 +411,9 @@ def test_gates_find_wrong_kernels(machine, monkeypatch):
         gates.gate_norm(machine)
     with pytest.raises(ArithmeticError, match="attention, relative error: nan"):
         gates.gate_attention(machine)
+    one = torch.ones(2)
+    with pytest.raises(ArithmeticError, match="both, relative error: nan"):
+        gates.close("both", [(one, one), (one * float("nan"), one)])
 
 
 def test_poison_ends_with_its_block():
