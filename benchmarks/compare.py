@@ -11,43 +11,50 @@ their geometric means, with the 99 % interval of Welch's t on the logarithms. A 
 records itself (std_X beside X, X_iqr), else --noise, the assumed half-width of its interval. Better or worse
 is said where the interval excludes 1 and the change is at least 2 %. Of a hundred metrics one errs by chance.
 
-Counts (launches, syncs, forwards, bytes, passes, registers, spills, shared memory, instructions, calls), accuracy and
-TPF are exact: any change tells. --counted looks at counts alone; there a count that is gone is a regression too,
-unless it belongs to a version of triton or torch that NEW has not.
+Counts (launches, bytes, registers ...), accuracy and TPF are exact: any change tells. --counted looks at counts alone;
+there a count that is gone is a regression too, unless it belongs to a version of triton or torch that NEW has not.
 
 Exit codes: 0 nothing is worse, 1 something is, 2 nothing to compare or bad arguments.
 """
 
 import argparse
 import json
-import math
 import re
 import statistics
 import sys
 from collections import Counter
+from math import exp, log, sqrt
 from pathlib import Path
 from typing import NamedTuple
 
-COUNTED = re.compile(
-    r"(^|_)(launches|syncs|forwards|bytes|operations|passes|registers|spilled|shared|instructions|calls|pages)(_|$)"
-)
-EXACT_HIGHER = re.compile(r"^(accuracy|tpf|tokens_per_forward|equal_tokens)$")
-HIGHER = re.compile(
-    r"(^|_)(tok_s|tok_s_tpf_.*|gb_s|throughput|throughput_rounds|percent_of_(copy|read))$|^(ratio|speedup)"
-)
-LOWER = re.compile(r"(^|_)(us|ms)(_per_\w+)?$|^p\d+$|^over_|^block_\d+_over_")
-# Of others than ourselves, of the machine, or no measure of speed: neither what is measured nor how well.
-IGNORED = re.compile(
-    r"^(diffusers|card|serial|ref|reference|peer|eager|copy|floor|std|p10|p90|tokens_agreeing|experts|tasks|read)(_|$)"
-    r"|_reference$|_default$|_in_cache$|_iqr$"
+KINDS = {  # of a figure by its name; the first that matches counts
+    # of others than ourselves, of the machine, or no measure of speed: neither what is measured nor how well
+    "ignored": r"^(diffusers|card|serial|ref|reference|peer|eager|copy|floor|std|p10|p90|tokens_agreeing)(_|$)"
+    r"|^(experts|tasks|read)(_|$)|_reference$|_default$|_in_cache$|_iqr$"
     r"|^(time|commit|versions|cores|goals|seconds|sources|peak_memory_bytes|r2|gb|peak_gb|compiled_us|noise|share)$"
-    r"|^(bf16_tflops|fp8_tflops|confidence_error|relative_error|draws_differing|rerouted)$|^(duration|steps_per_block|total_.*_tokens)$"
-)
-SETTINGS = re.compile(r"^(threshold|editing_threshold|temperature|top_p|rate)$")  # floats that say what is measured
+    r"|^(bf16_tflops|fp8_tflops|confidence_error|relative_error|draws_differing|rerouted|duration|steps_per_block)$"
+    r"|^total_.*_tokens$",
+    "count": r"(^|_)(launches|syncs|forwards|bytes|operations|passes|registers|spilled|shared)(_|$)"
+    r"|(^|_)(instructions|calls|pages)(_|$)",
+    "exact": r"^(accuracy|tpf|tokens_per_forward|equal_tokens)$",
+    "speed": r"(^|_)(tok_s|tok_s_tpf_.*|gb_s|throughput|throughput_rounds|percent_of_(copy|read))$|^(ratio|speedup)",
+    "time": r"(^|_)(us|ms)(_per_\w+)?$|^p\d+$|^over_|^block_\d+_over_",
+    "setting": r"^(threshold|editing_threshold|temperature|top_p|rate)$",  # a float that says what is measured
+}
+MORE_IS_BETTER = {"count": False, "exact": True, "speed": True, "time": False}  # the kinds that are metrics
+TIMED = ("speed", "time")
 TIMED_BY = ("device", "threads", "quick")  # a time is comparable within one kind of run on one machine only
 APART = ("part", "torch", "triton")  # a point of a part or a version that NEW does not have at all is not gone
 NOISE, LEAST = 0.1, 0.02
 T99 = {1: 63.66, 2: 9.925, 3: 5.841, 4: 4.604, 5: 4.032, 6: 3.707, 8: 3.355, 10: 3.169, 15: 2.947, 30: 2.75, 1e9: 2.576}
+
+
+def kind_of(name):
+    """The key of KINDS for a figure, or None. Numbers at the end of its name do not count: it may be given for several
+    sizes, or be a list."""
+    last = next((part for part in reversed(name.split(".")) if not part.isdigit()), "")
+    key = re.sub(r"^(median|mean|p99)_", "", last)
+    return next((kind for kind, form in KINDS.items() if re.search(form, key)), None)
 
 
 class Metric(NamedTuple):
@@ -58,8 +65,8 @@ class Metric(NamedTuple):
     name: str
 
     @property
-    def counted(self):
-        return bool(COUNTED.search(_last(self.name)))
+    def kind(self):
+        return kind_of(self.name)
 
     def __str__(self):
         where = ", ".join(f"{key}={value}" for key, value in self.point if key not in TIMED_BY)
@@ -80,42 +87,28 @@ class Finding(NamedTuple):
 # Lines to metrics.
 
 
-def direction(key):
-    """1 where more is better, -1 where less is, None for what is no metric."""
-    key = re.sub(r"^(median|mean|p99)_", "", key)
-    if IGNORED.search(key):
-        return None
-    if COUNTED.search(key):
-        return -1
-    if HIGHER.search(key) or EXACT_HIGHER.search(key):
-        return 1
-    return -1 if LOWER.search(key) else None
-
-
-def says_which(key, value):
-    """Whether an entry is part of what was measured, not of the outcome."""
-    if IGNORED.search(key) or direction(key) is not None or _nested(value):
-        return False
-    return not isinstance(value, float) or bool(SETTINGS.search(key))
-
-
 def figures(data, path="", point=()):
     """Yields (point, name, value, relative spread or None) of a line or a part of it."""
     if data.get("who", "ours") != "ours":  # a peer's part
         return
-    point += tuple((path + key, json.dumps(value)) for key, value in data.items() if says_which(key, value))
+    kinds = {key: kind_of(key) for key in data}
+    point += tuple((path + key, json.dumps(data[key])) for key in data if _says_which(kinds[key], data[key]))
     for key, value in data.items():
-        if IGNORED.search(key):
+        values = value if isinstance(value, list) else [value]
+        if kinds[key] == "ignored":
             continue
-        if isinstance(value, dict):
-            yield from figures(value, f"{path}{key}.", point)
-        elif _nested(value):
-            for entry in value:
+        if _nested(value):
+            for entry in values:
                 yield from figures(entry, f"{path}{key}.", point)
-        elif direction(_last(path + key)) is not None and value is not None:
-            for i, number in enumerate(value if isinstance(value, list) else [value]):
+        elif kind_of(path + key) in MORE_IS_BETTER and value is not None:
+            for i, number in enumerate(values):
                 name = f"{path}{key}" + f".{i}" * isinstance(value, list)
                 yield point, name, number, _spread(data, key) / number if number else None
+
+
+def _says_which(kind, value):
+    """Whether an entry of this kind is part of what was measured, not of the outcome."""
+    return kind == "setting" or (kind is None and not isinstance(value, float) and not _nested(value))
 
 
 def _spread(data, key):
@@ -124,24 +117,17 @@ def _spread(data, key):
     return data.get(f"{key}_iqr", 0) / 1.349 if std is None else std  # 1.349: of a normal distribution
 
 
-def _last(name):
-    """The last part of a name that is no number: a figure may be given for several sizes, or be a list."""
-    return next(part for part in reversed(name.split(".")) if not part.isdigit())
-
-
 def _nested(value):
     return isinstance(value, dict) or (isinstance(value, list) and any(isinstance(entry, dict) for entry in value))
 
 
 def metrics(data):
     """Yields (Metric, value, relative spread or None) of one line's data."""
-    kind = [(key, json.dumps(data.get(key))) for key in TIMED_BY]
+    run = tuple((key, json.dumps(data.get(key))) for key in TIMED_BY)
     body = {key: value for key, value in data.items() if key not in ("benchmark", *TIMED_BY)}
     seen = Counter()
     for point, name, value, spread in figures(body):
-        metric = Metric(data["benchmark"], point, name)
-        if not metric.counted and not EXACT_HIGHER.search(_last(name)):
-            metric = metric._replace(point=(*point, *kind))
+        metric = Metric(data["benchmark"], point + run if kind_of(name) in TIMED else point, name)
         seen[metric] += 1
         if seen[metric] > 1:  # points that nothing tells apart: by their place
             metric = metric._replace(point=(*metric.point, ("nth", str(seen[metric]))))
@@ -181,46 +167,44 @@ def gather(lines):
 
 def judge(metric, old, new, noise=NOISE):
     """The Finding of one metric; old, new: lists of (value, relative spread or None), the newest last."""
-    sense = direction(_last(metric.name))
-    before, after = old[-1][0], new[-1][0]
-    timed = any(key in TIMED_BY for key, _ in metric.point)
-    if not timed or min(value for value, _ in (*old, *new)) <= 0:
-        verdict = "same" if before == after else "better" if (after > before) == (sense > 0) else "worse"
-        return Finding(metric, before, after, after / before if before else None, None, verdict)
-    before, after = (math.exp(statistics.fmean(math.log(value) for value, _ in side)) for side in (old, new))
-    ratio, half = after / before, _half_width(old, new, noise)
-    interval = ratio * math.exp(-half), ratio * math.exp(half)
+    before, after, interval = old[-1][0], new[-1][0], None
+    changed = before != after
+    if metric.kind in TIMED and min(value for value, _ in (*old, *new)) > 0:
+        before, after = (statistics.geometric_mean(value for value, _ in side) for side in (old, new))
+        half = _half_width(old, new, noise)
+        interval = after / before * exp(-half), after / before * exp(half)
+        changed = not interval[0] <= 1 <= interval[1] and abs(after / before - 1) >= LEAST
     verdict = "same"
-    if not interval[0] <= 1 <= interval[1] and abs(ratio - 1) >= LEAST:
-        verdict = "better" if (ratio > 1) == (sense > 0) else "worse"
-    return Finding(metric, before, after, ratio, interval, verdict)
+    if changed:
+        verdict = "better" if (after > before) == MORE_IS_BETTER[metric.kind] else "worse"
+    return Finding(metric, before, after, after / before if before else None, interval, verdict)
 
 
 def _half_width(old, new, noise):
     """Of the 99 % interval of log(NEW / OLD)."""
     errors = []  # squared error of each mean, and its degrees of freedom
     for side in (old, new):
-        n, known = len(side), side[0][1] or None
-        if n > 1:
-            errors.append((statistics.variance(math.log(value) for value, _ in side) / n, n - 1))
+        if len(side) > 1:
+            errors.append((statistics.variance(log(value) for value, _ in side) / len(side), len(side) - 1))
         else:
-            errors.append(((noise / T99[1e9] if known is None else known) ** 2, 1e9))
+            errors.append(((side[0][1] or noise / T99[1e9]) ** 2, 1e9))
     total = sum(square for square, _ in errors)
     if total == 0:
         return 0.0
     freedom = total**2 / sum(square**2 / df for square, df in errors)
-    return T99[max((df for df in T99 if df <= freedom), default=1)] * math.sqrt(total)
+    return T99[max((df for df in T99 if df <= freedom), default=1)] * sqrt(total)
 
 
 def compare(old, new, counted=False, noise=NOISE):
     """(findings of the metrics in both, counts that are gone). old, new: lists of lines' data."""
     before, after = gather(old), gather(new)
-    findings = [judge(m, before[m], after[m], noise) for m in before if m in after and (m.counted or not counted)]
+    chosen = [metric for metric in before if metric.kind == "count"] if counted else list(before)
+    findings = [judge(metric, before[metric], after[metric], noise) for metric in chosen if metric in after]
     there = {metric.benchmark for metric in after}
     pairs = {pair for metric in after for pair in metric.point}
     gone = [
-        metric for metric in before
-        if metric.counted and metric not in after and metric.benchmark in there
+        metric for metric in chosen
+        if metric not in after and metric.benchmark in there
         and all(pair in pairs for pair in metric.point if pair[0].rpartition(".")[2] in APART)
     ]  # fmt: skip
     return findings, gone if counted else []
@@ -240,8 +224,8 @@ def report(findings, gone, same=False):
             print(show(finding))
     for metric in gone:
         print(f"gone   {metric}")
-    count = {verdict: sum(f.verdict == verdict for f in findings) for verdict in ("worse", "better", "same")}
-    print(", ".join(f"{n} {verdict}" for verdict, n in count.items()) + f", {len(gone)} gone")
+    count = Counter(finding.verdict for finding in findings)
+    print(", ".join(f"{count[verdict]} {verdict}" for verdict in ("worse", "better", "same")) + f", {len(gone)} gone")
     return count["worse"] + len(gone)
 
 
