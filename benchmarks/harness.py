@@ -64,8 +64,10 @@ def _image_file(text):
 
 
 @contextmanager
-def drawing(file, **layout):
-    """Yields what pyplot.subplots(**layout) gives as axes, then writes the figure to an image file."""
+def drawing(file, metadata=None, **layout):
+    """Yields what pyplot.subplots(**layout) gives as axes, then writes the figure to an image file.
+
+    metadata: of the file, as matplotlib's savefig takes it."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -74,7 +76,7 @@ def drawing(file, **layout):
     figure, axes = pyplot.subplots(**layout)
     yield axes
     figure.tight_layout()
-    figure.savefig(file, dpi=150)
+    figure.savefig(file, dpi=150, metadata=metadata)
     pyplot.close(figure)
 
 

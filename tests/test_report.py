@@ -121,16 +121,15 @@ def test_the_committed_texts_and_plots_are_what_the_lines_give():
 
 def test_both_rules_of_drawn_tokens_stand_side_by_side():
     line = report_tables.Line("sampling.jsonl", SAMPLING)
-    assert report_tables.sampling_draws(line).splitlines()[2:] == [
+    assert report.BLOCKS["sampling"]([line]).splitlines()[4:] == [
         "| m | temperature 0 | 0.700 | 0.600 | 4.50 | 0.700 | 0.700 | 4.40 | 0.750 | 0.500 | 0.90 |",
         "| m | temperature 0.1 | 0.690 | 0.500 | 4.60 | 0.500 | 0.250 | 8.00 | 0.750 | 0.500 | 0.90 |",
         "| m | temperature 1, top_k 1 | 0.700 | 0.600 | 4.50 | 0.400 | 0.300 | 8.25 | 0.750 | 0.500 | 0.90 |",
     ]
-    ((what, result),) = report_tables.short_sampling(line)
-    assert what.startswith("m model, 120 unseen prompts for each of five tasks, temperature 0.1")
-    assert result == (
-        "the model's own softmax: 0.690 at TPF 4.60; probability of the draw: 0.500 at TPF 8.00; "
-        "one token a step: 0.750 at TPF 0.90 (greedy: 0.700 at 4.50)"
+    assert report.BLOCKS["numbers"]([line]).splitlines()[2] == (
+        "| m model, 120 unseen prompts for each of five tasks, temperature 0.1: exact match by confidence "
+        "| the model's own softmax: 0.690 at TPF 4.60; probability of the draw: 0.500 at TPF 8.00; "
+        "one token a step: 0.750 at TPF 0.90 (greedy: 0.700 at 4.50) | [1] |"
     )
 
 

@@ -14,7 +14,6 @@ import argparse
 import re
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 from ..harness import ROOT
 from . import plots, tables
@@ -28,14 +27,13 @@ TYPED = re.compile(r"(?<![\w.])\d[\d.,]*(?:[x×]|\s?(?:tok(?:ens)?/s|ms|µs|us|[
 
 def render(text, lines):
     """The text with every block made from the lines. ValueError for a block of an unknown name."""
+    return BLOCK.sub(lambda match: block(match[1], lines), text)
 
-    def block(match):
-        name = match[1]
-        if name not in BLOCKS:
-            raise ValueError(f"report:{name}: expected one of {', '.join(BLOCKS)}")
-        return f"<!-- report:{name} -->\n{BLOCKS[name](lines)}\n<!-- /report -->"
 
-    return BLOCK.sub(block, text)
+def block(name, lines):
+    if name not in BLOCKS:
+        raise ValueError(f"report:{name}: expected one of {', '.join(BLOCKS)}")
+    return f"<!-- report:{name} -->\n{BLOCKS[name](lines)}\n<!-- /report -->"
 
 
 def typed(text, section):
@@ -50,8 +48,8 @@ def faults(root, lines):
     found = []
     for name, section in FILES.items():
         text = (root / name).read_text("utf-8")
-        blocks = zip(BLOCK.finditer(text), BLOCK.finditer(render(text, lines)), strict=True)
-        found += [f"{name}: report:{old[1]} is not what the lines give" for old, new in blocks if old[0] != new[0]]
+        blocks = [match[1] for match in BLOCK.finditer(text) if match[0] != block(match[1], lines)]
+        found += [f"{name}: report:{wrong} is not what the lines give" for wrong in blocks]
         found += [f"{name}: {number!r} is typed by hand" for number in typed(text, section)]
     stale = plots.stale(root / "benchmarks" / "plots", lines)
     return found + [f"benchmarks/plots/{name}.svg is not what the lines give" for name in stale]
@@ -62,15 +60,14 @@ def main(argv=None, root=ROOT):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where something differs")
     options = parser.parse_args(argv)
-    missing = [name for name in FILES if not (Path(root) / name).is_file()]
+    missing = [name for name in FILES if not (root / name).is_file()]
     if missing:
         parser.error(f"needs a checkout: there is no {', no '.join(missing)} in {root}")
-    lines = tables.read(root / "benchmarks" / "results")
+    lines, folder = tables.read(root / "benchmarks" / "results"), root / "benchmarks" / "plots"
     if options.check:
         found = faults(root, lines)
         print("\n".join([*found, "run: python -m benchmarks.report"] if found else ["all from the result lines"]))
         return int(bool(found))
-    folder = root / "benchmarks" / "plots"
     stale = plots.stale(folder, lines)
     if stale and find_spec("matplotlib") is None:
         parser.error('needs matplotlib: pip install "llada2-fast[plot]"')

@@ -4,10 +4,11 @@ import hashlib
 import inspect
 import json
 
+from ..harness import drawing
 from ..quality import draw as draw_quality
 from .tables import card, gpu_lines, newest, threads
 
-# Data of the lines, or None where they have not what is drawn; and how it is drawn.
+# What is drawn, taken from the lines (None where they have it not), and how.
 
 
 def first(lines, benchmark, key):
@@ -61,24 +62,19 @@ def draw_cost(data, axes):
 
 
 def quality_data(lines):
-    """What quality.draw takes; lines from before it was measured at several block lengths do not do."""
-    quality = first(lines, "quality", "block_length")
+    quality = first(lines, "quality", "block_length")  # older lines have one length of blocks alone
     return quality and {key: quality[key] for key in ("settings", "block_length")}
 
 
 def gpu_data(lines):
     """Bars: {decoding, or step over 1024 tokens: [floor, measured]} in ms per forward, the devices side by side."""
-    devices = gpu_lines(lines)
-    names = dict.fromkeys(name for points in devices.values() for name in points)
-    steps = {
-        name + f", {card(device)}" * (len(devices) > 1): [
-            line.data["floor_ms"],
-            line.data.get("ms") or line.data["ms_per_forward"],
-        ]
-        for name in names
-        for device, points in devices.items()
-        if (line := points.get(name)) and "floor_ms" in line.data and (" p" not in name or " p1024" in name)
-    }
+    devices, steps = gpu_lines(lines), {}
+    for name in dict.fromkeys(name for points in devices.values() for name in points):
+        for device, points in devices.items():
+            data = points.get(name, {})
+            if "floor_ms" in data and (" p" not in name or " p1024" in name):
+                bar = name + f", {card(device)}" * (len(devices) > 1)
+                steps[bar] = [data["floor_ms"], data.get("ms") or data["ms_per_forward"]]
     return {"title": " / ".join(map(card, devices)), "steps": steps} if steps else None
 
 
@@ -116,28 +112,25 @@ def made_from(name, lines):
 
 def stale(folder, lines):
     """Names of the plots that are missing from the folder, or were made from something else."""
-    names = []
-    for name in PLOTS:
-        mark, path = made_from(name, lines), folder / f"{name}.svg"
-        if mark and not (path.is_file() and mark in path.read_text("utf-8")):
-            names.append(name)
-    return names
+
+    def there(name, mark):
+        path = folder / f"{name}.svg"
+        return path.is_file() and mark in path.read_text("utf-8")
+
+    return [name for name in PLOTS if (mark := made_from(name, lines)) and not there(name, mark)]
 
 
 def draw(name, folder, lines):
     """Write <folder>/<name>.svg; the same bytes for the same lines and version of matplotlib."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import rc_context
 
     _, data_of, how = PLOTS[name]
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "llada2_fast", "font.size": 9}):
-        figure, axes = pyplot.subplots(figsize=(8, 4))
+    folder.mkdir(parents=True, exist_ok=True)
+    marks = {"Date": None, "Description": made_from(name, lines)}
+    with (
+        rc_context({"svg.fonttype": "none", "svg.hashsalt": "llada2_fast", "font.size": 9}),
+        drawing(folder / f"{name}.svg", marks, figsize=(8, 4)) as axes,
+    ):
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
         how(data_of(lines), axes)
-        figure.tight_layout()
-        folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(folder / f"{name}.svg", metadata={"Date": None, "Description": made_from(name, lines)})
-        pyplot.close(figure)
