@@ -41,7 +41,7 @@ from . import compare, harness
 from .aot import SCENARIOS, compile_launch, compiled, recorded
 from .gpu.machine import CONFIGS, Machine
 from .gpu.steps import Step
-from .kernels.bench_refine import LENGTH, launches, passes
+from .kernels.bench_refine import launches, passes
 from .roofline import BLOCK, step_costs
 
 PARTS = ("steps", "aot")
@@ -178,7 +178,7 @@ class _NoData(Machine):
 def refinement():
     """A refinement step of 8 blocks by mode: launches, passes over the logits and the bytes these are."""
     config = CONFIGS["mini"]
-    logits = 8 * LENGTH * config.vocab_size * 2
+    logits = 8 * BLOCK * config.vocab_size * 2
     for mode in ("greedy", "temperature", "top_k_top_p"):
         read = passes(mode)
         yield {
@@ -208,7 +208,6 @@ def whole_step(fp8):
 
 def steps():
     """The cheap part of the counts."""
-    assert BLOCK == LENGTH
     forwards, calls = decodings()
     with torch.inference_mode():
         kernels = [*refinement(), whole_step(fp8=False), whole_step(fp8=True)]

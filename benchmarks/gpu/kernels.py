@@ -16,7 +16,8 @@ import torch
 
 from llada2_fast.kernels._triton import force_ops
 
-from ..kernels import bench_attention, bench_moe, bench_norm, bench_refine, bench_rope
+from ..kernels.bench_decoding import case_of_steady
+from ..kernels.bench_model import case_of_attention, case_of_moe_layer, case_of_norm, case_of_rope
 from .gates import GATES, MODES
 from .machine import Point
 
@@ -49,18 +50,18 @@ def points():
     for batch in BATCHES:
         for mode in MODES:
             first = batch in (1, 8) and mode != "sampling"
-            add("refine", f"refine {mode} b{batch}", partial(bench_refine.steady, batch=batch, mode=mode), first, first)
+            add("refine", f"refine {mode} b{batch}", partial(case_of_steady, batch=batch, mode=mode), first, first)
     for batch in BATCHES[:3]:
         for prefix in PREFIXES:
             first = (batch, prefix) in ((1, 1024), (1, 32768), (8, 32768))
-            build = partial(bench_attention.case_of, config="mini", rows=batch, prefix=prefix, shuffled=True)
+            build = partial(case_of_attention, config="mini", rows=batch, prefix=prefix, shuffled=True)
             add("attention", f"attention b{batch} p{prefix}", build, first, first)
     for tokens in TOKENS:
         for kernel, fp8 in (("moe", False), ("moe fp8", True)):
             first = tokens in (32, 1024)
-            build = partial(bench_moe.layer_of, tokens=tokens, fp8=fp8)
+            build = partial(case_of_moe_layer, tokens=tokens, fp8=fp8)
             add(kernel, f"{kernel} m{tokens}", build, first, first and not fp8)
-    for kernel, op in (("norm", bench_norm), ("rope", bench_rope)):
+    for kernel, case_of in (("norm", case_of_norm), ("rope", case_of_rope)):
         for tokens in (32, 4096):
-            add(kernel, f"{kernel} t{tokens}", partial(op.case_of, config="mini", tokens=tokens), tokens == 32)
+            add(kernel, f"{kernel} t{tokens}", partial(case_of, config="mini", tokens=tokens), tokens == 32)
     return found

@@ -2,10 +2,10 @@
 
     python -m benchmarks.kernels [--quick] [--only norm,rope] [--json] [--save [FOLDER]]
 
-Runs the bench_<op>.py files of this folder under pytest-benchmark: medians and their interquartile ranges, one thread.
-On a GPU the Triton kernels in bfloat16, in CUDA graphs over buffers that no cache holds; on a CPU the references, which
-are the product there, in float32. GB/s counts every input and output once; operations, 2 per multiply-add, are in the
-JSON line. A peer that is faster is printed as such: ratio = peer / ours.
+Timed by pytest-benchmark, medians and their interquartile ranges, one thread; `pytest benchmarks/kernels/__main__.py
+[--quick] [--only norm,rope]` does as much. On a GPU the Triton kernels in bfloat16, in CUDA graphs over buffers that no
+cache holds; on a CPU the references, which are the product there, in float32. GB/s counts every input and output once;
+operations, 2 per multiply-add, are in the JSON line. A peer that is faster is printed as such: ratio = peer / ours.
 """
 
 import argparse
@@ -20,9 +20,11 @@ from pathlib import Path
 import torch
 
 from ..harness import add_options, finish
+from . import bench_decoding, bench_model
 
-FILES = {path.stem.removeprefix("bench_"): path for path in sorted(Path(__file__).parent.glob("bench_*.py"))}
-# Relative imports need the files' package, in a checkout and in a wheel.
+# By op: build(machine, *arguments) -> Case, {name of a case: its arguments}, the smallest first.
+OPS = bench_model.OPS | bench_decoding.OPS
+# Relative imports need this file's package, in a checkout and in a wheel.
 PYTEST = ["--import-mode=importlib", "-o", "consider_namespace_packages=true", "-p", "no:cacheprovider", "-v"]
 EFFORT = {True: ("0.05", "3"), False: ("0.5", "5")}  # of --quick: seconds and rounds, at least, per timing
 
@@ -30,29 +32,42 @@ EFFORT = {True: ("0.05", "3"), False: ("0.5", "5")}  # of --quick: seconds and r
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
-    parser.add_argument("--only", default=",".join(FILES), metavar="OPS", help="comma-separated (default: all)")
+    parser.add_argument("--only", default=",".join(sorted(OPS)), metavar="OPS", help="comma-separated (default: all)")
     options = parser.parse_args(argv)
     ops = options.only.split(",")
-    if not set(ops) <= set(FILES):
-        parser.error(f"--only {options.only}: expected some of {', '.join(FILES)}")
+    if not set(ops) <= set(OPS):
+        parser.error(f"--only {options.only}: expected some of {', '.join(sorted(OPS))}")
     if find_spec("pytest_benchmark") is None:
         parser.error('needs pytest-benchmark: pip install "llada2-fast[test]"')
     torch.set_num_threads(1)  # as in conftest.py; stands in the JSON line
-    entries = by_case(run([FILES[op] for op in ops], options.quick))
+    records = run(__file__, options.quick, f"--only={options.only}", *(["--quick"] if options.quick else []))
+    entries = sorted(by_case(records), key=lambda entry: ops.index(entry["op"]))
     print(table(entries))
     result = {"ops": entries, "peak_memory_bytes": None}  # the ops ran in another process
     finish("kernels", options, result, "cuda" if torch.cuda.is_available() else "cpu")
 
 
-def run(files, quick):
-    """pytest-benchmark's records of the files' timings. SystemExit if one failed: then nothing is reported."""
+@torch.inference_mode()
+def test_op(benchmark, case, who):
+    """Times ours or the peer; the figures and what they are of go into pytest-benchmark's report."""
+    op, name, case = case
+    call, calls = case.target(who)
+    benchmark.group = f"{op} {name}"
+    benchmark.extra_info.update(
+        op=op, case=name, who=who, peer=case.peer_name, calls=calls, bytes=case.bytes, operations=case.operations
+    )
+    benchmark(call)
+
+
+def run(file, quick, *options):
+    """pytest-benchmark's records of a file's timings. SystemExit if one failed: then nothing is reported."""
     seconds, rounds = EFFORT[quick]
     # not the settings of a pytest around this one; as a worker of pytest-xdist nothing would be timed
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         command = [
-            sys.executable, "-m", "pytest", *map(str, files), *PYTEST, *(["--quick"] if quick else []),
+            sys.executable, "-m", "pytest", str(file), *PYTEST, *options,
             f"--benchmark-json={report}", f"--benchmark-max-time={seconds}", f"--benchmark-min-rounds={rounds}",
             "--benchmark-disable-gc", "--benchmark-columns=median,iqr",
         ]  # fmt: skip

@@ -1,13 +1,11 @@
 """What the timings of single ops share: the machine at hand, a case, and the parity it needs to be timed.
 
-Each bench_<op>.py builds its cases with case_of(machine, ...) and has a table CASES of names and these arguments, the
-smallest first, with one test that times them; conftest.py does the rest. The GPU suite builds its points with the same
-functions.
+The GPU suite builds its points with the same case_of_<op> functions, on a machine of its own.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -31,24 +29,14 @@ class Here(Machine):
         super().__init__(dry=not torch.cuda.is_available())
         self.dtype = torch.float32 if self.dry else torch.bfloat16
 
-    def config(self, name, fp8=False):
-        config = (CONFIGS | {"small": SMALL})[name]
-        return replace(config, quantization="fp8") if fp8 else config
+    def config(self, name):
+        return (CONFIGS | {"small": SMALL})[name]
 
     def size(self, real, most):
         return real
 
     def copies(self, size):
         return 1 if self.dry else super().copies(size)
-
-
-def expert_weights(machine, experts, rows, columns):
-    """Weights [E, rows, columns], different in every expert, at the price of copying them."""
-    first = machine.random(rows, columns, std=columns**-0.5)
-    weight = first.new_empty(experts, rows, columns)
-    for expert, own in enumerate(weight):
-        own.copy_(first.roll(expert, 0))
-    return weight
 
 
 def agree(what, got, wanted):
@@ -103,27 +91,21 @@ class Case:
         if not torch.cuda.is_available():
             return calls[0], 1
         calls *= math.ceil(IN_A_GRAPH / len(calls))
-        return _on_a_gpu(calls, who == "ours" or self.graph), len(calls)
 
+        def all_calls():
+            for call in calls:
+                call()
 
-def _on_a_gpu(calls, graph):
-    """One call that makes all calls, in a CUDA graph or one by one, and waits for the device."""
-
-    def one_by_one():
-        for call in calls:
-            call()
+        all_calls()  # compiles
         torch.cuda.synchronize()
+        if who == "ours" or self.graph:
+            captured = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(captured):
+                all_calls()
+        launch = captured.replay if who == "ours" or self.graph else all_calls
 
-    one_by_one()  # compiles
-    if not graph:
-        return one_by_one
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
-        for call in calls:
-            call()
+        def timed():
+            launch()
+            torch.cuda.synchronize()
 
-    def replay():
-        captured.replay()
-        torch.cuda.synchronize()
-
-    return replay
+        return timed, len(calls)

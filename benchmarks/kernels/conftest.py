@@ -1,7 +1,4 @@
-"""Runs the timings: every case of a file is built and gated once, then ours and its peer are timed side by side.
-
-pytest benchmarks/kernels/bench_norm.py [--quick]        or all of them: python -m benchmarks.kernels
-"""
+"""Runs the timings of __main__.OPS: every case is built and gated once, then ours and its peer are timed in turn."""
 
 import pytest
 import torch
@@ -13,38 +10,26 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser):
     parser.addoption("--quick", action="store_true", help="only the smallest case of every op")
+    parser.addoption("--only", metavar="OPS", help="comma-separated (default: all)")
 
 
 def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
-        names = list(metafunc.module.CASES)[: 1 if metafunc.config.getoption("--quick") else None]
-        metafunc.parametrize("case", names, indirect=True, scope="module")
+        quick, only = map(metafunc.config.getoption, ("--quick", "--only"))
+        ops = metafunc.module.OPS
+        chosen = only.split(",") if only else ops
+        cases = [(op, name) for op in chosen for name in list(ops[op][1])[: 1 if quick else None]]
+        metafunc.parametrize("case", cases, indirect=True, scope="module", ids=" ".join)
         metafunc.parametrize("who", ["ours", "peer"])
 
 
 @pytest.fixture(scope="module")
 def case(request):
-    """A name of the file's CASES -> its Case, built anew, ours and the peer in agreement."""
+    """(op, name of a case) -> both and the Case, built anew, ours and the peer in agreement."""
+    op, name = request.param
+    build, cases = request.module.OPS[op]
     torch.manual_seed(0)
     with torch.inference_mode():
-        case = request.module.case_of(Here(), *request.module.CASES[request.param])
-        case.gate(request.param)
-    return case
-
-
-@pytest.fixture
-def timed(benchmark, case, who, request):
-    """A call that times one of the two; the figures and what they are of go into pytest-benchmark's report."""
-    op, name = request.module.__name__.rpartition("bench_")[2], request.node.callspec.params["case"]
-    benchmark.group = f"{op} {name}"
-
-    def run():
-        with torch.inference_mode():
-            call, calls = case.target(who)
-            benchmark.extra_info.update(
-                op=op, case=name, who=who, peer=case.peer_name, calls=calls, bytes=case.bytes,
-                operations=case.operations,
-            )  # fmt: skip
-            benchmark(call)
-
-    return run
+        case = build(Here(), *cases[name])
+        case.gate(name)
+    return op, name, case

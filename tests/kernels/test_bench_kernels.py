@@ -2,15 +2,13 @@
 
 import json
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.kernels import __main__ as kernels
-from benchmarks.kernels import bench_gemm, bench_philox, bench_refine, cases
-from benchmarks.kernels.bench_router import arguments
+from benchmarks.kernels import bench_decoding, bench_model, cases
 from llada2_fast.kernels import advance, attention, candidates, fp8, moe, norm, rope, router
 from llada2_fast.kernels._triton import force_ops
 from tests.kernels.interpreter import interpreted
@@ -19,8 +17,8 @@ OPS = {path.stem for path in (Path(kernels.__file__).parents[2] / "kernels").glo
 PARTS = {"roles", "state", "commit"}  # of other ops, never launched alone
 
 
-def test_every_op_has_its_file():
-    assert set(kernels.FILES) == OPS - PARTS
+def test_every_op_is_timed():
+    assert set(kernels.OPS) == OPS - PARTS
 
 
 def test_quick_line(capsys, tmp_path):
@@ -28,9 +26,9 @@ def test_quick_line(capsys, tmp_path):
     lines = capsys.readouterr().out.splitlines()
     line = json.loads(lines[-1])
     assert line["benchmark"] == "kernels" and line["threads"] == 1
-    assert {entry["op"] for entry in line["ops"]} == set(kernels.FILES) and len(line["ops"]) == len(kernels.FILES)
+    assert [entry["op"] for entry in line["ops"]] == sorted(kernels.OPS)
     for entry in line["ops"]:
-        assert list(import_module(f"benchmarks.kernels.bench_{entry['op']}").CASES)[0] == entry["case"]
+        assert next(iter(kernels.OPS[entry["op"]][1])) == entry["case"]
         assert entry["us"] > 0 and entry["peer_us"] > 0 and entry["us_iqr"] >= 0 and entry["peer"]
         assert entry["ratio"] == pytest.approx(entry["peer_us"] / entry["us"], rel=2e-3)
         assert entry["gb_s"] == pytest.approx(entry["bytes"] / entry["us"] / 1e3, rel=2e-3)
@@ -50,17 +48,17 @@ def off(op):
     return wrong
 
 
-WRONG = [  # op, where its file finds it, or its peer
+WRONG = [  # op, where the benchmark finds it, or its peer
     ("advance", advance, "advance"),
     ("attention", attention, "block_attention"),
     ("candidates", candidates, "candidates"),
     ("filters", candidates, "candidates"),
     ("fp8", fp8, "linear"),
-    ("gemm", bench_gemm, "grouped"),
+    ("gemm", bench_model, "grouped_gemm"),
     ("moe", moe, "experts"),
     ("norm", norm, "add_rms_norm"),
-    ("philox", bench_philox, "reference"),
-    ("refine", bench_refine, "plain"),
+    ("philox", bench_decoding, "philox_reference"),
+    ("refine", bench_decoding, "plain_refine"),
     ("rope", rope, "qk_norm_rope_write"),
     ("router", router, "route"),
 ]
@@ -69,8 +67,8 @@ WRONG = [  # op, where its file finds it, or its peer
 @pytest.mark.parametrize("op, place, name", WRONG, ids=[op for op, *_ in WRONG])
 @torch.inference_mode()
 def test_a_wrong_op_is_not_timed(op, place, name, monkeypatch):
-    module = import_module(f"benchmarks.kernels.bench_{op}")
-    build = partial(module.case_of, cases.Here(), *next(iter(module.CASES.values())))
+    case_of, arguments = kernels.OPS[op]
+    build = partial(case_of, cases.Here(), *next(iter(arguments.values())))
     build().gate(op)
     monkeypatch.setattr(place, name, off(getattr(place, name)))
     with pytest.raises(ArithmeticError, match=r"allowed|differ"):
@@ -81,7 +79,7 @@ def test_nothing_is_reported_when_a_timing_fails(tmp_path):
     file = tmp_path / "bench_broken.py"
     file.write_text("def test_broken():\n    assert False\n", "utf-8")
     with pytest.raises(SystemExit, match="nothing is reported"):
-        kernels.run([file], quick=False)
+        kernels.run(file, quick=False)
 
 
 def test_figures_are_those_of_one_call():
@@ -105,12 +103,12 @@ def test_unknown_ops_are_refused(only, capsys):
 @torch.inference_mode()
 def test_what_only_a_gpu_times_is_right_in_the_interpreter():
     machine = cases.Here()
-    h, *rest = arguments(machine, "small", 5)
-    weight = cases.expert_weights(machine, len(rest[0]), 2 * 24, h.shape[1])
+    h, *rest = bench_model.router_arguments(machine, "small", 5)
+    weight = bench_model.expert_weights(machine, len(rest[0]), 2 * 24, h.shape[1])
     with force_ops("triton"), interpreted():
         routing = router.route(h, *rest)
-        product = bench_gemm.kernel(h, routing, weight)
-        draws = bench_philox.kernel(torch.tensor([-7]), torch.arange(300) * 3, torch.tensor([5]))
-    cases.agree("gemm", (product,), (bench_gemm.plain(h, routing, weight),))
-    truth = [bench_philox.in_integers(-7, 3 * at, 5) for at in range(300)]
+        product = bench_model.gemm_kernel(h, routing, weight)
+        draws = bench_decoding.philox_kernel(torch.tensor([-7]), torch.arange(300) * 3, torch.tensor([5]))
+    cases.agree("gemm", (product,), (bench_model.plain_gemm(h, routing, weight),))
+    truth = [bench_decoding.philox_in_integers(-7, 3 * at, 5) for at in range(300)]
     assert draws.tolist() == torch.tensor(truth, dtype=torch.float32).tolist()
