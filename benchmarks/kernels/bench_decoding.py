@@ -7,13 +7,14 @@ from functools import partial
 
 import torch
 
+from llada2_fast.decoding.rules import NEVER, Rule, batch_params
 from llada2_fast.kernels import advance, candidates, refine
 from llada2_fast.kernels._triton import tl, triton
 from llada2_fast.kernels.philox import _uniform, uniform_ref
 from llada2_fast.kernels.refine import BLOCK_DONE, PRIOR_MASK, BlockState, SpecialIds
 from llada2_fast.kernels.roles import GENERATED, PADDING, PROMPT, TAIL
 
-from ..gpu.gates import each_row, refine_case, require
+from ..gpu.gates import refine_case, require
 from ..roofline import BLOCK
 from .cases import Case, agree
 
@@ -24,7 +25,6 @@ MODES = {  # temperature, top_k, top_p
     "top_p": (1.0, 0, 0.9),
     "top_k_top_p": (1.0, 50, 0.9),
 }
-_NEVER = 2**30
 
 
 class Step:
@@ -44,12 +44,12 @@ class Step:
             self.logits.scatter_(2, (best * vocab).long() // 2, (16 + 10 * best).to(dtype))
         temperature, top_k, top_p = MODES[mode]
         self.filters = (top_k, top_p) != (0, 1.0)
-        rule = {"threshold": 2.0, "steps": _NEVER} if steady else {"threshold": THRESHOLD, "steps": STEPS}
-        self.params = each_row(
-            rows, device, temperature=temperature, top_k=top_k, top_p=top_p, **rule, min_transfer=int(not steady),
-            max_steps=_NEVER, max_post_steps=0, flags=refine.BAN_MASK | refine.EOS_STEP,
+        rule = Rule(
+            temperature, top_k, top_p, threshold=2.0 if steady else THRESHOLD, edit_threshold=0.0,
+            steps=NEVER if steady else STEPS, min_transfer=0 if steady else 1, max_steps=NEVER, max_post_steps=0,
+            flags=refine.BAN_MASK | refine.EOS_STEP,
         )  # fmt: skip
-        self.params.eos_ids.fill_(1)
+        self.params = batch_params([rule] * rows, range(rows), [(1,)] * rows, device)
         tokens = torch.full((rows, BLOCK), self.ids.mask, device=device)
         kind = torch.zeros_like(tokens, dtype=torch.int8)
         self.state = BlockState.fresh(tokens, kind, torch.zeros_like(tokens[:, 0]))
@@ -65,9 +65,19 @@ class Step:
         return refine.refine_step(self.logits, self.state, self.params, self.ids, filters=self.filters)
 
 
+def wide(logits):
+    """In float32; float64 where they are that already, for the truth: float32 softmax is off by 1e-5 at V = 157184."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def greedy(logits, *_rest):
+    confidence, token = torch.softmax(wide(logits), -1).max(-1)
+    return token, confidence
+
+
 def plain_refine(step):
     """The next blocks [B, 32] by the rule in plain PyTorch: the threshold's, or the quota's most confident."""
-    confidence, token = torch.softmax(step.logits.float(), -1).max(-1)
+    token, confidence = greedy(step.logits)
     masked = step.state.tokens == step.ids.mask
     confidence = confidence.masked_fill(~masked, -1.0)
     commit = confidence > THRESHOLD
@@ -98,16 +108,6 @@ def case_of_steady(machine, batch, mode):
     first = refine_case(machine, modes)
     buffers = machine.rotated(lambda: (first[0].clone(), *first[1:]), first[0].nbytes)
     return Case(partial(refine.refine_step, filters=mode == "filters"), None, "", buffers, first[0].nbytes)
-
-
-def wide(logits):
-    """In float32; float64 where they are that already, for the truth: float32 softmax is off by 1e-5 at V = 157184."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def greedy(logits, *_rest):
-    confidence, token = torch.softmax(wide(logits), -1).max(-1)
-    return token, confidence
 
 
 def unfiltered(logits, start, step, params, ids, *_rest):
@@ -288,24 +288,15 @@ def _modes(*shapes):
     return {f"{mode} b{rows} v{vocab}": (mode, rows, vocab) for mode, rows, vocab in shapes}
 
 
+_CANDIDATES = _modes(
+    ("greedy", 1, 4096), ("greedy", 8, 32768), ("temperature", 8, 32768), ("greedy", 1, 157184),
+    ("temperature", 1, 157184),
+)  # fmt: skip
+_FILTERS = _modes(("top_k_top_p", 1, 4096), ("top_p", 1, 32768), ("top_k_top_p", 8, 32768), ("top_k_top_p", 1, 157184))
 OPS = {
-    "candidates": (
-        case_of_candidates,
-        _modes(
-            ("greedy", 1, 4096), ("greedy", 8, 32768), ("temperature", 8, 32768), ("greedy", 1, 157184),
-            ("temperature", 1, 157184),
-        ),
-    ),
-    "filters": (
-        case_of_candidates,
-        _modes(
-            ("top_k_top_p", 1, 4096), ("top_p", 1, 32768), ("top_k_top_p", 8, 32768), ("top_k_top_p", 1, 157184),
-        ),
-    ),
-    "refine": (
-        case_of_refine,
-        {f"b{rows} v{vocab}": (rows, vocab) for rows, vocab in ((1, 4096), (8, 32768), (1, 157184))},
-    ),
+    "candidates": (case_of_candidates, _CANDIDATES),
+    "filters": (case_of_candidates, _FILTERS),
+    "refine": (case_of_refine, {f"b{b} v{v}": (b, v) for b, v in ((1, 4096), (8, 32768), (1, 157184))}),
     "philox": (case_of_philox, {f"n{count}": (count,) for count in (256, 2**18)}),
     "advance": (case_of_advance, {f"rows {rows}": (rows,) for rows in (8, 128)}),
-}  # fmt: skip
+}

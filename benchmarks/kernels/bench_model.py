@@ -123,12 +123,6 @@ def case_of_fp8(machine, config, down, tokens):
         weight = machine.random(rows, columns, std=columns**-0.5)
         return machine.random(tokens, columns), *fp8.quantize_weight(weight), weight
 
-    def ours(x, values, scale, _weight):
-        return fp8.linear(x, values, scale)
-
-    def plain(x, _values, _scale, weight):
-        return F.linear(x, weight)
-
     x, values, scale, _ = make()
 
     def check():
@@ -137,7 +131,11 @@ def case_of_fp8(machine, config, down, tokens):
 
     size = values.nbytes + scale.nbytes + x.nbytes + tokens * rows * x.element_size()
     operations = 2.0 * tokens * rows * columns
-    return Case(ours, plain, "F.linear, unquantised", machine.rotated(make, size), size, operations, check)
+    return Case(
+        lambda x, values, scale, _weight: fp8.linear(x, values, scale),
+        lambda x, _values, _scale, weight: F.linear(x, weight),
+        "F.linear, unquantised", machine.rotated(make, size), size, operations, check,
+    )  # fmt: skip
 
 
 def plain_router(h, weight, bias, top_k, n_group, topk_group, scale):
@@ -284,29 +282,25 @@ def _tokens(*shapes):
 
 _MANY = _tokens(("small", 32), ("mini", 32), ("mini", 1024), ("flash", 32))
 _EXPERTS = _tokens(("small", 32), ("small", 512), ("mini", 32))
+_ATTENTION = {
+    "small b2 p256": ("small", 2, 256),
+    "mini b1 p1024": ("mini", 1, 1024),
+    "mini b8 p4096": ("mini", 8, 4096),
+    "mini prefill 1024": ("mini", 1, 1024 - BLOCK, True),
+    "flash b1 p1024": ("flash", 1, 1024),
+}
+_FP8 = {
+    "small t32": ("small", False, 32),
+    "mini up t32": ("mini", False, 32),
+    "mini down t32": ("mini", True, 32),
+    "mini up t512": ("mini", False, 512),
+}
 OPS = {
     "norm": (case_of_norm, _MANY),
     "rope": (case_of_rope, _MANY),
-    "attention": (
-        case_of_attention,
-        {
-            "small b2 p256": ("small", 2, 256),
-            "mini b1 p1024": ("mini", 1, 1024),
-            "mini b8 p4096": ("mini", 8, 4096),
-            "mini prefill 1024": ("mini", 1, 1024 - BLOCK, True),
-            "flash b1 p1024": ("flash", 1, 1024),
-        },
-    ),
+    "attention": (case_of_attention, _ATTENTION),
     "product": (case_of_product, _tokens(("small", 32), ("small", 1), ("small", 512), ("mini", 32))),
-    "fp8": (
-        case_of_fp8,
-        {
-            "small t32": ("small", False, 32),
-            "mini up t32": ("mini", False, 32),
-            "mini down t32": ("mini", True, 32),
-            "mini up t512": ("mini", False, 512),
-        },
-    ),
+    "fp8": (case_of_fp8, _FP8),
     "router": (case_of_router, _MANY),
     "gemm": (case_of_gemm, _EXPERTS),
     "moe": (case_of_moe, _EXPERTS),
