@@ -20,11 +20,14 @@ import json
 import re
 import sys
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from triton.runtime.interpreter import InterpreterBuilder
 
 from llada2_fast import LLaDA2Model, demo
 from llada2_fast.config import DecodeParams
@@ -32,6 +35,7 @@ from llada2_fast.decoding.decoder import BlockDecoder, decode_all, prefill_all
 from llada2_fast.decoding.graph_runner import GraphRunner
 from llada2_fast.decoding.lanes import Lanes
 from llada2_fast.decoding.sequence import Sequence
+from llada2_fast.kernels import refine
 from llada2_fast.kernels._triton import force_ops
 from llada2_fast.kernels.product import torch_products
 from llada2_fast.kernels.refine import SpecialIds
@@ -41,7 +45,8 @@ from . import compare, harness
 from .aot import SCENARIOS, compile_launch, compiled, recorded
 from .gpu.machine import CONFIGS, Machine
 from .gpu.steps import Step
-from .kernels.bench_refine import launches, passes
+from .interpreter import interpreted
+from .kernels.bench_decoding import Step as RefineStep
 from .roofline import BLOCK, step_costs
 
 PARTS = ("steps", "aot")
@@ -173,6 +178,39 @@ class _NoData(Machine):
     def __init__(self):
         super().__init__(dry=True)
         self.device = torch.device("meta")
+
+
+def launches(mode):
+    """Names of what a refinement step launches, at the real size and without data, which no host sync would survive."""
+    step = RefineStep(8, 157184, torch.bfloat16, "meta", mode)
+    with recorded() as kernels, Calls() as counted:
+        refine.launch(step.logits, step.state, step.params, step.ids, None, step.filters, False)
+    return [*(found.kernel.__name__ for found in kernels), *counted.launched.elements()]
+
+
+@contextmanager
+def _counted_loads(tensor):
+    """Counts the elements of `tensor` that interpreted kernels load; yields a list of them, load by load."""
+    begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    load, counts = InterpreterBuilder.create_masked_load, []
+
+    def counting(self, pointers, mask, *rest):
+        at = pointers.data[mask.data] if pointers.data.shape == mask.data.shape else pointers.data
+        counts.append(int(((at >= begin) & (at < end)).sum()))
+        return load(self, pointers, mask, *rest)
+
+    with mock.patch.object(InterpreterBuilder, "create_masked_load", counting):
+        yield counts
+
+
+def passes(mode):
+    """How often a refinement step's kernels read the logits, as a share of all of them, in Triton's interpreter."""
+    step = RefineStep(1, 157184, torch.bfloat16, "cpu", mode)
+    step.logits = step.logits[:, :2].contiguous()  # the interpreter is slow
+    step.state = refine.BlockState(*(t[:, :2].contiguous() if t.ndim == 2 else t for t in vars(step.state).values()))
+    with interpreted(), force_ops("triton"), _counted_loads(step.logits) as counts:
+        step.run()
+    return sum(counts) / step.logits.numel()
 
 
 def refinement():

@@ -9,21 +9,15 @@ benchmarks.kernels, beside the other ops, and by benchmarks.gpu.
 """
 
 import argparse
-from contextlib import contextmanager
-from unittest import mock
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from llada2_fast.kernels import refine
-from llada2_fast.kernels._triton import force_ops
 
-from ..aot import recorded
+from ..counts import launches, passes
 from ..harness import add_options, finish, timed_rounds
 from ..roofline import BLOCK
 from .bench_decoding import MODES, STEPS, THRESHOLD, Step
-
-_NO_LAUNCH = {"aten::empty", "aten::new_empty", "aten::view", "aten::select", "aten::unbind"}
 
 
 def reference(step):
@@ -60,55 +54,6 @@ def gate(vocab):
     if not torch.equal(theirs, step.state.tokens):
         raise SystemExit("the next block differs from that of diffusers: nothing is timed")
     return True
-
-
-class _Noted(TorchDispatchMode):
-    """Notes the names of PyTorch's own ops."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, op, types, arguments=(), keywords=None):
-        self.names.append(op._schema.name)
-        return op(*arguments, **(keywords or {}))
-
-
-def launches(mode):
-    """Names of what one step launches, at the real size and without data, which no host sync would survive."""
-    step = Step(8, 157184, torch.bfloat16, "meta", mode)
-    with recorded() as found, _Noted() as noted:
-        refine.launch(step.logits, step.state, step.params, step.ids, None, step.filters, False)
-    return [launch.kernel.__name__ for launch in found] + [name for name in noted.names if name not in _NO_LAUNCH]
-
-
-@contextmanager
-def _counted_loads(tensor):
-    """Counts the elements of `tensor` that interpreted kernels load; yields a list of them, load by load."""
-    from triton.runtime.interpreter import InterpreterBuilder
-
-    begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-    load, counts = InterpreterBuilder.create_masked_load, []
-
-    def counting(self, pointers, mask, *rest):
-        at = pointers.data[mask.data] if pointers.data.shape == mask.data.shape else pointers.data
-        counts.append(int(((at >= begin) & (at < end)).sum()))
-        return load(self, pointers, mask, *rest)
-
-    with mock.patch.object(InterpreterBuilder, "create_masked_load", counting):
-        yield counts
-
-
-def passes(mode):
-    """How often a step's kernels read the logits, as a share of all of them, in Triton's interpreter."""
-    from ..interpreter import interpreted
-
-    step = Step(1, 157184, torch.bfloat16, "cpu", mode)
-    step.logits = step.logits[:, :2].contiguous()  # the interpreter is slow
-    step.state = refine.BlockState(*(t[:, :2].contiguous() if t.ndim == 2 else t for t in vars(step.state).values()))
-    with interpreted(), force_ops("triton"), _counted_loads(step.logits) as counts:
-        step.run()
-    return sum(counts) / step.logits.numel()
 
 
 def point(rows, vocab, compiled):
