@@ -2,19 +2,18 @@
 
     python -m benchmarks.simulate [--requests N] [--cost cpu|h200] [--quick] [--json] [--save]
 
-Scheduler, cache, prefix sharing, refinement and events are the engine's own; only the network is replaced, by one that
-commits random tokens of random confidences and moves the clock. Its cost per forward is linear in tokens and in
-query-key pairs, measured here on the small network (cpu), or the roofline of LLaDA2-mini in bfloat16 (h200). Two loads
-of the same requests, with common system prompts, prompts of 32 to 4096 tokens, three priorities: a backlog, where
-throughput is held against the ideal packing (all slots full in every forward, nothing computed twice), and arrivals at
-80 % of that throughput, where nobody may wait for ever. Exit code 1 where packing is below 90 % of the ideal, a request
-starves or memory grows; a lost request or page is an AssertionError.
+Only the network is replaced, by one that commits random tokens of random confidences and moves the clock. A forward
+costs what was fitted here to forwards of the small network, linear in tokens and query-key pairs (cpu), or the roofline
+of LLaDA2-mini in bfloat16 (h200). Two loads of the same requests, with common system prompts, prompts of 32 to 4096
+tokens, three priorities: a backlog, where throughput is held against the ideal packing (all slots full in every
+forward, nothing computed twice), and arrivals at 80 % of that throughput, where nobody may wait for ever. Exit code 1
+where packing is below 90 % of the ideal, a request starves or memory grows; a lost request or page is an
+AssertionError.
 """
 
 import argparse
 import random
 import resource
-import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +30,8 @@ from .models import SMALL, random_model
 from .roofline import GPUS, MINI, floor_ms, step_costs
 
 LENGTH = 32
+RUNNING = 64  # rows decoded together
+PREFILL = {"cpu": 512, "h200": 2048}  # prompt tokens in one step
 TEXT, OTHER, EOS, MASK = range(4)  # the vocabulary
 STAND_IN = ModelConfig(
     vocab_size=4, hidden_size=2, num_hidden_layers=1, intermediate_size=2, first_k_dense_replace=1,
@@ -43,8 +44,7 @@ STAND_IN = ModelConfig(
 class Clock:
     """Seconds of simulated time."""
 
-    def __init__(self):
-        self.now = 0.0
+    now = 0.0
 
     def __call__(self):
         return self.now
@@ -85,9 +85,9 @@ def pairs(first, count):
     return LENGTH * LENGTH * (count * first + count * (count + 1) // 2)
 
 
-def measured_cost(threads=1):
-    """Fit a + b tokens + c pairs to forwards of the small network on this machine: least squares over a grid."""
-    torch.set_num_threads(threads)
+def measured_cost():
+    """Fit a + b tokens + c pairs to forwards of the small network, one thread: least squares over a grid."""
+    torch.set_num_threads(1)
     model, points = random_model(SMALL), []
     for rows in (1, 4, 16, 64):
         for first in (0, 15, 63):
@@ -108,12 +108,12 @@ def measured_cost(threads=1):
     return lambda tokens, pairs: a + b * tokens + c * pairs
 
 
-def roofline_cost(gpu="h200", slack=1.25):
-    """LLaDA2-mini in bfloat16 at `slack` times its floor."""
+def roofline_cost():
+    """LLaDA2-mini in bfloat16 on an H200, at 1.25 times its floor."""
 
     def cost(tokens, pairs):
         prefix = pairs / tokens - LENGTH
-        return slack * floor_ms(step_costs(MINI, tokens / LENGTH, max(0.0, prefix)), *GPUS[gpu]) / 1e3
+        return 1.25 * floor_ms(step_costs(MINI, tokens / LENGTH, max(0.0, prefix)), *GPUS["h200"]) / 1e3
 
     return cost
 
@@ -186,19 +186,16 @@ def ideal_seconds(outputs, cost, slots):
 def summary(result, jobs, cost, slots):
     """Figures of one simulated load; times in simulated seconds."""
     outputs, seconds = result["outputs"], result["seconds"]
-    waits = {p: [] for p in (0, 1, 2)}
+    waits = {0: 0.0, 1: 0.0, 2: 0.0}
     for output, (_, _, priority) in zip(outputs, jobs, strict=True):
-        waits[priority].append(output.queue_s)
-    generated = sum(len(output.token_ids) for output in outputs)
+        waits[priority] = max(waits[priority], output.queue_s)
     return {
         "simulated_hours": seconds / 3600,
-        "tok_s": generated / seconds,
+        "tok_s": sum(len(output.token_ids) for output in outputs) / seconds,
         "vs_ideal": ideal_seconds(outputs, cost, slots) / seconds,
-        "tokens_per_forward": generated / sum(output.counters.denoise_forwards for output in outputs),
         "shared_tokens": sum(output.shared_tokens for output in outputs),
         "preemptions": sum(output.preemptions for output in outputs),
-        "max_queue_s": {p: max(own, default=0.0) for p, own in waits.items()},
-        "p50_queue_s": {p: statistics.median(own or [0.0]) for p, own in waits.items()},
+        "max_queue_s": waits,
         "max_service_s": max(output.prefill_s + output.decode_s for output in outputs),
         "max_unfinished": result["most"],
         "leaked_pages": result["engine"].cache.num_pages - result["engine"].cache.num_free,
@@ -207,27 +204,20 @@ def summary(result, jobs, cost, slots):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     harness.add_options(parser)
     parser.add_argument("--requests", type=int, help="per load (10000; quick: 500)")
     parser.add_argument("--cost", choices=("cpu", "h200"), default="cpu")
-    parser.add_argument("--running", type=int, default=64, help="rows decoded together")
-    parser.add_argument("--prefill", type=int, help="prompt tokens in one step (cpu: 512, h200: 2048)")
     options = parser.parse_args(argv)
     count = options.requests or (500 if options.quick else 10_000)
     cost = measured_cost() if options.cost == "cpu" else roofline_cost()
     jobs = workload(count)
-    prefill = options.prefill or {"cpu": 512, "h200": 2048}[options.cost]
     config = EngineConfig(
-        max_num_seqs=options.running,
-        max_waiting=256,
-        cache_tokens=options.running * 2048,
-        max_num_batched_tokens=prefill,
+        max_num_seqs=RUNNING, max_waiting=256, cache_tokens=RUNNING * 2048, max_num_batched_tokens=PREFILL[options.cost]
     )
-    results, started = {}, time.perf_counter()
-    rate = None
+    results, started, rate = {}, time.perf_counter(), None
     for load in ("backlog", "arrivals"):
-        figures = results[load] = summary(simulate(jobs, cost, config, rate), jobs, cost, options.running)
+        figures = results[load] = summary(simulate(jobs, cost, config, rate), jobs, cost, RUNNING)
         rate = rate or 0.8 * count / (figures["simulated_hours"] * 3600)
         print(
             f"{load}: {figures['simulated_hours']:.2f} h simulated, {figures['tok_s']:.0f} tok/s, "
