@@ -3,16 +3,14 @@
     python -m benchmarks.counts [--parts steps,aot | --quick] [--check] [--json] [--save]
 
 steps   forwards of fixed decodings, and the calls of PyTorch's operators they make on a CPU; launches of a refinement
-        step and of a whole denoise step of LLaDA2-mini on the kernels, by a run of the real shapes without data, which
-        a host sync would end; bytes they read: of the refinement the logits, counted in Triton's interpreter, of the
-        step what benchmarks.roofline says; calls of PyTorch's operators around the graph in the loop that replays it
-        (--quick: this part alone)
+        step and of a whole denoise step of LLaDA2-mini, run at their real shapes without data, which a host sync would
+        end; bytes they read: of the refinement the logits, counted in Triton's interpreter, of the step as
+        benchmarks.roofline says; calls of operators around the graph in the loop that replays it (--quick: this part)
 aot     registers, spills, shared memory and instructions (PTX and SASS) of some kernels compiled for sm_90
 
 --check holds them against the newest line of benchmarks/results/counts.jsonl by the rule of `benchmarks.compare
---counted` and exits 1 where one has grown or is gone. A change that lowers a count, or raises one for a good reason,
-commits the new line that --save appends. Compiled code depends on Triton's version, calls of operators on PyTorch's:
-they are compared within one version only.
+--counted` and exits 1 where one has grown or is gone; --save appends a new one. Compiled code depends on Triton's
+version, calls of operators on PyTorch's: they are compared within one version only.
 """
 
 import argparse
@@ -21,7 +19,6 @@ import re
 import sys
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import replace
 from unittest import mock
 
 import torch
@@ -32,7 +29,7 @@ from triton.runtime.interpreter import InterpreterBuilder
 from llada2_fast import LLaDA2Model, demo
 from llada2_fast.config import DecodeParams
 from llada2_fast.decoding.decoder import BlockDecoder, decode_all, prefill_all
-from llada2_fast.decoding.graph_runner import GraphRunner
+from llada2_fast.decoding.graph_runner import GraphRunner, StepGraph
 from llada2_fast.decoding.lanes import Lanes
 from llada2_fast.decoding.sequence import Sequence
 from llada2_fast.kernels import refine
@@ -43,11 +40,11 @@ from llada2_fast.weights.special_tokens import load_tokenizer
 
 from . import compare, harness
 from .aot import SCENARIOS, compile_launch, compiled, recorded
-from .gpu.machine import CONFIGS, Machine
+from .gpu.machine import Shapes
 from .gpu.steps import Step
 from .interpreter import interpreted
 from .kernels.bench_decoding import Step as RefineStep
-from .roofline import BLOCK, step_costs
+from .roofline import BLOCK, MINI, step_costs
 
 PARTS = ("steps", "aot")
 PROMPTS = ("Add 847 and 96.", "Spell 4071, 22, 608.", "Tell a story about Max the goat near the lake.")
@@ -57,7 +54,8 @@ SETTINGS = {  # of decodings of the embedded model; by name what generate() is g
     "threshold 0.5, editing 0.5, no post steps": {"threshold": 0.5, "editing_threshold": 0.5, "max_post_steps": 0},
     "quota of 8 steps": {"threshold": 2.0, "steps": 8},
 }
-RECORDED = ("aligned", "low_threshold", "quality", "speed")  # cases of tests/golden/tiny
+GOLDEN = harness.ROOT / "tests" / "golden" / "tiny"
+RECORDED = ("aligned", "low_threshold", "quality", "speed")  # cases of it
 COMPILED = ("refine bf16 filters", "attention mini bf16", "moe mini bf16 T=32", "moe mini fp8 T=32",
             "qk_norm_rope mini bf16", "add_rms_norm bf16 H=2048")  # scenarios of benchmarks.aot  # fmt: skip
 TARGET = "sm_90"
@@ -89,36 +87,29 @@ def _storages(values):
 
 
 def cases():
-    """Yields (name, call for a GenerateOutput) of the fixed decodings."""
+    """Yields (name, model, prompts, what else generate() is given) of the fixed decodings."""
     model = LLaDA2Model.from_pretrained(demo.path(), dtype=torch.float32, progress=False)
     chats = [[{"role": "user", "content": text}] for text in PROMPTS]
     ids = load_tokenizer(demo.path()).apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
     for name, params in SETTINGS.items():
-        yield (
-            f"embedded model, three prompts, {name}",
-            lambda params=params: model.generate(ids, gen_length=96, eos_early_stop=True, return_dict=True, **params),
-        )
-    tiny = LLaDA2Model.from_pretrained(golden(), dtype=torch.float32, progress=False)
-    known = json.loads((golden() / "generate.json").read_bytes())["cases"]
-    for label in RECORDED:
-        case = next(case for case in known if case["label"] == label)
-        prompt, rules = torch.tensor([case["prompt"]]), {"profile": f"hf-{case['version']}"} | case["params"]
-        yield (
-            f"golden tiny, {label}",
-            lambda prompt=prompt, rules=rules: tiny.generate(prompt, return_dict=True, **rules),
-        )
+        yield f"embedded model, three prompts, {name}", model, ids, params | {"gen_length": 96, "eos_early_stop": True}
+    known = {case["label"]: case for case in json.loads((GOLDEN / "generate.json").read_bytes())["cases"]}
+    model = tiny()
+    for case in map(known.get, RECORDED):
+        rules = {"profile": f"hf-{case['version']}"} | case["params"]
+        yield f"golden tiny, {case['label']}", model, torch.tensor([case["prompt"]]), rules
 
 
-def golden():
-    return harness.ROOT / "tests" / "golden" / "tiny"
+def tiny():
+    return LLaDA2Model.from_pretrained(GOLDEN, dtype=torch.float32, progress=False)
 
 
 def decodings():
     """(forwards of each decoding, calls of operators of each)."""
     forwards, calls = [], []
-    for name, call in cases():
+    for name, model, prompts, rules in cases():
         with torch_products(padded=False), Calls() as counted:
-            counters = call().counters
+            counters = model.generate(prompts, return_dict=True, **rules).counters
         kinds = ("denoise_forwards", "prefill_forwards", "settle_forwards")
         forwards.append({"decoding": name} | {kind: sum(getattr(c, kind) for c in counters) for kind in kinds})
         calls.append({"decoding": name, "torch": version(torch), "calls": counted.names.total()})
@@ -129,55 +120,32 @@ def version(package):
     return package.__version__.partition("+")[0]
 
 
-class _Apart:
-    """A step whose own calls of operators are counted by themselves."""
-
-    def __init__(self, graph, inside):
-        self.load, self._graph, self._inside = graph.load, graph, inside
-
-    def run(self):
-        with Calls() as counted:
-            result = self._graph.run()
-        self._inside.append(counted.names)
-        return result
-
-
-class _Counted(GraphRunner):
-    """inside: of every step, the calls of its own."""
-
-    def __init__(self, *args):
-        super().__init__(*args, capture=False)
-        self.inside = []
-
-    def graph(self, active, carried):
-        return _Apart(super().graph(active, carried), self.inside)
-
-
 def around_the_graph():
     """Calls of operators by the loop that replays graphs, all but those inside a step; here a step runs as it is."""
-    model = LLaDA2Model.from_pretrained(golden(), dtype=torch.float32, progress=False)
+    model = tiny()
     row = Sequence(list(range(40)), DecodeParams(gen_length=64), 0, (252,), model.block_length, mask_id=255)
-    with torch.inference_mode(), torch_products(padded=False), Calls() as all_calls:
+    inside, run = [], StepGraph.run
+
+    def apart(graph):
+        with Calls() as counted:
+            result = run(graph)
+        inside.append(counted.names)
+        return result
+
+    patched = mock.patch.object(StepGraph, "run", apart)
+    with patched, torch.inference_mode(), torch_products(padded=False), Calls() as all_calls:
         cache = model.new_cache(row.num_blocks, row.block_length)
-        runner = _Counted(model, cache, Lanes(1, row.block_length, SpecialIds(row.mask_id), pages=row.num_blocks))
-        decoder = BlockDecoder(runner)
+        lanes = Lanes(1, row.block_length, SpecialIds(row.mask_id), pages=row.num_blocks)
+        decoder = BlockDecoder(GraphRunner(model, cache, lanes, capture=False))
         row.pages = cache.allocate(row.num_blocks)
         prefill_all(decoder, [row])
         decoder.admit(row)
         decode_all(decoder, [row])
-    outside = (all_calls.names - sum(runner.inside, Counter())).total()
-    return {"decoding": f"around {len(runner.inside)} replayed steps", "torch": version(torch), "calls": outside}
+    outside = (all_calls.names - sum(inside, Counter())).total()
+    return {"decoding": f"around {len(inside)} replayed steps", "torch": version(torch), "calls": outside}
 
 
 # The kernels at their real shapes, without data.
-
-
-class _NoData(Machine):
-    """A machine on which everything has a shape and no contents: a host sync is an error there."""
-
-    def __init__(self):
-        super().__init__(dry=True)
-        self.device = torch.device("meta")
 
 
 def launches(mode):
@@ -215,8 +183,7 @@ def passes(mode):
 
 def refinement():
     """A refinement step of 8 blocks by mode: launches, passes over the logits and the bytes these are."""
-    config = CONFIGS["mini"]
-    logits = 8 * BLOCK * config.vocab_size * 2
+    logits = 8 * BLOCK * MINI.vocab_size * 2
     for mode in ("greedy", "temperature", "top_k_top_p"):
         read = passes(mode)
         yield {
@@ -227,8 +194,8 @@ def refinement():
 
 def whole_step(fp8):
     """A denoise step of mini, batch 1, prefix 1024: launches within its graph and, from the host, ahead of it."""
-    machine = _NoData()
-    config = replace(CONFIGS["mini"], quantization="fp8") if fp8 else CONFIGS["mini"]
+    machine = Shapes()
+    config = machine.config("mini", fp8)
     step = Step(machine, LLaDA2Model(config, dtype=machine.dtype, device=machine.device), 1, 1024)
     with force_ops("triton"), recorded() as kernels, Calls() as counted:
         step.graph.run()
