@@ -1,6 +1,6 @@
 """The floor under a denoise step: bytes and operations that cannot be avoided, per operation, and the time they take.
 
-    python -m benchmarks.roofline [--gpu h200|h100|b200|a100] [--bandwidth TB/s --tflops N] [--json]
+    python -m benchmarks.roofline [--gpu h200|h100|b200|a100] [--bandwidth TB/s --tflops N]
 
 One step forwards one block of every row over its cached prefix and refines it. Every weight that is touched is read
 once, keys and values of the prefix once, activations and logits stay on chip. Experts: T tokens that choose K of E
@@ -9,8 +9,8 @@ all weights but the router in one byte (scales not counted); operations are pric
 """
 
 import argparse
-import json
 import re
+from itertools import product
 from typing import NamedTuple
 
 from llada2_fast.config import ModelConfig
@@ -33,15 +33,17 @@ _COMMON = dict(
     num_shared_experts=1, n_group=8, topk_group=4, first_k_dense_replace=1, use_bias=False, rms_norm_eps=1e-6,
     rope_theta=600000.0, max_position_embeddings=32768, pad_token_id=156892, dtype="bfloat16",
 )  # fmt: skip
-MINI = ModelConfig(
-    hidden_size=2048, num_hidden_layers=20, num_attention_heads=16, intermediate_size=5120, moe_intermediate_size=512,
-    **_COMMON,
-)  # fmt: skip
-FLASH = ModelConfig(
-    hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=9216, moe_intermediate_size=1024,
-    **_COMMON,
-)  # fmt: skip
-MODELS = {"mini": MINI, "flash": FLASH}
+MODELS = {
+    "mini": ModelConfig(
+        hidden_size=2048, num_hidden_layers=20, num_attention_heads=16, intermediate_size=5120,
+        moe_intermediate_size=512, **_COMMON,
+    ),
+    "flash": ModelConfig(
+        hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=9216,
+        moe_intermediate_size=1024, **_COMMON,
+    ),
+}  # fmt: skip
+MINI = MODELS["mini"]
 
 
 class Cost(NamedTuple):
@@ -106,29 +108,20 @@ def main(argv=None):
     parser.add_argument("--gpu", choices=GPUS, default="h200")
     parser.add_argument("--bandwidth", type=float, help="TB/s, in place of the GPU's")
     parser.add_argument("--tflops", type=float, help="bf16 TFLOP/s, in place of the GPU's")
-    parser.add_argument("--json", action="store_true", help="end with one JSON line")
     args = parser.parse_args(argv)
     bandwidth, tflops = args.bandwidth or GPUS[args.gpu][0], args.tflops or GPUS[args.gpu][1]
     if bandwidth <= 0 or tflops <= 0:
         parser.error("--bandwidth and --tflops must be above 0")
-    result = {"gpu": args.gpu, "bandwidth_tb_s": bandwidth, "tflops": tflops, "block_length": BLOCK}
     print(f"{args.gpu}: {bandwidth} TB/s, {tflops} TFLOP/s; one step of blocks of {BLOCK}")
-    for name, config in MODELS.items():
-        result[f"{name}_b1_experts"] = round(touched_experts(config, BLOCK), 1)
-        for dtype, width in (("bf16", 2), ("fp8", 1)):
-            for prefix in (1024, 32768):
-                for batch in (1, 8, 32, 128):
-                    costs = step_costs(config, batch, prefix, width)
-                    floor = floor_ms(costs, bandwidth, tflops)
-                    key = f"{name}_{dtype}_b{batch}" + ("" if prefix == 1024 else f"_p{prefix}")
-                    result[f"{key}_floor_ms"] = round(floor, 3)
-                    result[f"{key}_gb"] = round(sum(cost.bytes for cost in costs.values()) / 1e9, 2)
-                    print(f"\n{name} {dtype}, batch {batch}, prefix {prefix}: floor {floor:.2f} ms")
-                    for op, cost in costs.items():
-                        ms = floor_ms({op: cost}, bandwidth, tflops)
-                        print(f"  {op:28s}{cost.bytes / 1e9:9.3f} GB{cost.operations / 1e12:9.3f} TFLOP{ms:9.3f} ms")
-    if args.json:
-        print(json.dumps(result))
+    precisions = ("bf16", 2), ("fp8", 1)
+    for (name, config), (dtype, width), prefix in product(MODELS.items(), precisions, (1024, 32768)):
+        for batch in (1, 8, 32, 128):
+            costs = step_costs(config, batch, prefix, width)
+            floor = floor_ms(costs, bandwidth, tflops)
+            print(f"\n{name} {dtype}, batch {batch}, prefix {prefix}: floor {floor:.2f} ms")
+            for op, cost in costs.items():
+                ms = floor_ms({op: cost}, bandwidth, tflops)
+                print(f"  {op:28s}{cost.bytes / 1e9:9.3f} GB{cost.operations / 1e12:9.3f} TFLOP{ms:9.3f} ms")
 
 
 if __name__ == "__main__":
