@@ -1,21 +1,28 @@
-"""What can be tuned in attention and in the refinement step: the parameters to try, and the inputs to try them on.
+"""What can be tuned, and the inputs to try it on: groups of parameters by family of kernels.
 
 attention   rows, warps and stages of the attention kernel, rows and warps of the kernel that adds up splits; heads of
             mini and flash, one entry for all batches and prefixes
 refine      warps, tiles per program and stages of the vocabulary pass; warps, values tried in a pass and stages of the
             filter pass; one entry for all batches
+moe         tiles of the expert products, in bf16 and, where the GPU has it, in fp8. For every number of tokens and tile
+            height gate_up and down are timed on their own; the height at which both together save most is kept
+fp8         tiles of the plain fp8 products, one matrix each
+
+Tiles go by the number of tokens. Whatever they are, outputs must have the bits that the defaults give, so that a
+token's bits do not depend on its batch.
 """
 
 import copy
 import itertools
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
 
-from llada2_fast.kernels import attention, fp8, refine
+from llada2_fast.kernels import attention, fp8, refine, router
 from llada2_fast.kernels._tuned import tried
+from llada2_fast.kernels.gemm import QuantTensor, gemm, tiles
 
 from ..gpu.gates import attention_case, refine_case
 from ..roofline import BLOCK
@@ -37,11 +44,7 @@ class Group(NamedTuple):
     part: str
     tries: list
     build: Callable  # machine -> Case
-
-
-def concluded(line):
-    """Whether a group's tries were tried: not so without a line, after an error or on a device too small."""
-    return bool(line) and not line.keys() & {"error", "skipped"}
+    defaults: dict | None = None  # what the entry holds where nothing gains; None: nothing
 
 
 def gains(line):
@@ -49,15 +52,12 @@ def gains(line):
     return "share" in line and line["share"] < 1 - line["noise"]
 
 
-def fp8_products(machine):
-    """Whether the machine multiplies fp8; in a dry run it does."""
-    return machine.device.type != "cuda" or torch.cuda.get_device_capability() >= fp8.CAPABILITY
-
-
 def every(**values):
     """All combinations: a list of dicts."""
     return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
 
+
+# Attention and the refinement step
 
 ATTENTION = every(TILE_M=(128, 64), num_warps=(8, 4), num_stages=(5, 4, 3, 2, 6, 7))
 COMBINE = every(TILE_R=(8, 4, 16), num_warps=(4, 2, 8))
@@ -130,7 +130,7 @@ def _refinement(machine, part, points):
 
 
 def attention_groups(machine, models=("mini",)):
-    groups = []
+    found = []
     for model in models:
         config = machine.config(model)
         shape = {
@@ -139,16 +139,200 @@ def attention_groups(machine, models=("mini",)):
         }  # fmt: skip
         for part, tries, points in (("attention", ATTENTION, STEPS), ("combine", COMBINE, LONG)):
             build = partial(_attention, config=config, part=part, points=points)
-            groups.append(Group(f"attention {model} {part}", "attention", shape, part, tries, build))
-    return groups
+            found.append(Group(f"attention {model} {part}", "attention", shape, part, tries, build))
+    return found
 
 
 def refine_groups(machine, models=("mini",)):
     shape = {"dtype": str(machine.dtype), "vocab": machine.config("mini").vocab_size}  # of all models
+    vocab_points, filter_points = (("greedy", 1), ("sampling", 8), ("greedy", 32)), (("filters", 1), ("filters", 8))
     return [
         Group(f"refine {part}", "refine", shape, part, tries, partial(_refinement, part=part, points=points))
-        for part, tries, points in (
-            ("vocab_pass", VOCAB, (("greedy", 1), ("sampling", 8), ("greedy", 32))),
-            ("filter_pass", FILTER, (("filters", 1), ("filters", 8))),
-        )
+        for part, tries, points in (("vocab_pass", VOCAB, vocab_points), ("filter_pass", FILTER, filter_points))
     ]
+
+
+# Products: of the experts, and of one fp8 matrix
+
+# Decode's, the telling first: blocks of 1, 8 and 32 rows with those carried along, and of 1 and 32 without; prefill's.
+TOKENS = (64, 32, 320, 1280, 1024, 4096)
+HEIGHTS = (16, 32, 64, 128)
+PRODUCTS = ("gate_up", "down")
+WIDE = every(tile_n=(128,), num_warps=(4, 8), num_stages=(3, 4, 2, 5, 6))
+_FP8 = {"gate_up": WIDE, "down": every(tile_n=(64,), num_warps=(4, 8), num_stages=(4, 3, 2, 5, 6)) + WIDE}
+DEEP = every(tile_k=(128,), tile_n=(64, 128), num_warps=(4, 8), num_stages=(3, 2, 4))
+EXPERT_TRIES = {"bf16": {product: _FP8["down"] + DEEP for product in PRODUCTS}, "fp8": _FP8}  # of the experts
+
+# The matrices that decode multiplies, the telling first: logits are of 1, 8 and 32 rows.
+MATRICES = (
+    ("LM head", 1024), ("QKV", 64), ("dense", 64), ("LM head", 32), ("QKV", 1280), ("dense", 1280), ("LM head", 256),
+    ("QKV", 320), ("dense", 320), ("QKV", 32), ("dense", 32),
+    ("gate_up", 64), ("down", 64), ("gate_up", 1280), ("down", 1280),
+)  # fmt: skip
+FEW = 64  # tokens
+# With few tokens a small matrix is too few programs to keep memory busy: lower tiles make more of them, more stages let
+# each have more on its way. With many tokens wide tiles share what they load.
+NARROW = every(tile_n=(64,), num_warps=(4, 8), num_stages=(4, 6, 8))
+NARROW += every(tile_n=(128,), num_warps=(8,), num_stages=(4, 6))
+LARGE = every(tile_n=(128,), num_warps=(8, 4), num_stages=(4, 3, 6))
+LARGE += every(tile_n=(64,), num_warps=(4,), num_stages=(4, 6, 8))
+GATED = every(tile_n=(128,), num_warps=(8, 4), num_stages=(3, 4, 5))
+MANY = every(tile_m=(64,), tile_n=(64, 128), num_warps=(4, 8), num_stages=(4, 3, 2))
+MANY += every(tile_m=(128,), tile_n=(64,), num_warps=(4, 8), num_stages=(4, 3, 2))
+MANY += every(tile_m=(128,), tile_n=(128,), num_warps=(8, 16), num_stages=(4, 3, 2))  # this spills in four warps
+
+
+def fp8_products(machine):
+    """Whether the machine multiplies fp8; in a dry run it does."""
+    return machine.device.type != "cuda" or torch.cuda.get_device_capability() >= fp8.CAPABILITY
+
+
+@lru_cache(maxsize=2)  # gigabytes, and the next groups want the same two
+def layer(machine, model, kind):
+    """(router weight, (gate_up, down), the same of the shared expert), random, weights QuantTensor."""
+    c = machine.config(model)
+    hidden, inner = c.hidden_size, c.moe_intermediate_size
+
+    def random(*shape):
+        return machine.random(*shape, std=shape[-1] ** -0.5)
+
+    machine.require_memory(3 * c.num_experts * hidden * inner * machine.dtype.itemsize * 2, "a layer's experts")
+    gate = random(c.num_experts, hidden)
+    weights = random(c.num_experts, 2 * inner, hidden), random(c.num_experts, hidden, inner)
+    if kind == "fp8":
+        weights = [fp8.quantize_weight(weight, parts) for weight, parts in zip(weights, (2, 1), strict=True)]
+        return gate, weights, [QuantTensor(weight.values[0], weight.scale[0]) for weight in weights]
+    return gate, [QuantTensor(weight) for weight in weights], [QuantTensor(weight[0]) for weight in weights]
+
+
+def _product(*args, **parameters):
+    return [part for part in gemm(*args, **parameters) if part is not None]
+
+
+def _experts(machine, model, kind, tokens, tile_m, product):
+    c, i, tokens = machine.config(model), PRODUCTS.index(product), machine.size(tokens, 32)
+    gate, weights, shared = layer(machine, model, kind)
+    h = machine.random(tokens, c.hidden_size)
+    x = h if i == 0 else machine.random(tokens * (c.num_experts_per_tok + 1), c.moe_intermediate_size)
+    x = fp8.quantize(x) if kind == "fp8" else QuantTensor(x)
+    rule = c.num_experts_per_tok, c.n_group, c.topk_group, c.routed_scaling_factor
+    defaults = default_tiles(c.hidden_size, tokens, kind)
+    bias = h.new_zeros(c.num_experts, dtype=torch.float32)
+    routings = {height: router.route(h, gate, bias, *rule, tile_m=height) for height in {tile_m, defaults["tile_m"]}}
+
+    def call(parameters):
+        height = defaults["tile_m"] if parameters is None else tile_m
+        own = parameters or defaults[product]
+        return _product(x, weights[i], shared[i], routings[height], i == 0, h, height, **own)
+
+    return Case([call], [[call]])  # the layer's weights are far larger than a cache
+
+
+def default_tiles(hidden, tokens, kind):
+    """Those of the experts on any device."""
+    return tiles(torch.device("cpu"), hidden, tokens, kind == "fp8")
+
+
+def _heights(config, tokens, default):
+    """Tile heights worth trying, the default first: half to twice the pairs of an expert."""
+    pairs = max(HEIGHTS[0] / 2, tokens * config.num_experts_per_tok / config.num_experts)
+    return [default, *(height for height in HEIGHTS if pairs / 2 <= height <= 2 * pairs and height != default)]
+
+
+def moe_groups(machine, models=("mini",)):
+    """By model and tokens, in bf16 and fp8 side by side."""
+    found = []
+    counts = TOKENS[: machine.size(len(TOKENS), 1)]
+    for model, tokens, kind in itertools.product(models, counts, EXPERT_TRIES if fp8_products(machine) else ("bf16",)):
+        config = machine.config(model)
+        heights = _heights(config, tokens, default_tiles(config.hidden_size, tokens, kind)["tile_m"])
+        for tile_m, product in itertools.product(heights[: machine.size(len(HEIGHTS), 1)], PRODUCTS):
+            name = f"moe {model} {kind} m{tokens} tile_m {tile_m} {product}"
+            shape = {"hidden": config.hidden_size, "tokens": tokens, "tile_m": tile_m, "kind": kind}
+            build = partial(_experts, model=model, kind=kind, tokens=tokens, tile_m=tile_m, product=product)
+            found.append(Group(name, "moe", shape, product, EXPERT_TRIES[kind][product], build))
+    return found
+
+
+def moe_entries(measured, device):
+    """Entries of the table from (group, line) of all that was measured, one for each kind at each number of tokens.
+
+    Where nothing gains it holds the defaults, for an entry measured at more tokens would be taken instead.
+    """
+    cells = {}
+    for group, line in measured:
+        hidden, tokens, tile_m, kind = group.shape.values()
+        cells.setdefault((hidden, tokens, kind), {}).setdefault(tile_m, {})[group.part] = line
+    found = []
+    for (hidden, tokens, kind), heights in cells.items():
+        best = _best(default_tiles(hidden, tokens, kind), heights)
+        found.append({"device": device, "hidden": hidden, "tokens": tokens, kind: best})
+    return found
+
+
+def _best(defaults, heights):
+    """{"tile_m", "gate_up", "down"} of the height that saves most time; the defaults if none saves more than noise.
+
+    heights: {tile_m: {product: line}}. At the defaults' own height a product may keep its defaults.
+    """
+    most, found = 0.0, defaults
+    for tile_m, lines in heights.items():
+        own = tile_m == defaults["tile_m"]
+        lines = {product: line for product, line in lines.items() if (gains(line) if own else "fastest" in line)}
+        if not own and len(lines) < len(PRODUCTS):
+            continue
+        default_us = sum(line["default_us"][0] for line in lines.values())
+        saved = default_us - sum(line["default_us"][0] * line["share"] for line in lines.values())
+        noise = 0 if own else max(line["noise"] for line in lines.values())
+        if saved > max(most, noise * default_us):
+            most = saved
+            found = defaults | {"tile_m": tile_m} | {product: line["fastest"] for product, line in lines.items()}
+    return found
+
+
+def matrices(config):
+    """{name: (rows, columns, gated)} of a model's matrices outside its experts."""
+    c = config
+    heads = c.num_attention_heads * c.head_dim
+    return {
+        "QKV": (heads + 2 * c.num_key_value_heads * c.head_dim, c.hidden_size, False),
+        "dense": (c.hidden_size, heads, False),
+        "LM head": (c.vocab_size, c.hidden_size, False),
+        "gate_up": (2 * c.intermediate_size, c.hidden_size, True),
+        "down": (c.hidden_size, c.intermediate_size, False),
+    }
+
+
+def fp8_tries(rows, gated, tokens):
+    """Heights as far as there are tokens; a gated product has no registers for 128."""
+    if tokens > FEW and not gated:
+        return MANY
+    widths = GATED if gated else LARGE if rows > 8192 else NARROW
+    heights = [height for height in (64, 32, 16) if height <= tokens and (tokens <= FEW or height > 16)]
+    return [{"tile_m": height} | width for height in heights for width in widths]
+
+
+def _matrix(machine, rows, columns, gated, tokens):
+    tokens = machine.size(tokens, 32)
+    weight = fp8.quantize_weight(machine.random(rows, columns, std=columns**-0.5), 2 if gated else 1)
+    copies = [QuantTensor(*(part.clone() for part in weight)) for _ in range(machine.copies(weight.values.nbytes) - 1)]
+    h = machine.random(tokens, columns)
+    x, defaults = fp8.quantize(h), fp8.default_tiles(rows, gated, tokens)
+
+    def call(weight, parameters):
+        return _product(x, weight, None, None, gated, h, **(parameters or defaults))
+
+    return Case([partial(call, weight)], [[partial(call, one) for one in (weight, *copies)]])
+
+
+def fp8_groups(machine, models=("mini",)):
+    """By model, matrix and tokens; none where the GPU has no fp8."""
+    found = []
+    cases = MATRICES[: machine.size(len(MATRICES), 1)] if fp8_products(machine) else ()
+    for model, (matrix, tokens) in itertools.product(models, cases):
+        rows, columns, gated = matrices(machine.config(model))[matrix]
+        shape = {"rows": rows, "columns": columns, "gated": gated, "tokens": tokens}
+        tries, defaults = fp8_tries(rows, gated, tokens), fp8.default_tiles(rows, gated, tokens)
+        name = f"fp8 {model} {matrix} m{tokens}"
+        found.append(Group(name, "fp8", shape, "tiles", tries, partial(_matrix, **shape), defaults))
+    return found

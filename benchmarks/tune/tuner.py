@@ -3,18 +3,17 @@
     python -m benchmarks.tune [--ops moe,attention,refine,fp8] [--models mini,flash] [--minutes 6] [--device-name NAME]
                               [--resume] [--results FILE] [--tables FOLDER] [--dry-run]
 
-For one kernel at one shape, a *group*: all parameters worth trying are compiled for this GPU, side by side and ahead;
-what does not compile, spills or wants too much shared memory is left out. What is left must give the bits of the
-defaults on random inputs, in poisoned memory, and is then timed roughly on several workloads like the kernels of
-benchmarks.gpu (one CUDA graph, rotated buffers). A share of the defaults' time is a mean over workloads. The best are
-timed twice more in turn with the defaults, and the fastest enters the table if it beats them by more than the noise:
-what their own two times differ by, and 1 % at least. What is left out says so in a line.
+For one kernel at one shape, a *group*, all parameters worth trying are compiled side by side and ahead; what does not
+compile, spills or wants too much shared memory is left out and says so in a line. What is left must give the bits of
+the defaults on random inputs, in poisoned memory, and is then timed roughly on several workloads, as benchmarks.gpu
+times kernels. The best are timed twice more in turn with the defaults; the fastest enters the table if it beats them by
+more than the noise: what their own two times differ by, and 1 % at least. A share is a mean over workloads.
 
-Groups go in order of importance and each is one JSON line, printed and appended to benchmarks/results/tune.jsonl; the
-run ends within its minutes and --resume goes on where a run of the same sources on the same device ended. The tables
-are written with every line, from all lines; what was never measured keeps its entry. --device-name: under which name,
-if another than the device's own. Exit codes and --dry-run (on a CPU, in Triton's interpreter, in a checkout): as
-benchmarks.gpu; a dry run writes tables only into --tables.
+Groups go in order of importance. Each is one JSON line, printed and appended to benchmarks/results/tune.jsonl, and is
+in the tables as soon as its line is there; what was never measured keeps its entry. The run ends within its minutes;
+--resume goes on where a run of the same sources on the same device ended. --device-name: under which name, if another
+than the device's own. Exit codes and --dry-run (on a CPU, in Triton's interpreter, in a checkout): as benchmarks.gpu;
+a dry run writes tables only into --tables.
 """
 
 import argparse
@@ -23,7 +22,7 @@ import json
 import os
 import sys
 import time
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 
@@ -37,12 +36,9 @@ from .. import aot
 from ..gpu import suite as gpu
 from ..gpu.machine import Machine, Point, Shapes, poisoned
 from ..harness import RESULTS
-from . import fp8, moe
-from .cases import attention_groups, concluded, gains, refine_groups
+from .cases import attention_groups, fp8_groups, gains, moe_entries, moe_groups, refine_groups
 
-FAMILIES = {
-    "moe": moe.groups, "attention": attention_groups, "refine": refine_groups, "fp8": fp8.groups,
-}  # fmt: skip
+FAMILIES = {"moe": moe_groups, "attention": attention_groups, "refine": refine_groups, "fp8": fp8_groups}
 MODELS = ("mini", "flash")
 KEYS = {  # what an entry is found by; the rest of it are parameters
     "attention": ("device", "dtype", "length", "heads", "kv_heads", "dim"),
@@ -69,17 +65,16 @@ def launches(shapes, groups):
 
 def recorded(machine, group):
     """What a group launches on Shapes: [for its inputs and with the defaults, with its first try, its second, ..]."""
-    with force_ops("triton"):
-        with aot.recorded() as first:
-            case = group.build(machine)
+    found = []
+    with aot.recorded() as noted:
+        case = group.build(machine)
         calls = [*case.checks, *(workload[0] for workload in case.timed)]
-        found = [first]
         for parameters in (None, *_tries(machine, group)):
-            with aot.recorded() as noted:
-                for call in calls:
-                    call(parameters)
-            found.append(noted)
-    return [found[0] + found[1], *found[2:]]
+            for call in calls:
+                call(parameters)
+            found.append(noted.copy())
+            noted.clear()
+    return found
 
 
 def _tries(machine, group):
@@ -91,7 +86,7 @@ def _each_once(launches):
 
 
 class Compiled:
-    """Launches compiled for a target of benchmarks.aot and left in Triton's cache on disk, and what is wrong with them.
+    """Launches compiled for a target of benchmarks.aot, into Triton's cache on disk, and what is wrong with them.
 
     ahead: groups whose launches are begun, side by side and in their order, as soon as the first is asked for; later
     ones are compiled while earlier ones are timed. target None: nothing is compiled or known.
@@ -133,11 +128,6 @@ class Compiled:
         self._coming.close()
 
 
-def seconds(group):
-    """What a group is expected to take, its kernels compiled: inputs and the best timed well, and 30 ms a try."""
-    return 1 + 0.03 * len(group.tries)
-
-
 def bits(call, parameters):
     """The bytes of all that a call returns, from memory that was poisoned ahead of it."""
     with poisoned():
@@ -153,22 +143,15 @@ def share(us, default_us):
     return sum(a / b for a, b in zip(us, default_us, strict=True)) / len(us)
 
 
-@contextmanager
-def kernels_of(machine):
-    """Within it kernels run: on the GPU as they are, in a dry run in Triton's interpreter, products as on a GPU."""
-    if machine.dry:
-        from ..interpreter import interpreted, products_in_order
-
-        with interpreted(), products_in_order():
-            yield
-    else:
-        yield
-
-
 def tune(machine, group, compiled):
     """What goes into a group's line: the fastest parameters, their µs and the defaults', share and noise, counts."""
     wrong = compiled.faults(group)
-    with force_ops("triton"), kernels_of(machine):
+    with force_ops("triton"), ExitStack() as stack:
+        if machine.dry:  # products as on a GPU
+            from ..interpreter import interpreted, products_in_order
+
+            stack.enter_context(interpreted())
+            stack.enter_context(products_in_order())
         tries = _tries(machine, group)
         case = group.build(machine)
         rough = _screened(machine, group, case, tries, wrong)
@@ -214,21 +197,23 @@ def _same(expected, got):
 
 def entries(groups, lines, device):
     """{family: entries} for the tables from the groups' lines."""
-    makers = {"moe": moe.entries, "fp8": fp8.entries}
-    found = {}
-    for family in dict.fromkeys(group.family for group in groups):
-        own = [group for group in groups if group.family == family]
-        found[family] = makers.get(family, _entries)(own, lines, device)
-    return {family: new for family, new in found.items() if new}
+    measured = {}
+    for group in groups:
+        if _concluded(line := lines.get(group.name, {})):
+            measured.setdefault(group.family, []).append((group, line))
+    return {
+        family: moe_entries(own, device) if family == "moe" else [_entry(*pair, device) for pair in own]
+        for family, own in measured.items()
+    }
 
 
-def _entries(groups, lines, device):
-    """A part that does not beat the defaults is None."""
-    return [
-        {"device": device} | group.shape | {group.part: line["fastest"] if gains(line) else None}
-        for group in groups
-        if concluded(line := lines.get(group.name, {}))
-    ]
+def _entry(group, line, device):
+    return {"device": device} | group.shape | {group.part: line["fastest"] if gains(line) else group.defaults}
+
+
+def _concluded(line):
+    """Whether a group's tries were tried: not so without a line, after an error or on a device too small."""
+    return bool(line) and not line.keys() & {"error", "skipped"}
 
 
 class Kept(gpu.Results):
@@ -302,10 +287,11 @@ def main(arguments=None):
     )  # fmt: skip
     left = [group for group in chosen if not results.done(group.name)]
     with closing(Compiled("sm_90" if machine.dry else aot.target_here(), machine.dry, left)) as compiled:
-        points = [
-            Point(group.name, "tune", seconds(group), partial(tune, group=group, compiled=compiled), gate=None)
-            for group in chosen
-        ]
+        points = []
+        for group in chosen:
+            seconds = 1 + 0.03 * len(group.tries)  # compiled: inputs and the best timed well, and 30 ms a try
+            measure = partial(tune, group=group, compiled=compiled)
+            points.append(Point(group.name, "tune", seconds, measure, gate=None))
         outcome = gpu.run(points, machine, results, end)
     summary = {"benchmark": "tune", "dry_run": machine.dry, "entries": results.write()}
     print(json.dumps(summary | outcome._asdict()))

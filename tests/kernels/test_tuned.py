@@ -14,8 +14,6 @@ from benchmarks.gpu import suite as gpu
 from benchmarks.gpu.machine import Machine, Point
 from benchmarks.lines import lines_of
 from benchmarks.tune import cases
-from benchmarks.tune import fp8 as tune_fp8
-from benchmarks.tune import moe as tune_moe
 from benchmarks.tune import tuner as tune
 from llada2_fast.kernels import _tuned, attention, candidates, fp8, gemm, refine
 from llada2_fast.kernels._triton import force_ops
@@ -59,7 +57,7 @@ def test_no_entry_depends_on_the_batch_and_what_defines_the_bits_is_never_tried(
         assert not {"batch", "rows", "tokens", "prefix"} & set(tune.KEYS[family])
         for tries in parts.values():
             assert not {"TILE_N", "SPLIT", "MAX_SPLITS", "TILE_V", "CHUNK", "GROUP"} & {key for t in tries for key in t}
-    assert not any("tile_k" in parameters for tries in tune_moe.TRIES["fp8"].values() for parameters in tries)
+    assert not any("tile_k" in parameters for tries in cases.EXPERT_TRIES["fp8"].values() for parameters in tries)
 
 
 def test_the_table_of_expert_tiles():
@@ -311,7 +309,7 @@ def test_what_beats_the_defaults_by_more_than_the_noise_becomes_an_entry(machine
 
 def test_every_fp8_product_that_was_measured_has_an_entry(machine):
     """The defaults where nothing gains: else an entry measured at more tokens would be taken."""
-    groups = tune_fp8.groups(tune.Shapes())[:4]
+    groups = cases.fp8_groups(tune.Shapes())[:4]
     lines = {
         "fp8 mini LM head m1024": line({"tile_m": 7}, 0.9), "fp8 mini QKV m64": line({"tile_m": 7}, 0.99),
         "fp8 mini dense m64": {"error": "x"},
@@ -324,7 +322,7 @@ def test_every_fp8_product_that_was_measured_has_an_entry(machine):
 
 def test_fp8_tries_suit_their_tokens():
     """Few tokens try many stages, many tokens high tiles, and the defaults are among what is tried."""
-    for group in tune_fp8.groups(tune.Shapes()):
+    for group in cases.fp8_groups(tune.Shapes()):
         rows, _, gated, tokens = group.shape.values()
         heights = {parameters["tile_m"] for parameters in group.tries}
         assert max(heights) <= tokens and len(heights) > 1 and fp8.default_tiles(rows, gated, tokens) in group.tries
@@ -336,7 +334,7 @@ def moe_groups(*cells):
     return [
         cases.Group(f"{kind} {tokens} {tile_m} {product}", "moe",
                          {"hidden": 2048, "tokens": tokens, "tile_m": tile_m, "kind": kind}, product, [], None)
-        for kind, tokens, tile_m in cells for product in tune_moe.PRODUCTS
+        for kind, tokens, tile_m in cells for product in cases.PRODUCTS
     ]  # fmt: skip
 
 
@@ -344,10 +342,8 @@ def found_tiles(lines):
     """{(tokens, kind): tiles} of the entries; lines {group's name: line}."""
     groups = moe_groups(*((kind, tokens, m) for kind in ("bf16", "fp8") for tokens in (32, 1024) for m in (16, 32)))
     assert set(lines) <= {group.name for group in groups}
-    return {
-        (entry["tokens"], kind): value
-        for entry in tune_moe.entries(groups, lines, "X") for kind, value in entry.items() if kind in ("bf16", "fp8")
-    }  # fmt: skip
+    entries = tune.entries(groups, lines, "X").get("moe", [])
+    return {(entry["tokens"], kind): entry[kind] for entry in entries for kind in ("bf16", "fp8") if kind in entry}
 
 
 def test_the_first_product_measured_makes_an_entry():
@@ -365,7 +361,7 @@ def test_the_first_product_measured_makes_an_entry():
 
 
 def test_another_height_must_be_measured_whole_and_save_more():
-    own = {f"fp8 1024 32 {product}": line({"tile_n": 1}, 0.9) for product in tune_moe.PRODUCTS}
+    own = {f"fp8 1024 32 {product}": line({"tile_n": 1}, 0.9) for product in cases.PRODUCTS}
     other = {"fp8 1024 16 gate_up": line({"tile_n": 2}, 0.6, 200.0)}
     default = gemm.tiles(CPU, 2048, 1024, True)
     assert found_tiles(own | other) == {(1024, "fp8"): default | {"gate_up": {"tile_n": 1}, "down": {"tile_n": 1}}}
