@@ -197,7 +197,7 @@ def whole_step(fp8):
     machine = Shapes()
     config = machine.config("mini", fp8)
     step = Step(machine, LLaDA2Model(config, dtype=machine.dtype, device=machine.device), 1, 1024)
-    with force_ops("triton"), recorded() as kernels, Calls() as counted:
+    with recorded() as kernels, Calls() as counted:
         step.graph.run()
     with Calls() as ahead:
         step.load()
