@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import bench_decode, peers
 from benchmarks.bench_decode import Plan, Point, fitted, gated_peaks, judged, order, timings
-from benchmarks.memory import peak_bytes
+from benchmarks.harness import peak_bytes
 from benchmarks.models import SMALL, random_model
 from llada2_fast.kernels.moe import experts
 from llada2_fast.kernels.router import route
