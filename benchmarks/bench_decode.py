@@ -4,12 +4,11 @@
 
 On an idle core about 12 minutes; with --quick one, with --full most of an hour.
 
-All of them (peers.py) run our LLaDA2Model on one thread in float32: ours, which is generate(); diffusers' pipeline and
-the model card's loop, both without a cache; and ours with one part removed at a time. At the base diffusers' pipeline
-runs once more, on the network with PyTorch's own products. Each first decodes once, metered:
-its tokens must be ours, and its peak of tensor bytes is taken. Only then rounds are timed, in which ours
-runs before and after every other one. One factor at a time is varied around the base. A peer that would take too long
-at a point is left out there (null in the result); --full leaves nobody out and adds the largest points.
+All of them (models.py) run one network on one thread in float32. At the base, around which one factor at a time is
+varied, ours also runs with one part removed at a time. Each first decodes once, metered: its tokens must be ours, and
+its peak of tensor bytes is taken. Only then rounds are timed, in which ours runs before and after every other one. A
+peer that would take too long at a point is left out there (null in the result); --full leaves nobody out and adds the
+largest points.
 
     tok_s, std_tok_s    generated tokens of all rows over the median time; standard deviation over the runs
     forwards            that a row went through, prefill and settling included; tpf: tokens per denoise forward
@@ -27,8 +26,7 @@ import torch
 from tqdm import tqdm
 
 from .harness import add_options, add_plot_option, drawing, finish, peak_bytes
-from .models import SMALL, random_model
-from .peers import ABLATIONS, AT_THE_BASE, BLOCK, PEERS, Task, ours
+from .models import ABLATIONS, AT_THE_BASE, BLOCK, PEERS, SMALL, Task, ours, random_model
 from .report.plots import draw_cost
 
 STEPS = 8

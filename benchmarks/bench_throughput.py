@@ -34,8 +34,7 @@ from llada2_fast.config import DecodeParams, EngineConfig
 from llada2_fast.engine import Engine, Event
 
 from . import harness
-from .models import SMALL, random_model
-from .peers import BLOCK, Task, diffusers
+from .models import BLOCK, SMALL, Task, diffusers, random_model
 from .simulate import Clock, StandIn
 from .workload import Workload, add_options, positive, print_table, require_equal
 

@@ -1,11 +1,36 @@
-"""Random-weight networks of the shapes the benchmarks talk about. Speed does not depend on the weights' values."""
+"""Networks of random weights, and everybody who decodes a Task with them on a CPU. Speed does not depend on the values.
+
+    ours        generate()
+    hf-2.0      generate(profile="hf-2.0"): what the card's loop is held against
+    diffusers   the diffusers package's LLaDA2Pipeline with its BlockRefinementScheduler: the whole window at every step
+    diffusers_plain   the same, of a network whose products are PyTorch's own and not those of kernels/product.py
+    card        the loop of LLaDA2.0's model card, written from its rule: likewise
+    without     ours, but for one part: see ABLATIONS
+
+Each is a function of (model, task) that returns a call without arguments, and the call returns an Outcome. Quota and
+threshold decoding, greedy, without editing; random networks never predict EOS, so nobody stops early.
+"""
 
 import copy
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
-from llada2_fast.config import ModelConfig
+from llada2_fast.config import DecodeParams, ModelConfig
+from llada2_fast.decoding.decoder import BlockDecoder, decode_all, prefill_all
+from llada2_fast.decoding.inputs import resolve_ids
+from llada2_fast.decoding.lanes import Lanes
+from llada2_fast.decoding.runner import CachedForward, EagerRunner
+from llada2_fast.decoding.sequence import Sequence
+from llada2_fast.kernels import refine
+from llada2_fast.kernels.moe import gated, mlp
+from llada2_fast.kernels.product import torch_products
 from llada2_fast.model import LLaDA2Model
+
+from .roofline import BLOCK
 
 # The small shape of the CPU comparison; expert width is half of hidden, as wide as LLaDA2-mini's is in proportion to
 # its experts per token.
@@ -44,3 +69,225 @@ def with_experts(model, make):
         if hasattr(layer.mlp, "experts"):
             layer.mlp.experts = make(layer.mlp.experts)
     return twin
+
+
+# who decodes
+
+
+class Task(NamedTuple):
+    """prompt [B, P] int64, all rows of one length; the quota is BLOCK / steps tokens a step, beside the threshold."""
+
+    prompt: torch.Tensor
+    generated: int
+    steps: int = 8
+    threshold: float = 2.0  # above 1: by quota alone
+
+
+class Outcome(NamedTuple):
+    """sequences [B, generated] int64; forwards: how many a row went through, the most of all rows, by their kind."""
+
+    sequences: torch.Tensor
+    forwards: dict[str, int]
+
+
+def ours(model, task, **options):
+    """generate(), with further arguments for it."""
+
+    def call():
+        output = model.generate(
+            task.prompt, gen_length=task.generated, block_length=BLOCK, steps=task.steps, threshold=task.threshold,
+            return_dict=True, **options,
+        )  # fmt: skip
+        kinds = ("denoise", "prefill", "settle")
+        most = {kind: max(getattr(row, f"{kind}_forwards") for row in output.counters) for kind in kinds}
+        return Outcome(output.sequences, most)
+
+    return call
+
+
+class BlockCausal(torch.nn.Module):
+    """Our network as diffusers calls a model: its 2D mask becomes the block-causal one the weights are trained for.
+
+    calls: how many forwards there were.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner, self.calls = model, 0
+        self.dtype, self.device, self.config = model.dtype, model.device, None
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None):
+        self.calls += 1
+        return self.inner(input_ids, position_ids=position_ids, block_length=BLOCK)
+
+
+def diffusers(model, task, on_step=None):
+    """The installed diffusers' own pipeline and scheduler. on_step(): called after every step."""
+    from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
+
+    network = BlockCausal(model)
+    pipe = LLaDA2Pipeline(model=network, scheduler=BlockRefinementScheduler(block_length=BLOCK))
+    pipe.set_progress_bar_config(disable=True)
+
+    def after_step(*_):
+        on_step()
+        return {}
+
+    def call():
+        network.calls = 0
+        sequences = pipe(
+            input_ids=task.prompt, use_chat_template=False, gen_length=task.generated, block_length=BLOCK,
+            num_inference_steps=task.steps, threshold=task.threshold, editing_threshold=None, eos_early_stop=False,
+            mask_token_id=model.config.mask_token_id, output_type="seq",
+            callback_on_step_end=None if on_step is None else after_step,
+        ).sequences  # fmt: skip
+        return Outcome(sequences, _only_denoise(network.calls))
+
+    return call
+
+
+def diffusers_plain(model, task):
+    return _plainly(diffusers(model, task))
+
+
+def _plainly(call):
+    def plain():
+        with torch_products():
+            return call()
+
+    return plain
+
+
+def card(model, task):
+    """The loop of LLaDA2.0's model card, one row, greedy and without eos_early_stop; steps at most gen_length."""
+    mask_id, eos_ids = model.config.mask_token_id, torch.tensor(model.config.eos_token_id)
+    quotas = [BLOCK // task.steps + (t < BLOCK % task.steps) for t in range(task.steps)]
+    begin, end = task.prompt.shape[1], task.prompt.shape[1] + task.generated
+
+    def call():
+        canvas = task.prompt.new_full((1, -(-end // BLOCK) * BLOCK), mask_id)
+        canvas[:, :begin] = task.prompt
+        forwards = 0
+        for stop in range(begin // BLOCK * BLOCK + BLOCK, canvas.shape[1] + 1, BLOCK):
+            window, block = canvas[:, :stop], canvas[0, stop - BLOCK : stop]
+            for quota in quotas:
+                masked = block == mask_id
+                if not masked.any():
+                    break
+                logits = model(window, block_length=BLOCK).logits[0, -BLOCK:]
+                forwards += 1
+                confidence, token = F.softmax(logits, dim=-1, dtype=torch.float32).max(-1)
+                confidence = torch.where(masked, confidence, -torch.inf)
+                commit = confidence > task.threshold
+                if commit.sum() < quota:
+                    commit = torch.zeros_like(masked)
+                    commit[confidence.topk(min(quota, int(masked.sum()))).indices] = True
+                block[commit] = token[commit]
+            if torch.isin(canvas[0, begin:stop], eos_ids).any():
+                break
+        text = canvas[:, begin:end]
+        ends = torch.isin(text[0], eos_ids).nonzero()
+        return Outcome(text[:, : int(ends[0]) + 1] if len(ends) else text, _only_denoise(forwards))
+
+    return call
+
+
+def _only_denoise(forwards):
+    return {"denoise": forwards, "prefill": 0, "settle": 0}
+
+
+# ours with a part removed
+
+
+def masked_experts(h, routing, gate_up, down, shared=None):
+    """moe.experts as the cards' modelling code computes it: every expert in turn picks its tokens out of all pairs."""
+    pairs = h.repeat_interleave(routing.ids.shape[1], 0)
+    expert = routing.ids.flatten()
+    y = torch.empty_like(pairs)
+    for e in range(len(gate_up.values)):
+        chosen = expert == e
+        y[chosen] = F.linear(gated(F.linear(pairs[chosen], gate_up.values[e])), down.values[e])
+    y = (y.unflatten(0, routing.ids.shape) * routing.weights[..., None]).sum(1).to(h.dtype)
+    return y if shared is None else y + mlp(h, *shared)
+
+
+class MaskedExperts(torch.nn.Module):
+    """In place of the network's routed experts: masked_experts on their weights."""
+
+    def __init__(self, own):
+        super().__init__()
+        self.own = own
+
+    def forward(self, x, routing, shared):
+        return masked_experts(x, routing, *self.own.weights, shared)
+
+
+class SchedulerLanes(Lanes):
+    """Lanes whose step is diffusers' scheduler.step: softmax, argmax, gather and topk, each an operation of its own, on
+    the logits of whole blocks. For one row that decodes greedily and does not edit."""
+
+    def __init__(self, scheduler, *args):
+        super().__init__(*args)
+        self.scheduler = scheduler
+
+    def needed(self):
+        return (self.state.frozen == 0)[:, None].expand(self.state.tokens.shape)
+
+    def step(self, logits, index=None, filters=True, only_needed=False):
+        state, mask_id = self.state, self.mask_id
+        output = self.scheduler.step(
+            logits[index], int(state.step[0]), state.tokens, mask_token_id=mask_id,
+            threshold=float(self.params.threshold[0]), editing_threshold=None,
+        )  # fmt: skip
+        state.tokens.copy_(output.prev_sample)
+        state.step += 1
+        done = not (state.tokens == mask_id).any()
+        state.frozen += refine.BLOCK_DONE * done
+        status = torch.zeros(1, 8, dtype=torch.int32)
+        status[0, refine.FLAGS] = refine.CHANGED + refine.BLOCK_DONE * done
+        return refine.RefineOutput(
+            status, output.sampled_tokens, output.sampled_probs, output.transfer_index, output.editing_transfer_index
+        )
+
+
+def _without_experts(model, task):
+    return ours(with_experts(model, MaskedExperts), task)
+
+
+def _without_products(model, task):
+    return _plainly(ours(model, task))
+
+
+def _without_refine(model, task):
+    from diffusers import BlockRefinementScheduler
+
+    scheduler = BlockRefinementScheduler(block_length=BLOCK)
+    params = DecodeParams(task.generated, BLOCK, task.steps, threshold=task.threshold)
+    mask_id, eos_ids, _ = resolve_ids(model, params)
+
+    def call():
+        scheduler.set_timesteps(task.steps, block_length=BLOCK)
+        row = Sequence(task.prompt[0].tolist(), params, 0, eos_ids, BLOCK, mask_id)
+        cache = model.new_cache(row.num_blocks, BLOCK)
+        lanes = SchedulerLanes(scheduler, 1, BLOCK, refine.SpecialIds(mask_id))
+        decoder = BlockDecoder(EagerRunner(CachedForward(model, cache), lanes))
+        row.pages = cache.allocate(row.num_blocks)
+        prefill_all(decoder, [row])
+        decoder.admit(row)
+        decode_all(decoder, [row])
+        counters = row.counters
+        forwards = {"denoise": counters.denoise_forwards, "prefill": counters.prefill_forwards, "settle": 0}
+        return Outcome(torch.tensor([row.answer()]), forwards)
+
+    return call
+
+
+PEERS: dict[str, Callable] = {"ours": ours, "diffusers": diffusers, "card": card}
+AT_THE_BASE = {"diffusers_plain": diffusers_plain}  # peers of one point alone
+ABLATIONS: dict[str, Callable] = {
+    "cache": partial(ours, use_cache=False),
+    "carried-along settling": partial(ours, settle="separate"),
+    "grouped experts": _without_experts,
+    "products of oneDNN's": _without_products,
+    "fused refinement": _without_refine,
+}

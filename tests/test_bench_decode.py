@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import bench_decode, peers
+from benchmarks import bench_decode, models
 from benchmarks.bench_decode import Plan, Point, fitted, gated_peaks, judged, order, timings
 from benchmarks.harness import peak_bytes
 from benchmarks.models import SMALL, random_model
@@ -81,7 +81,7 @@ def test_peak_does_not_count_the_release_of_older_tensors():
 
 
 def test_peak_is_the_same_at_every_run(model):
-    call = peers.ours(model, peers.Task(torch.arange(70)[None], 40))
+    call = models.ours(model, models.Task(torch.arange(70)[None], 40))
     call()
     assert peak_bytes(call)[1] == peak_bytes(call)[1] > 0
 
@@ -102,10 +102,10 @@ def test_recording_is_on_again_after_a_call_that_fails():
 def test_everybody_decodes_the_same_tokens(model, steps, threshold, length):
     generator = torch.Generator().manual_seed(length)
     prompt = torch.randint(0, SHAPE.vocab_size - 2, (1, length), generator=generator)
-    task = peers.Task(prompt, 50, steps, threshold)
-    wanted = peers.ours(model, task)()
-    assert torch.equal(wanted.sequences, peers.ours(model, task, profile="hf-2.0")().sequences)
-    for name, make in (peers.PEERS | peers.AT_THE_BASE | peers.ABLATIONS).items():
+    task = models.Task(prompt, 50, steps, threshold)
+    wanted = models.ours(model, task)()
+    assert torch.equal(wanted.sequences, models.ours(model, task, profile="hf-2.0")().sequences)
+    for name, make in (models.PEERS | models.AT_THE_BASE | models.ABLATIONS).items():
         outcome = make(model, task)()
         assert torch.equal(outcome.sequences, wanted.sequences), name
         if name.startswith("diffusers"):  # it spends a forward on a block that is full before its last step
@@ -115,8 +115,8 @@ def test_everybody_decodes_the_same_tokens(model, steps, threshold, length):
 
 
 def test_parts_are_really_off(model):
-    task = peers.Task(torch.arange(64)[None], 64)
-    forwards = {name: make(model, task)().forwards for name, make in peers.ABLATIONS.items()}
+    task = models.Task(torch.arange(64)[None], 64)
+    forwards = {name: make(model, task)().forwards for name, make in models.ABLATIONS.items()}
     whole = {"denoise": 16, "prefill": 1, "settle": 0}
     assert forwards["cache"] == {"denoise": 16, "prefill": 0, "settle": 0}
     assert forwards["carried-along settling"] == {"denoise": 16, "prefill": 1, "settle": 1}
@@ -124,17 +124,17 @@ def test_parts_are_really_off(model):
 
 
 def test_an_ablation_takes_its_part_out_and_leaves_the_model_alone(model):
-    task, own = peers.Task(torch.arange(32)[None], 32), [type(layer.mlp) for layer in model.layers]
+    task, own = models.Task(torch.arange(32)[None], 32), [type(layer.mlp) for layer in model.layers]
     calls = {}
     for name in ("grouped experts", "fused refinement"):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            peers.ABLATIONS[name](model, task)()
+            models.ABLATIONS[name](model, task)()
         calls[name] = {event.key: event.count for event in profile.key_averages()}
     assert calls["grouped experts"]["aten::repeat_interleave"] > 0
     assert "llada2_fast::refine_step" not in calls["fused refinement"]
     assert calls["grouped experts"]["llada2_fast::refine_step"] == 8  # steps
     assert [type(layer.mlp) for layer in model.layers] == own
-    assert not any(isinstance(part, peers.MaskedExperts) for part in model.modules())
+    assert not any(isinstance(part, models.MaskedExperts) for part in model.modules())
 
 
 def test_masked_experts_is_the_same_function(model):
@@ -142,26 +142,26 @@ def test_masked_experts_is_the_same_function(model):
     h = torch.randn(37, SHAPE.hidden_size, generator=torch.Generator().manual_seed(0))
     routing = route(h, mlp.router.weight, mlp.router.expert_bias, *mlp.router.rule)
     args = h, routing, *mlp.experts.weights, mlp.shared_experts.weights
-    torch.testing.assert_close(peers.masked_experts(*args), experts(*args), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(models.masked_experts(*args), experts(*args), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("at", [0, 20, 31, 32, 49])
 def test_card_stops_after_the_block_with_an_eos_and_cuts_there(model, monkeypatch, at):
-    task = peers.Task(torch.arange(37)[None], 70)
-    eos = int(peers.ours(model, task)().sequences[0, at])
+    task = models.Task(torch.arange(37)[None], 70)
+    eos = int(models.ours(model, task)().sequences[0, at])
     monkeypatch.setattr(model, "config", replace(SHAPE, eos_token_id=(eos,)))
     rules = {"gen_length": 70, "block_length": 32, "steps": 8, "threshold": 2.0, "profile": "hf-2.0"}
     wanted = model.generate(task.prompt, **rules)
     assert wanted.shape[1] <= at + 1
-    assert torch.equal(peers.card(model, task)().sequences, wanted)
+    assert torch.equal(models.card(model, task)().sequences, wanted)
 
 
 # gate and clock
 
 
 def test_a_peer_with_other_tokens_is_refused_before_anything_is_timed(model):
-    task = peers.Task(torch.arange(40)[None], 32)
-    right = peers.ours(model, task)
+    task = models.Task(torch.arange(40)[None], 32)
+    right = models.ours(model, task)
 
     def wrong():
         outcome = right()
@@ -237,7 +237,7 @@ def test_line_counts_forwards(line):
 
 
 def test_line_names_ablations_and_costs(line):
-    assert [part["without"] for part in line["ablations"]] == list(peers.ABLATIONS)
+    assert [part["without"] for part in line["ablations"]] == list(models.ABLATIONS)
     assert all(part["ratio"] > 0 and part["peak_bytes"] > 0 for part in line["ablations"])
     assert [cost["who"] for cost in line["cost"]] == ["ours", "diffusers"]
     for cost in line["cost"]:

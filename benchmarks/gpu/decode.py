@@ -19,7 +19,7 @@ from importlib.util import find_spec
 
 import torch
 
-from ..peers import Task, diffusers
+from ..models import Task, diffusers
 from ..roofline import BLOCK, floor_ms, step_costs
 from .machine import Point
 

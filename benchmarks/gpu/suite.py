@@ -49,7 +49,7 @@ OUT_OF_TIME = {"error": "broken off: out of time"}
 _INPUTS = ("gpu/machine", "gpu/gates", "roofline")
 SOURCES = {  # section -> modules of benchmarks, beside the package itself, that decide its figures; * as in file names
     "ceilings": ("gpu/machine",),
-    "decode": (*_INPUTS, "gpu/decode", "peers"),
+    "decode": (*_INPUTS, "gpu/decode", "models"),
     "profile": (*_INPUTS, "gpu/steps"),
     "steps": (*_INPUTS, "gpu/steps"),
     "kernels": (*_INPUTS, "gpu/kernels", "kernels/*"),
