@@ -14,17 +14,15 @@ threshold decoding, greedy, without editing; random networks never predict EOS, 
 import copy
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 
-from llada2_fast.config import DecodeParams, ModelConfig
-from llada2_fast.decoding.decoder import BlockDecoder, decode_all, prefill_all
-from llada2_fast.decoding.inputs import resolve_ids
+from llada2_fast.config import ModelConfig
 from llada2_fast.decoding.lanes import Lanes
-from llada2_fast.decoding.runner import CachedForward, EagerRunner
-from llada2_fast.decoding.sequence import Sequence
 from llada2_fast.kernels import refine
 from llada2_fast.kernels.moe import gated, mlp
 from llada2_fast.kernels.product import torch_products
@@ -159,8 +157,8 @@ def _plainly(call):
 
 
 def card(model, task):
-    """The loop of LLaDA2.0's model card, one row, greedy and without eos_early_stop; steps at most gen_length."""
-    mask_id, eos_ids = model.config.mask_token_id, torch.tensor(model.config.eos_token_id)
+    """The loop of LLaDA2.0's model card, one row, greedy; steps at most gen_length."""
+    mask_id = model.config.mask_token_id
     quotas = [BLOCK // task.steps + (t < BLOCK % task.steps) for t in range(task.steps)]
     begin, end = task.prompt.shape[1], task.prompt.shape[1] + task.generated
 
@@ -183,11 +181,7 @@ def card(model, task):
                     commit = torch.zeros_like(masked)
                     commit[confidence.topk(min(quota, int(masked.sum()))).indices] = True
                 block[commit] = token[commit]
-            if torch.isin(canvas[0, begin:stop], eos_ids).any():
-                break
-        text = canvas[:, begin:end]
-        ends = torch.isin(text[0], eos_ids).nonzero()
-        return Outcome(text[:, : int(ends[0]) + 1] if len(ends) else text, _only_denoise(forwards))
+        return Outcome(canvas[:, begin:end], _only_denoise(forwards))
 
     return call
 
@@ -226,9 +220,12 @@ class SchedulerLanes(Lanes):
     """Lanes whose step is diffusers' scheduler.step: softmax, argmax, gather and topk, each an operation of its own, on
     the logits of whole blocks. For one row that decodes greedily and does not edit."""
 
-    def __init__(self, scheduler, *args):
+    def __init__(self, steps, *args):
+        from diffusers import BlockRefinementScheduler
+
         super().__init__(*args)
-        self.scheduler = scheduler
+        self.scheduler = BlockRefinementScheduler(block_length=BLOCK)
+        self.scheduler.set_timesteps(steps, block_length=BLOCK)
 
     def needed(self):
         return (self.state.frozen == 0)[:, None].expand(self.state.tokens.shape)
@@ -259,27 +256,14 @@ def _without_products(model, task):
 
 
 def _without_refine(model, task):
-    from diffusers import BlockRefinementScheduler
+    call, lanes = ours(model, task), partial(SchedulerLanes, task.steps)
+    module = import_module("llada2_fast.generate")  # which the package's own `generate` hides
 
-    scheduler = BlockRefinementScheduler(block_length=BLOCK)
-    params = DecodeParams(task.generated, BLOCK, task.steps, threshold=task.threshold)
-    mask_id, eos_ids, _ = resolve_ids(model, params)
+    def patched():
+        with mock.patch.object(module, "Lanes", lanes):
+            return call()
 
-    def call():
-        scheduler.set_timesteps(task.steps, block_length=BLOCK)
-        row = Sequence(task.prompt[0].tolist(), params, 0, eos_ids, BLOCK, mask_id)
-        cache = model.new_cache(row.num_blocks, BLOCK)
-        lanes = SchedulerLanes(scheduler, 1, BLOCK, refine.SpecialIds(mask_id))
-        decoder = BlockDecoder(EagerRunner(CachedForward(model, cache), lanes))
-        row.pages = cache.allocate(row.num_blocks)
-        prefill_all(decoder, [row])
-        decoder.admit(row)
-        decode_all(decoder, [row])
-        counters = row.counters
-        forwards = {"denoise": counters.denoise_forwards, "prefill": counters.prefill_forwards, "settle": 0}
-        return Outcome(torch.tensor([row.answer()]), forwards)
-
-    return call
+    return patched
 
 
 PEERS: dict[str, Callable] = {"ours": ours, "diffusers": diffusers, "card": card}

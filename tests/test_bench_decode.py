@@ -145,17 +145,6 @@ def test_masked_experts_is_the_same_function(model):
     torch.testing.assert_close(models.masked_experts(*args), experts(*args), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("at", [0, 20, 31, 32, 49])
-def test_card_stops_after_the_block_with_an_eos_and_cuts_there(model, monkeypatch, at):
-    task = models.Task(torch.arange(37)[None], 70)
-    eos = int(models.ours(model, task)().sequences[0, at])
-    monkeypatch.setattr(model, "config", replace(SHAPE, eos_token_id=(eos,)))
-    rules = {"gen_length": 70, "block_length": 32, "steps": 8, "threshold": 2.0, "profile": "hf-2.0"}
-    wanted = model.generate(task.prompt, **rules)
-    assert wanted.shape[1] <= at + 1
-    assert torch.equal(models.card(model, task)().sequences, wanted)
-
-
 # gate and clock
 
 
