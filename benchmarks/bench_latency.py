@@ -17,7 +17,7 @@ from typing import NamedTuple
 from llada2_fast.generate import GenerateOutput
 
 from . import harness
-from .workload import Workload, add_options, positive, print_table, require_equal
+from .harness import Workload, positive, print_table, require_equal, spread
 
 NAMES = {
     "e2el_ms": "whole call, ms",
@@ -71,16 +71,16 @@ def summary(iterations):
     lengths = [[b - a for a, b in pairwise((0.0, *ends))] for ends in rows]
     at = [[ms for ms in place if ms is not None] for place in zip_longest(*lengths)]
     return {
-        **harness.spread("e2el_ms", [1e3 * iteration.seconds for iteration in iterations]),
-        **harness.spread("ttft_ms", [ends[0] for ends in lengths]),
-        **harness.spread("itl_ms", [ms for ends in lengths for ms in ends[1:]]),
-        **harness.spread("forward_ms", [1e3 * (b - a) for i in iterations for a, b in pairwise(i.steps)]),
-        **harness.spread("output_throughput", [n / i.seconds for n, i in zip(tokens, iterations, strict=True)]),
+        **spread("e2el_ms", [1e3 * iteration.seconds for iteration in iterations]),
+        **spread("ttft_ms", [ends[0] for ends in lengths]),
+        **spread("itl_ms", [ms for ends in lengths for ms in ends[1:]]),
+        **spread("forward_ms", [1e3 * (b - a) for i in iterations for a, b in pairwise(i.steps)]),
+        **spread("output_throughput", [n / i.seconds for n, i in zip(tokens, iterations, strict=True)]),
         "total_output_tokens": sum(tokens),
         "forwards": sum(len(iteration.steps) for iteration in iterations),
         "tokens_per_forward": sum(tokens) / forwards,
         "steps_per_block": forwards / sum(len(c.forwards_per_block) for c in counters),
-        "block_ms_by_position": [harness.spread("ms", place) | {"blocks": len(place)} for place in at],
+        "block_ms_by_position": [spread("ms", place) | {"blocks": len(place)} for place in at],
     }
 
 
@@ -98,7 +98,7 @@ def plot(results, file):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    add_options(parser)
+    harness.add_workload_options(parser)
     parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="prompts per call (1)")
     parser.add_argument("--num-iters", type=positive, metavar="N", help="timed calls (10, with --quick 3)")
     harness.add_plot_option(parser, "the time of each block of an answer")

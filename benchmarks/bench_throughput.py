@@ -10,19 +10,17 @@ median throughput. Without --request-rate a request is sent as soon as another h
 Poisson process and wait for their turn. Key names and meanings are those of `vllm bench`, tokens arrive block by block:
 ttft: until the first block; itl: from block to block; tpot: (e2el - ttft) / (tokens - 1); e2el: the whole request.
 
-With --peers the engine is held against the same requests one by one and against diffusers, with the small random
-network in float32, on as many threads as torch uses. Requests have prompts of 64 to 256 tokens and answers of 64 to
-192, quota decoding, 4 tokens a forward. Before anything is timed, all tokens of the engine must be those of generate(),
-later also those of diffusers. Measured are: 16 requests in flight against generate() one by one; requests of one prompt
-length against lock-step batches of diffusers' LLaDA2Pipeline, which drives the same network as it drives any model;
-latencies at 1 to 64 in flight and at several arrival rates; and what the engine itself costs per step and row,
-everything but forward and refinement. Of the options above only --quick, --json and --save count.
+With --peers the small random network answers random requests by quota, 4 tokens a forward: 16 in flight against
+generate() one by one; those of one prompt length against lock-step batches of diffusers' LLaDA2Pipeline; latencies at 1
+to 64 in flight and at several arrival rates; and what the engine itself costs per step and row, everything but forward
+and refinement. All tokens of the engine must be those of generate() before anything is timed, and those of diffusers.
 """
 
 import argparse
 import random
 import statistics
 import time
+from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -34,9 +32,9 @@ from llada2_fast.config import DecodeParams, EngineConfig
 from llada2_fast.engine import Engine, Event
 
 from . import harness
+from .harness import Workload, positive, print_table, require_equal
 from .models import BLOCK, SMALL, Task, diffusers, random_model
 from .simulate import Clock, StandIn
-from .workload import Workload, add_options, positive, print_table, require_equal
 
 NAMES = {
     "ttft_ms": "first block, ms",
@@ -158,7 +156,8 @@ def plot(served, file):
 
 # --peers
 
-STEPS, IN_FLIGHT = 8, 16
+IN_FLIGHT = 16
+QUOTA = {"block_length": BLOCK, "steps": 8, "threshold": 2.0}
 
 
 def random_jobs(count, seed=0):
@@ -167,7 +166,7 @@ def random_jobs(count, seed=0):
     return [
         (
             [rng.randrange(SMALL.vocab_size - 2) for _ in range(rng.choice((64, 128, 256)))],
-            DecodeParams(gen_length=rng.choice((64, 128, 192)), block_length=BLOCK, steps=STEPS, threshold=2.0),
+            DecodeParams(gen_length=rng.choice((64, 128, 192)), **QUOTA),
         )
         for _ in range(count)
     ]
@@ -179,11 +178,7 @@ def small_engine(model, running=IN_FLIGHT):
 
 def one_by_one(model, jobs):
     """The tokens of each job by itself."""
-    outputs = []
-    for prompt, params in jobs:
-        rules = dict(gen_length=params.gen_length, block_length=BLOCK, steps=STEPS, threshold=params.threshold)
-        outputs.append(model.generate([prompt], **rules)[0].tolist())
-    return outputs
+    return [model.generate([prompt], gen_length=p.gen_length, **QUOTA)[0].tolist() for prompt, p in jobs]
 
 
 def figures(served):
@@ -218,7 +213,7 @@ def against_serial(model, jobs, rounds):
 def against_diffusers(model, jobs):
     """(tokens/s of the engine, tokens/s of diffusers): batches of 16 that run in lock-step to the longest answer."""
     longest = max(params.gen_length for _, params in jobs)
-    call = diffusers(model, Task(torch.tensor([prompt for prompt, _ in jobs]), longest, STEPS, threshold=2.0))
+    call = diffusers(model, Task(torch.tensor([prompt for prompt, _ in jobs]), longest, QUOTA["steps"]))
     kept = {}
 
     def lock_step():
@@ -272,7 +267,7 @@ def against_peers(quick):
     print(f"{IN_FLIGHT} in flight {tok_s:.0f} tok/s, one by one {serial_tok_s:.0f}: {tok_s / serial_tok_s:.2f}x")
     alike = [([*prompt[:64]], params) for prompt, params in jobs[:IN_FLIGHT]]
     if quick:
-        alike = [(prompt, DecodeParams(**{**vars(params), "gen_length": 64})) for prompt, params in alike]
+        alike = [(prompt, replace(params, gen_length=64)) for prompt, params in alike]
     batch_tok_s, diffusers_tok_s = against_diffusers(model, alike)
     print(f"diffusers in lock-step {diffusers_tok_s:.0f} tok/s, engine {batch_tok_s:.0f}")
     levels, rates, engine = [], [], None
@@ -290,19 +285,18 @@ def against_peers(quick):
         print(f"{where:>16s}: p50/p99 {spread}")
     host = {rows: host_cost(rows) for rows in (4, 16, 64, 256)}
     print("engine itself, us per step and row: " + ", ".join(f"{us:.0f} at {rows} rows" for rows, us in host.items()))
-    results = {
+    return {
         "speedup_vs_serial": tok_s / serial_tok_s, "speedup_vs_diffusers": batch_tok_s / diffusers_tok_s,
         "p99_inter_block_ms": at_16["inter_block_ms"]["p99"], "scheduler_us_per_row": host[64],
         "leaked_pages": engine.cache.num_pages - engine.cache.num_free,
         "tok_s": tok_s, "serial_tok_s": serial_tok_s, "diffusers_tok_s": diffusers_tok_s, "requests": len(jobs),
         "at_16": at_16, "in_flight": levels, "rates": rates, "scheduler_us_per_row_at": host,
     }  # fmt: skip
-    return results
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    add_options(parser)
+    harness.add_workload_options(parser)
     add = parser.add_argument
     add("--num-prompts", type=positive, metavar="N", help="requests per round (64, with --quick 16)")
     add("--num-rounds", type=positive, metavar="N", help="timed rounds (3, with --quick 1)")
