@@ -54,21 +54,8 @@ class Plan(NamedTuple):
     cost_rounds: int
 
     def points(self):
-        others = [
-            self.base._replace(factor=name, **{name: value}) for name in self.values for value in self.values[name]
-        ]
-        return [self.base, *others]
-
-    def rounds_at(self, point):
-        return self.rounds if point == self.base else 1
-
-    def calls(self):
-        """How many runs there will be."""
-        count = 2 * len(self.prefixes) * self.cost_rounds
-        for point in self.points():
-            names = list(runners(self, point))
-            count += len(names) + ("card" in names) + len(order(names, self.rounds_at(point)))
-        return count
+        others = [(name, value) for name, values in self.values.items() for value in values]
+        return [self.base, *(self.base._replace(factor=name, **{name: value}) for name, value in others)]
 
 
 # With random weights the best of 4096 tokens has a confidence of 0.03 to 0.12: these thresholds give 4.7 to 15 tokens
@@ -114,61 +101,50 @@ def order(names, rounds):
     return [first] + [name for other in others or [first] for name in (other, first)] * rounds
 
 
-def gated_peaks(calls, progress):
+def gated_peaks(calls):
     """{name: (Outcome, peak bytes)} of each call; SystemExit unless all give the first one's tokens."""
     seen = {}
-    for name, call in calls.items():
-        progress.set_description(f"{name}, tokens and memory")
+    for name, call in tqdm(calls.items(), desc="Tokens and memory", leave=False):
         seen[name] = peak_bytes(call)
         wanted, got = seen[next(iter(calls))][0].sequences, seen[name][0].sequences
         if not torch.equal(wanted, got):
             raise SystemExit(f"tokens of {name!r} differ from ours: nothing is timed")
-        progress.update()
     return seen
 
 
-def timings(calls, names, progress):
+def timings(calls, names):
     """{name: seconds of its runs} for the calls named, in this order."""
     seconds = {name: [] for name in calls}
-    for name in names:
-        progress.set_description(f"{name}, timed")
+    for name in tqdm(names, desc="Timed", leave=False):
         started = time.perf_counter()
         calls[name]()
         seconds[name].append(time.perf_counter() - started)
-        progress.update()
     return seconds
 
 
-def measure(model, plan, point, progress):
+def measure(model, plan, point):
     """(the point's record, [records of the ablations]); None where somebody did not run."""
-    task, chosen = task_of(point), runners(plan, point)
-    calls = {name: make(model, task) for name, make in chosen.items()}
+    task = task_of(point)
+    calls = {name: make(model, task) for name, make in runners(plan, point).items()}
     extra = {"hf-2.0": ours(model, task, profile="hf-2.0")} if "card" in calls else {}
-    seen = gated_peaks(calls | extra, progress)
-    seconds = timings(calls, order(list(calls), plan.rounds_at(point)), progress)
+    seen = gated_peaks(calls | extra)
+    seconds = timings(calls, order(list(calls), plan.rounds if point == plan.base else 1))
     tokens = point.batch * point.generated
-    forwards = {name: outcome.forwards for name, (outcome, _) in seen.items()}
-    peaks = {name: peak for name, (_, peak) in seen.items()}
-    rates = {name: tokens / statistics.median(taken) for name, taken in seconds.items()}
-    stds = {name: statistics.pstdev(tokens / s for s in taken) for name, taken in seconds.items()}
-    ratios = {name: rates["ours"] / rate for name, rate in rates.items()}
-
-    def figures(name):
-        counted = {f"{kind}_forwards": count for kind, count in forwards[name].items()}
-        return {"tok_s": rates[name], "std_tok_s": stds[name], "forwards": sum(forwards[name].values()),
-                **counted, "peak_bytes": peaks[name]}  # fmt: skip
-
-    record = point._asdict() | figures("ours") | {"tpf": point.generated / forwards["ours"]["denoise"]}
-    for peer in ("diffusers", "card", *(name for name in AT_THE_BASE if name in calls)):
-        record |= {
-            f"{peer}_tok_s": rates.get(peer),
-            f"{peer}_std_tok_s": stds.get(peer),
-            f"{peer}_forwards": sum(forwards[peer].values()) if peer in calls else None,
-            f"{peer}_peak_bytes": peaks.get(peer),
-            f"ratio_vs_{peer}": ratios.get(peer),
-        }
-    without = [{"without": name} | figures(name) | {"ratio": ratios[name]} for name in calls if name in ABLATIONS]
-    return record, without
+    figures = {}
+    for name, taken in seconds.items():
+        outcome, peak = seen[name]
+        figures[name] = {
+            "tok_s": tokens / statistics.median(taken), "std_tok_s": statistics.pstdev(tokens / s for s in taken),
+            "forwards": sum(outcome.forwards.values()), "peak_bytes": peak,
+            **{f"{kind}_forwards": count for kind, count in outcome.forwards.items()},
+        }  # fmt: skip
+    ratios = {name: figures["ours"]["tok_s"] / own["tok_s"] for name, own in figures.items()}
+    record = point._asdict() | figures["ours"] | {"tpf": point.generated / figures["ours"]["denoise_forwards"]}
+    for peer in ("diffusers", "card", *(AT_THE_BASE if point == plan.base else ())):
+        kept = ("tok_s", "std_tok_s", "forwards", "peak_bytes")
+        record |= {f"{peer}_{key}": figures.get(peer, {}).get(key) for key in kept}
+        record[f"ratio_vs_{peer}"] = ratios.get(peer)
+    return record, [{"without": name, "ratio": ratios[name]} | figures[name] for name in calls if name in ABLATIONS]
 
 
 # what a block costs
@@ -182,20 +158,19 @@ def step_marks(who, model, prefix):
     return marks
 
 
-def block_costs(model, plan, progress):
+def block_costs(model, plan):
     """(records with the fitted line of ours and of diffusers, ratio of our denoise forwards at 2048 and at 64)."""
     whole = {(who, prefix): [] for who in ("ours", "diffusers") for prefix in plan.prefixes}
     rest = {prefix: [] for prefix in plan.prefixes}  # ours without the forward that carries the block before it along
-    for who, prefix in list(whole) * plan.cost_rounds:
-        progress.set_description(f"{who}, a block at {prefix}")
+    for who, prefix in tqdm(list(whole) * plan.cost_rounds, desc="Cost of a block"):
         marks = step_marks(who, model, prefix)
         whole[who, prefix].append((marks[-1] - marks[STEPS - 1]) * 1e3)
         if who == "ours":
             rest[prefix].append(marks[-1] - marks[STEPS])
-        progress.update()
-    costs = []
-    for who in ("ours", "diffusers"):
-        costs.append({"who": who} | fitted(plan.prefixes, [statistics.median(whole[who, at]) for at in plan.prefixes]))
+    costs = [
+        {"who": who} | fitted(plan.prefixes, [statistics.median(whole[who, at]) for at in plan.prefixes])
+        for who in ("ours", "diffusers")
+    ]
     return costs, statistics.median(rest[2048]) / statistics.median(rest[64])
 
 
@@ -208,45 +183,32 @@ def fitted(prefix, ms):
 
 # the result
 
+GOALS = {  # goal -> the prompt's length of its point, the rest as by default; its value there; the side of its limit
+    "ratio_vs_diffusers_512_512": (512, lambda p: p["ratio_vs_diffusers"], "at_least", 10),
+    "ratio_vs_diffusers_plain_512_512": (512, lambda p: p["ratio_vs_diffusers_plain"], "at_least", 12),
+    "ratio_vs_diffusers_2048_512": (2048, lambda p: p["ratio_vs_diffusers"], "at_least", 30),
+    "peak_bytes_over_diffusers_512_512": (512, lambda p: p["peak_bytes"] / p["diffusers_peak_bytes"], "at_most", 1 / 3),
+}
+
 
 def judged(points):
     """{goal: its value, the limit, whether it is met}; value and met None where the plan has no such point."""
-
-    def at(prompt, value):
-        wanted = Point("", prompt=prompt)[1:]
-        found = [p for p in points if tuple(p[name] for name in Point._fields[1:]) == wanted]
-        return value(found[0]) if found else None
-
-    def speed(point):
-        return point["ratio_vs_diffusers"]
-
-    def plain_speed(point):
-        return point.get("ratio_vs_diffusers_plain")
-
-    values = {
-        "ratio_vs_diffusers_512_512": (at(512, speed), "at_least", 10),
-        "ratio_vs_diffusers_plain_512_512": (at(512, plain_speed), "at_least", 12),
-        "ratio_vs_diffusers_2048_512": (at(2048, speed), "at_least", 30),
-        "peak_bytes_over_diffusers_512_512": (
-            at(512, lambda point: point["peak_bytes"] / point["diffusers_peak_bytes"]),
-            "at_most",
-            1 / 3,
-        ),
-    }
-    return {
-        name: {"value": value, side: limit,
-               "met": None if value is None else value >= limit if side == "at_least" else value <= limit}
-        for name, (value, side, limit) in values.items()
-    }  # fmt: skip
+    by_place = {tuple(point[name] for name in Point._fields[1:]): point for point in points}
+    goals = {}
+    for name, (prompt, value_of, side, limit) in GOALS.items():
+        point = by_place.get(Point("", prompt=prompt)[1:])
+        value = None if point is None else value_of(point)
+        met = None if value is None else value >= limit if side == "at_least" else value <= limit
+        goals[name] = {"value": value, side: limit, "met": met}
+    return goals
 
 
 def show(points, ablations, costs, goals):
     for p in points:
-        peak = p["peak_bytes"] / 1e6
         text = (
             f"{p['factor']:>9}  prompt {p['prompt']:4d}, generated {p['generated']:4d}, batch {p['batch']:2d}, "
             f"threshold {p['threshold']:<4g} {p['tok_s']:7.1f} +- {p['std_tok_s']:4.1f} tok/s, TPF {p['tpf']:5.2f}, "
-            f"{peak:5.1f} MB"
+            f"{p['peak_bytes'] / 1e6:5.1f} MB"
         )
         for peer in ("diffusers", "card", *AT_THE_BASE):
             if p.get(f"{peer}_tok_s"):
@@ -290,9 +252,8 @@ def main(argv=None):
     plan = PLANS["quick" if args.quick else "full" if args.full else "default"]
     torch.set_num_threads(1)
     model = random_model(SMALL)
-    with tqdm(total=plan.calls()) as progress:
-        measured = [measure(model, plan, point, progress) for point in plan.points()]
-        costs, grown = block_costs(model, plan, progress)
+    measured = [measure(model, plan, point) for point in tqdm(plan.points(), desc="Points")]
+    costs, grown = block_costs(model, plan)
     points, ablations = [record for record, _ in measured], measured[0][1]
     goals = judged(points)
     show(points, ablations, costs, goals)

@@ -144,18 +144,6 @@ def diffusers(model, task, on_step=None):
     return call
 
 
-def diffusers_plain(model, task):
-    return _plainly(diffusers(model, task))
-
-
-def _plainly(call):
-    def plain():
-        with torch_products():
-            return call()
-
-    return plain
-
-
 def card(model, task):
     """The loop of LLaDA2.0's model card, one row, greedy; steps at most gen_length."""
     mask_id = model.config.mask_token_id
@@ -193,27 +181,23 @@ def _only_denoise(forwards):
 # ours with a part removed
 
 
-def masked_experts(h, routing, gate_up, down, shared=None):
-    """moe.experts as the cards' modelling code computes it: every expert in turn picks its tokens out of all pairs."""
-    pairs = h.repeat_interleave(routing.ids.shape[1], 0)
-    expert = routing.ids.flatten()
-    y = torch.empty_like(pairs)
-    for e in range(len(gate_up.values)):
-        chosen = expert == e
-        y[chosen] = F.linear(gated(F.linear(pairs[chosen], gate_up.values[e])), down.values[e])
-    y = (y.unflatten(0, routing.ids.shape) * routing.weights[..., None]).sum(1).to(h.dtype)
-    return y if shared is None else y + mlp(h, *shared)
-
-
 class MaskedExperts(torch.nn.Module):
-    """In place of the network's routed experts: masked_experts on their weights."""
+    """The network's routed experts as the cards' modelling code computes them: each in turn picks its tokens out of all
+    pairs."""
 
     def __init__(self, own):
         super().__init__()
         self.own = own
 
     def forward(self, x, routing, shared):
-        return masked_experts(x, routing, *self.own.weights, shared)
+        gate_up, down = self.own.weights
+        pairs, expert = x.repeat_interleave(routing.ids.shape[1], 0), routing.ids.flatten()
+        y = torch.empty_like(pairs)
+        for e in range(len(gate_up.values)):
+            chosen = expert == e
+            y[chosen] = F.linear(gated(F.linear(pairs[chosen], gate_up.values[e])), down.values[e])
+        y = (y.unflatten(0, routing.ids.shape) * routing.weights[..., None]).sum(1).to(x.dtype)
+        return y if shared is None else y + mlp(x, *shared)
 
 
 class SchedulerLanes(Lanes):
@@ -247,31 +231,31 @@ class SchedulerLanes(Lanes):
         )
 
 
-def _without_experts(model, task):
-    return ours(with_experts(model, MaskedExperts), task)
+def within(context, call):
+    """The call, each time inside of what context() gives."""
 
-
-def _without_products(model, task):
-    return _plainly(ours(model, task))
-
-
-def _without_refine(model, task):
-    call, lanes = ours(model, task), partial(SchedulerLanes, task.steps)
-    module = import_module("llada2_fast.generate")  # which the package's own `generate` hides
-
-    def patched():
-        with mock.patch.object(module, "Lanes", lanes):
+    def inside():
+        with context():
             return call()
 
-    return patched
+    return inside
+
+
+def scheduled(model, task):
+    """ours on SchedulerLanes."""
+    module = import_module("llada2_fast.generate")  # which the package's own `generate` hides
+    lanes = partial(SchedulerLanes, task.steps)
+    return within(partial(mock.patch.object, module, "Lanes", lanes), ours(model, task))
 
 
 PEERS: dict[str, Callable] = {"ours": ours, "diffusers": diffusers, "card": card}
-AT_THE_BASE = {"diffusers_plain": diffusers_plain}  # peers of one point alone
+AT_THE_BASE: dict[str, Callable] = {  # peers of one point alone
+    "diffusers_plain": lambda model, task: within(torch_products, diffusers(model, task)),
+}
 ABLATIONS: dict[str, Callable] = {
     "cache": partial(ours, use_cache=False),
     "carried-along settling": partial(ours, settle="separate"),
-    "grouped experts": _without_experts,
-    "products of oneDNN's": _without_products,
-    "fused refinement": _without_refine,
+    "grouped experts": lambda model, task: ours(with_experts(model, MaskedExperts), task),
+    "products of oneDNN's": lambda model, task: within(torch_products, ours(model, task)),
+    "fused refinement": scheduled,
 }

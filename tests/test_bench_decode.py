@@ -23,16 +23,6 @@ TINY = Plan(
 )  # fmt: skip
 
 
-class Silent:
-    """A progress bar that is not drawn."""
-
-    def update(self):
-        pass
-
-    def set_description(self, text):
-        pass
-
-
 @pytest.fixture(scope="module")
 def model():
     return random_model(SHAPE)
@@ -141,8 +131,9 @@ def test_masked_experts_is_the_same_function(model):
     mlp = model.layers[1].mlp
     h = torch.randn(37, SHAPE.hidden_size, generator=torch.Generator().manual_seed(0))
     routing = route(h, mlp.router.weight, mlp.router.expert_bias, *mlp.router.rule)
-    args = h, routing, *mlp.experts.weights, mlp.shared_experts.weights
-    torch.testing.assert_close(models.masked_experts(*args), experts(*args), rtol=1e-5, atol=1e-5)
+    shared = mlp.shared_experts.weights
+    wanted = experts(h, routing, *mlp.experts.weights, shared)
+    torch.testing.assert_close(models.MaskedExperts(mlp.experts)(h, routing, shared), wanted, rtol=1e-5, atol=1e-5)
 
 
 # gate and clock
@@ -158,15 +149,15 @@ def test_a_peer_with_other_tokens_is_refused_before_anything_is_timed(model):
         return outcome
 
     with pytest.raises(SystemExit, match="'wrong' differ from ours: nothing is timed"):
-        gated_peaks({"ours": right, "wrong": wrong}, Silent())
-    seen = gated_peaks({"ours": right, "alike": right}, Silent())
+        gated_peaks({"ours": right, "wrong": wrong})
+    seen = gated_peaks({"ours": right, "alike": right})
     assert list(seen) == ["ours", "alike"]
 
 
 def test_ours_runs_before_and_after_every_other_one():
     assert order(["a", "b", "c"], 2) == ["a", "b", "a", "c", "a", "b", "a", "c", "a"]
     assert order(["a"], 1) == ["a", "a", "a"]
-    seconds = timings({"a": lambda: None, "b": lambda: None}, order(["a", "b"], 3), Silent())
+    seconds = timings({"a": lambda: None, "b": lambda: None}, order(["a", "b"], 3))
     assert {name: len(taken) for name, taken in seconds.items()} == {"a": 4, "b": 3}
 
 
@@ -236,17 +227,6 @@ def test_line_names_ablations_and_costs(line):
 def test_peers_are_left_out_where_they_would_take_too_long(line):
     ran = [(point["diffusers_tok_s"] is not None, point["card_tok_s"] is not None) for point in line["points"]]
     assert ran == [(True, True), (True, False), (True, False), (True, True)]
-
-
-def test_the_bar_knows_how_many_runs_there_are(model, monkeypatch):
-    plan = TINY._replace(values={"batch": (2,)}, rounds=1, prefixes=(64, 96, 2048))
-    updates = []
-    bar = Silent()
-    monkeypatch.setattr(bar, "update", lambda: updates.append(1))
-    monkeypatch.setattr(bench_decode, "SMALL", SHAPE)
-    for point in plan.points():
-        bench_decode.measure(model, plan, point, bar)
-    assert len(updates) + 2 * len(plan.prefixes) * plan.cost_rounds == plan.calls()
 
 
 def test_quick_and_full_exclude_each_other(capsys):
