@@ -8,12 +8,11 @@ in its active block, a square its commit, coloured by the step within the block,
 """
 
 import argparse
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from llada2_fast import DecodeParams, LLaDA2Model, demo
+from llada2_fast import LLaDA2Model, demo
 from llada2_fast.weights.special_tokens import load_tokenizer
 
 from . import harness, quality
@@ -25,21 +24,15 @@ OUT = Path(__file__).parent / "plots" / "order.png" if harness.IN_CHECKOUT else 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompt", default=PROMPT, help=f'default: "{PROMPT}"')
-    parser.add_argument("--out", type=Path, default=OUT, metavar="FILE", help="image; needs llada2-fast[plot]")
+    harness.add_plot_option(parser, "positions against steps", "--out", str(OUT))
     parser.add_argument("--threshold", type=float, default=0.9, help="default: %(default)g")
     parser.add_argument("--editing-threshold", type=float, help="default: no editing")
-    parser.add_argument("--max-post-steps", type=int, default=DecodeParams.max_post_steps, help="default: %(default)s")
     options = parser.parse_args(argv)
-    if find_spec("matplotlib") is None:
-        parser.error('--out needs matplotlib: pip install "llada2-fast[plot]"')
-    if not options.out.parent.is_dir():
-        parser.error(f"--out {options.out}: there is no folder {options.out.parent}")
     model = LLaDA2Model.from_pretrained(demo.path(), dtype=torch.float32, progress=False)
     tokenizer = load_tokenizer(demo.path())
     output = model.generate(
-        quality.encode(tokenizer, [options.prompt]), gen_length=quality.GEN_LENGTH, threshold=options.threshold,
-        editing_threshold=options.editing_threshold, max_post_steps=options.max_post_steps, eos_early_stop=True,
-        return_dict=True, trace=True,
+        quality.encode(tokenizer, [options.prompt]), threshold=options.threshold,
+        editing_threshold=options.editing_threshold, trace=True, **quality.ENDING,
     )  # fmt: skip
     trace, count = output.trace[0], output.num_tokens[0]
     print("\n".join(lines(trace, count, tokenizer)))

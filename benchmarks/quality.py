@@ -30,7 +30,7 @@ EDITING = {  # name -> what generate() is given beside the threshold
     "0.5, 0 post steps": {"editing_threshold": 0.5, "max_post_steps": 0},
 }
 GEN_LENGTH = 128  # the longest right answer, a story, has 56 tokens
-SEED, PROMPTS = tasks.SEED, tasks.PROMPTS
+ENDING = {"gen_length": GEN_LENGTH, "eos_early_stop": True, "return_dict": True}  # arguments of generate() everywhere
 NEVER = 2.0  # a threshold that no confidence exceeds
 
 
@@ -46,7 +46,7 @@ class Setting(NamedTuple):
         """Arguments of generate()."""
         threshold = NEVER if self.threshold is None else self.threshold
         own = {"threshold": threshold, "block_length": self.block_length, "steps": self.steps}
-        return own | EDITING[self.editing] | {"gen_length": GEN_LENGTH, "eos_early_stop": True, "return_dict": True}
+        return ENDING | own | EDITING[self.editing]
 
 
 def settings_of(block_length, quick=False):
@@ -69,18 +69,16 @@ def headline_of(block_length):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     harness.add_options(parser)
-    parser.add_argument("--n", type=int, help=f"prompts per task (default: {tasks.PROMPTS}, with --quick 24)")
+    add_prompts_option(parser)
     parser.add_argument(
         "--model", default=demo.path(), metavar="PATH", help="another checkpoint with the same tokenizer"
     )
     parser.add_argument("--device", default="cpu")
     harness.add_plot_option(parser, "accuracy against speed")
     options = parser.parse_args(argv)
-    if options.n is not None and options.n < 1:
-        parser.error(f"--n {options.n}: expected at least 1")
     model = LLaDA2Model.from_pretrained(options.model, dtype=torch.float32, device=options.device, progress=False)
     tokenizer = load_tokenizer(options.model)
-    n = options.n or (24 if options.quick else PROMPTS)
+    n = options.n or (24 if options.quick else tasks.PROMPTS)
     settings = settings_of(model.block_length, options.quick)
     scores = measure(model, tokenizer, n, settings)
     speed = {"prompts_per_task": min(n, 1 if options.quick else 4), "rounds": 1 if options.quick else 5}
@@ -93,6 +91,11 @@ def main(argv=None):
             draw(result, panels[1], "tpf")
             panels[1].get_legend().remove()
     harness.finish("quality", options, result, options.device)
+
+
+def add_prompts_option(parser):
+    text = f"prompts per task (default: {tasks.PROMPTS}, with --quick 24)"
+    parser.add_argument("--n", type=harness.positive, metavar="N", help=text)
 
 
 def measure(model, tokenizer, n, settings, progress=True):
@@ -147,12 +150,13 @@ def mean(by_task):
     return tuple(sum(score[i] for score in by_task.values()) / len(by_task) for i in (0, 1))
 
 
+def figures(score):
+    """(accuracy, TPF) as they stand in a JSON line."""
+    return {"accuracy": round(score[0], 4), "tpf": round(score[1], 3)}
+
+
 def summary(scores, rates, block_length):
     """What the JSON line says: the headline's figures, then those of all settings. block_length: the model's own."""
-
-    def figures(score):
-        return {"accuracy": round(score[0], 4), "tpf": round(score[1], 3)}
-
     entries = {}
     for setting, by_task in scores.items():
         by_name = {name: figures(score) for name, score in by_task.items()}

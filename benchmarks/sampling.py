@@ -46,18 +46,15 @@ class Setting(NamedTuple):
     def arguments(self):
         """Arguments of generate()."""
         own = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "seed": tasks.SEED}
-        fixed = {"threshold": THRESHOLD, "gen_length": quality.GEN_LENGTH, "eos_early_stop": True, "return_dict": True}
-        return own | fixed | RULES[self.rule]
+        return quality.ENDING | own | {"threshold": THRESHOLD} | RULES[self.rule]
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     harness.add_options(parser)
-    parser.add_argument("--n", type=int, help=f"prompts per task (default: {tasks.PROMPTS}, with --quick 24)")
+    quality.add_prompts_option(parser)
     parser.add_argument("--model", action="append", metavar="PATH", help="instead of both; may be repeated")
     options = parser.parse_args(argv)
-    if options.n is not None and options.n < 1:
-        parser.error(f"--n {options.n}: expected at least 1")
     n = options.n or (24 if options.quick else tasks.PROMPTS)
     models = options.model or [demo.path(), *([str(SIBLING)] if harness.IN_CHECKOUT else [])]
     settings = [Setting(*draw, rule) for draw in (QUICK_DRAWS if options.quick else DRAWS) for rule in RULES]
@@ -71,19 +68,13 @@ def entries(path, n, settings):
     """A dict for each draw of the settings: the model's name, the draw, and {rule: {"accuracy", "tpf", "tasks"}}, where
     tasks has the accuracy of each."""
     model = LLaDA2Model.from_pretrained(path, dtype=torch.float32, progress=False)
-    found = {}
+    name, found = "embedded" if path == demo.path() else Path(path).name, {}
     for setting, by_task in quality.measure(model, load_tokenizer(path), n, settings).items():
-        accuracy, tpf = quality.mean(by_task)
-        how = setting._asdict()
-        del how["rule"]
-        draw = found.setdefault(setting[:-1], {"model": name_of(path)} | how)
-        tasks_of = {task: round(score[0], 4) for task, score in by_task.items()}
-        draw[setting.rule] = {"accuracy": round(accuracy, 4), "tpf": round(tpf, 3), "tasks": tasks_of}
+        *draw, rule = setting
+        entry = found.setdefault(tuple(draw), {"model": name} | dict(zip(Setting._fields, draw, strict=False)))
+        accuracies = {task: round(accuracy, 4) for task, (accuracy, _) in by_task.items()}
+        entry[rule] = quality.figures(quality.mean(by_task)) | {"tasks": accuracies}
     return list(found.values())
-
-
-def name_of(path):
-    return "embedded" if path == demo.path() else Path(path).name
 
 
 def draw_of(entry):
