@@ -35,8 +35,7 @@ def one_layer(dtype):
             weight.fill_(0.0 if name.endswith("bias") else 1.0)
         else:  # rows of random numbers, again and again: the values do not matter and a billion takes a minute
             some = torch.randn(4096, weight.shape[-1], generator=generator) * weight.shape[-1] ** -0.5
-            for begin in range(0, weight.numel() // weight.shape[-1], len(some)):
-                rows = weight.view(-1, weight.shape[-1])[begin : begin + len(some)]
+            for rows in weight.view(-1, weight.shape[-1]).split(len(some)):
                 rows.copy_(some[: len(rows)])
     return model
 
