@@ -17,7 +17,8 @@ from typing import NamedTuple
 from llada2_fast.generate import GenerateOutput
 
 from . import harness
-from .harness import Workload, positive, print_table, require_equal, spread
+from .harness import positive, spread
+from .workload import Workload, add_options, print_table, require_equal
 
 NAMES = {
     "e2el_ms": "whole call, ms",
@@ -98,7 +99,7 @@ def plot(results, file):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    harness.add_workload_options(parser)
+    add_options(parser)
     parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="prompts per call (1)")
     parser.add_argument("--num-iters", type=positive, metavar="N", help="timed calls (10, with --quick 3)")
     harness.add_plot_option(parser, "the time of each block of an answer")

@@ -32,9 +32,10 @@ from llada2_fast.config import DecodeParams, EngineConfig
 from llada2_fast.engine import Engine, Event
 
 from . import harness
-from .harness import Workload, positive, print_table, require_equal
+from .harness import positive
 from .models import BLOCK, SMALL, Task, diffusers, random_model
 from .simulate import Clock, StandIn
+from .workload import Workload, add_options, print_table, require_equal
 
 NAMES = {
     "ttft_ms": "first block, ms",
@@ -296,7 +297,7 @@ def against_peers(quick):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    harness.add_workload_options(parser)
+    add_options(parser)
     add = parser.add_argument
     add("--num-prompts", type=positive, metavar="N", help="requests per round (64, with --quick 16)")
     add("--num-rounds", type=positive, metavar="N", help="timed rounds (3, with --quick 1)")

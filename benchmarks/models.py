@@ -14,15 +14,17 @@ threshold decoding, greedy, without editing; random networks never predict EOS, 
 import copy
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
 from typing import NamedTuple
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
 
-from llada2_fast.config import ModelConfig
+from llada2_fast.config import DecodeParams, ModelConfig
+from llada2_fast.decoding.decoder import BlockDecoder, decode_all, prefill_all
+from llada2_fast.decoding.inputs import resolve_ids
 from llada2_fast.decoding.lanes import Lanes
+from llada2_fast.decoding.runner import CachedForward, EagerRunner
+from llada2_fast.decoding.sequence import Sequence
 from llada2_fast.kernels import refine
 from llada2_fast.kernels.moe import gated, mlp
 from llada2_fast.kernels.product import torch_products
@@ -204,12 +206,9 @@ class SchedulerLanes(Lanes):
     """Lanes whose step is diffusers' scheduler.step: softmax, argmax, gather and topk, each an operation of its own, on
     the logits of whole blocks. For one row that decodes greedily and does not edit."""
 
-    def __init__(self, steps, *args):
-        from diffusers import BlockRefinementScheduler
-
+    def __init__(self, scheduler, *args):
         super().__init__(*args)
-        self.scheduler = BlockRefinementScheduler(block_length=BLOCK)
-        self.scheduler.set_timesteps(steps, block_length=BLOCK)
+        self.scheduler = scheduler
 
     def needed(self):
         return (self.state.frozen == 0)[:, None].expand(self.state.tokens.shape)
@@ -242,10 +241,28 @@ def within(context, call):
 
 
 def scheduled(model, task):
-    """ours on SchedulerLanes."""
-    module = import_module("llada2_fast.generate")  # which the package's own `generate` hides
-    lanes = partial(SchedulerLanes, task.steps)
-    return within(partial(mock.patch.object, module, "Lanes", lanes), ours(model, task))
+    """ours on SchedulerLanes, one row."""
+    from diffusers import BlockRefinementScheduler
+
+    scheduler = BlockRefinementScheduler(block_length=BLOCK)
+    params = DecodeParams(task.generated, BLOCK, task.steps, threshold=task.threshold)
+    mask_id, eos_ids, _ = resolve_ids(model, params)
+
+    def call():
+        scheduler.set_timesteps(task.steps, block_length=BLOCK)
+        row = Sequence(task.prompt[0].tolist(), params, 0, eos_ids, BLOCK, mask_id)
+        cache = model.new_cache(row.num_blocks, BLOCK)
+        lanes = SchedulerLanes(scheduler, 1, BLOCK, refine.SpecialIds(mask_id))
+        decoder = BlockDecoder(EagerRunner(CachedForward(model, cache), lanes))
+        row.pages = cache.allocate(row.num_blocks)
+        prefill_all(decoder, [row])
+        decoder.admit(row)
+        decode_all(decoder, [row])
+        counters = row.counters
+        forwards = {"denoise": counters.denoise_forwards, "prefill": counters.prefill_forwards, "settle": 0}
+        return Outcome(torch.tensor([row.answer()]), forwards)
+
+    return call
 
 
 PEERS: dict[str, Callable] = {"ours": ours, "diffusers": diffusers, "card": card}

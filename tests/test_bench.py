@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import bench_latency, bench_throughput, harness
+from benchmarks import bench_latency, bench_throughput, harness, workload
 from llada2_fast import demo
 from llada2_fast.cli import commands as cli
 from llada2_fast.cli import options
@@ -37,8 +37,8 @@ def bench(capsys):
 def work_of(*arguments, count, size):
     """The workload of these options."""
     parser = argparse.ArgumentParser()
-    harness.add_workload_options(parser)
-    return harness.Workload.of(parser.parse_args([*SMALL, *arguments]), count, size)
+    workload.add_options(parser)
+    return workload.Workload.of(parser.parse_args([*SMALL, *arguments]), count, size)
 
 
 def line_of(result):
@@ -122,11 +122,11 @@ def test_wrong_tokens_end_a_benchmark_before_it_has_timed_anything(bench, monkey
 
 
 def test_the_gate_counts_missing_tokens(capsys):
-    assert harness.require_equal([[1, 2, 3], [4]], [[1, 2, 3], [4]], "x", torch.float32) == 1.0
-    assert harness.require_equal([[1, 2, 9], [4]], [[1, 2, 3], [4]], "x", torch.bfloat16) == 0.75
+    assert workload.require_equal([[1, 2, 3], [4]], [[1, 2, 3], [4]], "x", torch.float32) == 1.0
+    assert workload.require_equal([[1, 2, 9], [4]], [[1, 2, 3], [4]], "x", torch.bfloat16) == 0.75
     for tokens in ([[1, 2]], [[1, 2, 3, 4]], [[1, 2, 4]]):
         with pytest.raises(SystemExit, match="x: .* expected all"):
-            harness.require_equal(tokens, [[1, 2, 3]], "x", torch.float32)
+            workload.require_equal(tokens, [[1, 2, 3]], "x", torch.float32)
 
 
 @pytest.mark.parametrize("returned, code", [(None, 0), (0, 0), (1, 1), (3, 3)])
