@@ -232,10 +232,10 @@ def case_of_philox(machine, count):
     return Case(ours, plain, "torch.rand", machine.rotated(make, size), size, 100.0 * count, check)
 
 
-def plain_advance(state, bounds, slot, repeat, carried, ids):
-    device, length = slot.device, state.tokens.shape[1]
+def plain_advance(state, bounds, lane, repeat, carried, ids):
+    device, length = lane.device, state.tokens.shape[1]
     active, riding = [], []
-    for row in slot.tolist():
+    for row in lane.tolist():
         start, total = int(state.block_start[row]), int(bounds.total[row])
         ready = int(state.frozen[row]) == BLOCK_DONE and start + length < total
         changed = bool(bounds.changed[row])
