@@ -39,21 +39,21 @@ def slots_of(count, length, seed, device="cpu"):
 
 
 def plan_of(count, entries, seed, device="cpu"):
-    """`entries` entries that name some of the slots, the last ones repeats of the first."""
+    """`entries` entries that name some of the lanes, the last ones repeats of the first."""
     generator = torch.Generator().manual_seed(seed)
     own = min(count, int(torch.randint(1, entries + 1, (), generator=generator)))
-    slots = torch.randperm(count, generator=generator)[:own].int()
+    lanes = torch.randperm(count, generator=generator)[:own].int()
     repeat = (torch.arange(entries) >= own).int()
-    return torch.cat((slots, slots[:1].expand(entries - own))).to(device), repeat.to(device)
+    return torch.cat((lanes, lanes[:1].expand(entries - own))).to(device), repeat.to(device)
 
 
 def copy(state):
     return BlockState(*(x.clone() for x in vars(state).values()))
 
 
-def untouched(state, before, slots):
+def untouched(state, before, lanes):
     for name, tensor in vars(state).items():
-        assert torch.equal(tensor[slots], getattr(before, name)[slots]), name
+        assert torch.equal(tensor[lanes], getattr(before, name)[lanes]), name
 
 
 def same(seed, count, length, entries, carried, device="cpu"):
@@ -89,34 +89,34 @@ def test_parity_on_a_gpu(count, entries, carried):
 @given(st.integers(0, 10**6), st.integers(1, 9), st.integers(0, 4), st.sampled_from([1, 3, 8]))
 def test_the_rule(seed, count, carried, length):
     state, bounds = slots_of(count, length, seed)
-    slots, repeat = plan_of(count, 8, seed)
+    lanes, repeat = plan_of(count, 8, seed)
     before = copy(state)
-    rows, blocks, tokens = advance.advance_ref(state, bounds, slots, repeat, carried, SpecialIds(MASK))
+    rows, blocks, tokens = advance.advance_ref(state, bounds, lanes, repeat, carried, SpecialIds(MASK))
     used = 0
-    for entry, slot in enumerate(slots[repeat == 0].tolist()):
-        block = int(before.block_start[slot]) // length
-        follows = int(before.block_start[slot]) + length < int(bounds.total[slot])
-        moves = before.frozen[slot] == BLOCK_DONE and follows
-        if moves and bounds.changed[slot]:
+    for entry, lane in enumerate(lanes[repeat == 0].tolist()):
+        block = int(before.block_start[lane]) // length
+        follows = int(before.block_start[lane]) + length < int(bounds.total[lane])
+        moves = before.frozen[lane] == BLOCK_DONE and follows
+        if moves and bounds.changed[lane]:
             moves = used < carried
             if moves:
                 at = 8 + used
-                assert (rows[at], blocks[at]) == (slot, block) and torch.equal(tokens[at], before.tokens[slot])
+                assert (rows[at], blocks[at]) == (lane, block) and torch.equal(tokens[at], before.tokens[lane])
                 used += 1
-        assert rows[entry] == slot and blocks[entry] == block + moves
-        assert torch.equal(tokens[entry], state.tokens[slot])
+        assert rows[entry] == lane and blocks[entry] == block + moves
+        assert torch.equal(tokens[entry], state.tokens[lane])
         if not moves:
-            untouched(state, before, slot)
+            untouched(state, before, lane)
             continue
-        assert (state.tokens[slot] == MASK).all() and state.block_start[slot] == before.block_start[slot] + length
-        assert not state.frozen[slot] and not state.step[slot] and not state.post_steps[slot]
-        assert (state.commit_step[slot] == -1).all() and not state.commit_confidence[slot].any()
-        held = bool(((before.tokens[slot] == MASK) & (before.kind[slot] != PROMPT)).any())
-        assert state.prior_flags[slot] == before.prior_flags[slot] | (PRIOR_MASK if held else 0)
-        for position, kind in enumerate(state.kind[slot].tolist(), int(state.block_start[slot])):
-            there = GENERATED if position < bounds.total[slot] else TAIL if position < bounds.limit[slot] else PADDING
+        assert (state.tokens[lane] == MASK).all() and state.block_start[lane] == before.block_start[lane] + length
+        assert not state.frozen[lane] and not state.step[lane] and not state.post_steps[lane]
+        assert (state.commit_step[lane] == -1).all() and not state.commit_confidence[lane].any()
+        held = bool(((before.tokens[lane] == MASK) & (before.kind[lane] != PROMPT)).any())
+        assert state.prior_flags[lane] == before.prior_flags[lane] | (PRIOR_MASK if held else 0)
+        for position, kind in enumerate(state.kind[lane].tolist(), int(state.block_start[lane])):
+            there = GENERATED if position < bounds.total[lane] else TAIL if position < bounds.limit[lane] else PADDING
             assert kind == there
     spare = [*range(int((repeat == 0).sum()), 8), *range(8 + used, 8 + carried)]
     for at in spare:
         assert rows[at] == rows[0] and blocks[at] == blocks[0] and torch.equal(tokens[at], tokens[0])
-    untouched(state, before, sorted(set(range(count)) - set(slots.tolist())))
+    untouched(state, before, sorted(set(range(count)) - set(lanes.tolist())))
