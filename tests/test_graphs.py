@@ -112,6 +112,19 @@ def test_a_row_without_a_place_waits_for_one_step(model):
     assert sum(row.counters.settle_forwards for row in decode(model, [8] * 5, params, overlap=0)) == 0
 
 
+def test_a_row_alone_always_finds_a_place(model):
+    (row,) = decode(model, [8], {"threshold": 0.0}, overlap=1)
+    assert row.counters.forwards_per_block == [1, 1, 1] and row.counters.settle_forwards == 0
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_prefill_is_counted_once(model, overlap):
+    """Not again with each step or block; the eager runner's counts are the same."""
+    for runner in (overlap, None):
+        rows = decode(model, LENGTHS[2], PARAMS["greedy"], runner)
+        assert [row.counters.prefill_forwards for row in rows] == [0, 1, 1, 1, 1]
+
+
 def test_the_step_a_row_waits_for_settles_its_block(model):
     """So that it needs no place any more, and others may match the block."""
     decoder, rows = decoder_of(model, [8] * 5, {"threshold": 0.0}, overlap=1)
