@@ -3,6 +3,8 @@
 import copy
 import functools
 import json
+import time
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from llada2_fast.decoding.decoder import BlockDecoder, decode_all, prefill_all
 from llada2_fast.decoding.lanes import Lanes
 from llada2_fast.decoding.runner import CachedForward, EagerRunner
 from llada2_fast.decoding.sequence import Phase, Sequence
+from llada2_fast.decoding.trace import Trace
 from llada2_fast.kernels import refine
 from llada2_fast.model import LLaDA2Model
 from tests.rounding import undecided_from
@@ -35,13 +38,14 @@ def recorded(name):
 
 
 class Watched(CachedForward):
-    """Keeps what every row was fed: fed[lane] = [[end of the block, its tokens], ...]."""
+    """Keeps what every row was fed: fed[lane] = [[end of the block, its tokens], ...], and each plan's `filters`."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.fed = {}
+        self.fed, self.filters = {}, []
 
     def __call__(self, plan, state, needed):
+        self.filters.append(plan.filters)
         for step in plan.steps:
             end = (step.block + 1) * self.cache.block_length
             self.fed.setdefault(step.lane, []).append([end, state.tokens[step.lane].tolist()])
@@ -248,6 +252,21 @@ def test_forwards_per_block_are_counted():
         assert row.counters.edits == sum(event.kind == "edit" for event in row.events)
 
 
+def test_the_trace_of_an_answer_has_the_commits_behind_its_end():
+    prompt, params, seed, _ = job(8, 8, threshold=0.0)
+    tokens = finished(load(), [(prompt, params, seed, ())]).rows[0].answer()
+    end = next(at for at in range(1, 7) if tokens[at] not in tokens[:at])
+    params = replace(params, eos_early_stop=True)
+    (row,) = finished(load(), [(prompt, params, seed, (tokens[end],))]).rows
+    trace = Trace.of(row, len(row.answer()))
+    assert len(row.answer()) == end + 1 < len(trace.commits()) == row.counters.commits == 8
+
+
+def test_a_plan_has_filters_as_long_as_any_of_its_rows_draws_with_them():
+    jobs = [job(8, 24, threshold=2.0, steps=4), job(8, 8, threshold=2.0, steps=4, temperature=0.8, top_k=5)]
+    assert finished(load(), jobs).forward.filters == [True] * 4 + [False] * 8
+
+
 @pytest.fixture
 def counted(monkeypatch):
     """The model "tiny" with its two entrances counted: tokens of each forward, rows of each LM head product."""
@@ -309,6 +328,21 @@ def test_a_long_prompt_is_prefilled_in_chunks_of_whole_blocks(monkeypatch, count
     prefill = forwards[: len(forwards) - max(row.counters.denoise_forwards for row in made.rows)]
     assert sum(prefill) == 56 + 32 and all(n % 8 == 0 and n <= max(budget, 8) for n in prefill)
     assert chunks >= len(prefill) >= (56 + 32) // max(budget, 8)
+
+
+def test_the_seconds_of_all_chunks_count(monkeypatch, counted):
+    model, forwards, _ = counted
+    forward = model.forward_blocks
+
+    def slow_at_first(*args):
+        if not forwards:
+            time.sleep(0.2)
+        return forward(*args)
+
+    monkeypatch.setattr(model, "forward_blocks", slow_at_first)
+    monkeypatch.setitem(decoder_module.PREFILL_TOKENS, "cpu", 8)
+    (row,) = start(model, [job(24, 8)]).rows
+    assert len(forwards) == 3 and row.counters.prefill_s >= 0.2
 
 
 @pytest.mark.parametrize("editing", [None, 0.3])
