@@ -602,6 +602,8 @@ def test_the_progress_bar_counts_blocks_and_is_off_by_default(capfd):
     assert out == "" and "Blocks: 100%" in err and "4/4" in err
     generate(load(), prompt_of(5), eos_id=67, eos_early_stop=True, progress=True, **SHORT | dict(gen_length=20))
     assert "4/4" in capfd.readouterr().err  # blocks that need no more work count as done
+    generate(load(), prompt_of(21), eos_id=-1, progress=True, **SHORT | dict(gen_length=20))
+    assert "4/4" in capfd.readouterr().err  # not those of the prompt
 
 
 # Bad input
