@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import gc
 import math
 import threading
 import time
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -199,6 +201,36 @@ def test_a_reader_that_leaves_late_does_not_cancel_who_has_its_id_now():
         assert (await second).finish_reason == "length"
 
     with_engine(test, model=unhurried_model())
+
+
+def test_a_request_that_has_ended_is_let_go():
+    async def test(serving):
+        known = None
+        async for event in serving.stream(prompt_of(5), SLOW, request_id="x"):
+            if event.kind == "commit":
+                known = weakref.ref(serving.engine.requests["x"]) if known is None else known
+        for _ in range(2):  # the stream's leaving is a call, too, and the thread holds the last one
+            await serving.call(lambda engine: gc.collect())
+        assert known() is None
+
+    with_engine(test, model=unhurried_model())
+
+
+def test_an_event_loop_that_is_closed_with_a_reader_ends_its_request_alone():
+    serving = AsyncEngine(small_engine(model=unhurried_model(), cache_tokens=2048))
+    loop = asyncio.new_event_loop()
+    events = serving.stream(prompt_of(5), LONG, request_id="x")
+    loop.run_until_complete(anext(events))
+    loop.close()
+
+    async def other():
+        async with serving:
+            assert_as_alone(await serving.generate(prompt_of(6), SLOW), random_model(), prompt_of(6), SLOW)
+            await until(lambda: "x" not in serving.engine.requests)
+
+    asyncio.run(asyncio.wait_for(other(), 200))
+    assert serving.engine.finished == {"length": 1, "cancelled": 1}
+    assert_empty(serving.engine)
 
 
 def test_a_caller_that_leaves_before_it_is_added_leaves_nothing():
