@@ -67,6 +67,29 @@ def test_broken_characters_show_at_the_end_only():
     assert stream.take(final=True) == ""
 
 
+class Words:
+    """A tokenizer that writes a space between two tokens, and none ahead of the first."""
+
+    def decode(self, ids, skip_special_tokens):
+        return " ".join("abcd"[i] for i in ids)
+
+
+def test_a_token_is_read_behind_the_ones_before_it():
+    stream = IncrementalDetokenizer(Words())
+    shown = []
+    for piece in ([0], [1, 2], [3]):
+        stream.push(piece)
+        shown.append(stream.take())
+    assert shown == ["a", " b c", " d"] and stream.take(final=True) == ""
+
+
+def test_nothing_comes_behind_a_stop():
+    ids = tokenizer().encode("ab🙂", add_special_tokens=False)
+    stream = IncrementalDetokenizer(tokenizer(), ("b",))
+    stream.push(ids[:-1])  # ends in the middle of a character
+    assert stream.take(final=True) == stream.text == "a"
+
+
 def test_special_tokens_are_no_text():
     stream = IncrementalDetokenizer(tokenizer())
     stream.push([tokenizer().eos_token_id])
