@@ -113,6 +113,16 @@ def test_step_graphs_give_the_same_tokens(overlap):
     assert_empty(engine)
 
 
+def test_step_graphs_reach_the_models_last_position():
+    """Its last block is cut short: 512 positions are ten blocks of 48 and a part of one."""
+    config, params = dict(block_length=48, cache_tokens=11 * 48), DecodeParams(gen_length=30, threshold=0.0)
+    outputs = [
+        small_engine(**config, **graphs).generate([prompt_of(482)], params)[0]
+        for graphs in ({}, {"graphs": True, "capture": False})
+    ]
+    assert outputs[0].error is outputs[1].error is None and outputs[0].token_ids == outputs[1].token_ids
+
+
 @pytest.mark.parametrize("graphs", [{}, {"graphs": True, "capture": False}], ids=["eager", "overlap"])
 def test_a_trace_is_kept_for_who_asks_for_it(graphs):
     """Also where the host learns a step late what was written; nobody else pays for it."""
@@ -123,6 +133,7 @@ def test_a_trace_is_kept_for_who_asks_for_it(graphs):
     assert_as_alone(asked.output, random_model(), prompt_of(9), PARAMS[1])
     assert_as_alone(other.output, random_model(), prompt_of(9), PARAMS[1], traced=False)
     assert asked.output.edits and not other.output.edits
+    assert small_engine(trace=True, **graphs).generate([prompt_of(9)], PARAMS[1], trace=False)[0].trace is None
 
 
 def test_an_id_that_is_made_up_is_nobody_s():
@@ -136,6 +147,7 @@ def test_an_id_that_is_made_up_is_nobody_s():
 
 def test_stats_say_what_was_done_and_is_held():
     engine = small_engine(max_num_seqs=1, cache_tokens=160)
+    engine.step()  # there is nothing to do
     assert engine.stats() == EngineStats(0, 0, {}, 0, 0, 0, 0, 0, 0, 40, 40, 0, 0)
     params = DecodeParams(gen_length=8, threshold=0.0, eos_ids=())
     outputs = engine.generate([prompt_of(8)] * 2, params)
@@ -251,6 +263,16 @@ def test_a_draft_nobody_read_gives_way_to_the_next():
     assert seen > 10 and request.draft is None and len(request.events) == 8 + 1  # blocks, finish
 
 
+def test_no_draft_comes_behind_the_finish():
+    engine = small_engine()
+    request = engine.add_request(prompt_of(5), DecodeParams(gen_length=30, threshold=2.0, steps=4, eos_ids=()))
+    request.drafts = True
+    engine.step()
+    assert request.draft is not None
+    engine.cancel(request.request_id)
+    assert request.next_event().kind == "finish" and request.next_event() is None
+
+
 def test_two_streams_at_once():
     engine = small_engine()
     requests = [engine.add_request(prompt, params) for prompt, params in JOBS[:2]]
@@ -274,15 +296,16 @@ def test_more_requests_than_may_wait():
 # --- stops
 
 
-@pytest.mark.parametrize("editing", [None, 0.9])
-def test_stop_ids(editing):
-    """Tokens end with the stop; without editing as soon as no mask is left before it, with it when the block ends."""
+@pytest.mark.parametrize("editing, kept", [(None, True), (None, False), (0.9, True)])
+def test_stop_ids(editing, kept):
+    """Tokens end with the stop; without editing as soon as no mask is left before it, with it when the block ends.
+    Whether a trace is kept makes no difference."""
     prompt = prompt_of(6, seed=3)
     params = DecodeParams(gen_length=24, threshold=2.0, steps=4, editing_threshold=editing, eos_ids=())
     tokens, trace = tokens_alone(random_model(), prompt, params), alone(random_model(), prompt, params).trace[0]
     for stop in sorted(set(tokens)):
         end = tokens.index(stop) + 1
-        engine = small_engine()
+        engine = small_engine(trace=kept)
         output = engine.generate([prompt], params, stop_token_ids=[stop])[0]
         assert (output.token_ids, output.finish_reason) == (tokens[:end], "stop")
         resolved = max(event.step for event in trace.commits().values() if event.position < len(prompt) + end)
@@ -333,6 +356,16 @@ def test_stop_strings(editing):
         whole = [tokenizer().decode(tokens[:n], skip_special_tokens=True) for n in (used - 1, used)]
         assert tokens[:used] == output.token_ids and len(whole[0]) <= len(text[:first]) + 5 and first < len(whole[1])
         assert_empty(engine)
+
+
+def test_a_card_s_own_cut_is_that_of_the_text_too():
+    """Under hf-2.0 an EOS of the prompt cuts the answer of a row that has ended early."""
+    eos = tokenizer().eos_token_id
+    engine = Engine(demo_model(), EngineConfig(cache_tokens=512), tokenizer())
+    params = DecodeParams(gen_length=64, threshold=0.9, profile="hf-2.0", eos_early_stop=True)
+    output = engine.generate([[eos, *chat("Add 47 and 96.")]], params)[0]
+    assert output.text == tokenizer().decode(output.token_ids, skip_special_tokens=True)
+    assert len(output.token_ids) < output.counters.commits
 
 
 def test_a_stop_that_never_comes_changes_nothing():
@@ -485,6 +518,12 @@ def test_an_unseeded_request_draws_its_seed_from_torch():
     torch.manual_seed(3)
     assert [o.token_ids for o in small_engine().generate([[1, 2]] * 3, params)] == [o.token_ids for o in first]
     assert len({tuple(output.token_ids) for output in first}) > 1
+
+
+def test_as_many_eos_ids_as_a_request_may_have():
+    prompt, params = JOBS[4]
+    assert len(params.eos_ids) == 3
+    assert_as_alone(small_engine(max_eos_ids=3).generate([prompt], params)[0], random_model(), prompt, params)
 
 
 def test_presets_are_the_model_card_s():
