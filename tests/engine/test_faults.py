@@ -86,6 +86,17 @@ def test_nan_in_one_row_fails_that_request_alone(size):
         assert_as_alone(output, model, prompt, params)
 
 
+ERRORS = [IndexError("x"), KeyError("x"), MemoryError("x"), OSError("x"), TypeError("x"), ZeroDivisionError("x")]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=repr)
+def test_whatever_a_forward_raises_its_requests_end_with_it(error):
+    engine = small_engine(model=failing_model(1, error))
+    outputs = [engine.generate([prompt_of(5)], SLOW)[0] for _ in range(2)]
+    assert outputs[0].error.endswith(f": {type(error).__name__}: {error}")
+    assert_as_alone(outputs[1], random_model(), prompt_of(5), SLOW)
+
+
 def test_a_failed_step_is_logged_with_its_traceback(caplog):
     engine = small_engine(model=failing_model(2, RuntimeError("boom")))
     request = engine.add_request(prompt_of(5), SLOW)
