@@ -130,6 +130,20 @@ def test_a_common_system_prompt_is_computed_once_even_if_all_come_at_once():
     assert_empty(engine)
 
 
+def test_pages_that_come_free_by_sharing_let_the_next_one_in():
+    """Of 26 pages two rows take 12 each; the third needs 4, which there are once the second has shared ten of them."""
+    engine, prompt = small_engine(cache_tokens=26 * LENGTH, max_num_batched_tokens=40), prompt_of(40)
+    params = DecodeParams(gen_length=8, threshold=2.0, steps=4, eos_ids=())
+    pair = [engine.add_request(prompt, params) for _ in range(2)]
+    third = engine.add_request([1], DecodeParams(gen_length=12, threshold=0.4))
+    engine.step()
+    assert third.status == "waiting"
+    while third.status == "waiting":
+        engine.step()
+        engine.check_integrity()
+    assert [request.status for request in pair] == ["running", "running"]
+
+
 def test_known_pages_that_nobody_holds_are_free_only_once():
     """Three of four pages are held by nobody. A request that needs four finds two of them: the others are too few."""
     engine, prompt = small_engine(cache_tokens=4 * LENGTH), prompt_of(2 * LENGTH)

@@ -114,6 +114,14 @@ def test_a_long_prompt_never_stalls_running_rows_for_more_than_a_chunk(chunk):
     assert_empty(engine)
 
 
+def test_a_prompt_of_one_chunk_goes_along_with_its_first_step():
+    engine = small_engine(max_num_batched_tokens=8)
+    request = engine.add_request(prompt_of(8), SLOW)
+    engine.step()
+    assert (request.sequence.counters.denoise_forwards, request.sequence.counters.prefill_forwards) == (1, 0)
+    run_out(engine)
+
+
 def test_the_queue_is_bounded():
     engine = small_engine(max_num_seqs=1, max_waiting=2)
     engine.add_request([1], SLOW)
@@ -171,6 +179,17 @@ def test_only_lower_priorities_are_preempted_as_few_as_do_the_latest_first():
     assert engine.finished == {"length": 7} or engine.finished.total() == 7
 
 
+def test_of_equal_priorities_the_latest_is_preempted():
+    engine = preempting_engine(enable_prefix_caching=False)
+    for name in "abc":
+        engine.add_request(prompt_of(4), SLOW, request_id=name)  # 5 of 16 pages each
+    engine.step()
+    engine.add_request(prompt_of(4), SLOW, request_id="d", priority=1)
+    engine.step()
+    assert names(engine.scheduler.running) == ["a", "b", "d"] and names(engine.scheduler.waiting) == ["c"]
+    run_out(engine)
+
+
 def test_nobody_is_preempted_for_pages_that_others_share():
     """Without the sharer 2 of 6 pages would be free and 3 are needed: its other 2 are the first one's, too."""
     engine, prompt = small_engine(cache_tokens=6 * LENGTH), prompt_of(2 * LENGTH)
@@ -215,6 +234,18 @@ def test_a_preempted_request_finds_its_finished_blocks_in_the_cache():
     assert request.output.preemptions == 1
     assert request.output.shared_tokens == 16 + 2 * LENGTH  # the third block has carried the second one
     assert_as_alone(request.output, random_model(), prompt, SLOW)
+
+
+def test_a_preempted_request_has_waited_until_its_first_place():
+    clock = Clock()
+    engine = small_engine(clock=clock, max_num_seqs=1)
+    request = engine.add_request(prompt_of(4), SLOW)
+    engine.step()
+    engine.add_request([1], DecodeParams(gen_length=4), priority=1)
+    while engine.has_work:
+        clock.now += 1.0
+        engine.step()
+    assert (request.output.preemptions, request.output.queue_s) == (1, 0.0)
 
 
 def test_times_are_told_by_the_clock():
