@@ -448,7 +448,9 @@ def test_callback_tensors(tiny):
         assert torch.equal(state[len(prompt) : len(prompt) + end], sequence[:end])
 
 
-def test_looking_changes_nothing(tiny):
+@pytest.mark.parametrize("kind", [lambda model: model, Foreign], ids=["ours", "foreign"])
+def test_looking_changes_nothing(tiny, kind):
+    tiny = kind(tiny)
     expected = call(pipeline(tiny), **padded("left")).sequences
     for names, returned in ((None, None), (["x0"], {}), (["block_x", "confidence"], {"x0": 1}), ([], None)):
         got = call(
@@ -537,6 +539,24 @@ def test_masks_may_come_back_until_the_steps_are_used_up():
     model = Plain()
     out = plain(pipeline(model), [[]], gen_length=8, num_inference_steps=4, callback_on_step_end=never_content)
     assert out.sequences.tolist() == [[7] * 8] and len(model.calls) == 4 + 3  # 2 of 8 in each, once they stay
+
+
+def test_with_editing_masks_that_come_back_are_filled_before_the_block_ends():
+    model = Plain()
+    out = plain(
+        pipeline(model), [[]], num_inference_steps=8, threshold=0.0, editing_threshold=0.1,
+        callback_on_step_end=put({(1, 0, 3): 31}),
+    )  # fmt: skip
+    assert out.sequences.tolist() == [[7] * 8] and len(model.calls) == 4  # filled, seen, filled, seen
+
+
+def test_a_callback_takes_no_mask_free_step_away():
+    model = Restless()
+    plain(
+        pipeline(model), [[]], threshold=0.0, editing_threshold=0.1, max_post_steps=3,
+        callback_on_step_end=put({(2, 0, 0): 9}),
+    )  # fmt: skip
+    assert len(model.calls) == 1 + 3
 
 
 def test_a_callback_ends_and_reopens_rows():
