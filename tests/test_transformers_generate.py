@@ -376,6 +376,17 @@ def test_a_criterion_sees_each_row_alone_and_ends_it_alone(tiny):
     assert rows == [[whole[0, : 6 + n].tolist() for n in range(1, 33)], [whole[1, : 6 + n].tolist() for n in (1, 2, 3)]]
 
 
+def test_a_criterion_may_end_a_row_ahead_of_its_eos(tiny):
+    """Under hf-2.0, too, which has a rule of its own where to cut a row that an EOS has ended."""
+    ids, kwargs = random_ids(1, 8), dict(max_new_tokens=16, profile="hf-2.0", threshold=0.0, pad_token_id=9)
+    free = tiny.generate(ids, eos_token_id=-1, **kwargs)[0].tolist()
+    end = next(at for at in range(10, 15) if free[at] not in free[:at])
+    stops = {"eos_token_id": free[end], "eos_early_stop": True}
+    assert tiny.generate(ids, **stops, **kwargs)[0].tolist() == free[: end + 1]
+    cut = tiny.generate(ids, stopping_criteria=[MaxLengthCriteria(end)], **stops, **kwargs)
+    assert cut[0].tolist() == free[:end]
+
+
 def test_a_stopped_row_costs_no_further_steps(tiny):
     kwargs = dict(max_new_tokens=64, eos_token_id=-1, return_dict_in_generate=True, threshold=1.0)
     out = tiny.generate(random_ids(1, 8), **kwargs, stopping_criteria=[MaxLengthCriteria(16)])
