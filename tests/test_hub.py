@@ -9,9 +9,11 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 from llada2_fast import BlockRefinementScheduler, demo
+from llada2_fast.weights.checkpoint import resolve
 from tests import hub
 
 ROOT = Path(__file__).parent.parent
@@ -149,6 +151,15 @@ def test_what_the_hub_refuses_is_one_line(home, refusing):
 def test_a_hub_that_cannot_be_reached_is_one_line(home):
     cases = [("org/none", {}), ("org/none", {"revision": OTHER})]
     assert all("Connection refused" in text for text in failures(home, cases, HF_ENDPOINT="http://127.0.0.1:9"))
+
+
+@pytest.mark.parametrize("subfolders", [False, True])
+def test_the_hub_is_asked_for_what_was_said(monkeypatch, tmp_path, subfolders):
+    asked, said = {}, {"cache_dir": "c", "token": "t", "local_files_only": True, "force_download": True}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **given: asked.update(given) or tmp_path)
+    assert resolve("org/demo", "v2", patterns=("*.json",), subfolders=subfolders, **said) == tmp_path
+    ignored = None if subfolders else ["*/*"]
+    assert asked == said | {"revision": "v2", "allow_patterns": ["*.json"], "ignore_patterns": ignored}
 
 
 def test_the_command_line_takes_ids_and_revisions(home):
