@@ -1,5 +1,6 @@
 """The command line: text on stdout, everything else on stderr, exit codes, one line for a mistake."""
 
+import argparse
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from llada2_fast import __version__, demo
@@ -110,6 +112,13 @@ def test_options_reach_generate(call, options, tokens, reason):
     code, out, _ = call("generate", QUESTION, "--json", QUIET, *options)
     answer = json.loads(out)
     assert (code, answer["num_tokens"], answer["finish_reason"]) == (0, tokens, reason)
+
+
+def test_options_reach_the_model():
+    parser = argparse.ArgumentParser()
+    options.add_model_options(parser)
+    model, _ = options.load_model(parser.parse_args(["--quantization", "fp8", "--dtype", "bfloat16", QUIET]))
+    assert (model.config.quantization, model.dtype) == ("fp8", torch.bfloat16)
 
 
 def test_sampling_is_repeatable_by_seed(call):

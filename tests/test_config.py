@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from llada2_fast.config import DecodeParams, EngineConfig, ModelConfig
+from llada2_fast.config import DecodeParams, EngineConfig, ModelConfig, habits
 
 SETS = ["tiny", "group", "variant", "flat", "moe256", "bf16", "block22"]
 NAN, INF = float("nan"), float("inf")
@@ -289,6 +289,12 @@ def test_bad_decode_params_are_refused(given):
     name = next(iter(given))
     with pytest.raises(ValueError, match=rf"^{name}=.*: expected "):
         DecodeParams(**given)
+
+
+def test_sizes_of_shards_are_bytes_or_have_a_unit():
+    sizes = {"1KB": 10**3, "2 MB": 2 * 10**6, "5GB": 5 * 10**9, "1TB": 10**12, "1KiB": 2**10, "500mib": 500 * 2**20}
+    sizes |= {"3GiB": 3 * 2**30, "1TiB": 2**40, 7: 7, None: 5 * 10**9}
+    assert {size: habits.shard_bytes(size) for size in sizes} == sizes
 
 
 def test_older_names_of_engine_settings():
