@@ -248,6 +248,18 @@ def test_a_greedy_request_beside_one_that_draws_is_decoded_as_alone(algorithms, 
     assert steps(greedy, drawing) == alone and 0 < alone[0].count(MASK) < 8
 
 
+def test_a_request_s_seed_decides_its_draws(algorithms):
+    algorithm, logits = build(algorithms, "LLaDA2Fast", {"threshold": 0.0}), torch.randn(8, VOCAB)
+
+    def drawn(seed):
+        request = SimpleNamespace(seed=seed, sampling={"temperature": 1.0})
+        batch = batch_of(torch.full((1, 8), MASK), sampling=sampling_info([request]))
+        algorithm.step(batch, logits.clone(), algorithm.init_step_state(batch))
+        return batch.input_ids.tolist()
+
+    assert drawn(3) == drawn(3) != drawn(4)
+
+
 def test_unresolved_rows_carry_their_state(algorithms):
     algorithm = build(algorithms, "LLaDA2Fast", {"threshold": 0.9}, fdfo=True)
     batch = batch_of(torch.tensor([[1] * 7 + [MASK], [MASK] * 8]))
