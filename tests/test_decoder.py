@@ -570,6 +570,24 @@ def test_the_cards_remember_a_mask_left_in_an_earlier_block(monkeypatch, profile
     assert row.answer() == [*[MASK] * 8, EOS]
 
 
+@pytest.mark.parametrize("profile, forwards", [("hf-2.0", 1), ("hf-2.1", 8)])
+def test_a_mask_id_in_the_prompt_stands_before_no_eos(monkeypatch, profile, forwards):
+    """The cards look for masks in what is generated. A model that wants EOS ends 2.0 at once, 2.1 with the block."""
+    model = load()
+    lm_logits = model.lm_logits
+
+    def head(hidden):
+        logits = lm_logits(hidden)
+        logits[:, EOS] = 90.0
+        return logits
+
+    monkeypatch.setattr(model, "lm_logits", head)
+    rules = dict(profile=profile, steps=2, threshold=2.0, max_post_steps=0, eos_early_stop=True)
+    prompt, *rest = job(8, 24, eos=(EOS,), **rules)
+    row = finished(model, [([MASK, *prompt[1:]], *rest)]).rows[0]
+    assert (row.answer(), row.counters.forwards_per_block, row.finish_reason) == ([EOS], [forwards], "eos")
+
+
 def test_a_row_that_may_take_no_step_is_over_at_once_and_leaves_the_state_alone():
     """hf-2.0 with gen_length < minimal_topk: steps' is 0 and the card returns masks."""
     made = start(load(), [*MIXED[:1], job(6, 3, profile="hf-2.0", minimal_topk=4)])
