@@ -253,6 +253,28 @@ def test_graphs_kept_with_a_model_know_another_mask(golden):
     assert not torch.equal(*got[:2])
 
 
+class Roomy(LLaDA2Model):
+    """Counts the caches that are made for it."""
+
+    caches = 0
+
+    def new_cache(self, *args):
+        self.caches += 1
+        return super().new_cache(*args)
+
+
+def test_graphs_are_kept_as_long_as_the_weights_are_where_they_were(golden):
+    options = {"gen_length": 3, "block_length": 4, "threshold": 0.0, "mask_id": 255, "eos_id": -1, "graphs": True}
+    with fake_cuda():
+        model = move(Roomy.from_pretrained(golden / "tiny", progress=False))
+        for _ in range(2):
+            model.generate([[1]], **options)
+        assert model.caches == 1
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone(), requires_grad=False)
+        model.generate([[1]], **options)
+        assert model.caches == 2
+
+
 class Measured(LLaDA2Model):
     """Notes how many tokens each forward has."""
 
