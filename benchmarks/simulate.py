@@ -5,7 +5,7 @@
 Only the network is replaced, by one that commits random tokens of random confidences and moves the clock. A forward
 costs what was fitted here to forwards of the small network, linear in tokens and query-key pairs (cpu), or the roofline
 of LLaDA2-mini in bfloat16 (h200). Two loads of the same requests, with common system prompts, prompts of 32 to 4096
-tokens, three priorities: a backlog, where throughput is held against the ideal packing (all slots full in every
+tokens, three priorities: a backlog, where throughput is held against the ideal packing (all lanes full in every
 forward, nothing computed twice), and arrivals at 80 % of that throughput, where nobody may wait for ever. Exit code 1
 where packing is below 90 % of the ideal, a request starves or memory grows; a lost request or page is an
 AssertionError.
@@ -164,8 +164,8 @@ def simulate(jobs, cost, config, rate=None):
     return {"engine": engine, "outputs": outputs, "seconds": clock.now, "most": most, "memory": memory or [0.0]}
 
 
-def ideal_seconds(outputs, cost, slots):
-    """What the same denoise forwards, carried blocks and prompts would take in the fewest steps, all slots full.
+def ideal_seconds(outputs, cost, lanes):
+    """What the same denoise forwards, carried blocks and prompts would take in the fewest steps, all lanes full.
 
     A lower bound: where editing may have settled a block for nothing, it is not counted as carried.
     """
@@ -179,11 +179,11 @@ def ideal_seconds(outputs, cost, slots):
             forwards += steps
             tokens += (steps + carried) * LENGTH
             work += (steps + carried) * pairs(block, 1)
-    steps = -(-forwards // slots)
+    steps = -(-forwards // lanes)
     return steps * cost(tokens / steps, work / steps)
 
 
-def summary(result, jobs, cost, slots):
+def summary(result, jobs, cost, lanes):
     """Figures of one simulated load; times in simulated seconds."""
     outputs, seconds = result["outputs"], result["seconds"]
     waits = {0: 0.0, 1: 0.0, 2: 0.0}
@@ -192,7 +192,7 @@ def summary(result, jobs, cost, slots):
     return {
         "simulated_hours": seconds / 3600,
         "tok_s": sum(len(output.token_ids) for output in outputs) / seconds,
-        "vs_ideal": ideal_seconds(outputs, cost, slots) / seconds,
+        "vs_ideal": ideal_seconds(outputs, cost, lanes) / seconds,
         "shared_tokens": sum(output.shared_tokens for output in outputs),
         "preemptions": sum(output.preemptions for output in outputs),
         "max_queue_s": waits,

@@ -77,15 +77,15 @@ def decode(machine, fp8):
 
 
 def engine(machine):
-    """Rows that come and go through fewer slots, one of them drawing with top-k."""
+    """Rows that come and go through fewer lanes, one of them drawing with top-k."""
     model = machine.shallow()
     mask_id, length = model.config.mask_token_id, machine.size(48, 16)
     params = DecodeParams(gen_length=length, steps=4, threshold=2.0, mask_id=mask_id, eos_ids=(-1,))
     kinds = [params, params, replace(params, temperature=0.8, top_k=7, seed=3), params]
-    slots = EngineConfig(
+    config = EngineConfig(
         block_length=32, mask_id=mask_id, max_num_seqs=2, cache_tokens=4096, graphs=not machine.dry, trace=False
     )  # fmt: skip
-    served = Engine(model, slots)
+    served = Engine(model, config)
     prompt = gpu_decode.prompts(machine, model, 1)[0].cpu()
     outputs = served.generate([prompt[: 64 - 3 * i] for i in range(len(kinds))], kinds)
     served.check_integrity()
