@@ -107,7 +107,7 @@ def main(threads):
         broken += [f"gated, {width}, {dtype}" for width in (33, 128, 250) if unlike_gated(width, dtype)]
         network = model(dtype=dtype)
         if network.exact_rows:
-            broken += [f"decoding in {dtype}: {which}" for length in (1, 3) for which in differing(network, length)]
+            broken += [f"decoding in {dtype}: {which}" for which in differing(network, length=3)]
         kept[f"decoding {dtype}"] = network.exact_rows
     print(json.dumps({"promised": kept, "broken": broken}))
     return bool(broken)
