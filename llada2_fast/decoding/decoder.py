@@ -87,12 +87,16 @@ class BlockDecoder:
         assert all(s.phase is Phase.BLOCK_END for s in left_out), "a row in the middle of a block is left out"
 
     def _plan(self, sequences, prefill):
-        steps = [_lane_step(sequence) for sequence in sequences]
+        lanes, steps, carried = [sequence.lane for sequence in sequences], [], None
         parts = [prefill_of(sequence, blocks) for sequence, blocks in prefill]
-        if self.runner.carries:  # what comes before a row's first block goes ahead; the device sees to all that follow
-            parts += [step.ahead() for step in steps if step.leading and not step.begins]
-        carried = None if self.overlap else sum(step.begins and bool(step.leading) for step in steps)
-        return Plan(steps, parts, any(s.params.filters for s in sequences), carried)
+        if self.runner.carries:  # a block that has just ended is forwarded with the next one, what lies before it ahead
+            leading = [_lane_step(s) for s in sequences if s.num_final_blocks < s.block + (s.phase is Phase.BLOCK_END)]
+            parts += [step.ahead() for step in leading if not step.begins]
+            if not self.overlap:
+                carried = sum(step.begins for step in leading)
+        else:
+            steps = [_lane_step(sequence) for sequence in sequences]
+        return Plan(lanes, steps, parts, any(s.params.filters for s in sequences), carried)
 
     def _note(self, sequences, prefill):
         """What the forwards of a step have settled, whatever its refinement does."""

@@ -46,7 +46,7 @@ class GraphRunner:
         if plan.prefill:
             self.prefill(plan.prefill)
         graph = self.graph(*self._size(plan))
-        graph.load([step.lane for step in plan.steps], plan.filters)
+        graph.load(plan.lanes, plan.filters)
         output, report = graph.replay() if self.capture else graph.run()
         return _on_its_way(output, report)
 
@@ -60,7 +60,7 @@ class GraphRunner:
     def _size(plan):
         """Active blocks and places to carry ended ones: as many as end, or, where that is not known yet, for a quarter
         of the rows: at the usual 4 to 8 steps a block so many end in a step. Without a place a row waits for a step."""
-        active = power_of_two(len(plan.steps))
+        active = power_of_two(len(plan.lanes))
         return active, -(-active // 4) if plan.carried is None else power_of_two(plan.carried)
 
 

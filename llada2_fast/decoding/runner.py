@@ -8,6 +8,7 @@ logits: CachedForward over our own network, or those of other people's models (a
 from itertools import accumulate
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from ..kernels import refine
@@ -48,9 +49,16 @@ class LaneStep(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """One step. filters: some row draws with top-k or top-p; carried: how many lanes have to carry the block that has
-    ended with its next one, None = nobody knows yet."""
+    """One step.
 
+    lanes: those that take part.
+    steps: what it does in each of them, for a runner that has to be told; empty where the device knows (`carries`).
+    prefill: what is forwarded ahead of it, or with it.
+    filters: some row draws with top-k or top-p.
+    carried: how many lanes have to carry the block that has ended with its next one, None = nobody knows yet.
+    """
+
+    lanes: list[int]
     steps: list[LaneStep]
     prefill: list[Prefill]
     filters: bool = False
@@ -61,29 +69,31 @@ class StepResult:
     """What a step did to the lanes; reading it waits for this step alone, not for steps launched since.
 
     output: RefineOutput, on the device. After wait(): status, a list of 8 ints for each lane (kernels.refine.FLAGS ..
-    MASKS_BEFORE); blocks, by lane the number of the block that was refined; sequences, whose step it was, which the
-    decoder enters.
+    MASKS_BEFORE); blocks, for each lane the number of the block that was refined; sequences, whose step it was, which
+    the decoder enters.
 
-    It is made of status [S, 8], blocks and columns [S, L] (tokens, steps, confidences), tensors or NumPy arrays, and of
-    the event `arrived` behind which arrays hold what they say.
+    It is made of status [S, 8], blocks [S] and columns [S, L] (tokens, steps, confidences), tensors or NumPy arrays,
+    and of the event `arrived` behind which arrays hold what they say.
     """
 
     def __init__(self, output, status, blocks, columns, arrived=None):
-        self.output, self.blocks, self.sequences = output, blocks, []
-        self._status, self._columns, self._arrived = status, columns, arrived
+        self.output, self.sequences = output, []
+        self._status, self._blocks, self._columns, self._arrived = status, blocks, columns, arrived
 
     def wait(self):
         """Until it is here."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        self.status = self._status.tolist()  # sync: the one of a step
+        self.status, self.blocks = self._status.tolist(), self._blocks.tolist()  # sync: the one of a step
 
     def read(self, lanes: list[int], details: bool = True):
         """[(tokens, steps, confidences)] of the blocks in some lanes, lists of L numbers each; without details the last
         two are None."""
+        if not lanes:
+            return []
         columns = self._columns if details else self._columns[:1]
         lists = [_array(column)[lanes].tolist() for column in columns]  # sync: on the host already
-        return [(*row, *[None] * (3 - len(columns))) for row in zip(*lists, strict=True)] if lanes else []
+        return [(*row, *[None] * (3 - len(columns))) for row in zip(*lists, strict=True)]
 
 
 def _array(column):
@@ -112,9 +122,10 @@ class EagerRunner:
         needed = self._everything() if self.all_logits else lanes.needed()
         logits, index = self.forward(plan, lanes.state, needed)
         output = lanes.step(logits, index, plan.filters)
-        state = lanes.state
+        state, blocks = lanes.state, np.zeros(lanes.count, dtype=np.int64)
+        blocks[plan.lanes] = [step.block for step in plan.steps]
         columns = (state.tokens, state.commit_step, state.commit_confidence)
-        return StepResult(output, output.status, {step.lane: step.block for step in plan.steps}, columns)
+        return StepResult(output, output.status, blocks, columns)
 
     def _everything(self):
         state = self.lanes.state
@@ -135,7 +146,7 @@ class CachedForward:
     @torch.inference_mode()  # where no_grad costs 7 % more of a step on a CPU, in views and versions
     def __call__(self, plan, state, needed):
         spans = [Span(step.pages, step.first, step.block + 1 - step.first, step.limit) for step in plan.steps]
-        lanes = torch.tensor([step.lane for step in plan.steps], **_ON_CPU)
+        lanes = torch.tensor(plan.lanes, **_ON_CPU)
         chosen = needed[lanes]
         ends = list(accumulate(span.num_blocks for span in spans))
         read = Read([end - 1 for end in ends], torch.where(chosen.flatten())[0])

@@ -94,7 +94,7 @@ class WindowForward:
         begin, size = step.block * length, (step.block + 1) * length
         known = [sequence.canvas[:size] for sequence in self.sequences]
         ids = torch.tensor(known, dtype=torch.int64, device="cpu").to(device)  # [B, W]
-        lanes = torch.tensor([step.lane for step in plan.steps], dtype=torch.int64, device="cpu").to(device)
+        lanes = torch.tensor(plan.lanes, dtype=torch.int64, device="cpu").to(device)
         ids[lanes, begin:] = state.tokens[lanes]
         position = torch.arange(size, device=device).expand(ids.shape)
         mask = torch.ones_like(ids)
