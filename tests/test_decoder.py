@@ -524,16 +524,23 @@ def test_nan_logits_in_the_middle_of_a_row(monkeypatch):
     assert row.counters.denoise_forwards == 4
 
 
-def test_a_model_that_always_predicts_the_mask_ends_without_a_mask(monkeypatch):
+def predicting(monkeypatch, token_at):
+    """The checkpoint's network, sure of token_at(n) at every position of its n-th forward, from 1."""
     model = load()
-    lm_logits = model.lm_logits
+    lm_logits, calls = model.lm_logits, []
 
     def head(hidden):
+        calls.append(len(hidden))
         logits = lm_logits(hidden)
-        logits[:, MASK] = 90.0
+        logits[:, token_at(len(calls))] = 90.0
         return logits
 
     monkeypatch.setattr(model, "lm_logits", head)
+    return model
+
+
+def test_a_model_that_always_predicts_the_mask_ends_without_a_mask(monkeypatch):
+    model = predicting(monkeypatch, lambda call: MASK)
     jobs = [
         job(13, 21, threshold=0.9),
         job(8, 16, threshold=0.9, steps=2, editing_threshold=0.0, max_post_steps=4),
@@ -553,16 +560,7 @@ def test_a_model_that_always_predicts_the_mask_ends_without_a_mask(monkeypatch):
 @pytest.mark.parametrize("profile, per_block, reason", [("hf-2.0", [2, 2], "eos"), ("hf-2.1", [9, 8, 8], "length")])
 def test_the_cards_remember_a_mask_left_in_an_earlier_block(monkeypatch, profile, per_block, reason):
     """A model that wants masks in the first block and EOS from then on: the window before that EOS is not resolved."""
-    model = load()
-    lm_logits, calls = model.lm_logits, []
-
-    def head(hidden):
-        calls.append(len(hidden))
-        logits = lm_logits(hidden)
-        logits[:, MASK if len(calls) <= per_block[0] else EOS] = 90.0
-        return logits
-
-    monkeypatch.setattr(model, "lm_logits", head)
+    model = predicting(monkeypatch, lambda call: MASK if call <= per_block[0] else EOS)
     rules = dict(profile=profile, steps=2, threshold=2.0, max_post_steps=0, eos_early_stop=True)
     row = finished(model, [job(8, 24, eos=(EOS,), **rules)]).rows[0]
     assert row.canvas[8:16] == [MASK] * 8 and row.canvas[16:24] == [EOS] * 8
@@ -573,15 +571,7 @@ def test_the_cards_remember_a_mask_left_in_an_earlier_block(monkeypatch, profile
 @pytest.mark.parametrize("profile, forwards", [("hf-2.0", 1), ("hf-2.1", 8)])
 def test_a_mask_id_in_the_prompt_stands_before_no_eos(monkeypatch, profile, forwards):
     """The cards look for masks in what is generated. A model that wants EOS ends 2.0 at once, 2.1 with the block."""
-    model = load()
-    lm_logits = model.lm_logits
-
-    def head(hidden):
-        logits = lm_logits(hidden)
-        logits[:, EOS] = 90.0
-        return logits
-
-    monkeypatch.setattr(model, "lm_logits", head)
+    model = predicting(monkeypatch, lambda call: EOS)
     rules = dict(profile=profile, steps=2, threshold=2.0, max_post_steps=0, eos_early_stop=True)
     prompt, *rest = job(8, 24, eos=(EOS,), **rules)
     row = finished(model, [([MASK, *prompt[1:]], *rest)]).rows[0]
