@@ -108,6 +108,6 @@ def _register(adapter, step):
     getattr(importlib.import_module(f".adapters.{adapter}", __name__), step)()
 
 
-for _name in _Hosts.STEPS.keys() & sys.modules.keys():
-    _register(*_Hosts.STEPS[_name])
+for _step in [_step for _name, _step in _Hosts.STEPS.items() if _name in sys.modules]:  # configs ahead of models
+    _register(*_step)
 sys.meta_path.insert(0, _Hosts)
