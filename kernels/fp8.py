@@ -7,21 +7,18 @@ Weights are quantised when they are loaded, activations on the fly. The layout i
 `weight_scale_inv` is our scale. Linear layers in any precision go through `linear`.
 """
 
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
 
 from . import product
 from ._ambient import run_kernel
 from ._triton import tl, triton, use_triton
-from ._tuned import measured_for
-from .gemm import SCALE_GROUP, TINY, QuantTensor, gemm, scale_of
+from .dense import dense
+from .gemm import SCALE_GROUP, TINY, QuantTensor, num_groups, scale_of
 
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
 _GROUP = tl.constexpr(SCALE_GROUP)
-PROGRAMS = 256  # about two for each multiprocessor of a large GPU
 CAPABILITY = (8, 9)  # the first NVIDIA GPUs that multiply fp8
 
 
@@ -31,16 +28,6 @@ def check_device(device):
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABILITY:
         name, needed = torch.cuda.get_device_name(device), ".".join(map(str, CAPABILITY))
         raise ValueError(f"device: {name} has no fp8 products, compute capability {needed} or higher expected")
-
-
-def num_groups(size):
-    """Groups along `size` elements, the last one cut short."""
-    return -(-size // SCALE_GROUP)
-
-
-def scale_shape(shape, parts=1):
-    """Shape of the scales of a weight [.., N, K] of `parts` matrices one above the other, each with its own groups."""
-    return (*shape[:-2], parts * num_groups(shape[-2] // parts), num_groups(shape[-1]))
 
 
 def scale_ref(largest):
@@ -115,44 +102,18 @@ def quantize(x):
     return QuantTensor(out, scale)
 
 
-def linear(x, weight, scale=None, bias=None):
+def linear(x, weight, scale=None, bias=None, exact=False):
     """x [.., K] -> x W^T (+ bias) [.., N] in x's dtype; weight [N, K] in x's dtype, or e4m3 with its scale.
 
-    fp8 on a GPU: two launches, quantisation and product.
+    exact: on a GPU by our own product, whose rows do not depend on one another; in fp8 there is no other. fp8 on a GPU:
+    two launches, quantisation and product.
     """
-    if scale is None:
-        return product.linear(x, weight, bias)
-    if use_triton(x):
+    if use_triton(x) and (exact or scale is not None):
         rows = x.reshape(-1, x.shape[-1])
-        y = dense(quantize(rows), QuantTensor(weight, scale), False, rows).values.unflatten(0, x.shape[:-1])
+        own = QuantTensor(rows) if scale is None else quantize(rows)
+        y = dense(own, QuantTensor(weight, scale), False, rows).values.unflatten(0, x.shape[:-1])
+    elif scale is None:
+        return product.linear(x, weight, bias)
     else:
         y = linear_ref(x, weight, scale)
     return y if bias is None else y + bias
-
-
-@lru_cache(maxsize=1024)
-def tiles(device, rows, columns, gated, tokens):
-    """Tiles of a product with a matrix of this shape: {"tile_m", "tile_n", "num_warps", "num_stages"}, as measured on
-    this torch.device for as many tokens, else default_tiles."""
-    shape = {"rows": rows, "columns": columns, "gated": gated}
-    return measured_for(tokens, "fp8", "tiles", device, **shape) or default_tiles(rows, gated, tokens)
-
-
-def default_tiles(rows, gated, tokens):
-    """Too few programs would read a small matrix in large tiles; a gated product has no registers for 128 tokens."""
-    tile_n = 128 if gated or rows > 8192 else 64
-    tile_m = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
-    if tokens > 64 and not gated and triton.cdiv(tokens, 128) * triton.cdiv(rows, tile_n) >= PROGRAMS:
-        tile_m = 128
-    warps, stages = 8 if tile_m * tile_n >= 8192 else 4, 3 if gated else 4
-    return {"tile_m": tile_m, "tile_n": tile_n, "num_warps": warps, "num_stages": stages}
-
-
-def dense(x, weight, gated, like):
-    """gemm of QuantTensor x [T, K] and one matrix, gated: of gate and up rows. One launch."""
-    if weight.values.shape[1] != x.values.shape[1] or not weight.values.is_contiguous():
-        raise ValueError(f"weight: contiguous [N, {x.values.shape[1]}] expected, got {list(weight.values.shape)}")
-    expected = scale_shape(weight.values.shape, 2 if gated else 1)
-    if weight.scale.shape != expected or not weight.scale.is_contiguous():
-        raise ValueError(f"scale: contiguous {list(expected)} expected, got {list(weight.scale.shape)}")
-    return gemm(x, weight, None, None, gated, like, **tiles(like.device, *weight.values.shape, gated, len(x.values)))

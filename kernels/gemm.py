@@ -42,6 +42,16 @@ class QuantTensor(NamedTuple):
     scale: torch.Tensor | None = None  # weights [.., N / 128, K / 128], activations [.., K / 128], rounded up
 
 
+def num_groups(size):
+    """Groups along `size` elements, the last one cut short."""
+    return -(-size // SCALE_GROUP)
+
+
+def scale_shape(shape, parts=1):
+    """Shape of the scales of a weight [.., N, K] of `parts` matrices one above the other, each with its own groups."""
+    return (*shape[:-2], parts * num_groups(shape[-2] // parts), num_groups(shape[-1]))
+
+
 @lru_cache(maxsize=1024)
 def tiles(device, hidden, tokens, fp8=False):
     """Tiles of an MoE layer: {"tile_m", "gate_up": {"tile_n", "num_warps", "num_stages"[, "tile_k"]}, "down"}.

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 
 from ._ambient import run_kernel
 from ._triton import tl, triton, use_triton
-from .fp8 import dense, linear_ref, quantize
+from .dense import dense
+from .fp8 import linear_ref, quantize
 from .gemm import QuantTensor, gemm, rounded, tiles
 from .product import linear, rows_of
 
@@ -83,12 +84,16 @@ def _combine_kernel(OUTER, WEIGHTS, SHARED, OUT, H: tl.constexpr, K: tl.constexp
     tl.store(OUT + t * H + h, total.to(OUT.dtype.element_ty), mask=real)
 
 
-def mlp(h, gate_up, down):
-    """Dense MLP: h [T, H], gate_up [2I, H] gate rows first, down [H, I], both QuantTensor -> [T, H]."""
+def mlp(h, gate_up, down, exact=False):
+    """Dense MLP: h [T, H], gate_up [2I, H] gate rows first, down [H, I], both QuantTensor -> [T, H].
+
+    exact: as of fp8.linear. Our own products on a GPU are two launches, in fp8 three.
+    """
+    if use_triton(h) and (exact or gate_up.scale is not None):
+        x = QuantTensor(h) if gate_up.scale is None else quantize(h)
+        return dense(dense(x, gate_up, True, h), down, False, h).values
     if gate_up.scale is None:
         return linear(gated(linear(h, gate_up.values)), down.values)
-    if use_triton(h):
-        return dense(dense(quantize(h), gate_up, True, h), down, False, h).values
     return linear_ref(gated(linear_ref(h, *gate_up, parts=2)), *down)
 
 
@@ -112,7 +117,7 @@ def experts(h, routing, gate_up, down, shared=None):
     x = QuantTensor(h) if gate_up.scale is None else quantize(h)
     inner = gemm(x, gate_up, shared[0] if alike else None, routing, True, h, routing.tile_m, **size["gate_up"])
     outer = gemm(inner, down, shared[1] if alike else None, routing, False, h, routing.tile_m, **size["down"]).values
-    beside = outer[routing.ids.numel() :] if alike else None if shared is None else mlp(h, *shared)
+    beside = outer[routing.ids.numel() :] if alike else None if shared is None else mlp(h, *shared, exact=True)
     out = h.new_empty(tokens, hidden)
     run_kernel(
         _combine_kernel, (tokens, triton.cdiv(hidden, 1024)),

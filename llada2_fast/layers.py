@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from .config import ModelConfig
-from .kernels.fp8 import FP8, linear, scale_shape
-from .kernels.gemm import QuantTensor
+from .kernels.fp8 import FP8, linear
+from .kernels.gemm import QuantTensor, scale_shape
 from .kernels.moe import experts, mlp
 from .kernels.norm import add_rms_norm, rms_norm
 from .kernels.rope import qk_norm_rope, qk_norm_rope_write
@@ -34,7 +34,12 @@ class RMSNorm(nn.Module):
 
 
 class Linear(KeepsFp8):
-    """x W^T (+ b). In fp8, W is e4m3 with a `scale` per group; its `parts`, equal shares of its rows, share none."""
+    """x W^T (+ b). In fp8, W is e4m3 with a `scale` per group; its `parts`, equal shares of its rows, share none.
+
+    exact: on a GPU its rows do not depend on one another, see LLaDA2Model.exact.
+    """
+
+    exact = False
 
     def __init__(self, size_in: int, size_out: int, bias: bool = False, fp8: bool = False, parts: int = 1, **kw):
         super().__init__()
@@ -42,7 +47,7 @@ class Linear(KeepsFp8):
         self.bias = nn.Parameter(torch.empty(size_out, **kw)) if bias else None
 
     def forward(self, x):
-        return linear(x, self.weight, self.scale, self.bias)
+        return linear(x, self.weight, self.scale, self.bias, self.exact)
 
 
 def _weight(shape, fp8, parts, dtype, device):
@@ -93,7 +98,7 @@ class MLP(nn.Module):
         return QuantTensor(self.gate_up.weight, self.gate_up.scale), QuantTensor(self.down.weight, self.down.scale)
 
     def forward(self, x, block=None):
-        return mlp(x, *self.weights), None
+        return mlp(x, *self.weights, self.down.exact), None
 
 
 class Router(NeverNarrower):

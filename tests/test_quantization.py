@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from llada2_fast import demo
 from llada2_fast.config import ModelConfig
 from llada2_fast.demo import tasks
-from llada2_fast.kernels import fp8
+from llada2_fast.kernels import fp8, gemm
 from llada2_fast.kernels._triton import force_ops
 from llada2_fast.model import LLaDA2Model
 from llada2_fast.weights.checkpoint import CheckpointError
@@ -88,7 +88,7 @@ def test_an_expert_of_a_checkpoint_has_scales_of_its_own(saved):
     _, tensors = saved
     name = "model.layers.1.mlp.experts.3.up_proj.weight"
     rows, columns = tensors[name].shape
-    assert tensors[f"{name}_scale_inv"].shape == (fp8.num_groups(rows), fp8.num_groups(columns))
+    assert tensors[f"{name}_scale_inv"].shape == (gemm.num_groups(rows), gemm.num_groups(columns))
 
 
 def test_what_a_checkpoint_left_wide_is_quantised(golden, saved):

@@ -6,7 +6,7 @@ refine      warps, tiles per program and stages of the vocabulary pass; warps, v
             filter pass; one entry for all batches
 moe         tiles of the expert products, in bf16 and, where the GPU has it, in fp8. For every number of tokens and tile
             height gate_up and down are timed on their own; the height at which both together save most is kept
-fp8         tiles of the plain fp8 products, one matrix each
+dense       tiles of the products with one matrix, in fp8 and, for networks that are `exact`, in bf16
 
 Tiles go by the number of tokens. Whatever they are, outputs must have the bits that the defaults give, so that a
 token's bits do not depend on its batch.
@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from llada2_fast.kernels import attention, fp8, refine, router
+from llada2_fast.kernels import attention, dense, fp8, refine, router
 from llada2_fast.kernels._tuned import tried
 from llada2_fast.kernels.gemm import QuantTensor, gemm, tiles
 
@@ -180,6 +180,10 @@ GATED = every(tile_n=(128,), num_warps=(8, 4), num_stages=(3, 4, 5))
 MANY = every(tile_m=(64,), tile_n=(64, 128), num_warps=(4, 8), num_stages=(4, 3, 2))
 MANY += every(tile_m=(128,), tile_n=(64,), num_warps=(4, 8), num_stages=(4, 3, 2))
 MANY += every(tile_m=(128,), tile_n=(128,), num_warps=(8, 16), num_stages=(4, 3, 2))  # this spills in four warps
+# In bf16 a deeper tile is fewer waits, and there is room for high ones: no scales fill the registers.
+TALL = every(tile_m=(128,), tile_n=(128,), tile_k=(64,), num_warps=(8,), num_stages=(3, 4))
+TALL += every(tile_m=(256,), tile_n=(128,), tile_k=(64,), num_warps=(8,), num_stages=(2, 3, 4))
+DEEPER = every(tile_n=(64,), tile_k=(128,), num_warps=(4,), num_stages=(2, 3, 4))
 
 
 def fp8_products(machine):
@@ -303,21 +307,26 @@ def matrices(config):
     }
 
 
-def fp8_tries(rows, gated, tokens):
+def dense_tries(rows, gated, tokens, kind):
     """Heights as far as there are tokens; a gated product has no registers for 128."""
     if tokens > FEW and not gated:
-        return MANY
-    widths = GATED if gated else LARGE if rows > 8192 else NARROW
+        return MANY + TALL * (kind == "bf16")
+    widths = GATED if gated else LARGE if rows > 8192 else NARROW + DEEPER * (kind == "bf16")
     heights = [height for height in (64, 32, 16) if height <= tokens and (tokens <= FEW or height > 16)]
     return [{"tile_m": height} | width for height in heights for width in widths]
 
 
-def _matrix(machine, rows, columns, gated, tokens):
+def _matrix(machine, rows, columns, gated, tokens, kind):
     tokens = machine.size(tokens, 32)
-    weight = fp8.quantize_weight(machine.random(rows, columns, std=columns**-0.5), 2 if gated else 1)
-    copies = [QuantTensor(*(part.clone() for part in weight)) for _ in range(machine.copies(weight.values.nbytes) - 1)]
-    h = machine.random(tokens, columns)
-    x, defaults = fp8.quantize(h), fp8.default_tiles(rows, gated, tokens)
+    x = h = machine.random(tokens, columns)
+    weight = machine.random(rows, columns, std=columns**-0.5)
+    if kind == "fp8":
+        x, weight = fp8.quantize(h), fp8.quantize_weight(weight, 2 if gated else 1)
+    else:
+        x, weight = QuantTensor(h), QuantTensor(weight)
+    parts, copies = [part for part in weight if part is not None], machine.copies(weight.values.nbytes)
+    copies = [QuantTensor(*(part.clone() for part in parts)) for _ in range(copies - 1)]
+    defaults = dense.default_tiles(rows, gated, tokens)
 
     def call(weight, parameters):
         return _product(x, weight, None, None, gated, h, **(parameters or defaults))
@@ -325,14 +334,14 @@ def _matrix(machine, rows, columns, gated, tokens):
     return Case([partial(call, weight)], [[partial(call, one) for one in (weight, *copies)]])
 
 
-def fp8_groups(machine, models=("mini",)):
-    """By model, matrix and tokens; none where the GPU has no fp8."""
+def dense_groups(machine, models=("mini",)):
+    """By kind, model, matrix and tokens; without fp8 where the GPU has none."""
     found = []
-    cases = MATRICES[: machine.size(len(MATRICES), 1)] if fp8_products(machine) else ()
-    for model, (matrix, tokens) in itertools.product(models, cases):
+    kinds = ("fp8", "bf16") if fp8_products(machine) else ("bf16",)
+    for kind, model, (matrix, tokens) in itertools.product(kinds, models, MATRICES[: machine.size(len(MATRICES), 1)]):
         rows, columns, gated = matrices(machine.config(model))[matrix]
         shape = {"rows": rows, "columns": columns, "gated": gated, "tokens": tokens}
-        tries, defaults = fp8_tries(rows, gated, tokens), fp8.default_tiles(rows, gated, tokens)
-        name = f"fp8 {model} {matrix} m{tokens}"
-        found.append(Group(name, "fp8", shape, "tiles", tries, partial(_matrix, **shape), defaults))
+        tries, defaults = dense_tries(rows, gated, tokens, kind), dense.default_tiles(rows, gated, tokens)
+        build = partial(_matrix, **shape, kind=kind)
+        found.append(Group(f"dense {model} {kind} {matrix} m{tokens}", "dense", shape, kind, tries, build, defaults))
     return found

@@ -1,7 +1,7 @@
 """Finds the fastest launch parameters on this GPU and writes the tuned tables, kernels/<family>_tuned.json.
 
-    python -m benchmarks.tune [--ops moe,attention,refine,fp8] [--models mini,flash] [--minutes 6] [--device-name NAME]
-                              [--resume] [--results FILE] [--tables FOLDER] [--dry-run]
+    python -m benchmarks.tune [--ops moe,attention,refine,dense] [--models mini,flash] [--minutes 6]
+                              [--device-name NAME] [--resume] [--results FILE] [--tables FOLDER] [--dry-run]
 
 For one kernel at one shape, a *group*, all parameters worth trying are compiled side by side and ahead; what does not
 compile, spills or wants too much shared memory is left out and says so in a line. What is left must give the bits of
@@ -36,15 +36,15 @@ from .. import aot
 from ..gpu import suite as gpu
 from ..gpu.machine import Machine, Point, Shapes, poisoned
 from ..harness import RESULTS
-from .cases import attention_groups, fp8_groups, gains, moe_entries, moe_groups, refine_groups
+from .cases import attention_groups, dense_groups, gains, moe_entries, moe_groups, refine_groups
 
-FAMILIES = {"moe": moe_groups, "attention": attention_groups, "refine": refine_groups, "fp8": fp8_groups}
+FAMILIES = {"moe": moe_groups, "attention": attention_groups, "refine": refine_groups, "dense": dense_groups}
 MODELS = ("mini", "flash")
 KEYS = {  # what an entry is found by; the rest of it are parameters
     "attention": ("device", "dtype", "length", "heads", "kv_heads", "dim"),
     "refine": ("device", "dtype", "vocab"),
     "moe": ("device", "hidden", "tokens"),
-    "fp8": ("device", "rows", "columns", "gated", "tokens"),
+    "dense": ("device", "rows", "columns", "gated", "tokens"),
 }
 LEAST_GAIN = 0.01  # share of the defaults' time
 ROUGHLY = {"rounds": 3, "least": 4}  # how all tries are timed; the best are timed better

@@ -4,8 +4,7 @@ import re
 from typing import NamedTuple
 
 from ..config import ModelConfig
-from ..kernels.fp8 import scale_shape
-from ..kernels.gemm import SCALE_GROUP
+from ..kernels.gemm import SCALE_GROUP, scale_shape
 
 _FP8 = re.compile(r"(query_key_value|dense|gate_up|down|lm_head)(\.weight)?$")  # parameters held in fp8
 

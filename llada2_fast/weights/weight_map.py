@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 
 from ..config import ModelConfig
-from ..kernels.fp8 import FP8, scale_shape
-from ..kernels.gemm import SCALE_GROUP
+from ..kernels.fp8 import FP8
+from ..kernels.gemm import SCALE_GROUP, scale_shape
 from .shapes import WHOLE, Share, is_fp8, parameter_shapes, scale_name
 
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": FP8}  # safetensors' names

@@ -45,12 +45,12 @@ def test_a_weight_by_the_formula(rows, columns, parts):
     weight = random(rows, columns) * 3
     values, scale = fp8.quantize_weight(weight, parts)
     assert values.shape == weight.shape and values.dtype == torch.float8_e4m3fn
-    assert scale.shape == fp8.scale_shape(weight.shape, parts) and scale.dtype == torch.float32
+    assert scale.shape == gemm.scale_shape(weight.shape, parts) and scale.dtype == torch.float32
     height = rows // parts
     tops = [part * height + top for part in range(parts) for top in range(0, height, 128)]
     for i, top in enumerate(tops):
         bottom = min(top + 128, (top // height + 1) * height)
-        for j in range(fp8.num_groups(columns)):
+        for j in range(gemm.num_groups(columns)):
             block = weight[top:bottom, j * 128 : j * 128 + 128]
             assert scale[i, j] == block.abs().max() / 448
             q = values[top:bottom, j * 128 : j * 128 + 128]

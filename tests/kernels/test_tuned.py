@@ -15,7 +15,7 @@ from benchmarks.gpu.machine import Machine, Point
 from benchmarks.lines import lines_of
 from benchmarks.tune import cases
 from benchmarks.tune import tuner as tune
-from llada2_fast.kernels import _tuned, attention, candidates, fp8, gemm, refine
+from llada2_fast.kernels import _tuned, attention, candidates, dense, gemm, refine
 from llada2_fast.kernels._triton import force_ops
 from tests.kernels.interpreter import interpreted, products_in_order
 from tests.kernels.test_attention import make as attention_inputs
@@ -70,32 +70,36 @@ def test_the_table_of_expert_tiles():
                 assert product["tile_n"] % 64 == 0 and product["num_warps"] % 4 == 0  # else not one instruction for all
 
 
-def test_the_table_of_fp8_tiles():
-    for entry in _tuned.table("fp8"):
-        assert entry.keys() == {*tune.KEYS["fp8"], "tiles"}
-        assert entry["tiles"].keys() == {"tile_m", "tile_n", "num_warps", "num_stages"}
-        assert entry["tiles"]["tile_n"] in (64, 128) and entry["tiles"]["num_warps"] % 4 == 0
+def test_the_table_of_dense_tiles():
+    for entry in _tuned.table("dense"):
+        kinds = entry.keys() & {"bf16", "fp8"}
+        assert kinds and entry.keys() == {*tune.KEYS["dense"]} | kinds
+        for kind in kinds:
+            assert entry[kind].keys() - {"tile_k"} == {"tile_m", "tile_n", "num_warps", "num_stages"}
+            assert entry[kind]["tile_n"] in (64, 128) and entry[kind]["num_warps"] % 4 == 0
+            assert kind == "bf16" or "tile_k" not in entry[kind]
 
 
-def test_tiles_of_a_fp8_product(monkeypatch):
+def test_tiles_of_a_product_with_one_matrix(monkeypatch):
     """Told apart by a tile height that no default has."""
     default = dict(tile_n=64, num_warps=4, num_stages=4)
-    assert fp8.tiles(CPU, 3072, 2048, False, 16) == default | {"tile_m": 16}
-    assert fp8.tiles(CPU, 3072, 2048, False, 320) == default | {"tile_m": 64}
+    assert dense.tiles(CPU, 3072, 2048, False, 16, True) == default | {"tile_m": 16}
+    assert dense.tiles(CPU, 3072, 2048, False, 320, False) == default | {"tile_m": 64}
     wide = dict(tile_m=128, num_warps=8, num_stages=4)
-    assert fp8.tiles(CPU, 3072, 2048, False, 1280) == wide | {"tile_n": 64}
-    assert fp8.tiles(CPU, 157184, 2048, False, 256) == wide | {"tile_n": 128}
-    assert fp8.tiles(CPU, 10240, 2048, True, 1280)["tile_m"] == 64
+    assert dense.tiles(CPU, 3072, 2048, False, 1280, True) == wide | {"tile_n": 64}
+    assert dense.tiles(CPU, 157184, 2048, False, 256, True) == wide | {"tile_n": 128}
+    assert dense.tiles(CPU, 10240, 2048, True, 1280, True)["tile_m"] == 64
     shape = {"device": "X", "rows": 3072, "columns": 2048, "gated": False}
-    entries = [shape | {"tokens": 320, "tiles": {"tile_m": 2}}, shape | {"tokens": 64, "tiles": {"tile_m": 1}}]
-    monkeypatch.setattr(_tuned, "table", lambda family: entries if family == "fp8" else [])
+    entries = [shape | {"tokens": 320, "fp8": {"tile_m": 2}}, shape | {"tokens": 64, "fp8": {"tile_m": 1}}]
+    monkeypatch.setattr(_tuned, "table", lambda family: entries if family == "dense" else [])
     monkeypatch.setattr(_tuned, "device_name", lambda device: "X")
 
-    def tile_m(tokens, rows=3072, columns=2048, gated=False):
-        return fp8.tiles.__wrapped__(CPU, rows, columns, gated, tokens)["tile_m"]
+    def tile_m(tokens, rows=3072, columns=2048, gated=False, fp8=True):
+        return dense.tiles.__wrapped__(CPU, rows, columns, gated, tokens, fp8)["tile_m"]
 
     assert [tile_m(tokens) for tokens in (7, 8, 64, 65, 320, 321)] == [16, 1, 1, 2, 2, 64]
     assert [tile_m(64, rows=2048), tile_m(64, columns=1024), tile_m(64, gated=True)] == [64] * 3
+    assert tile_m(64, fp8=False) == 64
 
 
 def expert_tiles(device, name, monkeypatch, entries):
@@ -245,7 +249,7 @@ def test_without_a_gpu_it_says_so_in_a_line_and_exits_2(capsys):
 def test_unknown_ops_are_refused(capsys):
     with pytest.raises(SystemExit):
         tune.main(["--dry-run", "--ops", "moe,speed"])
-    assert "--ops speed: expected some of moe, attention, refine, fp8" in capsys.readouterr().err
+    assert "--ops speed: expected some of moe, attention, refine, dense" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         tune.main(["--dry-run", "--models", "large"])
     assert "--models large: expected some of mini, flash" in capsys.readouterr().err
@@ -258,8 +262,8 @@ def test_the_telling_groups_come_first():
     assert list(dict.fromkeys(tokens for tokens, *_ in moe)) == [64, 32, 320, 1280, 1024, 4096]
     assert [tile_m for tokens, kind, tile_m in dict.fromkeys(moe) if (tokens, kind) == (1024, "fp8")] == [32, 16, 64]
     assert [group.family for group in groups[44:48]] == ["attention"] * 2 + ["refine"] * 2
-    names = [group.name.removeprefix("fp8 mini ") for group in groups[48:]]
-    assert names[:4] == ["LM head m1024", "QKV m64", "dense m64", "LM head m32"] and len(names) == 15
+    names = [group.name.removeprefix("dense mini fp8 ") for group in groups[48:]]
+    assert names[:4] == ["LM head m1024", "QKV m64", "dense m64", "LM head m32"] and len(names) == 30
     assert any("flash" in group.name for group in tune.groups(tune.Shapes(), models=tune.MODELS))
 
 
@@ -282,7 +286,7 @@ def test_dry_run_is_kept_and_resumed(op, tmp_path, capsys, short_blocks):
 def test_it_ends_within_its_minutes(capsys):
     assert tune.main(["--dry-run", "--minutes", "0"]) == gpu.LEFT_OUT
     outcome = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert outcome["measured"] == 0 and outcome["left_out"] == 9
+    assert outcome["measured"] == 0 and outcome["left_out"] == 10
 
 
 class Compilation(NamedTuple):
@@ -307,25 +311,25 @@ def test_what_beats_the_defaults_by_more_than_the_noise_becomes_an_entry(machine
     assert found["refine"] == [{"device": "X"} | groups[2].shape | {"vocab_pass": None}]
 
 
-def test_every_fp8_product_that_was_measured_has_an_entry(machine):
+def test_every_dense_product_that_was_measured_has_an_entry(machine):
     """The defaults where nothing gains: else an entry measured at more tokens would be taken."""
-    groups = cases.fp8_groups(tune.Shapes())[:4]
+    groups = cases.dense_groups(tune.Shapes())[:4]
     lines = {
-        "fp8 mini LM head m1024": line({"tile_m": 7}, 0.9), "fp8 mini QKV m64": line({"tile_m": 7}, 0.99),
-        "fp8 mini dense m64": {"error": "x"},
+        "dense mini fp8 LM head m1024": line({"tile_m": 7}, 0.9), "dense mini fp8 QKV m64": line({"tile_m": 7}, 0.99),
+        "dense mini fp8 dense m64": {"error": "x"},
     }  # fmt: skip
-    head, qkv = tune.entries(groups, lines, "X")["fp8"]
-    assert head == {"device": "X"} | groups[0].shape | {"tiles": {"tile_m": 7}}
-    assert qkv == {"device": "X"} | groups[1].shape | {"tiles": fp8.default_tiles(3072, False, 64)}
+    head, qkv = tune.entries(groups, lines, "X")["dense"]
+    assert head == {"device": "X"} | groups[0].shape | {"fp8": {"tile_m": 7}}
+    assert qkv == {"device": "X"} | groups[1].shape | {"fp8": dense.default_tiles(3072, False, 64)}
     assert qkv["rows"] == 3072 and qkv["columns"] == 2048 and qkv["tokens"] == 64 and qkv["gated"] is False
 
 
-def test_fp8_tries_suit_their_tokens():
+def test_dense_tries_suit_their_tokens():
     """Few tokens try many stages, many tokens high tiles, and the defaults are among what is tried."""
-    for group in cases.fp8_groups(tune.Shapes()):
+    for group in cases.dense_groups(tune.Shapes()):
         rows, _, gated, tokens = group.shape.values()
         heights = {parameters["tile_m"] for parameters in group.tries}
-        assert max(heights) <= tokens and len(heights) > 1 and fp8.default_tiles(rows, gated, tokens) in group.tries
+        assert max(heights) <= tokens and len(heights) > 1 and dense.default_tiles(rows, gated, tokens) in group.tries
         assert (128 in heights) == (tokens > 64 and not gated)
 
 
