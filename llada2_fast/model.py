@@ -86,6 +86,7 @@ class LLaDA2Model(OnOurDevices):
         self.config = config
         self.block_length = config.block_size
         self.special_ids = {}  # what the folder says of mask, eos and pad, see special_tokens.py
+        self._exact = False
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, **kw)
         self.layers = nn.ModuleList(Layer(config, i, share, **kw) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **kw)
@@ -122,8 +123,24 @@ class LLaDA2Model(OnOurDevices):
     def exact_rows(self) -> bool:
         """Whether a token's bits do not depend on what else is in its batch: then tokens and trace of a request are
         those it gets alone. True on a CPU whose libraries round a row alike at some height, for each product with as
-        many threads as now; False on a GPU, where cuBLAS picks kernels by the number of rows."""
+        many threads as now; on a GPU if `exact`, or where all products are in fp8."""
+        if self.device.type != "cpu":
+            return self.exact or (self.config.fp8 and not self.config.tie_word_embeddings)
         return all(rows.least is not None for rows in self.products().values())
+
+    @property
+    def exact(self) -> bool:
+        """Whether a GPU multiplies by our own products alone, which round a row alike at any height: cuBLAS, which else
+        does what is not fp8 outside the experts, picks its kernels by the number of rows. To be set before anything is
+        decoded: a captured graph keeps the products that it has. Nothing changes on a CPU."""
+        return self._exact
+
+    @exact.setter
+    def exact(self, value: bool):
+        self._exact = value
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.exact = value
 
     @classmethod
     @lasting
@@ -134,6 +151,7 @@ class LLaDA2Model(OnOurDevices):
         device: torch.device | str | int | None = None,
         progress: bool = True,
         quantization: str | None = None,
+        exact: bool = False,
         *,
         torch_dtype: torch.dtype | str | None = None,
         device_map: torch.device | str | int | dict | None = None,
@@ -147,6 +165,7 @@ class LLaDA2Model(OnOurDevices):
         device: where the network goes, None = the CPU, "auto" = the GPU if there is one.
         progress: show a bar.
         quantization: "fp8" turns the linear layers into block-scaled fp8 while they are read, None = the config's.
+        exact: the same bits in any batch on a GPU, too, see `exact`.
         torch_dtype: another name of dtype.
         device_map: another name of device.
         kwargs: revision, cache_dir, token, local_files_only, force_download of a hub id, subfolder, and what changes
@@ -171,6 +190,7 @@ class LLaDA2Model(OnOurDevices):
         model.to_empty(device=device)
         checkpoint.load(folder, config, dict(model.named_parameters()), progress, plan=plan)
         model.special_ids = ids
+        model.exact = exact
         return model
 
     @classmethod
@@ -219,7 +239,7 @@ class LLaDA2Model(OnOurDevices):
     def lm_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [..., H], after the final norm -> logits [..., V] in the model's dtype."""
         if self.config.tie_word_embeddings:
-            return linear(hidden, self.word_embeddings.weight)
+            return linear(hidden, self.word_embeddings.weight, exact=self.exact)
         return self.lm_head(hidden)
 
     def _angles(self, position):

@@ -1,16 +1,20 @@
 """A row's bits do not depend on the rows beside it: on this machine, under other settings of its libraries, and where
 a library does otherwise the probe says so."""
 
+import copy
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from llada2_fast.config import DecodeParams, EngineConfig
+from llada2_fast.engine import Engine
 from llada2_fast.kernels import product
 from llada2_fast.kernels.product import linear, rows_of
 
@@ -134,11 +138,56 @@ def test_a_model_says_what_holds():
     assert model.exact_rows == all(way.least is not None for way in found.values())
     wide = rows.model(dtype=torch.bfloat16).products()
     assert wide.keys() - found.keys() == {(*shape[:2], torch.bfloat16) for shape in found if shape[0] != 8}
-    assert not LLaDA2Elsewhere().exact_rows
+
+
+def test_a_network_that_is_on_no_cpu_is_exact_if_told():
+    model = LLaDA2Elsewhere(rows.WIDE)
+    assert not model.exact and not model.exact_rows
+    model.exact = True
+    assert model.exact_rows and model.lm_head.exact and model.layers[0].mlp.down.exact
+    narrow = LLaDA2Elsewhere(replace(rows.WIDE, quantization="fp8"))
+    assert narrow.exact_rows and not narrow.exact
+    tied = LLaDA2Elsewhere(replace(rows.WIDE, quantization="fp8", tie_word_embeddings=True))
+    assert not tied.exact_rows
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", rows.DTYPES, ids=str)
+def test_a_gpu_gives_a_prompt_the_tokens_and_trace_it_gets_alone(dtype):
+    model = copy.deepcopy(rows.model(dtype=dtype)).to("cuda")
+    model.exact = True
+    for length in (1, 5, 8):
+        assert rows.differing(model, length) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", rows.DTYPES, ids=str)
+def test_a_gpu_engine_gives_every_request_what_it_gets_alone(dtype):
+    """Alone, in a batch that others join at random, and with its prompt in the cache."""
+    model = copy.deepcopy(rows.model(dtype=dtype)).to("cuda")
+    model.exact = True
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(0, 59, (n,), generator=generator).tolist() for n in (40, 3, 90, 17, 64, 33, 8, 51)]
+    params = [DecodeParams(gen_length=40, threshold=0.3, eos_ids=(), temperature=i % 2 * 0.8, seed=i) for i in range(8)]
+    config = EngineConfig(8, max_num_seqs=8, cache_tokens=2048, max_num_batched_tokens=64, graphs=True)
+
+    def facts(output):
+        return output.token_ids, output.confidences
+
+    alone = [facts(Engine(model, config).generate([p], [rule])[0]) for p, rule in zip(prompts, params, strict=True)]
+    engine = Engine(model, config)
+    for _ in range(2):  # the second time prompts are found in the cache
+        requests = []
+        for job in zip(prompts, params, strict=True):
+            requests.append(engine.add_request(*job))
+            engine.step()
+        while engine.has_work:
+            engine.step()
+        assert [facts(request.output) for request in requests] == alone
 
 
 class LLaDA2Elsewhere(rows.LLaDA2Model):
     """One that is on no CPU."""
 
-    def __init__(self):
-        super().__init__(rows.WIDE, device="meta")
+    def __init__(self, config):
+        super().__init__(config, device="meta")

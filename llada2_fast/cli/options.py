@@ -45,6 +45,7 @@ def add_model_options(parser):
     group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of the hub id; else its main branch")
     group.add_argument("--dtype", help="bfloat16, float16 or float32; else the checkpoint's (embedded model: float32)")
     group.add_argument("--quantization", metavar="NAME", help="fp8: block-scaled fp8 weights; else the checkpoint's")
+    group.add_argument("--exact", action="store_true", help="the same bits in any batch on a GPU, too")
     group.add_argument("--device", help="cpu, cuda, cuda:1, ...; else the GPU if there is one")
     group.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bars")
     group = parser.add_argument_group("decoding")
@@ -96,7 +97,7 @@ def load_model(args):
         raise ValueError(f"revision={args.revision!r:.80}: expected --model with the hub id whose revision it is")
     device = find_device(args.device)
     folder = resolve(demo.path() if args.model is None else args.model, args.revision)
-    model = LLaDA2Model.from_pretrained(folder, dtype, device, args.progress, args.quantization)
+    model = LLaDA2Model.from_pretrained(folder, dtype, device, args.progress, args.quantization, args.exact)
     choose_threads(model)
     return model, folder
 
