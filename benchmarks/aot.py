@@ -53,6 +53,7 @@ SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, 
 NO_SPILLS = ("sm_80", "sm_90")  # spilling fails there
 MAY_FAIL = ("gfx942",)  # never run; kept compiling as far as Triton goes
 FMA_FOR_MUL = ("sm_80",)  # its only product of bfloat16 is an fma, which adds -0
+KINDS = {"bf16": {}, "fp8": {"fp8": True}}
 NO_FP8 = ("sm_80",)  # kernels on fp8 are not compiled there, and refused at run time
 
 
@@ -177,8 +178,10 @@ def _moe(model, tokens, dtype=BF16, gate=None, **changes):
     layer(_meta(tokens, config.hidden_size, dtype=dtype), block)
 
 
-def _fp8_linear(tokens, rows, columns):
-    Linear(columns, rows, fp8=True, dtype=BF16, device="meta")(_meta(tokens, columns, dtype=BF16))
+def _dense(tokens, rows, columns, fp8=False, dtype=BF16):
+    linear = Linear(columns, rows, fp8=fp8, dtype=dtype, device="meta")
+    linear.exact = True
+    linear(_meta(tokens, columns, dtype=dtype))
 
 
 def _fp8_mlp(model, tokens):
@@ -225,10 +228,19 @@ SCENARIOS = {
     "moe mini fp32 nothing shared": partial(_moe, "mini", 32, FP32, num_shared_experts=0),
     **{f"moe mini fp8 T={t}": partial(_moe, "mini", t, quantization="fp8") for t in (32, 512, 4096)},
     **{f"moe flash fp8 T={t}": partial(_moe, "flash", t, quantization="fp8") for t in (32, 512, 4096)},
-    "fp8 qkv mini": partial(_fp8_linear, 32, 3072, 2048),
-    **{f"fp8 LM head mini T={t}": partial(_fp8_linear, t, VOCAB, 2048) for t in (32, 1024)},
-    "fp8 qkv flash T=4096": partial(_fp8_linear, 4096, 5120, 4096),
-    "fp8 LM head flash": partial(_fp8_linear, 256, VOCAB, 4096),
+    **{
+        f"dense qkv mini {name} T={t}": partial(_dense, t, 3072, 2048, **kind)
+        for name, kind in KINDS.items()
+        for t in (32, 64, 320, 4096)
+    },
+    **{
+        f"dense LM head mini {name} T={t}": partial(_dense, t, VOCAB, 2048, **kind)
+        for name, kind in KINDS.items()
+        for t in (32, 1024)
+    },
+    **{f"dense qkv flash {name} T=4096": partial(_dense, 4096, 5120, 4096, **kind) for name, kind in KINDS.items()},
+    **{f"dense LM head flash {name}": partial(_dense, 256, VOCAB, 4096, **kind) for name, kind in KINDS.items()},
+    "dense qkv mini fp32": partial(_dense, 64, 3072, 2048, dtype=FP32),
     **{f"fp8 dense MLP mini T={t}": partial(_fp8_mlp, "mini", t) for t in (32, 4096)},
     "fp8 dense MLP flash T=4096": partial(_fp8_mlp, "flash", 4096),
 }

@@ -27,6 +27,7 @@ import torch
 from ._ambient import run_kernel
 from ._triton import tl, triton
 from ._tuned import measured_for, table
+from .arrivals import arrives_last, counters
 
 TILE_K = 64  # unless tuned
 SCALE_GROUP = 128  # rows and columns of a weight, columns of an activation, that share an fp8 scale
@@ -80,14 +81,50 @@ def scale_of(largest):
     return tl.div_rn(tl.maximum(largest, _TINY), 448.0)
 
 
+@triton.jit
+def _sums(
+    x_at, w_at, x_scales, w_scale, inside, real, begin, N: tl.constexpr, K: tl.constexpr, DEPTH: tl.constexpr,
+    GATED: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
+):  # fmt: skip
+    """Sums over DEPTH of K from `begin` on, of W's rows and, if GATED, of those N below: [TILE_N, TILE_M] each."""
+    GROUPS: tl.constexpr = (K + _GROUP - 1) // _GROUP
+    ROW_GROUPS: tl.constexpr = (N + _GROUP - 1) // _GROUP
+    k = tl.arange(0, TILE_K)
+    acc = tl.zeros((TILE_N, TILE_M), tl.float32)
+    up = tl.zeros((TILE_N, TILE_M), tl.float32)
+    for step in range(0, DEPTH, TILE_K):
+        done = begin + step
+        within = (k < K - done)[None, :] if K % TILE_K else tl.full((1, TILE_K), True, tl.int1)
+        x = tl.trans(tl.load(x_at + done, mask=inside[:, None] & within, other=0.0))
+        w = tl.load(w_at + done, mask=real & within, other=0.0)
+        if x_scales is None:
+            acc = tl.dot(w, x, acc, input_precision="ieee")
+        else:
+            group = done // TILE_K
+            g = tl.arange(0, triton.next_power_of_2(GROUPS))[None, :]
+            x_scale = tl.sum(tl.where(g == group, x_scales, 0.0), 1)[None, :]
+            acc += tl.dot(w, x) * (tl.load(w_scale + group) * x_scale)
+        if GATED:
+            w = tl.load(w_at + (N * K + done), mask=real & within, other=0.0)
+            if x_scales is None:
+                up = tl.dot(w, x, up, input_precision="ieee")
+            else:
+                up += tl.dot(w, x) * (tl.load(w_scale + ROW_GROUPS * GROUPS + group) * x_scale)
+    return acc, up
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def _gemm_kernel(
-    X, W, SHARED, OUT, X_SCALE, W_SCALE, SHARED_SCALE, OUT_SCALE, LIKE, ORDER, TILES, NUM_TILES, tokens, x_stride,
-    N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, GATED: tl.constexpr,
+    X, W, SHARED, OUT, X_SCALE, W_SCALE, SHARED_SCALE, OUT_SCALE, LIKE, ORDER, TILES, NUM_TILES, PARTIAL, ARRIVED,
+    tokens, x_stride,
+    N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, GATED: tl.constexpr, PARTS: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of the shared expert, then a bound on the routed ones) * (N / TILE_N), the latter fastest; of a plain
     product the former, so that a tile of weights, of which there are far more than of rows, comes from memory once.
+
+    PARTS of K are summed up on their own and then added in order: by one program, or with PARTIAL [grid 0, PARTS,
+    TILE_N * TILE_M] and counters ARRIVED by one each, grid (.., PARTS).
 
     GATED: a row of X is a token, else a row of OUT. SHARED: one more matrix, or None. TILES None: one matrix, W, and
     every row. Scales None: not fp8. OUT_SCALE: OUT is fp8 too, TILE_N 128. LIKE: of the type of activations.
@@ -142,24 +179,33 @@ def _gemm_kernel(
         g = tl.arange(0, triton.next_power_of_2(GROUPS))[None, :]
         at = X_SCALE + source[:, None].to(tl.int64) * GROUPS + g
         x_scales = tl.load(at, mask=inside[:, None] & (g < GROUPS), other=0.0)
-    acc = tl.zeros((TILE_N, TILE_M), tl.float32)
-    up = tl.zeros((TILE_N, TILE_M), tl.float32)
-    for done in range(0, K, TILE_K):
-        within = (k < K - done)[None, :] if K % TILE_K else tl.full((1, TILE_K), True, tl.int1)
-        x = tl.trans(tl.load(x_at + done, mask=inside[:, None] & within, other=0.0))
-        w = tl.load(w_at + done, mask=real & within, other=0.0)
-        if X_SCALE is None:
-            acc = tl.dot(w, x, acc, input_precision="ieee")
+    else:
+        x_scales = None
+    if PARTS == 1:
+        acc, up = _sums(x_at, w_at, x_scales, w_scale, inside, real, 0, N, K, K, GATED, TILE_M, TILE_N, TILE_K)
+    else:
+        tl.static_assert(not GATED and K % (PARTS * TILE_K) == 0)
+        acc = tl.zeros((TILE_N, TILE_M), tl.float32)
+        if PARTIAL is None:
+            for part in range(PARTS):
+                one, up = _sums(
+                    x_at, w_at, x_scales, w_scale, inside, real, part * (K // PARTS), N, K, K // PARTS, False,
+                    TILE_M, TILE_N, TILE_K,
+                )  # fmt: skip
+                acc += one
         else:
-            group = done // TILE_K
-            x_scale = tl.sum(tl.where(g == group, x_scales, 0.0), 1)[None, :]
-            acc += tl.dot(w, x) * (tl.load(w_scale + group) * x_scale)
-        if GATED:
-            w = tl.load(w_at + (N * K + done), mask=real & within, other=0.0)
-            if X_SCALE is None:
-                up = tl.dot(w, x, up, input_precision="ieee")
-            else:
-                up += tl.dot(w, x) * (tl.load(w_scale + ROW_GROUPS * GROUPS + group) * x_scale)
+            part = tl.program_id(1)
+            one, up = _sums(
+                x_at, w_at, x_scales, w_scale, inside, real, part * (K // PARTS), N, K, K // PARTS, False,
+                TILE_M, TILE_N, TILE_K,
+            )  # fmt: skip
+            kept = tl.arange(0, TILE_N)[:, None] * TILE_M + m[None, :]
+            kept += tl.program_id(0) * (PARTS * TILE_N * TILE_M)
+            tl.store(PARTIAL + part * (TILE_N * TILE_M) + kept, one)
+            if not arrives_last(ARRIVED + tl.program_id(0), PARTS):
+                return
+            for part in tl.static_range(PARTS):
+                acc += tl.load(PARTIAL + part * (TILE_N * TILE_M) + kept)
     if GATED:
         gate = rounded(acc, LIKE)
         acc = rounded(rounded(gate / (1.0 + tl.exp(-gate)), LIKE) * rounded(up, LIKE), LIKE)
@@ -173,13 +219,17 @@ def _gemm_kernel(
         tl.store(OUT_SCALE + row.to(tl.int64) * ROW_GROUPS + first // _GROUP, scale, mask=inside)
 
 
-def gemm(x, weight, shared, routing, gated, like, tile_m, tile_n, num_warps, num_stages, tile_k=TILE_K):
+def gemm(
+    x, weight, shared, routing, gated, like, tile_m, tile_n, num_warps, num_stages, tile_k=TILE_K,
+    parts=1, together=True,
+):  # fmt: skip
     """All pairs of a Routing and, behind them, all tokens through `shared`; or routing None: x W^T. One launch.
 
     x [T, K] if gated or without routing, else [T * top_k (+ T), K]; weight [E, N or 2N, K], without routing no E;
     shared [N or 2N, K] or None; all QuantTensor, contiguous but for the rows of an x that is not fp8. Returns a
     QuantTensor: [T * top_k (+ T), N], or [T, N], in the dtype of the tensor `like`, but fp8 if gated with fp8 weights.
-    tile_m must be the routing's if there is one; tile_n and tile_k are those of 16 bits.
+    tile_m must be the routing's if there is one; tile_n and tile_k are those of 16 bits. parts: of K, summed up on
+    their own and added in order, by one program if `together`; each must be whole tiles of K.
     """
     (tokens, top_k), bound = (routing.ids.shape, len(routing.tiles)) if routing else ((len(x.values), 1), 0)
     rows, depth = weight.values.shape[-2:]
@@ -198,12 +248,16 @@ def gemm(x, weight, shared, routing, gated, like, tile_m, tile_n, num_warps, num
     tiles = bound + (triton.cdiv(tokens, tile_m) if alone else 0)
     if count == 0:
         return QuantTensor(out, out_scale)
+    grid, partial, arrived = (tiles * triton.cdiv(width, tile_n),), None, None
+    if not together:
+        partial = like.new_empty(*grid, parts, tile_n * tile_m, dtype=torch.float32)
+        grid, arrived = (*grid, parts), counters(like, *grid)
     run_kernel(
-        _gemm_kernel, (tiles * triton.cdiv(width, tile_n),),
+        _gemm_kernel, grid,
         x.values, weight.values, shared and shared.values, out,
         x.scale, weight.scale, shared and shared.scale, out_scale, like,
-        *(routing[2:5] if routing else (None, None, None)), tokens, x.values.stride(0),
-        N=width, K=depth, TOP_K=top_k, GATED=gated, TILE_M=tile_m, TILE_N=tile_n, TILE_K=tile_k,
+        *(routing[2:5] if routing else (None, None, None)), partial, arrived, tokens, x.values.stride(0),
+        N=width, K=depth, TOP_K=top_k, GATED=gated, PARTS=parts, TILE_M=tile_m, TILE_N=tile_n, TILE_K=tile_k,
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return QuantTensor(out, out_scale)

@@ -16,6 +16,7 @@ from torch import nn
 from .cache import PagedKVCache
 from .config import ModelConfig, as_int, habits
 from .kernels._ambient import isolated, lasting
+from .kernels.arrivals import counters_at_zero
 from .kernels.attention import BlockBatch, Span, block_attention, masked_attention, place_blocks, single_blocks
 from .kernels.fp8 import FP8, check_device, linear
 from .kernels.product import Rows, rows_of
@@ -320,6 +321,7 @@ class LLaDA2Model(OnOurDevices):
         return output if return_dict in (True, None) else output.to_tuple()
 
     @isolated
+    @counters_at_zero
     def forward_blocks(
         self,
         tokens: torch.Tensor,
