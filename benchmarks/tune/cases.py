@@ -329,7 +329,7 @@ def _matrix(machine, rows, columns, gated, tokens, kind):
     defaults = dense.default_tiles(rows, gated, tokens)
 
     def call(weight, parameters):
-        return _product(x, weight, None, None, gated, h, **(parameters or defaults))
+        return [part for part in dense.dense(x, weight, gated, h, parameters or defaults) if part is not None]
 
     return Case([partial(call, weight)], [[partial(call, one) for one in (weight, *copies)]])
 
