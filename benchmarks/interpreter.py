@@ -14,8 +14,9 @@ one process can also compile them. What Triton 3.6 and 3.7 need for that:
    carry into the exponent; bfloat16 -> float32 keeps subnormals.
 5. Products of bfloat16 matrices are made in float32, where the interpreter multiplies the bits as integers; those of
    fp8 too, where it takes NaN for a number.
-6. A check for integer overflow after every sum and product, which wrapping products fail, is off.
-7. numpy warns where kernels mean it: unsigned products wrap, exp2 underflows, a tile may hold nothing but NaN.
+6. Differences of bfloat16 are made in float32 and rounded, and a number may be one, which the interpreter has not.
+7. A check for integer overflow after every sum and product, which wrapping products fail, is off.
+8. numpy warns where kernels mean it: unsigned products wrap, exp2 underflows, a tile may hold nothing but NaN.
 """
 
 import dataclasses
@@ -37,6 +38,7 @@ _numpy_scalar = functools.cache(interpreter._get_np_dtype)
 _cast = InterpreterBuilder.cast_impl
 _fp_to_fp = InterpreterBuilder.create_fp_to_fp
 _dot = InterpreterBuilder.create_dot
+_fsub = InterpreterBuilder.create_fsub
 
 
 @functools.cache
@@ -85,6 +87,16 @@ def _dot_in_float32(self, a, b, *rest):
     return _dot(self, _float32(self, a), _float32(self, b), *rest)
 
 
+def _difference(self, a, b):
+    if a.dtype.scalar != tl.bfloat16:
+        return _fsub(self, a, b)
+    return _cast_with_bfloat16(self, _fsub(self, _float32(self, a), _float32(self, b)), tl.bfloat16)
+
+
+def _bfloat16(self, value):
+    return _cast_with_bfloat16(self, self.get_fp32(value), tl.bfloat16)
+
+
 def _dot_in_order(self, a, b, acc, *rest):
     a, b = _float32(self, a).data, _float32(self, b).data
     total = acc.data.astype(np.float32)
@@ -115,6 +127,8 @@ def interpreted():
             mock.patch.object(InterpreterBuilder, "cast_impl", _cast_with_bfloat16),
             mock.patch.object(InterpreterBuilder, "create_fp_to_fp", _rounding_fp8),
             mock.patch.object(InterpreterBuilder, "create_dot", _dot_in_float32),
+            mock.patch.object(InterpreterBuilder, "create_fsub", _difference),
+            mock.patch.object(InterpreterBuilder, "get_bf16", _bfloat16, create=True),
             mock.patch.object(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False)),
             np.errstate(all="ignore"),
             warnings.catch_warnings(),
