@@ -10,11 +10,11 @@ Weights are quantised when they are loaded, activations on the fly. The layout i
 import torch
 import torch.nn.functional as F
 
-from . import product
+from . import int4, product
 from ._ambient import run_kernel
 from ._triton import tl, triton, use_triton
 from .dense import dense
-from .gemm import SCALE_GROUP, TINY, QuantTensor, num_groups, scale_of
+from .gemm import SCALE_GROUP, TINY, WORDS, QuantTensor, num_groups, scale_of
 
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
@@ -103,12 +103,14 @@ def quantize(x):
 
 
 def linear(x, weight, scale=None, bias=None, exact=False):
-    """x [.., K] -> x W^T (+ bias) [.., N] in x's dtype; weight [N, K] in x's dtype, or e4m3 with its scale.
+    """x [.., K] -> x W^T (+ bias) [.., N] in x's dtype; weight [N, K] in x's dtype, e4m3 with its scale, or int4.py's.
 
     exact: on a GPU by our own product, whose rows do not depend on one another; in fp8 there is no other. fp8 on a GPU:
     two launches, quantisation and product.
     """
-    if use_triton(x) and (exact or scale is not None):
+    if scale is not None and weight.dtype == WORDS:
+        y = int4.linear(x, weight, scale)
+    elif use_triton(x) and (exact or scale is not None):
         rows = x.reshape(-1, x.shape[-1])
         own = QuantTensor(rows) if scale is None else quantize(rows)
         y = dense(own, QuantTensor(weight, scale), False, rows).values.unflatten(0, x.shape[:-1])

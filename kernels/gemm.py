@@ -1,4 +1,4 @@
-"""Rows times weights, of one matrix or of one per expert, in float32, 16 bits or group-scaled fp8; tile sizes.
+"""Rows times weights, of one matrix or of one per expert, in float32, 16 bits, group-scaled fp8 or int4; tile sizes.
 
     out[p] = x[row of p] W[expert of p]^T                               x [., K], W [E, N, K], out [., N]
     gated:   silu(gate) * up of the first and the second N rows of W    W [E, 2N, K]
@@ -16,7 +16,8 @@ Gate and up rows are read as stored, all gate rows before all up rows: a program
 lines of K, so an interleaved layout would gain nothing.
 
 In fp8 (fp8.py) TILE_K is the 128 of a scale: each tile's product starts at zero and is scaled into the sum. A gated
-product then comes out quantised for the next one.
+product then comes out quantised for the next one. In int4 (int4.py) likewise, but x and the output keep their type, and
+a tile of words is widened to four tiles of weights in registers.
 """
 
 from functools import lru_cache
@@ -30,17 +31,25 @@ from ._tuned import measured_for, table
 from .arrivals import arrives_last, counters
 
 TILE_K = 64  # unless tuned
-SCALE_GROUP = 128  # rows and columns of a weight, columns of an activation, that share an fp8 scale
+SCALE_GROUP = 128  # rows and columns of a weight, columns of an activation, that share an fp8 scale; columns in int4
+WORDS = torch.int16  # four weights in int4, see int4.py
 TINY = 1e-30  # stands in for the largest magnitude of a group of zeros
 _TINY = tl.constexpr(TINY)
 _GROUP = tl.constexpr(SCALE_GROUP)
+_LANES = tl.constexpr(SCALE_GROUP // 4)  # words of a row's group
 
 
 class QuantTensor(NamedTuple):
-    """A tensor; or fp8 values (e4m3) and their scales, float32: value times scale is what they stand for."""
+    """A tensor; or fp8 values (e4m3) and their scales, float32: value times scale is what they stand for; or words of
+    int4 weights and their scales, see int4.py."""
 
     values: torch.Tensor
     scale: torch.Tensor | None = None  # weights [.., N / 128, K / 128], activations [.., K / 128], rounded up
+
+    @property
+    def quantization(self):
+        """None, "fp8" or "int4"."""
+        return None if self.scale is None else "int4" if self.values.dtype == WORDS else "fp8"
 
 
 def num_groups(size):
@@ -54,14 +63,14 @@ def scale_shape(shape, parts=1):
 
 
 @lru_cache(maxsize=1024)
-def tiles(device, hidden, tokens, fp8=False):
+def tiles(device, hidden, tokens, quantization=None):
     """Tiles of an MoE layer: {"tile_m", "gate_up": {"tile_n", "num_warps", "num_stages"[, "tile_k"]}, "down"}.
 
-    device: a torch.device; hidden: the layer's H; fp8: of its weights. What was measured on this device for this H
-    and as many tokens, else the first of the entries for "any" that knows of as many. More tokens than those know of
-    are taken for as many as they know.
+    device: a torch.device; hidden: the layer's H; quantization: of its weights, None, "fp8" or "int4". What was
+    measured on this device for this H and as many tokens, else the first of the entries for "any" that knows of as
+    many. More tokens than those know of are taken for as many as they know.
     """
-    kind = "fp8" if fp8 else "bf16"
+    kind = quantization or "bf16"
     general = [entry for entry in table("moe") if entry["device"] == "any" and kind in entry]
     general.sort(key=lambda entry: entry["tokens"])
     tokens = min(tokens, general[-1]["tokens"])
@@ -113,6 +122,59 @@ def _sums(
     return acc, up
 
 
+@triton.jit
+def _digits(words, i: tl.constexpr, like):
+    """The i-th weight of each word, -8 .. 7, in the type that `like` points to.
+
+    In 16 bits a digit becomes the last bits of 128 (bfloat16) or 1024 (float16): exact, and no conversion.
+    """
+    dtype: tl.constexpr = like.dtype.element_ty
+    digit = (words >> (4 * i)) & 15
+    if dtype == tl.bfloat16:
+        weight = (digit | 0x4300).to(tl.bfloat16, bitcast=True) - 136.0
+    elif dtype == tl.float16:
+        weight = (digit | 0x6400).to(tl.float16, bitcast=True) - 1032.0
+    else:
+        weight = digit.to(dtype) - 8.0
+    return weight.to(dtype)
+
+
+@triton.jit
+def _int4_sums(
+    x_rows, inside, weight, scale, n, like, N: tl.constexpr, K: tl.constexpr,
+    GATED: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
+):  # fmt: skip
+    """_sums over all of K with rows `n` of a matrix in int4."""
+    ROWS: tl.constexpr = 2 * N if GATED else N
+    GROUPS: tl.constexpr = (K + _GROUP - 1) // _GROUP
+    lane = tl.arange(0, _LANES)[None, :]
+    real = n < N
+    x_at = x_rows + lane
+    w_at = weight + n[:, None] * _LANES + lane
+    acc = tl.zeros((TILE_N, TILE_M), tl.float32)
+    up = tl.zeros((TILE_N, TILE_M), tl.float32)
+    for group in range(GROUPS):
+        at = w_at + group * (ROWS * _LANES)
+        words = tl.load(at, mask=real[:, None], other=0)
+        own = tl.load(scale + n * GROUPS + group, mask=real, other=0.0).to(tl.float32)  # early: nothing waits for it
+        part = tl.zeros_like(acc)
+        up_part = tl.zeros_like(acc)
+        if GATED:
+            up_words = tl.load(at + N * _LANES, mask=real[:, None], other=0)
+            up_own = tl.load(scale + (N + n) * GROUPS + group, mask=real, other=0.0).to(tl.float32)
+        for i in tl.static_range(4):
+            done = group * _GROUP + i * _LANES
+            within = inside & (lane < K - done) if GROUPS * _GROUP > K else inside
+            x = tl.trans(tl.load(x_at + done, mask=within, other=0.0))
+            part = tl.dot(_digits(words, i, like), x, part, input_precision="ieee")
+            if GATED:
+                up_part = tl.dot(_digits(up_words, i, like), x, up_part, input_precision="ieee")
+        acc += part * own[:, None]
+        if GATED:
+            up += up_part * up_own[:, None]
+    return acc, up
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def _gemm_kernel(
     X, W, SHARED, OUT, X_SCALE, W_SCALE, SHARED_SCALE, OUT_SCALE, LIKE, ORDER, TILES, NUM_TILES, PARTIAL, ARRIVED,
@@ -127,11 +189,14 @@ def _gemm_kernel(
     TILE_N * TILE_M] and counters ARRIVED by one each, grid (.., PARTS).
 
     GATED: a row of X is a token, else a row of OUT. SHARED: one more matrix, or None. TILES None: one matrix, W, and
-    every row. Scales None: not fp8. OUT_SCALE: OUT is fp8 too, TILE_N 128. LIKE: of the type of activations.
+    every row. Scales None: neither fp8 nor int4, which has none of X. OUT_SCALE: OUT is fp8 too, TILE_N 128. LIKE: of
+    the type of activations.
     """
-    SPAN: tl.constexpr = (2 * N if GATED else N) * K
+    INT4: tl.constexpr = W_SCALE is not None and X_SCALE is None
+    ROWS: tl.constexpr = 2 * N if GATED else N
     GROUPS: tl.constexpr = (K + _GROUP - 1) // _GROUP  # of a row's K that share a scale
     ROW_GROUPS: tl.constexpr = (N + _GROUP - 1) // _GROUP  # of a matrix's rows; gate and up have their own
+    SPAN: tl.constexpr = ROWS * GROUPS * _LANES if INT4 else ROWS * K
     if TILES is None:
         tile = tl.program_id(0) % tl.cdiv(tokens, TILE_M)
         first = tl.program_id(0) // tl.cdiv(tokens, TILE_M) * TILE_N
@@ -160,7 +225,7 @@ def _gemm_kernel(
         source = row // TOP_K if GATED else row
         weight += expert * SPAN
         if W_SCALE is not None:
-            w_scale += expert * ((2 * ROW_GROUPS if GATED else ROW_GROUPS) * GROUPS)
+            w_scale += expert * ((ROWS if INT4 else 2 * ROW_GROUPS if GATED else ROW_GROUPS) * GROUPS)
         if SHARED is not None:
             if tile < 0:
                 token = (tile + tl.cdiv(tokens, TILE_M)) * TILE_M + m
@@ -169,7 +234,7 @@ def _gemm_kernel(
                 source = token if GATED else row
                 weight = SHARED
                 w_scale = SHARED_SCALE
-    if W_SCALE is not None:
+    if X_SCALE is not None:
         w_scale += first // _GROUP * GROUPS  # one group of rows holds all of the tile
     k = tl.arange(0, TILE_K)
     x_at = X + source[:, None].to(tl.int64) * x_stride + k[None, :]
@@ -181,7 +246,12 @@ def _gemm_kernel(
         x_scales = tl.load(at, mask=inside[:, None] & (g < GROUPS), other=0.0)
     else:
         x_scales = None
-    if PARTS == 1:
+    if INT4:
+        acc, up = _int4_sums(
+            X + source[:, None].to(tl.int64) * x_stride, inside[:, None], weight, w_scale, n, LIKE,
+            N, K, GATED, TILE_M, TILE_N,
+        )  # fmt: skip
+    elif PARTS == 1:
         acc, up = _sums(x_at, w_at, x_scales, w_scale, inside, real, 0, N, K, K, GATED, TILE_M, TILE_N, TILE_K)
     else:
         tl.static_assert(not GATED and K % (PARTS * TILE_K) == 0)
@@ -228,20 +298,25 @@ def gemm(
     x [T, K] if gated or without routing, else [T * top_k (+ T), K]; weight [E, N or 2N, K], without routing no E;
     shared [N or 2N, K] or None; all QuantTensor, contiguous but for the rows of an x that is not fp8. Returns a
     QuantTensor: [T * top_k (+ T), N], or [T, N], in the dtype of the tensor `like`, but fp8 if gated with fp8 weights.
-    tile_m must be the routing's if there is one; tile_n and tile_k are those of 16 bits. parts: of K, summed up on
-    their own and added in order, by one program if `together`; each must be whole tiles of K.
+    tile_m must be the routing's if there is one; tile_n and tile_k are those of 16 bits. With weights in int4 x is of
+    the dtype of `like`. parts: of K, summed up on their own and added in order, by one program if `together`; each must
+    be whole tiles of K.
     """
     (tokens, top_k), bound = (routing.ids.shape, len(routing.tiles)) if routing else ((len(x.values), 1), 0)
-    rows, depth = weight.values.shape[-2:]
+    rows, depth = (
+        (weight.values.shape[-2], x.values.shape[1]) if weight.quantization == "int4" else weight.values.shape[-2:]
+    )
     width = rows // 2 if gated else rows
     alone = shared is not None or routing is None
     count = tokens * (top_k if routing else 0) + (tokens if alone else 0)
-    fp8 = weight.scale is not None
+    fp8 = weight.quantization == "fp8"
     narrow = fp8 and gated
     out = like.new_empty(count, width, dtype=weight.values.dtype if narrow else like.dtype)
     out_scale = like.new_empty(count, triton.cdiv(width, SCALE_GROUP), dtype=torch.float32) if narrow else None
+    if weight.scale is not None:
+        tile_k = SCALE_GROUP
     if fp8:
-        tile_n, tile_k = (SCALE_GROUP if gated else tile_n), SCALE_GROUP
+        tile_n = SCALE_GROUP if gated else tile_n
     else:
         # Triton multiplies float32 in TF32 on sm_100 if the left side has 64 rows or more, whatever the precision asked
         tile_n, tile_k = (32, 32) if like.dtype == torch.float32 else (tile_n, tile_k)

@@ -6,17 +6,18 @@ expert(h) = down( silu(gate(h)) * up(h) )                    gate_up [E, 2I, H] 
 Products of w_k and their sum are float32, in descending order of choice, with one cast; the shared expert is neither
 scaled nor gated and is added in h's dtype. On a GPU three launches: gate_up with its activation for all pairs and the
 shared expert, down likewise, and the sum; with fp8 weights (fp8.py) one more, for quantising h. No atomics; only the
-experts that some token chose are read.
+experts that some token chose are read. In int4 (int4.py) the reference widens one of them at a time.
 """
 
 import torch
 import torch.nn.functional as F
 
+from . import int4
 from ._ambient import run_kernel
 from ._triton import tl, triton, use_triton
 from .dense import dense
 from .fp8 import linear_ref, quantize
-from .gemm import QuantTensor, gemm, rounded, tiles
+from .gemm import WORDS, QuantTensor, gemm, rounded, tiles
 from .product import linear, rows_of
 
 
@@ -46,11 +47,15 @@ def experts_ref(h, ids, weights, gate_up, down, gate_up_scale=None, down_scale=N
 
 def _products(rows, touched, weight, scale, parts):
     """Each expert's rows times its weights, one below the other: [N, .] in the rows' dtype."""
-    out = rows.new_empty(rows.shape[0], weight.shape[1])
-    sizes, product, matrices = [size for _, size in touched], rows_of(weight), weight.unbind()
+    out = rows.new_empty(rows.shape[0], weight.shape[-2])
+    sizes, matrices = [size for _, size in touched], weight.unbind()
+    product = rows_of(weight) if scale is None else None
     for x, y, (e, _) in zip(rows.split(sizes), out.split(sizes), touched, strict=True):
         if scale is None:
             product.into(x, matrices[e], y)
+        elif weight.dtype == WORDS:
+            wide = int4.dequantize_weight(matrices[e], scale[e], x.shape[1], x.dtype)
+            rows_of(wide).into(x, wide, y)
         else:
             y.copy_(linear_ref(x, matrices[e], scale[e], parts))
     return out
@@ -89,6 +94,9 @@ def mlp(h, gate_up, down, exact=False):
 
     exact: as of fp8.linear. Our own products on a GPU are two launches, in fp8 three.
     """
+    if gate_up.quantization == "int4":
+        inner = int4.dense(h, gate_up, True) if use_triton(h) else gated(int4.linear_ref(h, *gate_up))
+        return int4.linear(inner, *down)
     if use_triton(h) and (exact or gate_up.scale is not None):
         x = QuantTensor(h) if gate_up.scale is None else quantize(h)
         return dense(dense(x, gate_up, True, h), down, False, h).values
@@ -113,8 +121,8 @@ def experts(h, routing, gate_up, down, shared=None):
         return torch.empty_like(h)
     # a shared expert of another width (several in one) is not one more expert of the same product
     alike = shared is not None and shared[0].values.shape == gate_up.values.shape[1:]
-    size = tiles(h.device, hidden, tokens, gate_up.scale is not None)
-    x = QuantTensor(h) if gate_up.scale is None else quantize(h)
+    size = tiles(h.device, hidden, tokens, gate_up.quantization)
+    x = quantize(h) if gate_up.quantization == "fp8" else QuantTensor(h)
     inner = gemm(x, gate_up, shared[0] if alike else None, routing, True, h, routing.tile_m, **size["gate_up"])
     outer = gemm(inner, down, shared[1] if alike else None, routing, False, h, routing.tile_m, **size["down"]).values
     beside = outer[routing.ids.numel() :] if alike else None if shared is None else mlp(h, *shared, exact=True)
@@ -127,12 +135,18 @@ def experts(h, routing, gate_up, down, shared=None):
 
 
 def _check(h, routing, gate_up, down, *shared):
-    count, rows, hidden = gate_up.values.shape
-    dtype = gate_up.values.dtype
-    if h.shape[1] != hidden or h.stride(1) != 1 or (gate_up.scale is None and h.dtype != dtype):
-        raise ValueError(f"h: [T, {hidden}] in the weights' {dtype} expected, got {h.dtype} {list(h.shape)}")
-    if down.values.shape != (count, hidden, rows // 2) or down.values.dtype != dtype:
-        raise ValueError(f"down: {dtype} [{count}, {hidden}, {rows // 2}] expected, got {list(down.values.shape)}")
+    count, rows, dtype = gate_up.values.shape[0], gate_up.values.shape[-2], gate_up.values.dtype
+    if gate_up.quantization == "int4":
+        int4.check("gate_up", gate_up, (count, rows, h.shape[1]))
+        int4.check("down", down, (count, h.shape[1], rows // 2))
+    else:
+        hidden = gate_up.values.shape[2]
+        if h.shape[1] != hidden or (gate_up.scale is None and h.dtype != dtype):
+            raise ValueError(f"h: [T, {hidden}] in the weights' {dtype} expected, got {h.dtype} {list(h.shape)}")
+        if down.values.shape != (count, hidden, rows // 2) or down.values.dtype != dtype:
+            raise ValueError(f"down: {dtype} [{count}, {hidden}, {rows // 2}] expected, got {list(down.values.shape)}")
+    if h.stride(1) != 1:
+        raise ValueError(f"h: the elements of a row side by side expected, got strides {h.stride()}")
     for name, x in zip(("gate_up", "down", "shared gate_up", "shared down"), (gate_up, down, *shared), strict=False):
         if not all(part is None or part.is_contiguous() for part in x):
             raise ValueError(f"{name}: contiguous weights and scales expected")

@@ -341,14 +341,14 @@ def _align_kernel(
 
 
 def route(
-    h, weight, bias, top_k, n_group, topk_group, scale, capacity=None, block=None, tile_m=None, fp8=False
+    h, weight, bias, top_k, n_group, topk_group, scale, capacity=None, block=None, tile_m=None, quantization=None
 ):  # fmt: skip
     """Routing of every token; see route_ref for shapes, but block is a TokenBlocks. ValueError if they do not fit.
 
-    tile_m: most pairs in a tile on a GPU, None = the table's for experts with or without fp8 weights.
+    tile_m: most pairs in a tile on a GPU, None = the table's for experts with such weights.
     """
     if use_triton(h):
-        tile_m = tile_m or gemm.tiles(h.device, h.shape[1], h.shape[0], fp8)["tile_m"]
+        tile_m = tile_m or gemm.tiles(h.device, h.shape[1], h.shape[0], quantization)["tile_m"]
         return launch(h, weight, bias, top_k, n_group, topk_group, scale, capacity, block, tile_m)
     ids = None if block is None else block.ids
     return Routing(*route_ref(h, weight, bias, top_k, n_group, topk_group, scale, capacity, ids))

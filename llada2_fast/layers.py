@@ -1,4 +1,5 @@
-"""The layers of the network, with fp8 weights if the config says so. Shapes: T packed tokens, H hidden, D head dim.
+"""The layers of the network, with fp8 weights, or experts in int4, if the config says so. Shapes: T packed tokens,
+H hidden, D head dim.
 
 A layer knows the sizes of what it holds: all of what the config tells of, or a Share.
 """
@@ -7,8 +8,9 @@ import torch
 from torch import nn
 
 from .config import ModelConfig
+from .kernels import int4
 from .kernels.fp8 import FP8, linear
-from .kernels.gemm import QuantTensor, scale_shape
+from .kernels.gemm import WORDS, QuantTensor, scale_shape
 from .kernels.moe import experts, mlp
 from .kernels.norm import add_rms_norm, rms_norm
 from .kernels.rope import qk_norm_rope, qk_norm_rope_write
@@ -34,27 +36,36 @@ class RMSNorm(nn.Module):
 
 
 class Linear(KeepsFp8):
-    """x W^T (+ b). In fp8, W is e4m3 with a `scale` per group; its `parts`, equal shares of its rows, share none.
+    """x W^T (+ b). In fp8, W is e4m3 with a `scale` per group; its `parts`, equal shares of its rows, share none. In
+    int4 it is words with a `scale` per group of a row.
 
     exact: on a GPU its rows do not depend on one another, see LLaDA2Model.exact.
     """
 
     exact = False
 
-    def __init__(self, size_in: int, size_out: int, bias: bool = False, fp8: bool = False, parts: int = 1, **kw):
+    def __init__(
+        self, size_in: int, size_out: int, bias: bool = False, quantization: str | None = None, parts: int = 1, **kw
+    ):  # fmt: skip
         super().__init__()
-        self.weight, self.scale = _weight((size_out, size_in), fp8, parts, **kw)
+        self.weight, self.scale = _weight((size_out, size_in), quantization, parts, **kw)
         self.bias = nn.Parameter(torch.empty(size_out, **kw)) if bias else None
 
     def forward(self, x):
         return linear(x, self.weight, self.scale, self.bias, self.exact)
 
 
-def _weight(shape, fp8, parts, dtype, device):
-    """A weight and its scale, which is None unless fp8."""
-    weight = torch.empty(shape, dtype=FP8 if fp8 else dtype, device=device)
-    scale = torch.empty(scale_shape(shape, parts), dtype=torch.float32, device=device) if fp8 else None
-    return nn.Parameter(weight, requires_grad=False), nn.Parameter(scale, requires_grad=False) if fp8 else None
+def _weight(shape, quantization, parts, dtype, device):
+    """A weight and its scale, which is None unless quantised."""
+
+    def parameter(size, kind):
+        return nn.Parameter(torch.empty(size, dtype=kind, device=device), requires_grad=False)
+
+    if quantization == "fp8":
+        return parameter(shape, FP8), parameter(scale_shape(shape, parts), torch.float32)
+    if quantization == "int4":
+        return parameter(int4.packed_shape(shape), WORDS), parameter(int4.scale_shape(shape), dtype)
+    return parameter(shape, dtype), None
 
 
 class Attention(nn.Module):
@@ -69,11 +80,12 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.eps = config.rms_norm_eps
         width = (self.heads + 2 * self.kv_heads) * self.head_dim
-        self.query_key_value = Linear(config.hidden_size, width, config.use_qkv_bias, config.fp8, **kw)
+        kind = "fp8" if config.fp8 else None
+        self.query_key_value = Linear(config.hidden_size, width, config.use_qkv_bias, kind, **kw)
         if config.use_qk_norm:
             self.query_layernorm = RMSNorm(self.head_dim, self.eps, **kw)
             self.key_layernorm = RMSNorm(self.head_dim, self.eps, **kw)
-        self.dense = Linear(self.heads * self.head_dim, config.hidden_size, config.use_bias, config.fp8, **kw)
+        self.dense = Linear(self.heads * self.head_dim, config.hidden_size, config.use_bias, kind, **kw)
         self.norms = config.use_qk_norm
 
     def forward(self, x, cos, sin, attend, pages=None):
@@ -88,10 +100,10 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """down( silu(gate(x)) * up(x) ); gate and up are one projection, gate rows first."""
 
-    def __init__(self, config: ModelConfig, inner: int, **kw):
+    def __init__(self, config: ModelConfig, inner: int, quantization: str | None = None, **kw):
         super().__init__()
-        self.gate_up = Linear(config.hidden_size, 2 * inner, fp8=config.fp8, parts=2, **kw)
-        self.down = Linear(inner, config.hidden_size, fp8=config.fp8, **kw)
+        self.gate_up = Linear(config.hidden_size, 2 * inner, quantization=quantization, parts=2, **kw)
+        self.down = Linear(inner, config.hidden_size, quantization=quantization, **kw)
 
     @property
     def weights(self):
@@ -108,14 +120,14 @@ class Router(NeverNarrower):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, **kw))
         self.expert_bias = nn.Parameter(torch.empty(config.num_experts, device=kw["device"], dtype=torch.float32))
-        self.fp8 = config.fp8  # of the experts' weights
+        self.quantization = config.quantization  # of the experts' weights
         self.rule = (
             config.num_experts_per_tok, config.n_group, config.topk_group,
             config.routed_scaling_factor, config.expert_capacity,
         )  # fmt: skip
 
     def forward(self, x, block):
-        return route(x, self.weight, self.expert_bias, *self.rule, block, fp8=self.fp8)
+        return route(x, self.weight, self.expert_bias, *self.rule, block, quantization=self.quantization)
 
 
 class Experts(KeepsFp8):
@@ -124,8 +136,8 @@ class Experts(KeepsFp8):
     def __init__(self, config: ModelConfig, share: Share = WHOLE, **kw):
         super().__init__()
         count, inner, hidden = share.num_experts(config), config.moe_intermediate_size, config.hidden_size
-        self.gate_up, self.gate_up_scale = _weight((count, 2 * inner, hidden), config.fp8, 2, **kw)
-        self.down, self.down_scale = _weight((count, hidden, inner), config.fp8, 1, **kw)
+        self.gate_up, self.gate_up_scale = _weight((count, 2 * inner, hidden), config.quantization, 2, **kw)
+        self.down, self.down_scale = _weight((count, hidden, inner), config.quantization, 1, **kw)
 
     @property
     def weights(self):
@@ -146,7 +158,7 @@ class MoE(nn.Module):
         self.experts = Experts(config, share, **kw)
         self.complete = share.experts is None
         shared = config.num_shared_experts * config.moe_intermediate_size
-        self.shared_experts = MLP(config, shared, **kw) if shared else None
+        self.shared_experts = MLP(config, shared, config.quantization, **kw) if shared else None
 
     def forward(self, x, block=None):
         assert self.complete, "routing names experts that others hold"
@@ -164,7 +176,8 @@ class Layer(nn.Module):
         self.attention = Attention(config, share, **kw)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **kw)
         dense = index < config.first_k_dense_replace
-        self.mlp = MLP(config, config.intermediate_size, **kw) if dense else MoE(config, share, **kw)
+        kind = "fp8" if config.fp8 else None
+        self.mlp = MLP(config, config.intermediate_size, kind, **kw) if dense else MoE(config, share, **kw)
 
     def forward(self, x, delta, cos, sin, attend, block=None, pages=None, read=None):
         """delta: what the layer before adds to x, None for the first layer. Returns x, its own delta and expert ids:

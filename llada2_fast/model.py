@@ -92,7 +92,8 @@ class LLaDA2Model(OnOurDevices):
         self.layers = nn.ModuleList(Layer(config, i, share, **kw) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **kw)
         if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, fp8=config.fp8, **kw)
+            kind = "fp8" if config.fp8 else None
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, quantization=kind, **kw)
         self.requires_grad_(False)
 
     @lasting

@@ -8,7 +8,7 @@ from pathlib import Path
 from . import hf
 from .checks import DTYPES, as_flag, as_float, as_ids, as_int, bad, check, choice, parse_json, put
 
-QUANTIZATIONS = ("fp8",)
+QUANTIZATIONS = ("fp8", "int4")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,9 @@ class ModelConfig:
     mask_token_id: int | None = None
     eos_token_id: tuple[int, ...] | None = None  # ids outside the vocabulary are dropped: they mean "none"
     dtype: str | None = None
-    quantization: str | None = None  # "fp8": block-scaled weights, all but embeddings, norms, biases and routers
+    # "fp8": block-scaled weights, all but embeddings, norms, biases and routers; "int4": weights of 4 bits in groups of
+    # 128, those of experts, routed and shared
+    quantization: str | None = None
 
     def __post_init__(self):
         if self.num_shared_experts is None:
@@ -133,6 +135,10 @@ class ModelConfig:
     @property
     def fp8(self) -> bool:
         return self.quantization == "fp8"
+
+    @property
+    def int4(self) -> bool:
+        return self.quantization == "int4"
 
     @classmethod
     def from_hf(cls, source) -> "ModelConfig":

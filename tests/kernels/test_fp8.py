@@ -222,7 +222,7 @@ def test_a_token_gets_the_same_bits_alone_as_in_any_batch():
     head = fp8.quantize_weight(random(130, 140))
 
     def forward(x):
-        return fp8.linear(moe.experts(x, router.route(x, *rule, fp8=True), *weights, shared), *head)
+        return fp8.linear(moe.experts(x, router.route(x, *rule, quantization="fp8"), *weights, shared), *head)
 
     with force_ops("triton"), interpreted(), products_in_order():
         together = forward(h)
@@ -268,7 +268,7 @@ def test_gpu_linear_at_real_sizes(rows, columns, tokens):
 @pytest.mark.parametrize("tokens", [1, 32, 33, 256, 2048])
 def test_gpu_experts_at_real_sizes(hidden, inner, tokens):
     h, weights, shared, rule, wide = expert_inputs(tokens, 8, 64, hidden, inner, torch.bfloat16, "cuda")
-    routing = router.route(h, *rule, fp8=True)
+    routing = router.route(h, *rule, quantization="fp8")
     got = moe.experts(h, routing, *weights, shared)
     close(got, wanted(h, routing, weights, shared), GPU_TOLERANCE)
     exact = moe.experts(h, routing, *map(gemm.QuantTensor, wide[:2]), tuple(map(gemm.QuantTensor, wide[2:])))
@@ -279,8 +279,8 @@ def test_gpu_experts_at_real_sizes(hidden, inner, tokens):
 @needs_fp8
 def test_gpu_a_token_gets_the_same_bits_in_any_batch():
     h, weights, shared, rule, _ = expert_inputs(2048, 8, 64, 2048, 512, torch.bfloat16, "cuda")
-    together = moe.experts(h, router.route(h, *rule, fp8=True), *weights, shared)
+    together = moe.experts(h, router.route(h, *rule, quantization="fp8"), *weights, shared)
     for rows in (slice(0, 1), slice(40, 72), slice(100, 356), slice(600, 1800)):
         assert torch.equal(
-            moe.experts(h[rows], router.route(h[rows], *rule, fp8=True), *weights, shared), together[rows]
+            moe.experts(h[rows], router.route(h[rows], *rule, quantization="fp8"), *weights, shared), together[rows]
         )

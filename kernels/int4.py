@@ -1,0 +1,108 @@
+"""Group-wise int4 weights (w4a16): 16 levels for each 128 of K with a scale; activations keep their 16 bits.
+
+    scale = the group's value of largest magnitude / -8,  q = round(w / scale) in -8 .. 7        w ~ q * scale
+    y = cast(sum over groups of K of (sum_k x q) * scale)        sums in float32
+
+The scale may be negative, so that the largest value is met exactly. It has the dtype of the activations.
+
+A word of 16 bits holds four weights of a row, w[k], w[k + 32], w[k + 64] and w[k + 96] from its lowest digit up, each
+as q + 8: so a tile of words is four tiles of weights and nothing must be moved. Words of all rows lie side by side,
+group after group, int16 [.., K / 128, N, 32]; scales [.., N, K / 128]. The last group of K may be shorter: what is
+beyond it counts as zero and is never multiplied with anything else.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from . import product
+from ._triton import use_triton
+from .gemm import SCALE_GROUP, WORDS, QuantTensor, gemm
+
+ZERO = 8  # the digit that stands for 0
+DIGITS = 4  # of a word
+LANES = SCALE_GROUP // DIGITS  # words of a row's group
+
+
+def num_groups(columns):
+    """Groups along K, the last one cut short."""
+    return -(-columns // SCALE_GROUP)
+
+
+def packed_shape(shape):
+    """Shape of the words of a weight [.., N, K]."""
+    return (*shape[:-2], num_groups(shape[-1]), shape[-2], LANES)
+
+
+def scale_shape(shape):
+    """Shape of the scales of a weight [.., N, K]."""
+    return (*shape[:-1], num_groups(shape[-1]))
+
+
+def pack(digits, scale):
+    """digits uint8 [N, K], 0 .. 15; scale [N, K / 128] -> QuantTensor."""
+    padded = F.pad(digits, (0, -digits.shape[-1] % SCALE_GROUP), value=ZERO)
+    parts = padded.view(len(digits), -1, DIGITS, LANES).to(torch.int32)
+    words = sum(parts[:, :, i] << 4 * i for i in range(DIGITS)).to(WORDS)  # wraps where the highest bit is set
+    return QuantTensor(words.transpose(0, 1).contiguous(), scale.contiguous())
+
+
+def unpack(words, columns):
+    """pack's digits: uint8 [N, K] of words [K / 128, N, 32]."""
+    words = words.transpose(0, 1)
+    parts = [(words >> 4 * i & 15).to(torch.uint8) for i in range(DIGITS)]
+    return torch.stack(parts, 2).flatten(1)[:, :columns]
+
+
+def quantize_weight(weight, dtype=None):
+    """weight [.., N, K] of any float type, anywhere -> QuantTensor: words, and scales in `dtype`, None = weight's.
+
+    A group whose scale is too small for the dtype becomes zeros.
+    """
+    if weight.ndim > 2:  # one after the other, for memory
+        return QuantTensor(*map(torch.stack, zip(*(quantize_weight(part, dtype) for part in weight), strict=True)))
+    columns = weight.shape[1]
+    groups = F.pad(weight.float(), (0, -columns % SCALE_GROUP)).unflatten(1, (-1, SCALE_GROUP))
+    largest = groups.gather(2, groups.abs().argmax(2, keepdim=True))
+    scale = (largest / -8).to(dtype or weight.dtype)
+    divisor = scale.float().masked_fill(scale == 0, torch.inf)
+    digits = (groups / divisor).round_().clamp_(-8, 7).add_(ZERO).to(torch.uint8).flatten(1)
+    return pack(digits[:, :columns], scale.squeeze(2))
+
+
+def dequantize_weight(words, scale, columns, dtype=torch.float32):
+    """[.., N, K] in `dtype` of what quantize_weight gave; K is `columns`. One rounding."""
+    out = torch.empty((*scale.shape[:-1], columns), dtype=dtype, device=words.device)
+    for weight, own, scales in zip(
+        out.view(-1, *out.shape[-2:]), words.view(-1, *words.shape[-3:]), scale.view(-1, *scale.shape[-2:]), strict=True
+    ):
+        values = unpack(own, columns).to(torch.float32).sub_(ZERO)
+        weight.copy_(values.mul_(scales.float().repeat_interleave(SCALE_GROUP, 1)[:, :columns]))
+    return out
+
+
+def linear_ref(x, words, scale):
+    """x [.., K]; words, scale from quantize_weight -> [.., N], all in x's dtype, that of what they stand for too."""
+    return product.linear(x, dequantize_weight(words, scale, x.shape[-1], x.dtype))
+
+
+def linear(x, words, scale):
+    """linear_ref; on a GPU one launch, and no weight is rounded."""
+    if not use_triton(x):
+        return linear_ref(x, words, scale)
+    return dense(x.reshape(-1, x.shape[-1]), QuantTensor(words, scale), False).unflatten(0, x.shape[:-1])
+
+
+def dense(x, weight, gated):
+    """gemm of x [T, K] and one matrix, gated: of gate and up rows -> [T, N]. One launch."""
+    check("weight", weight, (weight.scale.shape[0], x.shape[1]))
+    tile_m = 16 if len(x) <= 16 else 32 if len(x) <= 32 else 64
+    x = x if x.stride(1) == 1 else x.contiguous()
+    return gemm(QuantTensor(x), weight, None, None, gated, x, tile_m, tile_n=64, num_warps=4, num_stages=4).values
+
+
+def check(name, weight, shape):
+    """ValueError unless a QuantTensor holds a weight of this shape, contiguous."""
+    expected = packed_shape(shape), scale_shape(shape)
+    found = tuple(weight.values.shape), tuple(weight.scale.shape)
+    if found != expected or not (weight.values.is_contiguous() and weight.scale.is_contiguous()):
+        raise ValueError(f"{name}: contiguous words {expected[0]} and scales {expected[1]} expected, got {found}")
