@@ -49,11 +49,12 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+TENSOR_MEMORY = 512  # columns of it that a program of sm_100 may have
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 NO_SPILLS = ("sm_80", "sm_90")  # spilling fails there
 MAY_FAIL = ("gfx942",)  # never run; kept compiling as far as Triton goes
 FMA_FOR_MUL = ("sm_80",)  # its only product of bfloat16 is an fma, which adds -0
-KINDS = {"bf16": {}, "fp8": {"fp8": True}}
+KINDS = {"bf16": None, "fp8": "fp8"}  # and what quantises them
 NO_FP8 = ("sm_80",)  # kernels on fp8 are not compiled there, and refused at run time
 
 
@@ -178,15 +179,15 @@ def _moe(model, tokens, dtype=BF16, gate=None, **changes):
     layer(_meta(tokens, config.hidden_size, dtype=dtype), block)
 
 
-def _dense(tokens, rows, columns, fp8=False, dtype=BF16):
-    linear = Linear(columns, rows, fp8=fp8, dtype=dtype, device="meta")
+def _dense(tokens, rows, columns, quantization=None, dtype=BF16):
+    linear = Linear(columns, rows, quantization=quantization, dtype=dtype, device="meta")
     linear.exact = True
     linear(_meta(tokens, columns, dtype=dtype))
 
 
 def _fp8_mlp(model, tokens):
     config = replace(MODELS[model], quantization="fp8")
-    layer = MLP(config, config.intermediate_size, dtype=BF16, device="meta")
+    layer = MLP(config, config.intermediate_size, "fp8", dtype=BF16, device="meta")
     layer(_meta(tokens, config.hidden_size, dtype=BF16))
 
 
@@ -228,18 +229,22 @@ SCENARIOS = {
     "moe mini fp32 nothing shared": partial(_moe, "mini", 32, FP32, num_shared_experts=0),
     **{f"moe mini fp8 T={t}": partial(_moe, "mini", t, quantization="fp8") for t in (32, 512, 4096)},
     **{f"moe flash fp8 T={t}": partial(_moe, "flash", t, quantization="fp8") for t in (32, 512, 4096)},
+    **{f"moe mini int4 T={t}": partial(_moe, "mini", t, quantization="int4") for t in (32, 512, 4096)},
+    **{f"moe flash int4 T={t}": partial(_moe, "flash", t, quantization="int4") for t in (32, 512, 4096)},
+    "moe mini int4 fp16": partial(_moe, "mini", 32, torch.float16, quantization="int4"),
+    "moe mini int4 two shared": partial(_moe, "mini", 512, quantization="int4", num_shared_experts=2),
     **{
-        f"dense qkv mini {name} T={t}": partial(_dense, t, 3072, 2048, **kind)
-        for name, kind in KINDS.items()
+        f"dense qkv mini {kind} T={t}": partial(_dense, t, 3072, 2048, name)
+        for kind, name in KINDS.items()
         for t in (32, 64, 320, 4096)
     },
     **{
-        f"dense LM head mini {name} T={t}": partial(_dense, t, VOCAB, 2048, **kind)
-        for name, kind in KINDS.items()
+        f"dense LM head mini {kind} T={t}": partial(_dense, t, VOCAB, 2048, name)
+        for kind, name in KINDS.items()
         for t in (32, 1024)
     },
-    **{f"dense qkv flash {name} T=4096": partial(_dense, 4096, 5120, 4096, **kind) for name, kind in KINDS.items()},
-    **{f"dense LM head flash {name}": partial(_dense, 256, VOCAB, 4096, **kind) for name, kind in KINDS.items()},
+    **{f"dense qkv flash {kind} T=4096": partial(_dense, 4096, 5120, 4096, name) for kind, name in KINDS.items()},
+    **{f"dense LM head flash {kind}": partial(_dense, 256, VOCAB, 4096, name) for kind, name in KINDS.items()},
     "dense qkv mini fp32": partial(_dense, 64, 3072, 2048, dtype=FP32),
     **{f"fp8 dense MLP mini T={t}": partial(_fp8_mlp, "mini", t) for t in (32, 4096)},
     "fp8 dense MLP flash T=4096": partial(_fp8_mlp, "flash", 4096),
@@ -306,8 +311,10 @@ def compile_launch(launch, scenario, target):
     except FAILURES as failure:
         return Result(*head, None, None, None, reason(failure))
     usage = _amd_usage if TARGETS[target].backend == "hip" else _nvidia_usage
-    skipped = _skipped_rounding(found) if target not in FMA_FOR_MUL else None
-    return Result(*head, *usage(found), found.metadata.shared, skipped)
+    fault = _skipped_rounding(found) if target not in FMA_FOR_MUL else None
+    if getattr(found.metadata, "tmem_size", 0) > TENSOR_MEMORY:
+        fault = f"wants {found.metadata.tmem_size} columns of tensor memory, {TENSOR_MEMORY} are allowed"
+    return Result(*head, *usage(found), found.metadata.shared, fault)
 
 
 def _skipped_rounding(compiled):
