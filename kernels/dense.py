@@ -48,9 +48,12 @@ def parts_of(rows, columns, gated):
     return parts
 
 
-def dense(x, weight, gated, like, own=None):
+def dense(x, weight, gated, like, own=None, wanted=None):
     """x [T, K] times one matrix, both QuantTensor -> QuantTensor [T, N], in the dtype of `like`, but fp8 if gated with
-    fp8 weights. One launch. own: its tiles, None = the table's. ValueError if shapes do not fit."""
+    fp8 weights. One launch. ValueError if shapes do not fit.
+
+    own: its tiles, None = the table's; wanted: the Wanted rows, None = all: what comes out for others is undefined.
+    """
     if weight.values.shape[1] != x.values.shape[1] or not weight.values.is_contiguous():
         raise ValueError(f"weight: contiguous [N, {x.values.shape[1]}] expected, got {list(weight.values.shape)}")
     fp8 = weight.scale is not None
@@ -64,4 +67,5 @@ def dense(x, weight, gated, like, own=None):
     own = own or tiles(like.device, rows, columns, gated, tokens, fp8)
     parts = parts_of(rows, columns, gated)
     programs = triton.cdiv(tokens, own["tile_m"]) * triton.cdiv(rows, own["tile_n"])
-    return gemm(x, weight, None, None, gated, like, **own, parts=parts, together=parts == 1 or programs >= PROGRAMS)
+    together = parts == 1 or programs >= PROGRAMS
+    return gemm(x, weight, None, None, gated, like, **own, parts=parts, together=together, wanted=wanted)

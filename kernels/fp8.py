@@ -102,18 +102,19 @@ def quantize(x):
     return QuantTensor(out, scale)
 
 
-def linear(x, weight, scale=None, bias=None, exact=False):
+def linear(x, weight, scale=None, bias=None, exact=False, wanted=None):
     """x [.., K] -> x W^T (+ bias) [.., N] in x's dtype; weight [N, K] in x's dtype, e4m3 with its scale, or int4.py's.
 
     exact: on a GPU by our own product, whose rows do not depend on one another; in fp8 there is no other. fp8 on a GPU:
-    two launches, quantisation and product.
+    two launches, quantisation and product. wanted: the gemm.Wanted rows, None = all; what comes out for others is
+    undefined.
     """
     if scale is not None and weight.dtype == WORDS:
         y = int4.linear(x, weight, scale)
     elif use_triton(x) and (exact or scale is not None):
         rows = x.reshape(-1, x.shape[-1])
         own = QuantTensor(rows) if scale is None else quantize(rows)
-        y = dense(own, QuantTensor(weight, scale), False, rows).values.unflatten(0, x.shape[:-1])
+        y = dense(own, QuantTensor(weight, scale), False, rows, wanted=wanted).values.unflatten(0, x.shape[:-1])
     elif scale is None:
         return product.linear(x, weight, bias)
     else:

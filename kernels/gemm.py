@@ -39,6 +39,13 @@ _GROUP = tl.constexpr(SCALE_GROUP)
 _LANES = tl.constexpr(SCALE_GROUP // 4)  # words of a row's group
 
 
+class Wanted(NamedTuple):
+    """Which of T rows are multiplied, as the device knows it."""
+
+    order: torch.Tensor  # int32 [T], of which the first `count` are rows
+    count: torch.Tensor  # int32 [1]
+
+
 class QuantTensor(NamedTuple):
     """A tensor; or fp8 values (e4m3) and their scales, float32: value times scale is what they stand for; or words of
     int4 weights and their scales, see int4.py."""
@@ -177,7 +184,7 @@ def _int4_sums(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _gemm_kernel(
-    X, W, SHARED, OUT, X_SCALE, W_SCALE, SHARED_SCALE, OUT_SCALE, LIKE, ORDER, TILES, NUM_TILES, PARTIAL, ARRIVED,
+    X, W, SHARED, OUT, X_SCALE, W_SCALE, SHARED_SCALE, OUT_SCALE, LIKE, ORDER, TILES, COUNT, PARTIAL, ARRIVED,
     tokens, x_stride,
     N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, GATED: tl.constexpr, PARTS: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
@@ -188,9 +195,9 @@ def _gemm_kernel(
     PARTS of K are summed up on their own and then added in order: by one program, or with PARTIAL [grid 0, PARTS,
     TILE_N * TILE_M] and counters ARRIVED by one each, grid (.., PARTS).
 
-    GATED: a row of X is a token, else a row of OUT. SHARED: one more matrix, or None. TILES None: one matrix, W, and
-    every row. Scales None: neither fp8 nor int4, which has none of X. OUT_SCALE: OUT is fp8 too, TILE_N 128. LIKE: of
-    the type of activations.
+    GATED: a row of X is a token, else a row of OUT. SHARED: one more matrix, or None. COUNT: of TILES. TILES None: one
+    matrix, W, and every row, or those COUNT that ORDER names. Scales None: neither fp8 nor int4, which has none of X.
+    OUT_SCALE: OUT is fp8 too, TILE_N 128. LIKE: of the type of activations.
     """
     INT4: tl.constexpr = W_SCALE is not None and X_SCALE is None
     ROWS: tl.constexpr = 2 * N if GATED else N
@@ -210,6 +217,12 @@ def _gemm_kernel(
     if TILES is None:
         row = tile * TILE_M + m
         inside = row < tokens
+        if ORDER is not None:
+            count = tl.load(COUNT)
+            if tile * TILE_M >= count:
+                return
+            inside = row < count
+            row = tl.load(ORDER + row, mask=inside, other=0)
         source = row
     else:
         if SHARED is not None:
@@ -218,7 +231,7 @@ def _gemm_kernel(
         expert = tl.load(entry).to(tl.int64)
         begin = tl.load(entry + 1)
         end = tl.load(entry + 2)
-        if tile >= tl.load(NUM_TILES):
+        if tile >= tl.load(COUNT):
             return
         inside = (begin + m < end) & (tile >= 0)
         row = tl.load(ORDER + begin + m, mask=inside, other=0)
@@ -291,7 +304,7 @@ def _gemm_kernel(
 
 def gemm(
     x, weight, shared, routing, gated, like, tile_m, tile_n, num_warps, num_stages, tile_k=TILE_K,
-    parts=1, together=True,
+    parts=1, together=True, wanted=None,
 ):  # fmt: skip
     """All pairs of a Routing and, behind them, all tokens through `shared`; or routing None: x W^T. One launch.
 
@@ -300,7 +313,7 @@ def gemm(
     QuantTensor: [T * top_k (+ T), N], or [T, N], in the dtype of the tensor `like`, but fp8 if gated with fp8 weights.
     tile_m must be the routing's if there is one; tile_n and tile_k are those of 16 bits. With weights in int4 x is of
     the dtype of `like`. parts: of K, summed up on their own and added in order, by one program if `together`; each must
-    be whole tiles of K.
+    be whole tiles of K. wanted: without routing, the Wanted rows, None = all; others' results are not written.
     """
     (tokens, top_k), bound = (routing.ids.shape, len(routing.tiles)) if routing else ((len(x.values), 1), 0)
     rows, depth = (
@@ -327,11 +340,12 @@ def gemm(
     if not together:
         partial = like.new_empty(*grid, parts, tile_n * tile_m, dtype=torch.float32)
         grid, arrived = (*grid, parts), counters(like, *grid)
+    order, listed, number = routing[2:5] if routing else (wanted.order, None, wanted.count) if wanted else [None] * 3
     run_kernel(
         _gemm_kernel, grid,
         x.values, weight.values, shared and shared.values, out,
         x.scale, weight.scale, shared and shared.scale, out_scale, like,
-        *(routing[2:5] if routing else (None, None, None)), partial, arrived, tokens, x.values.stride(0),
+        order, listed, number, partial, arrived, tokens, x.values.stride(0),
         N=width, K=depth, TOP_K=top_k, GATED=gated, PARTS=parts, TILE_M=tile_m, TILE_N=tile_n, TILE_K=tile_k,
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip

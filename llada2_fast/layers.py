@@ -51,8 +51,9 @@ class Linear(KeepsFp8):
         self.weight, self.scale = _weight((size_out, size_in), quantization, parts, **kw)
         self.bias = nn.Parameter(torch.empty(size_out, **kw)) if bias else None
 
-    def forward(self, x):
-        return linear(x, self.weight, self.scale, self.bias, self.exact)
+    def forward(self, x, wanted=None):
+        """wanted: the kernels.gemm.Wanted rows, None = all."""
+        return linear(x, self.weight, self.scale, self.bias, self.exact, wanted)
 
 
 def _weight(shape, quantization, parts, dtype, device):

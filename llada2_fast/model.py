@@ -19,6 +19,7 @@ from .kernels._ambient import isolated, lasting
 from .kernels.arrivals import counters_at_zero
 from .kernels.attention import BlockBatch, Span, block_attention, masked_attention, place_blocks, single_blocks
 from .kernels.fp8 import FP8, check_device, linear
+from .kernels.gemm import Wanted
 from .kernels.product import Rows, rows_of
 from .kernels.rope import rope_angles
 from .kernels.router import token_blocks
@@ -238,11 +239,15 @@ class LLaDA2Model(OnOurDevices):
         save_special_ids(path, self.special_ids)
 
     @isolated
-    def lm_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [..., H], after the final norm -> logits [..., V] in the model's dtype."""
+    def lm_logits(self, hidden: torch.Tensor, wanted: Wanted | None = None) -> torch.Tensor:
+        """Logits [..., V] in the model's dtype.
+
+        hidden: [..., H], after the final norm.
+        wanted: which rows have a reader, None = all; others' logits may be anything.
+        """
         if self.config.tie_word_embeddings:
-            return linear(hidden, self.word_embeddings.weight, exact=self.exact)
-        return self.lm_head(hidden)
+            return linear(hidden, self.word_embeddings.weight, exact=self.exact, wanted=wanted)
+        return self.lm_head(hidden, wanted)
 
     def _angles(self, position):
         c = self.config

@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.gpu.machine import poisoned
 from llada2_fast.kernels import dense, fp8, moe
 from llada2_fast.kernels._triton import force_ops
 from llada2_fast.kernels.arrivals import counters, counters_at_zero
-from llada2_fast.kernels.gemm import QuantTensor, gemm
+from llada2_fast.kernels.gemm import QuantTensor, Wanted, gemm
 from tests.kernels.interpreter import interpreted, products_in_order
 
 HEIGHTS = (1, 2, 16, 17, 33, 64, 65, 130)  # of every default tile, whole and not
@@ -55,6 +56,20 @@ def test_parts_of_k_are_added_in_order_whoever_has_made_them(on_gpu, kind, parts
         first = got if first is None else first
         assert torch.equal(got, first)
     assert (first - wanted).float().norm() < 1e-2 * wanted.float().norm()
+
+
+@pytest.mark.parametrize("count", [0, 1, 16, 37, 90])
+def test_only_wanted_rows_are_multiplied(on_gpu, count):
+    """Each in its own place, with its own bits."""
+    x, weight = random(90, 64, dtype=torch.bfloat16), random(72, 64, seed=1, dtype=torch.bfloat16)
+    order = torch.randperm(90, generator=torch.Generator().manual_seed(count), dtype=torch.int32)
+    wanted = Wanted(order, torch.tensor([count], dtype=torch.int32))
+    want = fp8.linear(x, weight, exact=True)
+    with poisoned():
+        got = fp8.linear(x, weight, exact=True, wanted=wanted)
+    rows = order[:count].long()
+    assert torch.equal(got[rows], want[rows])
+    assert got[order[count:].long()].isnan().all()
 
 
 def test_counters_are_zero_and_each_launch_has_its_own(on_gpu):
