@@ -40,7 +40,7 @@ from llada2_fast.weights.special_tokens import load_tokenizer
 
 from . import compare, harness
 from .aot import SCENARIOS, compile_launch, compiled, recorded
-from .gpu.machine import Shapes
+from .gpu.machine import QUANTIZATIONS, Shapes
 from .gpu.steps import Step
 from .interpreter import interpreted
 from .kernels.bench_decoding import Step as RefineStep
@@ -207,19 +207,19 @@ def refinement():
         }  # fmt: skip
 
 
-def whole_step(fp8):
+def whole_step(quantization):
     """A denoise step of mini, batch 1, prefix 1024: launches within its graph and, from the host, ahead of it."""
     machine = Shapes()
-    config = machine.config("mini", fp8)
+    config = machine.config("mini", quantization)
     step = Step(machine, LLaDA2Model(config, dtype=machine.dtype, device=machine.device), 1, 1024)
     with recorded() as kernels, Calls() as counted:
         step.graph.run()
     with Calls() as ahead:
         step.load()
     own = counted.launched
-    costs = step_costs(config, 1, 1024, 1 if fp8 else 2)
+    costs = step_costs(config, 1, 1024, quantization)
     return {
-        "what": f"denoise step of mini, {'fp8' if fp8 else 'bf16'}, batch 1, prefix 1024",
+        "what": f"denoise step of mini, {quantization or 'bf16'}, batch 1, prefix 1024",
         "launches": len(kernels) + own.total(), "launches_of_torch": own.total(),
         "launches_outside_graph": ahead.launched.total(), "syncs": 0,
         "bytes": round(sum(cost.bytes for cost in costs.values())),
@@ -230,7 +230,7 @@ def steps():
     """The cheap part of the counts."""
     forwards, calls = decodings()
     with torch.inference_mode():
-        kernels = [*refinement(), whole_step(fp8=False), whole_step(fp8=True)]
+        kernels = [*refinement(), *map(whole_step, QUANTIZATIONS.values())]
     return {"part": "steps", "decodings": forwards, "calls": [*calls, around_the_graph()], "kernels": kernels}
 
 

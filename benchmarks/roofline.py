@@ -5,7 +5,8 @@
 One step forwards one block of every row over its cached prefix and refines it. Every weight that is touched is read
 once, keys and values of the prefix once, activations and logits stay on chip. Experts: T tokens that choose K of E
 independently touch E (1 - (1 - K/E)^T) of them; real routing inside a block is correlated and touches fewer. fp8 stores
-all weights but the router in one byte (scales not counted); operations are priced at the bf16 rate.
+all weights but the router in one byte (scales not counted); int4 those of experts in half a byte with scales of 16 bits
+per 128; operations are priced at the bf16 rate.
 """
 
 import argparse
@@ -64,12 +65,18 @@ def touched_experts(config, tokens):
     return config.num_experts * (1 - miss**tokens)
 
 
-def step_costs(config, batch, prefix, weight_bytes=2, block=BLOCK, carried=0):
-    """{op: Cost} of one step of `batch` blocks, each over `prefix` cached tokens. weight_bytes: 2 bf16, 1 fp8.
+def expert_bytes(quantization):
+    """Of a weight of an expert, routed or shared: quantization None, "fp8" or "int4"."""
+    return {None: 2, "fp8": 1, "int4": 0.5 + 2 / 128}[quantization]
+
+
+def step_costs(config, batch, prefix, quantization=None, block=BLOCK, carried=0):
+    """{op: Cost} of one step of `batch` blocks, each over `prefix` cached tokens; quantization: as ModelConfig's.
 
     carried: ended blocks, of as many of the rows, that are forwarded too: nothing of them is refined, and their keys
     and values are among those that their rows read."""
     c, tokens = config, (batch + carried) * block
+    weight_bytes, of_experts = 1 if quantization == "fp8" else 2, expert_bytes(quantization)
     heads, kv_heads, dim, hidden = c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.hidden_size
     moe_layers = c.num_hidden_layers - c.first_k_dense_replace
 
@@ -86,10 +93,10 @@ def step_costs(config, batch, prefix, weight_bytes=2, block=BLOCK, carried=0):
         ),
         "router": matmul(hidden * c.num_experts, tokens, moe_layers, 2),
         "routed experts": Cost(
-            touched_experts(c, tokens) * expert * weight_bytes * moe_layers,
+            touched_experts(c, tokens) * expert * of_experts * moe_layers,
             2.0 * expert * c.num_experts_per_tok * tokens * moe_layers,
         ),
-        "shared expert": matmul(expert * c.num_shared_experts, tokens, moe_layers),
+        "shared expert": matmul(expert * c.num_shared_experts, tokens, moe_layers, of_experts),
         "dense MLP": matmul(3 * hidden * c.intermediate_size, tokens, c.first_k_dense_replace),
         "LM head": matmul(hidden * c.vocab_size, batch * block),
     }
@@ -113,12 +120,11 @@ def main(argv=None):
     if bandwidth <= 0 or tflops <= 0:
         parser.error("--bandwidth and --tflops must be above 0")
     print(f"{args.gpu}: {bandwidth} TB/s, {tflops} TFLOP/s; one step of blocks of {BLOCK}")
-    precisions = ("bf16", 2), ("fp8", 1)
-    for (name, config), (dtype, width), prefix in product(MODELS.items(), precisions, (1024, 32768)):
+    for (name, config), quantization, prefix in product(MODELS.items(), (None, "fp8", "int4"), (1024, 32768)):
         for batch in (1, 8, 32, 128):
-            costs = step_costs(config, batch, prefix, width)
+            costs = step_costs(config, batch, prefix, quantization)
             floor = floor_ms(costs, bandwidth, tflops)
-            print(f"\n{name} {dtype}, batch {batch}, prefix {prefix}: floor {floor:.2f} ms")
+            print(f"\n{name} {quantization or 'bf16'}, batch {batch}, prefix {prefix}: floor {floor:.2f} ms")
             for op, cost in costs.items():
                 ms = floor_ms({op: cost}, bandwidth, tflops)
                 print(f"  {op:28s}{cost.bytes / 1e9:9.3f} GB{cost.operations / 1e12:9.3f} TFLOP{ms:9.3f} ms")

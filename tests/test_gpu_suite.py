@@ -21,7 +21,7 @@ from benchmarks.harness import ROOT
 from benchmarks.lines import lines_of
 from benchmarks.roofline import GPUS, MINI, gpu_of, step_costs
 from llada2_fast.cache import PagedKVCache
-from llada2_fast.kernels import attention, norm
+from llada2_fast.kernels import attention, int4, norm
 from llada2_fast.kernels.fp8 import dequantize_weight
 from llada2_fast.model import LLaDA2Model
 
@@ -71,7 +71,7 @@ def test_chosen_points_come_with_their_gates():
     names = [point.name for point in gpu.chosen(points, ["step mini bf16 b1 p1024", "moe fp8"])]
     assert names[:3] == ["ceilings", "step mini bf16 b1 p1024", "gate moe fp8"]
     assert names[3:] == [f"moe fp8 m{tokens}" for tokens in (32, 1024, 64, 256, 4096)]
-    assert len(gpu.chosen(points, ["b1 p1024 carried real"])) == 3
+    assert len(gpu.chosen(points, ["b1 p1024 carried real"])) == 4
 
 
 def test_dry_run_of_the_kernels_is_kept_and_resumed(capsys, tmp_path, monkeypatch):
@@ -119,7 +119,7 @@ def test_dry_run_of_steps_and_peers(capsys, tmp_path):
 def test_rounding_alone_does_not_fail_the_gate_of_the_peers(machine):
     """A GPU's kernels round otherwise than PyTorch's; here float32 does. In all twenty layers nothing would agree."""
     deep = replace(machine.config("mini"), num_hidden_layers=20, hidden_size=512, moe_intermediate_size=128)
-    machine.config = lambda name, fp8=False: deep
+    machine.config = lambda name, quantization=None: deep
     step = Step(machine, machine.shallow(), 1, 1024, in_order=True)
     wide = copy.deepcopy(step)
     wide.model.float()
@@ -178,7 +178,7 @@ def test_points_go_in_two_rounds_through_the_sections_with_gates_first():
     ]
     assert [point.name for point in points[-3:]] == [f"peer {name}" for name in ("eager", "compile", "grouped_mm")]
     steps = [point.name for point in points if point.section == "steps" and not point.later]
-    assert steps[:4] == [f"step mini bf16 {size}" for size in gpu_steps.FIRST] and len(steps) == 8
+    assert steps[:4] == [f"step mini bf16 {size}" for size in gpu_steps.FIRST] and len(steps) == 12
     assert sum(point.seconds for point in points if not point.later) < 8 * 60 - gpu.RESERVE_S
 
 
@@ -468,7 +468,7 @@ def test_a_carried_block_adds_experts_to_the_floor_and_no_logits():
 def test_one_network_is_kept_at_a_time(machine):
     bf16 = machine.network("mini")
     assert machine.network("mini") is bf16
-    fp8 = machine.network("mini", fp8=True)
+    fp8 = machine.network("mini", "fp8")
     assert fp8.lm_head.weight.dtype == torch.float8_e4m3fn and machine.network("mini") is not bf16
 
 
@@ -498,11 +498,15 @@ def test_masks_of_a_random_network_choose_almost_as_many_experts_as_other_tokens
     assert touched(plain, masks) < 0.7 * touched(plain, ids)
 
 
-def test_fp8_weights_stand_for_values_of_the_usual_size(machine):
-    layer = gates.moe_layer(machine, fp8=True)
+def test_quantised_weights_stand_for_values_of_the_usual_size(machine):
+    layer = gates.moe_layer(machine, "fp8")
     for weight, scale, parts in (
         (layer.experts.gate_up, layer.experts.gate_up_scale, 2),
         (layer.shared_experts.down.weight, layer.shared_experts.down.scale, 1),
     ):
         values = dequantize_weight(weight, scale, parts)
         assert values.std().item() == pytest.approx(weight.shape[-1] ** -0.5, rel=0.05) and values.mean().abs() < 0.01
+    experts, config = gates.moe_layer(machine, "int4").experts, machine.config("mini")
+    for weight, columns in zip(experts.weights, (config.hidden_size, config.moe_intermediate_size), strict=True):
+        values = int4.dequantize_weight(*weight, columns)
+        assert values.mean().abs() < 0.01 and values.std().item() < 1.1 * columns**-0.5

@@ -52,7 +52,7 @@ def steps(quantization):
     prewarm.steps_of(config, torch.bfloat16, [(1, 1), (2, 1)], (3,), (64,))
 
 
-CALLS = [*aot.SCENARIOS.values(), lambda: steps(None), lambda: steps("fp8"), shifted]
+CALLS = [*aot.SCENARIOS.values(), lambda: steps(None), lambda: steps("fp8"), lambda: steps("int4"), shifted]
 
 
 def name_in_cache(source, target, options):

@@ -1,6 +1,6 @@
 """End to end: generate() on random weights at a given number of tokens per forward (TPF).
 
-    decode mini <bf16|fp8> b<batch>
+    decode mini <bf16|fp8|int4> b<batch>
 
 Prompts of 1024 random tokens, greedy, no EOS. With a threshold that nothing passes, the quota alone decides: `steps=s`
 fills every block of 32 in exactly s forwards. The TPF asked for, 6.63, is 32 / 4.83, so texts of two lengths are
@@ -21,7 +21,7 @@ import torch
 
 from ..models import Task, diffusers
 from ..roofline import BLOCK, floor_ms, step_costs
-from .machine import Point
+from .machine import QUANTIZATIONS, Point
 
 TPF = 6.63
 PROMPT, SHORT, LONG = 1024, 256, 768
@@ -53,8 +53,8 @@ def block_seconds(machine, model, inputs, steps, lengths):
     return (times[1] - times[0]) * BLOCK / (lengths[1] - lengths[0]), times[1]
 
 
-def time_decode(machine, fp8, batch):
-    model = machine.network("mini", fp8)
+def time_decode(machine, quantization, batch):
+    model = machine.network("mini", quantization)
     batch, lengths = machine.size(batch, 2), (machine.size(SHORT, 32), machine.size(LONG, 64))
     inputs = prompts(machine, model, batch)
     text(model, inputs, BLOCK, STEPS[1])  # compiles
@@ -67,10 +67,10 @@ def time_decode(machine, fp8, batch):
         "tok_s_tpf_8": batch * BLOCK / few, "tok_s_tpf_6.4": batch * BLOCK / many,
         "call_tok_s": batch * lengths[1] / whole,
     }  # fmt: skip
-    costs = step_costs(model.config, batch, inputs.shape[1], 1 if fp8 else 2)
+    costs = step_costs(model.config, batch, inputs.shape[1], quantization)
     result["floor_ms"] = floor_ms(costs, machine.bandwidth, machine.tflops)
     result["over_floor"] = result["ms_per_forward"] / result["floor_ms"]
-    return result | asked_per_step(machine, model, inputs) if batch == 1 and not fp8 else result
+    return result | asked_per_step(machine, model, inputs) if batch == 1 and not quantization else result
 
 
 def asked_per_step(machine, model, inputs):
@@ -104,8 +104,11 @@ def time_diffusers(machine):
 
 def points():
     found = []
-    for kind, fp8 in (("bf16", False), ("fp8", True)):
+    for kind, quantization in QUANTIZATIONS.items():
         for batch in (1, 32):
-            measure = partial(time_decode, fp8=fp8, batch=batch)
-            found.append(Point(f"decode mini {kind} b{batch}", "decode", 16, measure, fp8 and batch > 1))
+            measure, later = (
+                partial(time_decode, quantization=quantization, batch=batch),
+                kind == "int4" or (kind == "fp8" and batch > 1),
+            )
+            found.append(Point(f"decode mini {kind} b{batch}", "decode", 16, measure, later))
     return [*found, Point("decode diffusers", "decode", 12, time_diffusers, later=True)]

@@ -33,7 +33,7 @@ from .. import aot
 from ..lines import append_line
 from . import decode as gpu_decode
 from . import gates, steps
-from .machine import Machine
+from .machine import QUANTIZATIONS, Machine
 
 EXIT_S = 10.0  # for the end of a process that is done
 # What takes long of this module's own imports; the module itself may be __main__.
@@ -56,9 +56,9 @@ def versions(machine):
     }  # fmt: skip
 
 
-def step(machine, fp8, captured):
+def step(machine, quantization, captured):
     """A step launched piece by piece; or captured, and its replay held against that bit by bit."""
-    made = steps.Step(machine, machine.shallow(fp8), machine.size(2, 2), machine.size(1024, 64))
+    made = steps.Step(machine, machine.shallow(quantization), machine.size(2, 2), machine.size(1024, 64))
     if captured:
         return made.check()
     output, _ = made.graph.run()
@@ -66,9 +66,9 @@ def step(machine, fp8, captured):
         raise ArithmeticError("the step's confidences are not finite")
 
 
-def decode(machine, fp8):
+def decode(machine, quantization):
     """Two texts of the same prompts have the same tokens."""
-    model = machine.shallow(fp8)
+    model = machine.shallow(quantization)
     inputs = gpu_decode.prompts(machine, model, 2)
     texts = [gpu_decode.text(model, inputs, machine.size(64, 32), 4) for _ in range(2)]
     if not torch.equal(*[text.sequences for text in texts]):
@@ -96,10 +96,10 @@ def engine(machine):
 def checks():
     """{name: function(machine) -> values for its line, or None}, from small to large."""
     found = {"versions": versions} | {f"gate {name}": gate for name, gate in gates.GATES.items()}
-    for kind, fp8 in (("bf16", False), ("fp8", True)):
-        found[f"step {kind} launched"] = partial(step, fp8=fp8, captured=False)
-        found[f"step {kind} captured"] = partial(step, fp8=fp8, captured=True)
-        found[f"decode {kind}"] = partial(decode, fp8=fp8)
+    for kind, quantization in QUANTIZATIONS.items():
+        found[f"step {kind} launched"] = partial(step, quantization=quantization, captured=False)
+        found[f"step {kind} captured"] = partial(step, quantization=quantization, captured=True)
+        found[f"decode {kind}"] = partial(decode, quantization=quantization)
     return found | {"engine bf16": engine}
 
 

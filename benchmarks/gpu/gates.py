@@ -134,27 +134,27 @@ def gate_attention(machine):
     return close("attention", [(out, wanted)])
 
 
-def moe_layer(machine, fp8):
-    layer = MoE(machine.config("mini", fp8), dtype=machine.dtype, device=machine.device).requires_grad_(False)
+def moe_layer(machine, quantization=None):
+    layer = MoE(machine.config("mini", quantization), dtype=machine.dtype, device=machine.device).requires_grad_(False)
     fill(layer)
     return layer
 
 
 @torch.no_grad()
-def gate_moe(machine, fp8):
-    """Against float32 on the same weights; fp8 against its own reference. Near-ties may route 1 in 200 otherwise."""
-    layer = moe_layer(machine, fp8)
+def gate_moe(machine, quantization=None):
+    """Against float32 on the same weights; if quantised, its own reference. Near-ties may route 1 in 200 otherwise."""
+    layer = moe_layer(machine, quantization)
     pairs, rerouted, counts = [], 0, (32, machine.size(1000, 48))
     for tokens in counts:
         h = machine.random(tokens, layer.router.weight.shape[1])
         with poisoned():
             out, ids = layer(h)
         with force_ops("torch"):
-            wanted, wanted_ids = layer(h) if fp8 else copy.deepcopy(layer).float()(h.float())
+            wanted, wanted_ids = layer(h) if quantization else copy.deepcopy(layer).float()(h.float())
         same = (ids == wanted_ids).all(1)
         pairs.append((out[same], wanted[same]))
         rerouted += int((~same).sum()) / sum(counts)
-    line = close("experts", pairs, 2 * BF16_ERROR if fp8 else BF16_ERROR)
+    line = close("experts", pairs, 2 * BF16_ERROR if quantization else BF16_ERROR)
     require("share of tokens routed otherwise", rerouted, 0.005)
     return line | {"rerouted": rerouted}
 
@@ -190,8 +190,9 @@ def gate_rope(machine):
 GATES = {
     "refine": gate_refine,
     "attention": gate_attention,
-    "moe": partial(gate_moe, fp8=False),
-    "moe fp8": partial(gate_moe, fp8=True),
+    "moe": gate_moe,
+    "moe fp8": partial(gate_moe, quantization="fp8"),
+    "moe int4": partial(gate_moe, quantization="int4"),
     "norm": gate_norm,
     "rope": gate_rope,
 }

@@ -57,10 +57,10 @@ def points():
             build = partial(case_of_attention, config="mini", rows=batch, prefix=prefix, shuffled=True)
             add("attention", f"attention b{batch} p{prefix}", build, first, first)
     for tokens in TOKENS:
-        for kernel, fp8 in (("moe", False), ("moe fp8", True)):
+        for kernel, kind in (("moe", None), ("moe fp8", "fp8"), ("moe int4", "int4")):
             first = tokens in (32, 1024)
-            build = partial(case_of_moe_layer, tokens=tokens, fp8=fp8)
-            add(kernel, f"{kernel} m{tokens}", build, first, first and not fp8)
+            build = partial(case_of_moe_layer, tokens=tokens, quantization=kind)
+            add(kernel, f"{kernel} m{tokens}", build, first, first and not kind)
     for kernel, case_of in (("norm", case_of_norm), ("rope", case_of_rope)):
         for tokens in (32, 4096):
             add(kernel, f"{kernel} t{tokens}", partial(case_of, config="mini", tokens=tokens), tokens == 32)

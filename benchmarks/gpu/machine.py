@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 
+from llada2_fast.kernels.gemm import SCALE_GROUP, WORDS
 from llada2_fast.model import LLaDA2Model
 
 from ..models import SMALL
@@ -35,6 +36,8 @@ _SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchroniz
 SHARP = 4.0  # of the QK-norms' weights: attention scores of standard deviation 16, so a query has few keys
 MASK_SCALE = 0.02  # of the mask's embedding
 FP8_STD = 64.0  # of fp8 values, which reach 448
+INT4_STD = 4.6  # of whole numbers from -8 to 7, all as likely
+QUANTIZATIONS = {"bf16": None, "fp8": "fp8", "int4": "int4"}  # by what a point's name says
 _CHUNK = 2**26
 
 
@@ -70,10 +73,9 @@ class Machine:
         """A size: the real one, in a dry run `most` at most."""
         return min(real, most) if self.dry else real
 
-    def config(self, name, fp8=False):
+    def config(self, name, quantization=None):
         """ModelConfig of "mini" or "flash"; tiny in a dry run."""
-        config = TINY if self.dry else CONFIGS[name]
-        return replace(config, quantization="fp8") if fp8 else config
+        return replace(TINY if self.dry else CONFIGS[name], quantization=quantization)
 
     def random(self, *shape, std=1.0):
         """Normal random numbers in the machine's dtype, made on the device."""
@@ -178,9 +180,9 @@ class Machine:
             "floor_us": floor, "over_floor": us / floor,
         }  # fmt: skip
 
-    def network(self, name, fp8=False):
+    def network(self, name, quantization=None):
         """The random-weight "mini" or "flash"; kept until another one is asked for, which takes its place."""
-        config = self.config(name, fp8)
+        config = self.config(name, quantization)
         if self._network is None or self._network.config != config:
             self._network = None
             shapes = LLaDA2Model(config, dtype=self.dtype, device="meta")
@@ -188,10 +190,12 @@ class Machine:
             self._network = random_model(config, self.dtype, self.device)
         return self._network
 
-    def shallow(self, fp8=False):
+    def shallow(self, quantization=None):
         """A random network of mini's width and LAYERS layers, for what is compared: a random network is chaotic, and
         after its twenty layers two ways of rounding have nothing in common."""
-        return random_model(replace(self.config("mini", fp8), num_hidden_layers=LAYERS), self.dtype, self.device)
+        return random_model(
+            replace(self.config("mini", quantization), num_hidden_layers=LAYERS), self.dtype, self.device
+        )
 
     def lost(self):
         """Whether the device answers no more: after a wild memory access every call fails until the process ends."""
@@ -232,7 +236,7 @@ class Shapes(Machine):
 
 
 def random_model(config, dtype, device):
-    """LLaDA2Model of this config, fp8 where it says so, made in place on the device: never a second copy of a tensor.
+    """LLaDA2Model of this config, quantised where it says so, made in place on the device: no second copy of a tensor.
 
     Speed depends on weights through one thing, which experts the tokens of a block choose. Published floors assume that
     they choose independently. In a plain random network the masks of a block, all one embedding, would choose almost
@@ -257,15 +261,18 @@ def fill(module):
             p.fill_(SHARP)
         elif p.ndim == 1:
             p.fill_(1.0)
-        elif p.dtype != torch.float8_e4m3fn:
+        elif p.is_floating_point() and p.dtype != torch.float8_e4m3fn:
             p.normal_(std=1.0 if "embeddings" in name else p.shape[-1] ** -0.5)
     for name, p in parameters.items():  # behind the others, for their scales were filled as if they were weights
+        stem = name.removesuffix(".weight")
+        scale = parameters.get(f"{stem}.scale" if stem != name else f"{stem}_scale")
         if p.dtype == torch.float8_e4m3fn:
             for part in p.view(-1).split(_CHUNK):
                 part.copy_(torch.randn(part.shape, dtype=torch.bfloat16, device=p.device).mul_(FP8_STD))
-            stem = name.removesuffix(".weight")
-            scale = parameters[f"{stem}.scale" if stem != name else f"{stem}_scale"]
             scale.fill_(p.shape[-1] ** -0.5 / FP8_STD)
+        elif p.dtype == WORDS:
+            p.random_(-(2**15), 2**15)
+            scale.fill_((scale.shape[-1] * SCALE_GROUP) ** -0.5 / INT4_STD)
 
 
 def ceilings(machine):

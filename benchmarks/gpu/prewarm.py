@@ -45,7 +45,7 @@ from ..tune import tuner as tune
 from . import gates
 from . import kernels as gpu_kernels
 from . import steps as gpu_steps
-from .machine import Shapes
+from .machine import QUANTIZATIONS, Shapes
 
 # active blocks, places for carried ones
 SIZES = sorted({(batch, carried) for batch, _ in gpu_steps.GRID for carried in (0, -(-batch // 4))})
@@ -79,8 +79,8 @@ def steps_of(config, dtype, sizes, pages, prefill, length=BLOCK):
 
 def steps(machine):
     """Of LLaDA2-mini; all of its layers but the first and the last are alike."""
-    for fp8 in (False, True):
-        config = replace(machine.config("mini", fp8), num_hidden_layers=3)
+    for quantization in QUANTIZATIONS.values():
+        config = replace(machine.config("mini", quantization), num_hidden_layers=3)
         steps_of(config, machine.dtype, SIZES, PAGES, PREFILL)
 
 
@@ -91,8 +91,8 @@ def kernels(machine):
             refine.refine_step(*gates.refine_case(machine, [mode] * batch), filters=mode == "filters")
         for prefix in gpu_kernels.PREFIXES:
             attention.block_attention(*gates.attention_case(machine, [prefix] * batch))
-    for fp8 in (False, True):
-        layer = gates.moe_layer(machine, fp8)
+    for quantization in QUANTIZATIONS.values():
+        layer = gates.moe_layer(machine, quantization)
         for tokens in gpu_kernels.TOKENS:
             layer(machine.random(tokens, layer.router.weight.shape[1]))
     for tokens in (32, 1000, 4096):

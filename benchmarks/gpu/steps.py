@@ -1,7 +1,7 @@
 """A whole denoise step, forward and refinement, of a random-weight network of the true shape, by CUDA graph.
 
-    step <model> <bf16|fp8> b<batch> p<prefix> [carried [real]]
-    profile mini <bf16|fp8> b<batch> carried
+    step <model> <bf16|fp8|int4> b<batch> p<prefix> [carried [real]]
+    profile mini <bf16|fp8|int4> b<batch> carried
 
 carried: with a place for an ended block to every four rows, as decoding replays it at every step; the places repeat the
 first row's block, as they usually do. real: as many rows begin their next block and carry the one that has ended along,
@@ -32,7 +32,7 @@ from llada2_fast.kernels import refine
 
 from ..roofline import BLOCK, GPUS, floor_ms, gpu_of, step_costs, touched_experts
 from .gates import IDLE, params_of
-from .machine import Point
+from .machine import QUANTIZATIONS, Point
 
 GRID = [(batch, prefix) for prefix in (1024, 8192, 32768) for batch in (1, 8, 32, 128)]
 CARRIED = [(batch, 1024) for batch in (1, 8, 32)]  # of the grid, measured in all variants
@@ -118,9 +118,9 @@ class Step:
         return sum(counts) / len(counts)
 
 
-def time_step(machine, name, fp8, batch, prefix, variant=""):
+def time_step(machine, name, quantization, batch, prefix, variant=""):
     batch, prefix = machine.size(batch, 2), machine.size(prefix, 64)
-    model = machine.network(name, fp8)
+    model = machine.network(name, quantization)
     if not machine.dry:
         torch.cuda.reset_peak_memory_stats()
     step = Step(machine, model, batch, prefix, variant=variant)
@@ -133,7 +133,7 @@ def time_step(machine, name, fp8, batch, prefix, variant=""):
     step.reset()
     launches = machine.counted(step.graph.run)["launches"]
     touched = step.touched()
-    costs = step_costs(model.config, batch, prefix, 1 if fp8 else 2, carried=step.carried)
+    costs = step_costs(model.config, batch, prefix, quantization, carried=step.carried)
     measured = machine.bandwidth, machine.tflops
     floor, default = floor_ms(costs, *measured), floor_ms(costs, *GPUS.get(gpu_of(machine.name), measured))
     expected = touched_experts(model.config, (batch + step.carried) * BLOCK)
@@ -182,9 +182,9 @@ def show(line):
     yield f"{line['launches']:6} {'':29} {total:>10}  in all; the replay takes {replay}, gaps are {gaps}"
 
 
-def profile_step(machine, fp8, batch):
+def profile_step(machine, quantization, batch):
     sizes = machine.size(batch, 2), machine.size(1024, 64)
-    step = Step(machine, machine.network("mini", fp8), *sizes, variant="carried")
+    step = Step(machine, machine.network("mini", quantization), *sizes, variant="carried")
     ms = machine.call_us(step.call, rounds=20, before=step.reset) / 1e3
     step.reset()
     events = machine.device_events(step.call)
@@ -198,23 +198,24 @@ def profile_step(machine, fp8, batch):
 
 
 def points():
-    """Steps of mini in both precisions, those of FIRST first; flash in fp8 last, which takes the whole device; and the
+    """Steps of mini in all precisions, those of FIRST first; flash in fp8 last, which takes the whole device; and the
     profiles, a section of their own."""
     cases = [(*size, variant) for size in GRID for variant in (VARIANTS if size in CARRIED else VARIANTS[:1])]
     named = {f"b{batch} p{prefix} {variant}".rstrip(): (batch, prefix, variant) for batch, prefix, variant in cases}
     first = [name for name in FIRST if name in named]
     found = []
     for later, names in ((False, first), (True, [name for name in named if name not in first])):
-        for kind, fp8 in (("bf16", False), ("fp8", True)):  # networks change once a round, not at every point
+        for kind, quantization in QUANTIZATIONS.items():  # networks change once a round, not at every point
             for name in names:
                 batch, prefix, variant = named[name]
-                measure = partial(time_step, name="mini", fp8=fp8, batch=batch, prefix=prefix, variant=variant)
+                sizes = {"batch": batch, "prefix": prefix, "variant": variant}
+                measure = partial(time_step, name="mini", quantization=quantization, **sizes)
                 found.append(Point(f"step mini {kind} {name}", "steps", 2 if later else 5, measure, later))
     for prefix in (1024, FLASH_ROOM - BLOCK):
-        measure = partial(time_step, name="flash", fp8=True, batch=1, prefix=prefix)
+        measure = partial(time_step, name="flash", quantization="fp8", batch=1, prefix=prefix)
         found.append(Point(f"step flash fp8 b1 p{prefix}", "steps", 30, measure, True, memory=FLASH_MEMORY))
-    for kind, fp8 in (("bf16", False), ("fp8", True)):
+    for kind, quantization in QUANTIZATIONS.items():
         for batch in (1, 32):
-            measure = partial(profile_step, fp8=fp8, batch=batch)
+            measure = partial(profile_step, quantization=quantization, batch=batch)
             found.append(Point(f"profile mini {kind} b{batch} carried", "profile", 4, measure))
     return found

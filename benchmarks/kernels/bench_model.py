@@ -1,4 +1,4 @@
-"""Ops of a forward: norm, rope, attention, products in full precision and fp8, the router and its experts.
+"""Ops of a forward: norm, rope, attention, products in full precision, fp8 and int4, the router and its experts.
 
 Each case_of_<op>(machine, ...) builds a Case whose peer is plain_<op> where that takes more than a line; OPS names them
 and their arguments. T tokens, B rows, K experts per token.
@@ -9,12 +9,12 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from llada2_fast.kernels import attention, fp8, gemm, moe, norm, product, rope, router
+from llada2_fast.kernels import attention, fp8, gemm, int4, moe, norm, product, rope, router
 from llada2_fast.kernels.attention import BlockBatch, Span
 from llada2_fast.kernels.gemm import QuantTensor
 
 from ..gpu.gates import moe_layer, norm_case, require, rope_case
-from ..roofline import BLOCK
+from ..roofline import BLOCK, expert_bytes
 from .cases import Case, agree
 
 
@@ -135,6 +135,31 @@ def case_of_fp8(machine, config, down, tokens):
         lambda x, values, scale, _weight: fp8.linear(x, values, scale),
         lambda x, _values, _scale, weight: F.linear(x, weight),
         "F.linear, unquantised", machine.rotated(make, size), size, operations, check,
+    )  # fmt: skip
+
+
+def case_of_int4(machine, config, down, tokens):
+    """An expert's first or (down) second product, its weight in int4; the peer multiplies the one that was quantised."""
+    c = machine.config(config)
+    columns, rows = c.hidden_size, 2 * c.moe_intermediate_size
+    if down:
+        columns, rows = c.moe_intermediate_size, c.hidden_size
+
+    def make():
+        weight = machine.random(rows, columns, std=columns**-0.5)
+        return machine.random(tokens, columns), *int4.quantize_weight(weight), weight
+
+    x, words, scale, _ = make()
+
+    def check():
+        wide = int4.dequantize_weight(words, scale, columns)
+        agree("int4", (int4.linear(x, words, scale),), (F.linear(x.float(), wide),))
+
+    size = words.nbytes + scale.nbytes + x.nbytes + tokens * rows * x.element_size()
+    return Case(
+        lambda x, words, scale, _weight: int4.linear(x, words, scale),
+        lambda x, _words, _scale, weight: F.linear(x, weight),
+        "F.linear, unquantised", machine.rotated(make, size), size, 2.0 * tokens * rows * columns, check,
     )  # fmt: skip
 
 
@@ -262,13 +287,17 @@ def case_of_moe(machine, config, tokens):
     return Case(moe.experts, plain_moe, "loop over experts", buffers, size, operations, graph=False)
 
 
-def case_of_moe_layer(machine, tokens, fp8):
-    """A layer of mini's, its router included, in bfloat16 or fp8. Bytes: the experts touched and the router, once."""
-    layer, c, tokens = moe_layer(machine, fp8), machine.config("mini", fp8), machine.size(tokens, 16)
+def case_of_moe_layer(machine, tokens, quantization=None):
+    """A layer of mini's with its router, in bfloat16, fp8 or int4. Bytes: the experts touched and the router, once."""
+    layer, c, tokens = moe_layer(machine, quantization), machine.config("mini"), machine.size(tokens, 16)
     h = machine.random(tokens, c.hidden_size)
     touched = layer(h)[1].unique().numel()
     expert = 3 * c.hidden_size * c.moe_intermediate_size
-    size = (touched + c.num_shared_experts) * expert * (1 if fp8 else 2) + layer.router.weight.nbytes + 2 * h.nbytes
+    size = (
+        (touched + c.num_shared_experts) * expert * expert_bytes(quantization)
+        + layer.router.weight.nbytes
+        + 2 * h.nbytes
+    )
     operations = 2.0 * expert * tokens * (c.num_experts_per_tok + c.num_shared_experts)
     return Case(
         layer, None, "", [(h,)], size, operations, facts={"experts_touched": touched},
@@ -295,12 +324,14 @@ _FP8 = {
     "mini down t32": ("mini", True, 32),
     "mini up t512": ("mini", False, 512),
 }
+_INT4 = {"small t32": ("small", False, 32), "mini up t32": ("mini", False, 32), "mini down t32": ("mini", True, 32)}
 OPS = {
     "norm": (case_of_norm, _MANY),
     "rope": (case_of_rope, _MANY),
     "attention": (case_of_attention, _ATTENTION),
     "product": (case_of_product, _tokens(("small", 32), ("small", 1), ("small", 512), ("mini", 32))),
     "fp8": (case_of_fp8, _FP8),
+    "int4": (case_of_int4, _INT4),
     "router": (case_of_router, _MANY),
     "gemm": (case_of_gemm, _EXPERTS),
     "moe": (case_of_moe, _EXPERTS),
