@@ -4,7 +4,7 @@ attention   rows, warps and stages of the attention kernel, rows and warps of th
             mini and flash, one entry for all batches and prefixes
 refine      warps, tiles per program and stages of the vocabulary pass; warps, values tried in a pass and stages of the
             filter pass; one entry for all batches
-moe         tiles of the expert products, in bf16 and, where the GPU has it, in fp8. For every number of tokens and tile
+moe         tiles of the expert products, in bf16, in fp8 where the GPU has it, in int4. For every number of tokens and tile
             height gate_up and down are timed on their own; the height at which both together save most is kept
 dense       tiles of the products with one matrix, in fp8 and, for networks that are `exact`, in bf16
 
@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from llada2_fast.kernels import attention, dense, fp8, refine, router
+from llada2_fast.kernels import attention, dense, fp8, int4, refine, router
 from llada2_fast.kernels._tuned import tried
 from llada2_fast.kernels.gemm import QuantTensor, gemm, tiles
 
@@ -161,7 +161,10 @@ PRODUCTS = ("gate_up", "down")
 WIDE = every(tile_n=(128,), num_warps=(4, 8), num_stages=(3, 4, 2, 5, 6))
 _FP8 = {"gate_up": WIDE, "down": every(tile_n=(64,), num_warps=(4, 8), num_stages=(4, 3, 2, 5, 6)) + WIDE}
 DEEP = every(tile_k=(128,), tile_n=(64, 128), num_warps=(4, 8), num_stages=(3, 2, 4))
-EXPERT_TRIES = {"bf16": {product: _FP8["down"] + DEEP for product in PRODUCTS}, "fp8": _FP8}  # of the experts
+EXPERT_TRIES = {  # of the experts
+    "bf16": {product: _FP8["down"] + DEEP for product in PRODUCTS}, "fp8": _FP8,
+    "int4": {product: _FP8["down"] for product in PRODUCTS},
+}  # fmt: skip
 
 # The matrices that decode multiplies, the telling first: logits are of 1, 8 and 32 rows.
 MATRICES = (
@@ -205,6 +208,9 @@ def layer(machine, model, kind):
     weights = random(c.num_experts, 2 * inner, hidden), random(c.num_experts, hidden, inner)
     if kind == "fp8":
         weights = [fp8.quantize_weight(weight, parts) for weight, parts in zip(weights, (2, 1), strict=True)]
+    elif kind == "int4":
+        weights = [int4.quantize_weight(weight) for weight in weights]
+    if kind != "bf16":
         return gate, weights, [QuantTensor(weight.values[0], weight.scale[0]) for weight in weights]
     return gate, [QuantTensor(weight) for weight in weights], [QuantTensor(weight[0]) for weight in weights]
 
@@ -234,7 +240,7 @@ def _experts(machine, model, kind, tokens, tile_m, product):
 
 def default_tiles(hidden, tokens, kind):
     """Those of the experts on any device."""
-    return tiles(torch.device("cpu"), hidden, tokens, kind == "fp8")
+    return tiles(torch.device("cpu"), hidden, tokens, None if kind == "bf16" else kind)
 
 
 def _heights(config, tokens, default):
@@ -244,10 +250,10 @@ def _heights(config, tokens, default):
 
 
 def moe_groups(machine, models=("mini",)):
-    """By model and tokens, in bf16 and fp8 side by side."""
-    found = []
+    """By model and tokens, in bf16, fp8 and int4 side by side."""
+    found, kinds = [], [kind for kind in EXPERT_TRIES if kind != "fp8" or fp8_products(machine)]
     counts = TOKENS[: machine.size(len(TOKENS), 1)]
-    for model, tokens, kind in itertools.product(models, counts, EXPERT_TRIES if fp8_products(machine) else ("bf16",)):
+    for model, tokens, kind in itertools.product(models, counts, kinds):
         config = machine.config(model)
         heights = _heights(config, tokens, default_tiles(config.hidden_size, tokens, kind)["tile_m"])
         for tile_m, product in itertools.product(heights[: machine.size(len(HEIGHTS), 1)], PRODUCTS):

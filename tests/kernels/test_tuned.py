@@ -62,7 +62,7 @@ def test_no_entry_depends_on_the_batch_and_what_defines_the_bits_is_never_tried(
 
 def test_the_table_of_expert_tiles():
     for entry in _tuned.table("moe"):
-        kinds = entry.keys() & {"bf16", "fp8"}
+        kinds = entry.keys() & {"bf16", "fp8", "int4"}
         assert kinds and entry.keys() == {"device", "hidden", "tokens"} | kinds
         for name in kinds:
             assert entry[name].keys() == {"tile_m", "gate_up", "down"}
@@ -108,7 +108,7 @@ def expert_tiles(device, name, monkeypatch, entries):
     for module in (_tuned, gemm):
         monkeypatch.setattr(module, "table", lambda family: known)
     monkeypatch.setattr(_tuned, "device_name", lambda device: name)
-    return lambda tokens, fp8=False: gemm.tiles.__wrapped__(device, 2048, tokens, fp8)["tile_m"]
+    return lambda tokens, kind=None: gemm.tiles.__wrapped__(device, 2048, tokens, kind)["tile_m"]
 
 
 def test_an_entry_serves_its_tokens_and_fewer_but_not_more(monkeypatch):
@@ -122,7 +122,8 @@ def test_an_entry_serves_its_tokens_and_fewer_but_not_more(monkeypatch):
     tile_m = expert_tiles(CPU, "X", monkeypatch, entries)
     assert [tile_m(tokens) for tokens in (32, 64, 65, 320, 321, 1024)] == [1, 1, 2, 2, 3, 3]
     assert [tile_m(tokens) for tokens in (1025, 4096, 10**6)] == [64, 64, 64]
-    assert [tile_m(tokens, True) for tokens in (39, 40, 320, 321)] == [16, 5, 5, 32]
+    assert [tile_m(tokens, "fp8") for tokens in (39, 40, 320, 321)] == [16, 5, 5, 32]
+    assert [tile_m(tokens, "int4") for tokens in (39, 40, 321)] == [16, 16, 32]
     assert expert_tiles(CPU, "Y", monkeypatch, entries)(64) == 16
     assert expert_tiles(CPU, "X", monkeypatch, [entry(4096, "bf16", 7)])(10**6) == 7
 
@@ -215,8 +216,8 @@ def test_a_kernel_is_compiled_once_however_many_groups_launch_it(monkeypatch):
     monkeypatch.setattr(
         aot, "compile_each", lambda work, processes: [done.append(w) or Compilation(None) for w in work]
     )
-    few = [group for group in tune.groups(tune.Shapes(), ["moe"]) if group.shape["tokens"] <= 64][:6]
-    assert [compiled.faults(group) for group in few] == [{}] * 6
+    few = [group for group in tune.groups(tune.Shapes(), ["moe"]) if group.shape["tokens"] <= 64][:8]
+    assert [compiled.faults(group) for group in few] == [{}] * 8
     kernels = {launch.name for launch, *_ in done}
     assert len(kernels) == len(done) == len({x.name for x in tune.launches(tune.Shapes(), few)} & kernels) == 94
 
@@ -257,12 +258,14 @@ def test_unknown_ops_are_refused(capsys):
 
 def test_the_telling_groups_come_first():
     groups = tune.groups(tune.Shapes())
-    moe = [(group.shape["tokens"], group.shape["kind"], group.shape["tile_m"]) for group in groups[:44]]
-    assert [x for x in dict.fromkeys(moe)][:4] == [(64, "bf16", 16), (64, "fp8", 16), (32, "bf16", 16), (32, "fp8", 16)]
+    moe = [(group.shape["tokens"], group.shape["kind"], group.shape["tile_m"]) for group in groups[:66]]
+    assert list(dict.fromkeys(moe))[:6] == [
+        (tokens, kind, 16) for tokens in (64, 32) for kind in ("bf16", "fp8", "int4")
+    ]
     assert list(dict.fromkeys(tokens for tokens, *_ in moe)) == [64, 32, 320, 1280, 1024, 4096]
     assert [tile_m for tokens, kind, tile_m in dict.fromkeys(moe) if (tokens, kind) == (1024, "fp8")] == [32, 16, 64]
-    assert [group.family for group in groups[44:48]] == ["attention"] * 2 + ["refine"] * 2
-    names = [group.name.removeprefix("dense mini fp8 ") for group in groups[48:]]
+    assert [group.family for group in groups[66:70]] == ["attention"] * 2 + ["refine"] * 2
+    names = [group.name.removeprefix("dense mini fp8 ") for group in groups[70:]]
     assert names[:4] == ["LM head m1024", "QKV m64", "dense m64", "LM head m32"] and len(names) == 30
     assert any("flash" in group.name for group in tune.groups(tune.Shapes(), models=tune.MODELS))
 
@@ -286,7 +289,7 @@ def test_dry_run_is_kept_and_resumed(op, tmp_path, capsys, short_blocks):
 def test_it_ends_within_its_minutes(capsys):
     assert tune.main(["--dry-run", "--minutes", "0"]) == gpu.LEFT_OUT
     outcome = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert outcome["measured"] == 0 and outcome["left_out"] == 10
+    assert outcome["measured"] == 0 and outcome["left_out"] == 12
 
 
 class Compilation(NamedTuple):
@@ -367,7 +370,7 @@ def test_the_first_product_measured_makes_an_entry():
 def test_another_height_must_be_measured_whole_and_save_more():
     own = {f"fp8 1024 32 {product}": line({"tile_n": 1}, 0.9) for product in cases.PRODUCTS}
     other = {"fp8 1024 16 gate_up": line({"tile_n": 2}, 0.6, 200.0)}
-    default = gemm.tiles(CPU, 2048, 1024, True)
+    default = gemm.tiles(CPU, 2048, 1024, "fp8")
     assert found_tiles(own | other) == {(1024, "fp8"): default | {"gate_up": {"tile_n": 1}, "down": {"tile_n": 1}}}
     other["fp8 1024 16 down"] = line({"tile_n": 3}, 1.3)
     expected = {"tile_m": 16, "gate_up": {"tile_n": 2}, "down": {"tile_n": 3}}
