@@ -139,7 +139,7 @@ def case_of_fp8(machine, config, down, tokens):
 
 
 def case_of_int4(machine, config, down, tokens):
-    """An expert's first or (down) second product, its weight in int4; the peer multiplies the one that was quantised."""
+    """An expert's first or (down) second product, its weight in int4; the peer multiplies the one it was made of."""
     c = machine.config(config)
     columns, rows = c.hidden_size, 2 * c.moe_intermediate_size
     if down:

@@ -4,8 +4,8 @@ attention   rows, warps and stages of the attention kernel, rows and warps of th
             mini and flash, one entry for all batches and prefixes
 refine      warps, tiles per program and stages of the vocabulary pass; warps, values tried in a pass and stages of the
             filter pass; one entry for all batches
-moe         tiles of the expert products, in bf16, in fp8 where the GPU has it, in int4. For every number of tokens and tile
-            height gate_up and down are timed on their own; the height at which both together save most is kept
+moe         tiles of the expert products in bf16, int4 and, where the GPU has it, fp8. For every number of tokens and
+            tile height gate_up and down are timed on their own; the height at which both together save most is kept
 dense       tiles of the products with one matrix, in fp8 and, for networks that are `exact`, in bf16
 
 Tiles go by the number of tokens. Whatever they are, outputs must have the bits that the defaults give, so that a
