@@ -223,7 +223,7 @@ SCENARIOS = {
     **{f"rms_norm bf16 H={size}": partial(_norm, BF16, size, add=False) for size in (2048, 4096)},
     **{f"add_rms_norm bf16 H={size}": partial(_norm, BF16, size, add=True) for size in (2048, 4096)},
     **{f"add_rms_norm fp32 H={size}": partial(_norm, FP32, size, add=True) for size in (2048, 64)},
-    **{f"moe {model} bf16 T={t}": partial(_moe, model, t) for model in MODELS for t in (32, 512, 4096)},
+    **{f"moe {model} bf16 T={t}": partial(_moe, model, t) for model in MODELS for t in (32, 64, 128, 512, 4096)},
     **{f"moe flash 2.2 T={t}": partial(_moe, "flash", t, expert_capacity=48) for t in (32, 256)},
     "moe mini bf16 fp32 gate": partial(_moe, "mini", 32, gate=FP32),
     "moe mini fp32 nothing shared": partial(_moe, "mini", 32, FP32, num_shared_experts=0),

@@ -6,8 +6,8 @@ s = sigmoid(h32 W32^T);  c = s + bias                        h [T, H], W [E, H] 
 w = s[ids] (without bias), normalised over the K if K > 1, times `scale`;  ties: the lower expert id
 
 On a GPU also, for grouped products, the pairs p = t * K + k sorted by expert and token, cut into tiles of pairs of one
-expert. Two launches where one program selects for all tokens (scores; selection with tiles), else three (tiles on their
-own). Nothing is read back and the size of every buffer depends on T alone.
+expert. Two launches up to AT_ONCE tokens (scores; selection, whose last program to finish lists the tiles), else three
+(tiles on their own). Nothing is read back and the size of every buffer depends on T alone.
 """
 
 from typing import NamedTuple
@@ -27,6 +27,7 @@ CHUNK = 512  # of H summed up on its own: a constant, so that a token's bits do 
 # 14.0, 14.3, 18.4 by 8. A block's experts are admitted by all of its tokens, at best in one go.
 TOKENS = {"few": 4, "many": 16, "block": 32}
 FEW = 512
+AT_ONCE = 128  # tokens whose pairs one program sorts: more, and a launch of many programs is sooner done
 SPLIT_BELOW = 512  # tokens: for fewer, chunks are summed by programs of their own, to occupy the GPU
 _LOWEST = tl.constexpr(-(2**63))
 
@@ -92,16 +93,20 @@ def _keep_best(x, count):
 
 @triton.jit(do_not_specialize=["T"])
 def _scores_kernel(
-    X, W, LOGITS, T, x_stride, E: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    X, W, LOGITS, DONE, T, x_stride, E: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
     WIDEN: tl.constexpr, TILE_T: tl.constexpr, TILE_E: tl.constexpr, TILE_H: tl.constexpr,
 ):  # fmt: skip
     """Grid (T / TILE_T, E / TILE_E, chunks / CHUNKS). LOGITS [grid 2, T, E]: sums over CHUNKS chunks of H.
 
-    Products of two bfloat16 or two float16 are exact in float32; anything else is widened first.
+    DONE becomes 0, if it is there: the selection counts in it. Products of two bfloat16 or two float16 are exact in
+    float32; anything else is widened first.
     """
     t = tl.program_id(0) * TILE_T + tl.arange(0, TILE_T)
     e = tl.program_id(1) * TILE_E + tl.arange(0, TILE_E)
     part = tl.program_id(2)
+    if DONE is not None:
+        if tl.program_id(0) + tl.program_id(1) + part == 0:
+            tl.store(DONE, 0)
     real = (e < E)[:, None]
     x_at = X + t[:, None].to(tl.int64) * x_stride
     w_at = W + e[:, None] * H
@@ -252,17 +257,28 @@ def _list_tiles(count, begin, e, TILES, NUM_TILES, TILE_M: tl.constexpr):
     tl.store(NUM_TILES, tl.sum(tiles, 0))
 
 
+@triton.jit
+def _sort_pairs(IDS, ORDER, TILES, NUM_TILES, pairs, C: tl.constexpr, TILE_P: tl.constexpr, TILE_M: tl.constexpr):
+    """ORDER and TILES of all `pairs`, TILE_P at most. A token has an expert once, so pairs sort as their tokens do."""
+    p = tl.arange(0, TILE_P)
+    real = p < pairs
+    expert = tl.load(IDS + p, mask=real, other=C, cache_modifier=".cg").to(tl.int32)  # as other programs wrote them
+    count = tl.histogram(expert, C, mask=real)
+    _list_tiles(count, tl.cumsum(count, 0) - count, tl.arange(0, C), TILES, NUM_TILES, TILE_M)
+    tl.store(ORDER + p, tl.sort(expert * TILE_P + p) % TILE_P, mask=real)
+
+
 @triton.jit(do_not_specialize=["T", "groups"])
 def _select_kernel(
-    LOGITS, BIAS, STARTS, IDS, WEIGHTS, COUNTS, ORDER, TILES, NUM_TILES, T, groups, scale,
+    LOGITS, BIAS, STARTS, IDS, WEIGHTS, COUNTS, DONE, ORDER, TILES, NUM_TILES, T, groups, scale,
     E: tl.constexpr, K: tl.constexpr, G: tl.constexpr, KEEP: tl.constexpr, CAPACITY: tl.constexpr,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, TILE_K: tl.constexpr, PARTS: tl.constexpr,
-    TOKENS: tl.constexpr, TILE_M: tl.constexpr,
+    TOKENS: tl.constexpr, TILE_P: tl.constexpr, TILE_M: tl.constexpr,
 ):  # fmt: skip
     """Grid (groups,) of tokens: blocks if there are STARTS, else TOKENS each. CAPACITY 0: no block routing.
 
-    Ids and weights; with COUNTS, how many tokens of the group chose each column; without, when one program has all
-    tokens and no more than TOKENS, the tiles as well.
+    Ids and weights; with COUNTS, how many tokens of the group chose each column; without, whoever is the last to count
+    itself DONE, which was 0, sorts the pairs of all, TILE_P at most.
     """
     C: tl.constexpr = GROUPS * WIDTH
     begin, end = _range(STARTS, T, groups, TOKENS)
@@ -288,7 +304,8 @@ def _select_kernel(
             best = tl.max(key, 1)
             key = tl.where(key == best[:, None], _LOWEST, key)
             columns = tl.where(k_column == k, C - 1 - (best & 0xFFFFFFFF).to(tl.int32)[:, None], columns)
-        chosen = ((key == _LOWEST) & (t < end)[:, None] & (e < E)[None, :]).to(tl.int32)
+        if COUNTS is not None:
+            counts += tl.sum(((key == _LOWEST) & (t < end)[:, None] & (e < E)[None, :]).to(tl.int32), 0)
         inside = (t < end)[:, None] & (k_column < K)
         ids = _expert(columns, E, G, GROUPS, WIDTH)
         # read again rather than kept for all experts: half the registers
@@ -298,13 +315,12 @@ def _select_kernel(
         place = t[:, None].to(tl.int64) * K + k_column
         tl.store(IDS + place, ids.to(tl.int64), mask=inside)
         tl.store(WEIGHTS + place, weights * scale, mask=inside)
-        counts += tl.sum(chosen, 0)
-        if COUNTS is None:
-            pairs = tl.cumsum(counts, 0) - counts
-            _place_pairs(chosen, columns, t, end, pairs, ORDER, K, TILE_K)
-            _list_tiles(counts, pairs, e, TILES, NUM_TILES, TILE_M)
     if COUNTS is not None:
         tl.store(COUNTS + tl.program_id(0) * C + column, counts)
+    else:
+        tl.debug_barrier()  # until all warps have stored their ids
+        if tl.atomic_add(DONE, 1) == groups - 1:
+            _sort_pairs(IDS, ORDER, TILES, NUM_TILES, T * K, C, TILE_P, TILE_M)
 
 
 @triton.jit(do_not_specialize=["T", "groups"])
@@ -374,23 +390,26 @@ def launch(h, weight, bias, top_k, n_group, topk_group, scale, capacity, block, 
     )  # fmt: skip
     if tokens == 0:
         return out
-    logits = _scores(h, weight)
+    at_once = tokens <= AT_ONCE
+    done = new(1, dtype=torch.int32) if at_once else None
+    logits = _scores(h, weight, done)
     starts = None if capacity is None else block.starts
-    at_once = TOKENS["block" if starts is not None else "few" if tokens <= FEW else "many"]
-    groups = triton.cdiv(tokens, at_once) if starts is None else len(starts)
+    own = TOKENS["block" if starts is not None else "few" if tokens <= FEW else "many"]
+    groups = triton.cdiv(tokens, own) if starts is None else len(starts)
     tile = {
         "E": experts, "K": top_k, "G": n_group, "GROUPS": triton.next_power_of_2(n_group),
         "WIDTH": triton.next_power_of_2(experts // n_group), "TILE_K": triton.next_power_of_2(top_k),
-        "TOKENS": at_once, "TILE_M": tile_m, "num_warps": 8,
+        "TOKENS": own, "TILE_M": tile_m, "num_warps": 8,
     }  # fmt: skip
-    alone = groups == 1 and tokens <= at_once
-    counts = None if alone else new(groups, tile["GROUPS"] * tile["WIDTH"], dtype=torch.int32)
+    counts = None if at_once else new(groups, tile["GROUPS"] * tile["WIDTH"], dtype=torch.int32)
     run_kernel(
         _select_kernel, (groups,),
-        logits, bias, starts, out.ids, out.weights, counts, out.order, out.tiles, out.num_tiles, tokens, groups, scale,
-        KEEP=topk_group, CAPACITY=capacity or 0, PARTS=len(logits), **tile,
+        logits, bias, starts, out.ids, out.weights, counts, done, out.order, out.tiles, out.num_tiles,
+        tokens, groups, scale,
+        KEEP=topk_group, CAPACITY=capacity or 0, PARTS=len(logits),
+        TILE_P=triton.next_power_of_2(pairs) if at_once else 0, **tile,
     )  # fmt: skip
-    if not alone:
+    if not at_once:
         run_kernel(
             _align_kernel, (groups,),
             out.ids, counts, starts, out.order, out.tiles, out.num_tiles, tokens, groups, **tile
@@ -398,8 +417,8 @@ def launch(h, weight, bias, top_k, n_group, topk_group, scale, capacity, block, 
     return out
 
 
-def _scores(h, weight):
-    """Logits [parts, T, E] float32, to be added up in order."""
+def _scores(h, weight, done):
+    """Logits [parts, T, E] float32, to be added up in order. done: int32 [1] that is to become 0, or None."""
     (tokens, hidden), experts = h.shape, weight.shape[0]
     widen = h.dtype != weight.dtype or h.dtype == torch.float32
     # Triton multiplies float32 in TF32 on sm_100 if the left side has 64 rows or more, whatever input_precision says
@@ -409,7 +428,7 @@ def _scores(h, weight):
     logits = torch.empty(parts, tokens, experts, dtype=torch.float32, device=h.device)
     run_kernel(
         _scores_kernel, (triton.cdiv(tokens, 32), triton.cdiv(experts, tile_e), parts),
-        h, weight, logits, tokens, h.stride(0), E=experts, H=hidden, CHUNK=CHUNK, CHUNKS=chunks // parts,
+        h, weight, logits, done, tokens, h.stride(0), E=experts, H=hidden, CHUNK=CHUNK, CHUNKS=chunks // parts,
         WIDEN=widen, TILE_T=32, TILE_E=tile_e, TILE_H=tile_h, num_warps=4, num_stages=3,
     )  # fmt: skip
     return logits

@@ -27,7 +27,8 @@ ROUTES = {
     "block": dict(experts=12, top_k=3, n_group=4, topk_group=1, capacity=4, length=8),
     "block longer than a program's tokens": dict(experts=12, top_k=2, n_group=1, topk_group=1, capacity=2, length=40),
 }
-SIZES = [("few", 1), ("few", 4), ("few", 5), ("many", 7), ("many", 32), ("many", 33)]  # see router.TOKENS
+# Who selects, see router.TOKENS, and who lists the tiles: the last of them, or programs of their own.
+SIZES = [("few", 1), ("few", 4), ("few", 5), ("many", 7), ("many", 32), ("many", 33)]
 BLOCKS = [("block", t) for t in (1, 7, 32, 33, 70)]
 
 
@@ -80,10 +81,12 @@ def test_route(name, kind, tokens, monkeypatch):
     tensors, rule, blocks = route_inputs(ROUTES[name], tokens)
     if kind == "many":
         monkeypatch.setattr(router, "FEW", 0)
-    check_route(run(router.route, *tensors, **rule, block=blocks), tensors, rule, blocks)
+    for at_once in (router.AT_ONCE, 0):
+        monkeypatch.setattr(router, "AT_ONCE", at_once)
+        check_route(run(router.route, *tensors, **rule, block=blocks), tensors, rule, blocks)
 
 
-@pytest.mark.parametrize("tokens", [64, 513])
+@pytest.mark.parametrize("tokens", [64, 128, 129, 513])
 def test_route_of_few_and_of_many_tokens(tokens):
     tensors, rule, _ = route_inputs(ROUTES["grouped"], tokens)
     check_route(run(router.route, *tensors, **rule), tensors, rule, None)
@@ -91,10 +94,11 @@ def test_route_of_few_and_of_many_tokens(tokens):
 
 @pytest.mark.parametrize(
     "rule, tokens, programs",
-    [("grouped", 4, [1]), ("grouped", 5, [2, 2]), ("grouped", 513, [33, 33]), ("block", 8, [1]), ("block", 9, [2, 2])],
-)
+    [("grouped", 4, [1]), ("grouped", 5, [2]), ("grouped", 128, [32]), ("grouped", 129, [33, 33]),
+     ("grouped", 513, [33, 33]), ("block", 8, [1]), ("block", 9, [2]), ("block", 129, [17, 17])],
+)  # fmt: skip
 def test_programs_that_select(rule, tokens, programs):
-    """Of the selection, and of the listing of tiles unless there is only one."""
+    """Of the selection, and of the listing of tiles if there are too many pairs for one of them to sort."""
     grids = []
     tensors, rule, blocks = route_inputs(ROUTES[rule], tokens, device="meta")
     with force_ops("triton"), mock.patch.object(JITFunction, "run", lambda *a, grid, **kw: grids.append(grid[0])):
