@@ -36,6 +36,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from llada2_fast.kernels import advance, attention, candidates, refine, rope
 from llada2_fast.kernels._ambient import settle_key
 from llada2_fast.kernels._triton import force_ops
+from llada2_fast.kernels.combine import summed
 from llada2_fast.kernels.router import TokenBlocks
 from llada2_fast.layers import MLP, Linear, MoE, RMSNorm
 
@@ -176,7 +177,10 @@ def _moe(model, tokens, dtype=BF16, gate=None, **changes):
     layer = MoE(config, dtype=dtype, device="meta")
     layer.router.to(gate)
     block = config.expert_capacity and TokenBlocks(None, _int64(tokens // 32))
-    layer(_meta(tokens, config.hidden_size, dtype=dtype), block)
+    x = _meta(tokens, config.hidden_size, dtype=dtype)
+    delta, _ = layer(x, block)
+    RMSNorm(config.hidden_size, 1e-6, dtype=dtype, device="meta").add(x, delta)
+    summed(delta)
 
 
 def _dense(tokens, rows, columns, quantization=None, dtype=BF16):

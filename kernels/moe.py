@@ -4,20 +4,21 @@ y = cast(sum_k w_k * expert_k(h)) + shared(h)                h [T, H] -> [T, H],
 expert(h) = down( silu(gate(h)) * up(h) )                    gate_up [E, 2I, H] gate rows first, down [E, H, I]
 
 Products of w_k and their sum are float32, in descending order of choice, with one cast; the shared expert is neither
-scaled nor gated and is added in h's dtype. On a GPU three launches: gate_up with its activation for all pairs and the
-shared expert, down likewise, and the sum; with fp8 weights (fp8.py) one more, for quantising h. No atomics; only the
-experts that some token chose are read. In int4 (int4.py) the reference widens one of them at a time.
+scaled nor gated and is added in h's dtype. On a GPU two launches: gate_up with its activation for all pairs and the
+shared expert, and down likewise; with fp8 weights (fp8.py) one more, for quantising h. The sum is left to the norm that
+follows, see combine.py. No atomics; only the experts that some token chose are read. In int4 (int4.py) the reference
+widens one of them at a time.
 """
 
 import torch
 import torch.nn.functional as F
 
 from . import int4
-from ._ambient import run_kernel
-from ._triton import tl, triton, use_triton
+from ._triton import use_triton
+from .combine import ExpertSum
 from .dense import dense
 from .fp8 import linear_ref, quantize
-from .gemm import WORDS, QuantTensor, gemm, rounded, tiles
+from .gemm import WORDS, QuantTensor, gemm, tiles
 from .product import linear, rows_of
 
 
@@ -74,21 +75,6 @@ def gated(x):
     return (wide / (1 + torch.exp(-wide))).to(x.dtype).mul_(up)
 
 
-@triton.jit
-def _combine_kernel(OUTER, WEIGHTS, SHARED, OUT, H: tl.constexpr, K: tl.constexpr, TILE_H: tl.constexpr):
-    """Grid (T, H / TILE_H). OUTER [T * K, H]: what each expert made of its tokens; SHARED [T, H] or None."""
-    t = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1) * TILE_H + tl.arange(0, TILE_H)
-    real = h < H
-    total = tl.zeros((TILE_H,), tl.float32)
-    for k in range(K):
-        one = tl.load(OUTER + (t * K + k) * H + h, mask=real, other=0.0).to(tl.float32)
-        total += tl.load(WEIGHTS + t * K + k) * one
-    if SHARED is not None:
-        total = rounded(total, OUT) + tl.load(SHARED + t * H + h, mask=real, other=0.0).to(tl.float32)
-    tl.store(OUT + t * H + h, total.to(OUT.dtype.element_ty), mask=real)
-
-
 def mlp(h, gate_up, down, exact=False):
     """Dense MLP: h [T, H], gate_up [2I, H] gate rows first, down [H, I], both QuantTensor -> [T, H].
 
@@ -109,7 +95,7 @@ def experts(h, routing, gate_up, down, shared=None):
     """Grouped expert MLP of h [T, H] with weighted sum, plus the shared expert's MLP if shared = (gate_up, down).
 
     routing: what router.route returned for h; weights QuantTensor, shapes as in experts_ref and mlp. Returns [T, H] in
-    h's dtype. ValueError if shapes do not fit.
+    h's dtype, on a GPU an ExpertSum of it. ValueError if shapes do not fit.
     """
     if not use_triton(h):
         scales = gate_up.scale, down.scale
@@ -126,12 +112,7 @@ def experts(h, routing, gate_up, down, shared=None):
     inner = gemm(x, gate_up, shared[0] if alike else None, routing, True, h, routing.tile_m, **size["gate_up"])
     outer = gemm(inner, down, shared[1] if alike else None, routing, False, h, routing.tile_m, **size["down"]).values
     beside = outer[routing.ids.numel() :] if alike else None if shared is None else mlp(h, *shared, exact=True)
-    out = h.new_empty(tokens, hidden)
-    run_kernel(
-        _combine_kernel, (tokens, triton.cdiv(hidden, 1024)),
-        outer, routing.weights, beside, out, H=hidden, K=routing.ids.shape[1], TILE_H=1024, num_warps=4
-    )  # fmt: skip
-    return out
+    return ExpertSum(outer, routing.weights, beside)
 
 
 def _check(h, routing, gate_up, down, *shared):

@@ -31,7 +31,7 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
     def add(self, x, delta):
-        """x + delta and its norm."""
+        """x + delta, a tensor or an ExpertSum, and its norm."""
         return add_rms_norm(x, delta, self.weight, self.eps)
 
 
@@ -145,7 +145,7 @@ class Experts(KeepsFp8):
         return QuantTensor(self.gate_up, self.gate_up_scale), QuantTensor(self.down, self.down_scale)
 
     def forward(self, x, routing, shared):
-        """x [T, H], its Routing and the shared expert's weights or None -> [T, H]."""
+        """x [T, H], its Routing and the shared expert's weights or None -> [T, H] or an ExpertSum of it."""
         return experts(x, routing, *self.weights, shared)
 
 
@@ -181,8 +181,9 @@ class Layer(nn.Module):
         self.mlp = MLP(config, config.intermediate_size, kind, **kw) if dense else MoE(config, share, **kw)
 
     def forward(self, x, delta, cos, sin, attend, block=None, pages=None, read=None):
-        """delta: what the layer before adds to x, None for the first layer. Returns x, its own delta and expert ids:
-        each sum is made by the norm that follows it. read: the tokens that `attend` returns, if not all."""
+        """delta: what the layer before adds to x, a tensor or an ExpertSum, None for the first layer. Returns x, its
+        own delta and expert ids: each sum is made by the norm that follows it. read: the tokens that `attend` returns,
+        if not all."""
         x, h = (x, self.input_layernorm(x)) if delta is None else self.input_layernorm.add(x, delta)
         attended = self.attention(h, cos, sin, attend, pages)
         x, h = self.post_attention_layernorm.add(x if read is None else x[read], attended)

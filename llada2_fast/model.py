@@ -18,6 +18,7 @@ from .config import ModelConfig, as_int, habits
 from .kernels._ambient import isolated, lasting
 from .kernels.arrivals import counters_at_zero
 from .kernels.attention import BlockBatch, Span, block_attention, masked_attention, place_blocks, single_blocks
+from .kernels.combine import summed
 from .kernels.fp8 import FP8, check_device, linear
 from .kernels.gemm import Wanted
 from .kernels.product import Rows, rows_of
@@ -312,7 +313,7 @@ class LLaDA2Model(OnOurDevices):
         for layer in self.layers:
             x, delta, ids = layer(x, delta, cos, sin, attend, block)
             if output_hidden_states:
-                hidden.append(x + delta)
+                hidden.append(x + summed(delta))
             chosen.append(ids)
         _, x = self.norm.add(x, delta)
         hidden.append(x)

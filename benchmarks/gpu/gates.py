@@ -8,10 +8,12 @@ import copy
 from functools import partial
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from llada2_fast.decoding.rules import NEVER, Rule, batch_params
 from llada2_fast.kernels import attention, norm, refine, rope
 from llada2_fast.kernels._triton import force_ops
+from llada2_fast.kernels.combine import ExpertSum, summed
 from llada2_fast.layers import MoE
 
 from ..roofline import BLOCK
@@ -50,7 +52,7 @@ def close(what, pairs, most=BF16_ERROR):
 
 def both_ways(op, args):
     """What an op makes of these arguments in poisoned memory; the reference's result and arguments, in float32."""
-    wide = [x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args]
+    wide = [tree_map_only(torch.Tensor, lambda x: x.float() if x.is_floating_point() else x, arg) for arg in args]
     with poisoned():
         out = op(*args)
     with force_ops("torch"):
@@ -149,6 +151,7 @@ def gate_moe(machine, quantization=None):
         h = machine.random(tokens, layer.router.weight.shape[1])
         with poisoned():
             out, ids = layer(h)
+            out = summed(out)
         with force_ops("torch"):
             wanted, wanted_ids = layer(h) if quantization else copy.deepcopy(layer).float()(h.float())
         same = (ids == wanted_ids).all(1)
@@ -159,9 +162,16 @@ def gate_moe(machine, quantization=None):
     return line | {"rerouted": rerouted}
 
 
-def norm_case(machine, tokens, model="mini"):
-    hidden = machine.config(model).hidden_size
-    return machine.random(tokens, hidden), machine.random(tokens, hidden), machine.random(hidden), 1e-6
+def norm_case(machine, tokens, model="mini", experts=False):
+    """Arguments of add_rms_norm; experts: what is added is the sum of what the experts of a layer made."""
+    config = machine.config(model)
+    hidden, top_k = config.hidden_size, config.num_experts_per_tok
+    if experts:
+        weights = torch.rand(tokens, top_k, device=machine.device)
+        added = ExpertSum(machine.random(tokens * top_k, hidden), weights, machine.random(tokens, hidden))
+    else:
+        added = machine.random(tokens, hidden)
+    return machine.random(tokens, hidden), added, machine.random(hidden), 1e-6
 
 
 def rope_case(machine, tokens, model="mini"):
@@ -177,8 +187,11 @@ def rope_case(machine, tokens, model="mini"):
 
 
 def gate_norm(machine):
-    out, wanted, _ = both_ways(norm.add_rms_norm, norm_case(machine, machine.size(1000, 64)))
-    return close("norm", zip(out, wanted, strict=True))
+    pairs = []
+    for experts in (False, True):
+        out, wanted, _ = both_ways(norm.add_rms_norm, norm_case(machine, machine.size(1000, 64), experts=experts))
+        pairs += zip(out, wanted, strict=True)
+    return close("norm", pairs)
 
 
 def gate_rope(machine):

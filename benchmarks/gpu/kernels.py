@@ -3,7 +3,7 @@
 refine      the refinement step of LLaDA2's vocabulary: greedy, sampling at temperature 1, and that with top-k and top-p
 attention   a block of every row over its cached prefix, LLaDA2-mini's heads
 moe         one MoE layer of mini for m tokens; bytes are those of the experts that were touched
-norm, rope  residual addition with RMSNorm; QK-norm, rotation and page writes
+norm, rope  residual addition with RMSNorm, also of what experts made; QK-norm, rotation and page writes
 
 The cases are those of benchmarks/kernels/. us is a call's share of a CUDA graph that holds many, over buffers that no
 cache still holds; us_in_cache the same over one buffer, where that fits; reference_us our PyTorch reference, eager.
@@ -64,4 +64,7 @@ def points():
     for kernel, case_of in (("norm", case_of_norm), ("rope", case_of_rope)):
         for tokens in (32, 4096):
             add(kernel, f"{kernel} t{tokens}", partial(case_of, config="mini", tokens=tokens), tokens == 32)
+    for tokens in (64, 1024):
+        build = partial(case_of_norm, config="mini", tokens=tokens, experts=True)
+        add("norm", f"norm experts t{tokens}", build, tokens == 64)
     return found

@@ -36,6 +36,7 @@ from llada2_fast.decoding.lanes import Lanes
 from llada2_fast.demo import network
 from llada2_fast.kernels import _tuned, attention, norm, refine, rope
 from llada2_fast.kernels._triton import force_ops
+from llada2_fast.kernels.combine import summed
 from llada2_fast.model import LLaDA2Model, read_nothing
 
 from .. import aot
@@ -94,9 +95,10 @@ def kernels(machine):
     for quantization in QUANTIZATIONS.values():
         layer = gates.moe_layer(machine, quantization)
         for tokens in gpu_kernels.TOKENS:
-            layer(machine.random(tokens, layer.router.weight.shape[1]))
+            summed(layer(machine.random(tokens, layer.router.weight.shape[1]))[0])
     for tokens in (32, 1000, 4096):
         norm.add_rms_norm(*gates.norm_case(machine, tokens))
+        norm.add_rms_norm(*gates.norm_case(machine, tokens, experts=True))
     for tokens in (32, 1024, 4096):
         rope.qk_norm_rope_write(*gates.rope_case(machine, tokens))
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from llada2_fast.kernels import attention, fp8, gemm, int4, moe, norm, product, rope, router
 from llada2_fast.kernels.attention import BlockBatch, Span
+from llada2_fast.kernels.combine import ExpertSum, summed
 from llada2_fast.kernels.gemm import QuantTensor
 
 from ..gpu.gates import moe_layer, norm_case, require, rope_case
@@ -19,15 +20,19 @@ from .cases import Case, agree
 
 
 def plain_norm(x, delta, weight, eps):
+    if isinstance(delta, ExpertSum):
+        outer, weights, beside = delta
+        delta = (outer.unflatten(0, weights.shape) * weights[..., None]).sum(1).to(x.dtype) + beside
     total = x + delta
     return total, F.rms_norm(total, weight.shape, weight, eps)
 
 
-def case_of_norm(machine, config, tokens):
-    """RMSNorm behind a residual addition."""
-    tokens = machine.size(tokens, 64)
-    size = 4 * tokens * machine.config(config).hidden_size * machine.dtype.itemsize  # x, delta in; sum, norm out
-    buffers = machine.rotated(partial(norm_case, machine, tokens, config), size)
+def case_of_norm(machine, config, tokens, experts=False):
+    """RMSNorm behind a residual addition, of a tensor or of what experts made of the tokens."""
+    tokens, c = machine.size(tokens, 64), machine.config(config)
+    rows = 3 + (c.num_experts_per_tok + 1 if experts else 1)  # x, what is added; sum, norm
+    size = rows * tokens * c.hidden_size * machine.dtype.itemsize
+    buffers = machine.rotated(partial(norm_case, machine, tokens, config, experts), size)
     return Case(norm.add_rms_norm, plain_norm, "F.rms_norm", buffers, size)
 
 
@@ -284,7 +289,9 @@ def case_of_moe(machine, config, tokens):
 
     operations = 2.0 * expert * tokens * (c.num_experts_per_tok + 1)
     buffers = machine.rotated(make, size)
-    return Case(moe.experts, plain_moe, "loop over experts", buffers, size, operations, graph=False)
+    return Case(
+        lambda *args: summed(moe.experts(*args)), plain_moe, "loop over experts", buffers, size, operations, graph=False
+    )  # fmt: skip
 
 
 def case_of_moe_layer(machine, tokens, quantization=None):
@@ -300,7 +307,7 @@ def case_of_moe_layer(machine, tokens, quantization=None):
     )
     operations = 2.0 * expert * tokens * (c.num_experts_per_tok + c.num_shared_experts)
     return Case(
-        layer, None, "", [(h,)], size, operations, facts={"experts_touched": touched},
+        lambda h: summed(layer(h)[0]), None, "", [(h,)], size, operations, facts={"experts_touched": touched},
         parts={"router_us": partial(layer.router, h, None)},
     )  # fmt: skip
 
@@ -326,7 +333,7 @@ _FP8 = {
 }
 _INT4 = {"small t32": ("small", False, 32), "mini up t32": ("mini", False, 32), "mini down t32": ("mini", True, 32)}
 OPS = {
-    "norm": (case_of_norm, _MANY),
+    "norm": (case_of_norm, _MANY | {"mini experts t32": ("mini", 32, True), "small experts t32": ("small", 32, True)}),
     "rope": (case_of_rope, _MANY),
     "attention": (case_of_attention, _ATTENTION),
     "product": (case_of_product, _tokens(("small", 32), ("small", 1), ("small", 512), ("mini", 32))),

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from llada2_fast.kernels import fp8, gemm, moe, router
 from llada2_fast.kernels._triton import force_ops
+from llada2_fast.kernels.combine import summed
 from tests.kernels.interpreter import interpreted, products_in_order
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -166,6 +167,10 @@ def expert_inputs(tokens, top_k=3, experts=7, hidden=140, inner=150, dtype=torch
     return h, weights[:2], weights[2:], (gate, torch.zeros(experts, device=device), top_k, 1, 1, 2.5), wide
 
 
+def experts(*args):
+    return summed(moe.experts(*args))
+
+
 def wanted(h, routing, weights, shared):
     values, scales = zip(*weights, strict=True)
     y = moe.experts_ref(h, routing.ids, routing.weights, *values, *scales)
@@ -186,14 +191,14 @@ def test_experts(dtype, tokens, top_k, with_shared):
     h, weights, shared, rule, _ = expert_inputs(tokens, top_k, dtype=dtype)
     shared = shared if with_shared else None
     routing = run(router.route, h, *rule)
-    close(run(moe.experts, h, routing, *weights, shared), wanted(h, routing, weights, shared))
+    close(run(experts, h, routing, *weights, shared), wanted(h, routing, weights, shared))
 
 
 def test_a_shared_expert_of_another_width():
     h, weights, _, rule, _ = expert_inputs(9)
     shared = fp8.quantize_weight(random(600, 140) / 12, 2), fp8.quantize_weight(random(140, 300) / 17)
     routing = run(router.route, h, *rule)
-    close(run(moe.experts, h, routing, *weights, shared), wanted(h, routing, weights, shared))
+    close(run(experts, h, routing, *weights, shared), wanted(h, routing, weights, shared))
 
 
 def test_gate_and_up_have_their_own_blocks():
@@ -213,7 +218,7 @@ def test_no_expert_but_the_chosen_is_read():
     for _, scale in weights:
         scale[torch.arange(7) != 4] = float("nan")
     routing = run(router.route, h, *rule)
-    close(run(moe.experts, h, routing, *weights, shared), wanted(h, routing, weights, shared))
+    close(run(experts, h, routing, *weights, shared), wanted(h, routing, weights, shared))
 
 
 def test_a_token_gets_the_same_bits_alone_as_in_any_batch():
@@ -222,7 +227,7 @@ def test_a_token_gets_the_same_bits_alone_as_in_any_batch():
     head = fp8.quantize_weight(random(130, 140))
 
     def forward(x):
-        return fp8.linear(moe.experts(x, router.route(x, *rule, quantization="fp8"), *weights, shared), *head)
+        return fp8.linear(experts(x, router.route(x, *rule, quantization="fp8"), *weights, shared), *head)
 
     with force_ops("triton"), interpreted(), products_in_order():
         together = forward(h)
@@ -269,9 +274,9 @@ def test_gpu_linear_at_real_sizes(rows, columns, tokens):
 def test_gpu_experts_at_real_sizes(hidden, inner, tokens):
     h, weights, shared, rule, wide = expert_inputs(tokens, 8, 64, hidden, inner, torch.bfloat16, "cuda")
     routing = router.route(h, *rule, quantization="fp8")
-    got = moe.experts(h, routing, *weights, shared)
+    got = experts(h, routing, *weights, shared)
     close(got, wanted(h, routing, weights, shared), GPU_TOLERANCE)
-    exact = moe.experts(h, routing, *map(gemm.QuantTensor, wide[:2]), tuple(map(gemm.QuantTensor, wide[2:])))
+    exact = experts(h, routing, *map(gemm.QuantTensor, wide[:2]), tuple(map(gemm.QuantTensor, wide[2:])))
     assert (got.float() - exact.float()).norm() <= 0.08 * exact.float().norm()
 
 
@@ -279,8 +284,7 @@ def test_gpu_experts_at_real_sizes(hidden, inner, tokens):
 @needs_fp8
 def test_gpu_a_token_gets_the_same_bits_in_any_batch():
     h, weights, shared, rule, _ = expert_inputs(2048, 8, 64, 2048, 512, torch.bfloat16, "cuda")
-    together = moe.experts(h, router.route(h, *rule, quantization="fp8"), *weights, shared)
+    together = experts(h, router.route(h, *rule, quantization="fp8"), *weights, shared)
     for rows in (slice(0, 1), slice(40, 72), slice(100, 356), slice(600, 1800)):
-        assert torch.equal(
-            moe.experts(h[rows], router.route(h[rows], *rule, quantization="fp8"), *weights, shared), together[rows]
-        )
+        routing = router.route(h[rows], *rule, quantization="fp8")
+        assert torch.equal(experts(h[rows], routing, *weights, shared), together[rows])

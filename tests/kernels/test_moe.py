@@ -12,6 +12,7 @@ from triton.runtime.jit import JITFunction
 from benchmarks import aot
 from llada2_fast.kernels import gemm, moe, router
 from llada2_fast.kernels._triton import force_ops
+from llada2_fast.kernels.combine import summed
 from tests.kernels.interpreter import interpreted, products_in_order
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -193,6 +194,10 @@ def expert_inputs(tokens, top_k=3, experts=7, hidden=40, inner=24, dtype=torch.f
     return h, weights, shared, (random(experts, hidden), torch.zeros(experts, device=device), top_k, 1, 1, 2.5)
 
 
+def experts(*args):
+    return summed(moe.experts(*args))
+
+
 def wanted(h, routing, weights, shared):
     y = moe.experts_ref(h, routing.ids, routing.weights, *(weight.values for weight in weights))
     return y if shared is None else y + moe.mlp(h, *shared)
@@ -211,40 +216,21 @@ def test_experts(dtype, tokens, top_k, with_shared):
     h, weights, shared, rule = expert_inputs(tokens, top_k, dtype=dtype)
     shared = shared if with_shared else None
     routing = run(router.route, h, *rule)
-    close(run(moe.experts, h, routing, *weights, shared), wanted(h, routing, weights, shared))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_the_routed_sum_is_rounded_before_the_shared_expert_is_added(dtype):
-    """Values whose products and sums float32 holds exactly: all that is left are the two roundings."""
-    tokens, top_k, hidden = 5, 3, 70
-    generator = torch.Generator().manual_seed(4)
-
-    def some(*shape):
-        return torch.randint(-127, 128, shape, generator=generator) / 16
-
-    outer, weights, shared = some(tokens * top_k, hidden), some(tokens, top_k) / 8, some(tokens, hidden)
-    routed = (outer.view(tokens, top_k, hidden) * weights[..., None]).sum(1)
-    expected = routed.to(dtype) + shared.to(dtype)
-    assert not torch.equal((routed + shared).to(dtype), expected)  # once rounded is not enough
-    out = torch.empty(tokens, hidden, dtype=dtype)
-    with interpreted():
-        moe._combine_kernel[(tokens, 2)](outer.to(dtype), weights, shared.to(dtype), out, hidden, top_k, 64)
-    assert torch.equal(out, expected)
+    close(run(experts, h, routing, *weights, shared), wanted(h, routing, weights, shared))
 
 
 @pytest.mark.parametrize("hidden, inner", [(64, 64), (130, 70), (16, 128)])
 def test_experts_of_other_widths(hidden, inner):
     h, weights, shared, rule = expert_inputs(9, hidden=hidden, inner=inner)
     routing = run(router.route, h, *rule)
-    close(run(moe.experts, h, routing, *weights, shared), wanted(h, routing, weights, shared))
+    close(run(experts, h, routing, *weights, shared), wanted(h, routing, weights, shared))
 
 
 def test_a_shared_expert_of_another_width():
     h, weights, _, rule = expert_inputs(9)
     shared = gemm.QuantTensor(torch.randn(96, 40) / 6), gemm.QuantTensor(torch.randn(40, 48) / 7)
     routing = run(router.route, h, *rule)
-    close(run(moe.experts, h, routing, *weights, shared), wanted(h, routing, weights, shared))
+    close(run(experts, h, routing, *weights, shared), wanted(h, routing, weights, shared))
 
 
 @pytest.mark.parametrize("tile_m, tile_n, tile_k", [(16, 64, 64), (32, 128, 128), (64, 64, 64)])
@@ -254,7 +240,7 @@ def test_every_tile_size(monkeypatch, tile_m, tile_n, tile_k):
     h, weights, shared, rule = expert_inputs(70, dtype=torch.bfloat16)
     routing = run(router.route, h, *rule, tile_m=tile_m)
     assert routing.tile_m == tile_m
-    close(run(moe.experts, h, routing, *weights, shared), wanted(h, routing, weights, shared))
+    close(run(experts, h, routing, *weights, shared), wanted(h, routing, weights, shared))
 
 
 @pytest.mark.parametrize("dtype, hidden", [(torch.bfloat16, 320), (torch.float16, 256)])
@@ -281,16 +267,16 @@ def test_all_tokens_to_one_expert_and_no_other_is_read():
         weight.values[torch.arange(7) != 4] = float("nan")
     routing = run(router.route, h, *rule)
     assert routing.ids.unique().tolist() == [4]
-    got = run(moe.experts, h, routing, *weights, shared)
+    got = run(experts, h, routing, *weights, shared)
     assert got.isfinite().all()
     close(got, wanted(h, routing, weights, shared))
 
 
 def test_a_token_gets_the_same_bits_alone_as_in_any_batch():
     h, weights, shared, rule = expert_inputs(66, dtype=torch.bfloat16)
-    together = run_in_order(moe.experts, h, run_in_order(router.route, h, *rule), *weights, shared)
+    together = run_in_order(experts, h, run_in_order(router.route, h, *rule), *weights, shared)
     for rows in (slice(0, 1), slice(65, 66), slice(17, 50)):
-        alone = run_in_order(moe.experts, h[rows], run_in_order(router.route, h[rows], *rule), *weights, shared)
+        alone = run_in_order(experts, h[rows], run_in_order(router.route, h[rows], *rule), *weights, shared)
         assert torch.equal(alone, together[rows])
 
 
@@ -299,15 +285,15 @@ def test_rows_of_a_wider_tensor():
     wide = torch.randn(9, 50)
     wide[:, 3:43] = h
     routing = run(router.route, wide[:, 3:43], *rule)
-    assert torch.equal(run(moe.experts, wide[:, 3:43], routing, *weights, shared),
-                       run(moe.experts, h, routing, *weights, shared))  # fmt: skip
+    assert torch.equal(run(experts, wide[:, 3:43], routing, *weights, shared),
+                       run(experts, h, routing, *weights, shared))  # fmt: skip
 
 
 def test_no_tokens_are_no_work():
     h, weights, shared, rule = expert_inputs(0)
     routing = run(router.route, h, *rule)
     assert routing.ids.shape == routing.weights.shape == (0, 3)
-    assert run(moe.experts, h, routing, *weights, shared).shape == (0, 40)
+    assert run(experts, h, routing, *weights, shared).shape == (0, 40)
 
 
 def test_experts_refuse():
@@ -320,7 +306,7 @@ def test_experts_refuse():
         "routing": (h, routing._replace(order=None), gate_up, down),
     }.items():
         with pytest.raises(ValueError, match=f"^{name}"):
-            run(moe.experts, *args)
+            run(experts, *args)
 
 
 @pytest.mark.parametrize("scenario", ["moe mini bf16 fp32 gate", "moe mini fp32 nothing shared"])
@@ -351,7 +337,7 @@ def test_gpu_parity_at_real_sizes(hidden, inner, tokens):
     torch.testing.assert_close(routing.weights[same], by_weight[same], atol=1e-4, rtol=1e-4)
     order, tiles = listed(routing.ids, 256, routing.tile_m)
     assert routing.order.tolist() == order and routing.tiles[: routing.num_tiles.item()].tolist() == tiles
-    got = moe.experts(h, routing, *weights, shared)
+    got = experts(h, routing, *weights, shared)
     close(got, wanted(h, routing, weights, shared))
 
 
@@ -362,7 +348,7 @@ def test_gpu_a_token_gets_the_same_bits_in_any_batch():
 
     def forward(x):
         routing = router.route(x, *rule)
-        return routing.ids, routing.weights, moe.experts(x, routing, *weights, shared)
+        return routing.ids, routing.weights, experts(x, routing, *weights, shared)
 
     together = forward(h)
     for rows in (slice(0, 1), slice(40, 72), slice(100, 356), slice(3000, 4000)):
@@ -377,7 +363,7 @@ def test_gpu_graph():
     held = h.clone()
 
     def forward():
-        return moe.experts(held, router.route(held, *rule), *weights, shared)
+        return experts(held, router.route(held, *rule), *weights, shared)
 
     forward()
     graph = torch.cuda.CUDAGraph()
