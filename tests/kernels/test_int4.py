@@ -7,11 +7,16 @@ from hypothesis import strategies as st
 
 from llada2_fast.kernels import fp8, gemm, int4, moe, router
 from llada2_fast.kernels._triton import force_ops
+from llada2_fast.kernels.combine import summed
 from tests.kernels.interpreter import interpreted, products_in_order
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Of the norm: kernels multiply whole numbers and scale sums, references multiply weights rounded to the dtype.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+def experts(*args):
+    return summed(moe.experts(*args))
 
 
 def run(op, *args, **kwargs):
@@ -164,9 +169,9 @@ def test_the_reference_is_what_the_weights_stand_for():
         gemm.QuantTensor(int4.dequantize_weight(*weight, matrix.shape[-1]))
         for weight, matrix in zip((*weights, *shared), wide, strict=True)
     ]
-    got = moe.experts(h, routing, *weights, shared)
-    assert torch.equal(got, moe.experts(h, routing, *stand_for[:2], tuple(stand_for[2:])))
-    exact = moe.experts(h, routing, *map(gemm.QuantTensor, wide[:2]), tuple(map(gemm.QuantTensor, wide[2:])))
+    got = experts(h, routing, *weights, shared)
+    assert torch.equal(got, experts(h, routing, *stand_for[:2], tuple(stand_for[2:])))
+    exact = experts(h, routing, *map(gemm.QuantTensor, wide[:2]), tuple(map(gemm.QuantTensor, wide[2:])))
     assert 0.05 < (got - exact).norm() / exact.norm() < 0.3
 
 
@@ -190,7 +195,7 @@ def test_a_token_gets_the_same_bits_alone_as_in_any_batch():
     h, weights, shared, rule, _ = expert_inputs(50, dtype=torch.bfloat16)
 
     def forward(x):
-        return moe.experts(x, router.route(x, *rule, quantization="int4"), *weights, shared)
+        return experts(x, router.route(x, *rule, quantization="int4"), *weights, shared)
 
     together = run_in_order(forward, h)
     for rows in (slice(0, 1), slice(49, 50), slice(7, 40)):
@@ -236,16 +241,16 @@ def test_refused():
 def test_gpu_experts_at_real_sizes(hidden, inner, tokens):
     h, weights, shared, rule, wide = expert_inputs(tokens, 8, 64, hidden, inner, torch.bfloat16, "cuda")
     routing = router.route(h, *rule, quantization="int4")
-    got = moe.experts(h, routing, *weights, shared)
+    got = experts(h, routing, *weights, shared)
     close(got, wanted(h, routing, weights, shared))
-    exact = moe.experts(h, routing, *map(gemm.QuantTensor, wide[:2]), tuple(map(gemm.QuantTensor, wide[2:])))
+    exact = experts(h, routing, *map(gemm.QuantTensor, wide[:2]), tuple(map(gemm.QuantTensor, wide[2:])))
     assert (got.float() - exact.float()).norm() <= 0.25 * exact.float().norm()
 
 
 @pytest.mark.gpu
 def test_gpu_a_token_gets_the_same_bits_in_any_batch():
     h, weights, shared, rule, _ = expert_inputs(2048, 8, 64, 2048, 512, torch.bfloat16, "cuda")
-    together = moe.experts(h, router.route(h, *rule, quantization="int4"), *weights, shared)
+    together = experts(h, router.route(h, *rule, quantization="int4"), *weights, shared)
     for rows in (slice(0, 1), slice(40, 72), slice(100, 356), slice(600, 1800)):
-        alone = moe.experts(h[rows], router.route(h[rows], *rule, quantization="int4"), *weights, shared)
+        alone = experts(h[rows], router.route(h[rows], *rule, quantization="int4"), *weights, shared)
         assert torch.equal(alone, together[rows])
