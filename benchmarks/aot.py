@@ -56,6 +56,7 @@ NO_SPILLS = ("sm_80", "sm_90")  # spilling fails there
 MAY_FAIL = ("gfx942",)  # never run; kept compiling as far as Triton goes
 FMA_FOR_MUL = ("sm_80",)  # its only product of bfloat16 is an fma, which adds -0
 KINDS = {"bf16": None, "fp8": "fp8"}  # and what quantises them
+EARLY_TARGETS = ("sm_90", "sm_100")  # where a launch may start before the one ahead is over
 NO_FP8 = ("sm_80",)  # kernels on fp8 are not compiled there, and refused at run time
 
 
@@ -294,10 +295,20 @@ def triton_build():
 FAILURES = triton.CompilationError, triton.runtime.errors.PTXASError, RuntimeError
 
 
+def _not_early(launch):
+    """The launch as a GPU has it whose kernels do not start before the one ahead is over."""
+    if "EARLY" not in launch.kernel.arg_names:
+        return launch
+    constants = launch.constants | {(launch.kernel.arg_names.index("EARLY"),): False}
+    return launch._replace(constants=constants, options=launch.options | {"launch_pdl": False})
+
+
 def compiled(launch, target):
     """Triton's CompiledKernel for TARGETS[target], from its cache on disk or put there, under the name that a launch
     looks for. Raises one of FAILURES."""
     settle_key(launch.kernel)
+    if target not in EARLY_TARGETS:
+        launch = _not_early(launch)
     source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
     return triton.compile(source, target=TARGETS[target], options=launch.options)
 
@@ -316,6 +327,8 @@ def compile_launch(launch, scenario, target):
         return Result(*head, None, None, None, reason(failure))
     usage = _amd_usage if TARGETS[target].backend == "hip" else _nvidia_usage
     fault = _skipped_rounding(found) if target not in FMA_FOR_MUL else None
+    if target in EARLY_TARGETS and "EARLY" in launch.kernel.arg_names:
+        fault = fault or _too_early(found)
     if getattr(found.metadata, "tmem_size", 0) > TENSOR_MEMORY:
         fault = f"wants {found.metadata.tmem_size} columns of tensor memory, {TENSOR_MEMORY} are allowed"
     return Result(*head, *usage(found), found.metadata.shared, fault)
@@ -326,6 +339,15 @@ def _skipped_rounding(compiled):
     without its PTX passes."""
     fused = re.search(r"\bfma\.rn(\.(ftz|sat|relu|oob))*\.(bf16|f16)(x2)?\b", compiled.asm.get("ptx", ""))
     return f"{fused[0]}: a rounding of the reference is skipped" if fused else None
+
+
+def _too_early(compiled):
+    """What a kernel does with memory ahead of its wait for the launch ahead. One that came without its PTX passes."""
+    ahead, wait, _ = compiled.asm.get("ptx", "griddepcontrol.wait").partition("griddepcontrol.wait")
+    if not wait:
+        return "it does not wait for the launch ahead"
+    access = re.search(r"\b((ld|st|atom|red)\.(global|relaxed|acq_rel)|cp\.async\S*global)\S*", ahead)
+    return f"{access[0]} ahead of the wait for the launch ahead" if access else None
 
 
 def compile_each(work, processes=None, call=compile_launch):

@@ -1,7 +1,7 @@
 """What a host process may have switched on around us, and what it must not change: the numbers, the device."""
 
 from contextlib import nullcontext
-from functools import wraps
+from functools import lru_cache, wraps
 
 import torch
 
@@ -25,12 +25,22 @@ def _no_autocast(device_type):
 
 def run_kernel(kernel, grid, *args, **meta):
     """kernel[grid](*args, **meta) on the GPU that holds its tensors, which need not be the current one: Triton launches
-    on that."""
+    on that. A kernel with a parameter EARLY is launched as overlap.py says."""
     x = next(x for x in args if isinstance(x, torch.Tensor))
     if not x.is_cpu:  # there Triton's interpreter runs, which has no cache
         settle_key(kernel)
+    if "EARLY" in kernel.arg_names:
+        meta |= {"EARLY": True, "launch_pdl": True} if starts_early(x.device) else {"EARLY": False}
     with torch.cuda.device_of(x):
         return kernel[grid](*args, **meta)
+
+
+@lru_cache
+def starts_early(device):
+    """Whether kernels of this torch.device may start before the launch ahead is over; "meta" is a GPU that can."""
+    if device.type == "cuda":
+        return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    return device.type == "meta"
 
 
 def settle_key(function):

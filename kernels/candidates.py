@@ -28,6 +28,7 @@ from ._ambient import run_kernel
 from ._triton import register_op, tl, triton, use_triton
 from ._tuned import measured
 from .filters import CHUNK, GROUP, PIVOTS, STEP_BITS, _draw, _filter_kernel, _filters, _finite, _scale, cut_ref
+from .overlap import inputs_ready
 from .philox import _pick, _uniform, pick_ref, uniform_ref
 from .roles import BAN_MASK, ID_ARGUMENTS, OWN_SOFTMAX, SpecialIds, _locate
 
@@ -237,9 +238,10 @@ def _vocab_kernel(
     CHUNK_MAX, CHUNK_MASS,  # float32 [R*L, chunks] of positions that filter; None if no row does
     vocab, mask_id, stride_r, stride_l, stride_v,
     L: tl.constexpr, TILE_V: tl.constexpr, CHUNK: tl.constexpr, TILES: tl.constexpr,
-    ONLY_NEEDED: tl.constexpr, RUNNER_UP: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr,
+    ONLY_NEEDED: tl.constexpr, RUNNER_UP: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (R*L, tiles / SPAN): what each tile of TILE_V ids says about one position, from one read of its logits."""
+    inputs_ready(EARLY)
     n = tl.program_id(0)
     begin = tl.program_id(1) * SPAN
     tiles = tl.num_programs(1) if SPAN == 1 else tl.cdiv(vocab, TILE_V)
@@ -351,9 +353,10 @@ def _combine(PART, PART_ID, n, wanted, plane, tiles, temperature, flags, seed, p
 def _candidates_kernel(
     INDEX, FLAGS, START, STEP, TEMPERATURE, SEED, PART, PART_ID,
     TOKEN, CONFIDENCE, SECOND, SECOND_CONFIDENCE,  # [R, L]; the last two are None without a runner-up
-    tiles, L: tl.constexpr, TILES: tl.constexpr, COLUMNS: tl.constexpr,
+    tiles, L: tl.constexpr, TILES: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (R,): the candidates of one row from the parts of its positions."""
+    inputs_ready(EARLY)
     row = tl.program_id(0)
     column = tl.arange(0, COLUMNS)
     n = row * L + column

@@ -13,6 +13,7 @@ import torch
 from ._ambient import run_kernel
 from ._triton import tl, triton, use_triton
 from .gemm import rounded
+from .overlap import inputs_ready
 
 
 class ExpertSum(NamedTuple):
@@ -53,8 +54,11 @@ def sum_experts(OUTER, WEIGHTS, BESIDE, t, h, real, inside, H: tl.constexpr, K: 
 
 
 @triton.jit(do_not_specialize=["T"])
-def _combine_kernel(OUTER, WEIGHTS, BESIDE, OUT, T, H: tl.constexpr, K: tl.constexpr, TILE_H: tl.constexpr):
+def _combine_kernel(
+    OUTER, WEIGHTS, BESIDE, OUT, T, H: tl.constexpr, K: tl.constexpr, TILE_H: tl.constexpr, EARLY: tl.constexpr
+):
     """Grid (T, H / TILE_H)."""
+    inputs_ready(EARLY)
     t = tl.program_id(0).to(tl.int64) + tl.zeros((1, 1), tl.int64)
     h = tl.program_id(1) * TILE_H + tl.arange(0, TILE_H)[None, :]
     total = sum_experts(OUTER, WEIGHTS, BESIDE, t, h, t < T, h < H, H, K)

@@ -13,6 +13,7 @@ and top-p on bfloat16, 16 on float32, usually half as many, and one more that we
 import torch
 
 from ._triton import tl, triton
+from .overlap import inputs_ready
 from .philox import _pick, _uniform
 from .roles import BAN_MASK, _locate
 
@@ -163,9 +164,10 @@ def _filter_kernel(
     vocab, mask_id, stride_r, stride_l, stride_v, tiles,
     L: tl.constexpr, TILE_V: tl.constexpr, CHUNK: tl.constexpr, TILES: tl.constexpr,
     ONLY_NEEDED: tl.constexpr, RUNNER_UP: tl.constexpr,
-    STEP_BITS: tl.constexpr, PIVOTS: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
+    STEP_BITS: tl.constexpr, PIVOTS: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (R*L,): draws one position anew among what its row's filters keep; its first part replaces all its parts."""
+    inputs_ready(EARLY)
     n = tl.program_id(0)
     row = n // L
     flags = tl.load(FLAGS + row).to(tl.int32)

@@ -15,6 +15,7 @@ from ._ambient import run_kernel
 from ._triton import tl, triton, use_triton
 from .dense import dense
 from .gemm import SCALE_GROUP, TINY, WORDS, QuantTensor, num_groups, scale_of
+from .overlap import inputs_ready
 
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
@@ -74,8 +75,11 @@ def linear_ref(x, weight, scale, parts=1):
 
 
 @triton.jit
-def _quantize_kernel(X, OUT, SCALE, x_stride, K: tl.constexpr, GROUPS: tl.constexpr, TILE_G: tl.constexpr):
+def _quantize_kernel(
+    X, OUT, SCALE, x_stride, K: tl.constexpr, GROUPS: tl.constexpr, TILE_G: tl.constexpr, EARLY: tl.constexpr
+):
     """Grid (rows, GROUPS / TILE_G)."""
+    inputs_ready(EARLY)
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * TILE_G + tl.arange(0, TILE_G)
     k = group[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]

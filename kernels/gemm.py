@@ -29,6 +29,7 @@ from ._ambient import run_kernel
 from ._triton import tl, triton
 from ._tuned import measured_for, table
 from .arrivals import arrives_last, counters
+from .overlap import inputs_ready
 
 TILE_K = 64  # unless tuned
 SCALE_GROUP = 128  # rows and columns of a weight, columns of an activation, that share an fp8 scale; columns in int4
@@ -187,7 +188,7 @@ def _gemm_kernel(
     X, W, SHARED, OUT, X_SCALE, W_SCALE, SHARED_SCALE, OUT_SCALE, LIKE, ORDER, TILES, COUNT, PARTIAL, ARRIVED,
     tokens, x_stride,
     N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, GATED: tl.constexpr, PARTS: tl.constexpr,
-    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of the shared expert, then a bound on the routed ones) * (N / TILE_N), the latter fastest; of a plain
     product the former, so that a tile of weights, of which there are far more than of rows, comes from memory once.
@@ -199,6 +200,7 @@ def _gemm_kernel(
     matrix, W, and every row, or those COUNT that ORDER names. Scales None: neither fp8 nor int4, which has none of X.
     OUT_SCALE: OUT is fp8 too, TILE_N 128. LIKE: of the type of activations.
     """
+    inputs_ready(EARLY)
     INT4: tl.constexpr = W_SCALE is not None and X_SCALE is None
     ROWS: tl.constexpr = 2 * N if GATED else N
     GROUPS: tl.constexpr = (K + _GROUP - 1) // _GROUP  # of a row's K that share a scale

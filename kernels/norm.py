@@ -12,6 +12,7 @@ import torch
 from ._ambient import run_kernel
 from ._triton import FLOATS, tl, triton, use_triton
 from .combine import ExpertSum, sum_experts, summed_ref
+from .overlap import inputs_ready
 
 MAX_SIZE = 16384  # a row is one tile of registers
 
@@ -31,10 +32,11 @@ def add_rms_norm_ref(x, delta, weight, eps):
 @triton.jit(do_not_specialize=["rows"])
 def _rms_norm_kernel(
     X, DELTA, PAIR_WEIGHTS, BESIDE, WEIGHT, SUM, OUT, eps, rows, x_stride, delta_stride,
-    H: tl.constexpr, K: tl.constexpr, TILE_R: tl.constexpr, TILE_H: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, TILE_R: tl.constexpr, TILE_H: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of rows,). DELTA and SUM are None where nothing is added. Of an ExpertSum of K, DELTA is its outer,
     PAIR_WEIGHTS are its weights. Roundings are those of the reference."""
+    inputs_ready(EARLY)
     r = tl.program_id(0).to(tl.int64) * TILE_R + tl.arange(0, TILE_R)[:, None]
     h = tl.arange(0, TILE_H)[None, :]
     real = r < rows if TILE_R > 1 else tl.full((1, 1), True, tl.int1)

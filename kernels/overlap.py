@@ -4,25 +4,11 @@ On NVIDIA's GPUs from Hopper on `run_kernel` launches a kernel as a programmatic
 programs begin when all of that one's have begun, and wait where they need what it makes. So the launch, and what lies
 ahead of the wait, cost no time of their own: in a CUDA graph on an H100 0.3 µs less for each small kernel, 0.7 µs where
 small products stand between them. A kernel that takes part has a parameter EARLY and calls `inputs_ready` before it
-reads what may have been written by a launch ahead, and before it writes; each waits for the one ahead, so all of those
-ahead of that one are over as well. A kernel of somebody else's waits for all of them, as ever.
+reads what a launch ahead may have written, and before it writes. Each waits for the one ahead, and so for all of them;
+a kernel of somebody else's waits for all that were launched, as ever.
 """
 
-from functools import lru_cache
-
-import torch
-
 from ._triton import tl, triton
-
-CAPABILITY = (9, 0)
-
-
-@lru_cache
-def starts_early(device):
-    """Whether kernels are launched so on this torch.device; "meta" stands for a GPU that can."""
-    if device.type == "cuda":
-        return torch.version.hip is None and torch.cuda.get_device_capability(device) >= CAPABILITY
-    return device.type == "meta"
 
 
 @triton.jit
@@ -35,7 +21,7 @@ def inputs_ready(EARLY: tl.constexpr):
 
 @triton.jit
 def prefetch(pointers, EARLY: tl.constexpr):
-    """Ask for the 128 bytes around each pointer, which no launch writes, ahead of `inputs_ready`."""
+    """Ask for the 128 bytes that each pointer is in, which no launch writes, ahead of `inputs_ready`."""
     if EARLY:
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers.to(tl.int64)], tl.int32, False, 1

@@ -17,6 +17,7 @@ import torch
 from . import gemm
 from ._ambient import run_kernel
 from ._triton import tl, triton, use_triton
+from .overlap import inputs_ready
 from .product import linear
 
 CHUNK = 512  # of H summed up on its own: a constant, so that a token's bits do not depend on how work was split
@@ -94,13 +95,14 @@ def _keep_best(x, count):
 @triton.jit(do_not_specialize=["T"])
 def _scores_kernel(
     X, W, LOGITS, DONE, T, x_stride, E: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-    WIDEN: tl.constexpr, TILE_T: tl.constexpr, TILE_E: tl.constexpr, TILE_H: tl.constexpr,
+    WIDEN: tl.constexpr, TILE_T: tl.constexpr, TILE_E: tl.constexpr, TILE_H: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (T / TILE_T, E / TILE_E, chunks / CHUNKS). LOGITS [grid 2, T, E]: sums over CHUNKS chunks of H.
 
     DONE becomes 0, if it is there: the selection counts in it. Products of two bfloat16 or two float16 are exact in
     float32; anything else is widened first.
     """
+    inputs_ready(EARLY)
     t = tl.program_id(0) * TILE_T + tl.arange(0, TILE_T)
     e = tl.program_id(1) * TILE_E + tl.arange(0, TILE_E)
     part = tl.program_id(2)
@@ -273,13 +275,14 @@ def _select_kernel(
     LOGITS, BIAS, STARTS, IDS, WEIGHTS, COUNTS, DONE, ORDER, TILES, NUM_TILES, T, groups, scale,
     E: tl.constexpr, K: tl.constexpr, G: tl.constexpr, KEEP: tl.constexpr, CAPACITY: tl.constexpr,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, TILE_K: tl.constexpr, PARTS: tl.constexpr,
-    TOKENS: tl.constexpr, TILE_P: tl.constexpr, TILE_M: tl.constexpr,
+    TOKENS: tl.constexpr, TILE_P: tl.constexpr, TILE_M: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (groups,) of tokens: blocks if there are STARTS, else TOKENS each. CAPACITY 0: no block routing.
 
     Ids and weights; with COUNTS, how many tokens of the group chose each column; without, whoever is the last to count
     itself DONE, which was 0, sorts the pairs of all, TILE_P at most.
     """
+    inputs_ready(EARLY)
     C: tl.constexpr = GROUPS * WIDTH
     begin, end = _range(STARTS, T, groups, TOKENS)
     column = tl.arange(0, C)
@@ -327,8 +330,10 @@ def _select_kernel(
 def _align_kernel(
     IDS, COUNTS, STARTS, ORDER, TILES, NUM_TILES, T, groups, E: tl.constexpr, K: tl.constexpr, G: tl.constexpr,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, TILE_K: tl.constexpr, TOKENS: tl.constexpr, TILE_M: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (groups,) as in the selection: every program sums all COUNTS, then places its own tokens' pairs."""
+    inputs_ready(EARLY)
     C: tl.constexpr = GROUPS * WIDTH
     begin, end = _range(STARTS, T, groups, TOKENS)
     column = tl.arange(0, C)
