@@ -29,7 +29,7 @@ from ._ambient import run_kernel
 from ._triton import tl, triton
 from ._tuned import measured_for, table
 from .arrivals import arrives_last, counters
-from .overlap import inputs_ready
+from .overlap import inputs_ready, prefetch
 
 TILE_K = 64  # unless tuned
 SCALE_GROUP = 128  # rows and columns of a weight, columns of an activation, that share an fp8 scale; columns in int4
@@ -200,7 +200,6 @@ def _gemm_kernel(
     matrix, W, and every row, or those COUNT that ORDER names. Scales None: neither fp8 nor int4, which has none of X.
     OUT_SCALE: OUT is fp8 too, TILE_N 128. LIKE: of the type of activations.
     """
-    inputs_ready(EARLY)
     INT4: tl.constexpr = W_SCALE is not None and X_SCALE is None
     ROWS: tl.constexpr = 2 * N if GATED else N
     GROUPS: tl.constexpr = (K + _GROUP - 1) // _GROUP  # of a row's K that share a scale
@@ -214,6 +213,9 @@ def _gemm_kernel(
         first = tl.program_id(0) % tl.cdiv(N, TILE_N) * TILE_N
     n = first + tl.arange(0, TILE_N)
     m = tl.arange(0, TILE_M)
+    if PARTIAL is not None:
+        prefetch(W + tl.minimum(n, N - 1) * K + tl.program_id(1) * (K // PARTS), K // PARTS, EARLY)
+    inputs_ready(EARLY)
     weight = W
     w_scale = W_SCALE
     if TILES is None:

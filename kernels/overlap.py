@@ -20,9 +20,12 @@ def inputs_ready(EARLY: tl.constexpr):
 
 
 @triton.jit
-def prefetch(pointers, EARLY: tl.constexpr):
-    """Ask for the 128 bytes that each pointer is in, which no launch writes, ahead of `inputs_ready`."""
+def prefetch(rows, COUNT: tl.constexpr, EARLY: tl.constexpr):
+    """Ask for COUNT elements from each pointer of `rows` [R] on, in memory that no launch writes: ahead of the wait, so
+    that they come while the launch ahead ends."""
     if EARLY:
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers.to(tl.int64)], tl.int32, False, 1
-        )
+        LINE: tl.constexpr = 128 // (rows.dtype.element_ty.primitive_bitwidth // 8)  # elements of what comes at once
+        LINES: tl.constexpr = (COUNT + LINE - 1) // LINE
+        line = tl.minimum(tl.arange(0, triton.next_power_of_2(LINES)), LINES - 1)
+        places = (rows[:, None] + line[None, :] * LINE).to(tl.int64)
+        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [places], tl.int32, False, 1)

@@ -17,7 +17,7 @@ import torch
 from . import gemm
 from ._ambient import run_kernel
 from ._triton import tl, triton, use_triton
-from .overlap import inputs_ready
+from .overlap import inputs_ready, prefetch
 from .product import linear
 
 CHUNK = 512  # of H summed up on its own: a constant, so that a token's bits do not depend on how work was split
@@ -102,10 +102,12 @@ def _scores_kernel(
     DONE becomes 0, if it is there: the selection counts in it. Products of two bfloat16 or two float16 are exact in
     float32; anything else is widened first.
     """
-    inputs_ready(EARLY)
     t = tl.program_id(0) * TILE_T + tl.arange(0, TILE_T)
     e = tl.program_id(1) * TILE_E + tl.arange(0, TILE_E)
     part = tl.program_id(2)
+    if H % CHUNK == 0:
+        prefetch(W + tl.minimum(e, E - 1) * H + part * (CHUNKS * CHUNK), CHUNKS * CHUNK, EARLY)
+    inputs_ready(EARLY)
     if DONE is not None:
         if tl.program_id(0) + tl.program_id(1) + part == 0:
             tl.store(DONE, 0)
