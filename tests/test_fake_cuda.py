@@ -181,6 +181,7 @@ def fake_cuda():
             mock.patch.object(StepGraph, "replay", StepGraph.run),
             mock.patch.object(torch.cuda, "graph_pool_handle", lambda: None),
             mock.patch.object(torch.cuda, "get_device_name", lambda device: "fake"),
+            mock.patch.object(torch.cuda, "get_device_capability", lambda device: (8, 0)),
             mock.patch.object(torch.cuda, "device_of", device_of),
             mock.patch.object(torch.cuda, "current_stream", torch.device),
             mock.patch.object(torch.cuda, "Event", Event),
