@@ -159,7 +159,7 @@ def test_experts(dtype, tokens, top_k, with_shared):
     h, weights, shared, rule, _ = expert_inputs(tokens, top_k, dtype=dtype)
     shared = shared if with_shared else None
     routing = run(router.route, h, *rule, quantization="int4")
-    close(run(moe.experts, h, routing, *weights, shared), wanted(h, routing, weights, shared))
+    close(run(experts, h, routing, *weights, shared), wanted(h, routing, weights, shared))
 
 
 def test_the_reference_is_what_the_weights_stand_for():
@@ -179,7 +179,7 @@ def test_a_shared_expert_of_another_width():
     h, weights, _, rule, _ = expert_inputs(9)
     shared = int4.quantize_weight(random(600, 140) / 12), int4.quantize_weight(random(140, 300) / 17)
     routing = run(router.route, h, *rule)
-    close(run(moe.experts, h, routing, *weights, shared), wanted(h, routing, weights, shared))
+    close(run(experts, h, routing, *weights, shared), wanted(h, routing, weights, shared))
 
 
 def test_no_expert_but_the_chosen_is_read():
@@ -188,7 +188,7 @@ def test_no_expert_but_the_chosen_is_read():
     for _, scale in weights:
         scale[torch.arange(7) != 4] = float("nan")
     routing = run(router.route, h, *rule)
-    close(run(moe.experts, h, routing, *weights, shared), wanted(h, routing, weights, shared))
+    close(run(experts, h, routing, *weights, shared), wanted(h, routing, weights, shared))
 
 
 def test_a_token_gets_the_same_bits_alone_as_in_any_batch():
@@ -229,7 +229,7 @@ def test_refused():
         "h": (random(140, 5).T, routing, gate_up, down),
     }.items():
         with pytest.raises(ValueError, match=f"^{name}"):
-            run(moe.experts, *args)
+            run(experts, *args)
 
 
 # On a GPU
