@@ -160,7 +160,8 @@ def _qk_norm_rope(dtype, heads, kv_heads=4, dim=128, rot=64, length=32, write=Tr
     cache = _meta(3, 64, length, kv_heads, dim, dtype=dtype)[1]
     weight = _meta(dim, dtype=dtype) if norms else None
     cos, qkv = _meta(64, rot, dtype=dtype), _meta(64, heads + 2 * kv_heads, dim, dtype=dtype)
-    args = (qkv, weight, weight, cos, cos, 1e-6, heads, kv_heads)
+    angles = rope.Angles(cos, cos, _int64(64) if write else None)
+    args = (qkv, weight, weight, angles, 1e-6, heads, kv_heads)
     if write:
         rope.qk_norm_rope_write(*args, cache, cache, _int64(64))
     else:

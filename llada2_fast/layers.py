@@ -89,11 +89,11 @@ class Attention(nn.Module):
         self.dense = Linear(self.heads * self.head_dim, config.hidden_size, config.use_bias, kind, **kw)
         self.norms = config.use_qk_norm
 
-    def forward(self, x, cos, sin, attend, pages=None):
+    def forward(self, x, angles, attend, pages=None):
         qkv = self.query_key_value(x).unflatten(-1, (-1, self.head_dim))
         q_weight = self.query_layernorm.weight if self.norms else None
         k_weight = self.key_layernorm.weight if self.norms else None
-        args = (qkv, q_weight, k_weight, cos, sin, self.eps, self.heads, self.kv_heads)
+        args = (qkv, q_weight, k_weight, angles, self.eps, self.heads, self.kv_heads)
         o = attend(*qk_norm_rope(*args)) if pages is None else attend(qk_norm_rope_write(*args, *pages))
         return self.dense(o.flatten(-2))
 
@@ -180,11 +180,11 @@ class Layer(nn.Module):
         kind = "fp8" if config.fp8 else None
         self.mlp = MLP(config, config.intermediate_size, kind, **kw) if dense else MoE(config, share, **kw)
 
-    def forward(self, x, delta, cos, sin, attend, block=None, pages=None, read=None):
+    def forward(self, x, delta, angles, attend, block=None, pages=None, read=None):
         """delta: what the layer before adds to x, a tensor or an ExpertSum, None for the first layer. Returns x, its
         own delta and expert ids: each sum is made by the norm that follows it. read: the tokens that `attend` returns,
         if not all."""
         x, h = (x, self.input_layernorm(x)) if delta is None else self.input_layernorm.add(x, delta)
-        attended = self.attention(h, cos, sin, attend, pages)
+        attended = self.attention(h, angles, attend, pages)
         x, h = self.post_attention_layernorm.add(x if read is None else x[read], attended)
         return x, *self.mlp(h, block)

@@ -22,7 +22,7 @@ from .kernels.combine import summed
 from .kernels.fp8 import FP8, check_device, linear
 from .kernels.gemm import Wanted
 from .kernels.product import Rows, rows_of
-from .kernels.rope import rope_angles
+from .kernels.rope import Angles, look_up, rope_angles
 from .kernels.router import token_blocks
 from .layers import Layer, Linear, RMSNorm
 from .masks import block_causal_mask as block_causal_mask
@@ -73,6 +73,13 @@ def _whole(tensor):
     return tensor if tensor._base is None else tensor._base
 
 
+def _longest(spans, length):
+    """Positions that the rows of the spans, a list of Span or a BlockBatch, have at most."""
+    if isinstance(spans, BlockBatch):
+        return spans.page_table.shape[1] * length
+    return max((len(span.pages) for span in spans), default=1) * length
+
+
 class LLaDA2Model(OnOurDevices):
     """The network. `block_length` is the one used where a call names none (config `block_size`, else 32).
 
@@ -90,6 +97,7 @@ class LLaDA2Model(OnOurDevices):
         self.block_length = config.block_size
         self.special_ids = {}  # what the folder says of mask, eos and pad, see special_tokens.py
         self._exact = False
+        self._angle_tables = {}
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, **kw)
         self.layers = nn.ModuleList(Layer(config, i, share, **kw) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **kw)
@@ -254,6 +262,14 @@ class LLaDA2Model(OnOurDevices):
         c = self.config
         return rope_angles(position, c.rotary_dim, c.rope_theta, c.rope_factor, self.dtype)
 
+    def _angle_table(self, positions):
+        """cos and sin [P, rot] of positions 0 .. P - 1, P the next power of two; kept, for CUDA graphs hold them."""
+        size = 1 << (positions - 1).bit_length()
+        key = size, self.dtype, self.device
+        if key not in self._angle_tables:
+            self._angle_tables[key] = self._angles(torch.arange(size, device=self.device))
+        return self._angle_tables[key]
+
     def _token_blocks(self, rows, size, length):
         """TokenBlocks of packed rows, if experts are chosen per block."""
         return None if self.config.expert_capacity is None else token_blocks(rows, size, length, self.device)
@@ -302,7 +318,7 @@ class LLaDA2Model(OnOurDevices):
         mask = whole_mask(
             attention_mask, (batch, size), block_length, self.layers[0].attention.heads, self.dtype, self.device
         )
-        cos, sin = self._angles(position_ids.expand(batch, size).flatten())
+        angles = Angles(*self._angles(position_ids.expand(batch, size).flatten()))
         block = self._token_blocks(batch, size, block_length)
 
         def attend(q, k, v):
@@ -311,7 +327,7 @@ class LLaDA2Model(OnOurDevices):
         x, delta = self.word_embeddings(input_ids.flatten()), None
         hidden, chosen = [x], []
         for layer in self.layers:
-            x, delta, ids = layer(x, delta, cos, sin, attend, block)
+            x, delta, ids = layer(x, delta, angles, attend, block)
             if output_hidden_states:
                 hidden.append(x + summed(delta))
             chosen.append(ids)
@@ -340,7 +356,7 @@ class LLaDA2Model(OnOurDevices):
         """Hidden states of packed spans of whole blocks over cached pages; their K/V are written to their pages.
 
         tokens: int64 [T], T = blocks of all spans times L.
-        positions: int64 [T], for angles.
+        positions: int64 [T], for angles: those of the spans' blocks.
         spans: the blocks, Spans or a BlockBatch, which a CUDA graph can hold.
         cache: holds their pages and those of the blocks before.
         read: with Spans only: whose hidden states are wanted, None = everybody's; of the others the last layer computes
@@ -351,10 +367,10 @@ class LLaDA2Model(OnOurDevices):
         x, delta = self.word_embeddings(tokens), None
         blocks, slot = place_blocks(spans, length, x)
         block = self._token_blocks(1, tokens.shape[0], length)
-        cos, sin = self._angles(positions)
+        angles = look_up(*self._angle_table(_longest(spans, length)), positions)
         *layers, last = zip(self.layers, cache.k, cache.v, strict=True)
         for layer, k, v in layers if read is not None else [*layers, last]:
-            x, delta, _ = layer(x, delta, cos, sin, partial(_attend, k, v, blocks), block, (k, v, slot))
+            x, delta, _ = layer(x, delta, angles, partial(_attend, k, v, blocks), block, (k, v, slot))
         if read is None:
             return self.norm.add(x, delta)[1]
         layer, k, v = last
@@ -368,7 +384,7 @@ class LLaDA2Model(OnOurDevices):
             within, after = slice(None), read.rows
             block = self._token_blocks(1, len(own), length)
         attend = partial(_attend, k, v, blocks, own=own, rows=within)
-        x, delta, _ = layer(x, delta, cos, sin, attend, block, (k, v, slot), own[within])
+        x, delta, _ = layer(x, delta, angles, attend, block, (k, v, slot), own[within])
         return self.norm.add(x, delta)[1][after]
 
     def new_cache(self, num_pages: int, block_length: int) -> PagedKVCache:

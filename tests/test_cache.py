@@ -233,3 +233,14 @@ def test_pages_come_back_as_stretches_of_neighbours():
     with pytest.raises(ValueError, match="1 pages needed, 0 of 12 are free"):
         cache.allocate(1)
     cache.check_integrity([(3, 4), (9, 10, 11), (0, 1, 2, 5), c])
+
+
+def test_tables_of_angles_stay_where_they_are():
+    """A CUDA graph reads the one that it was captured with, while longer rows come."""
+    model = load("tiny")
+    first, longer = model._angle_table(40), model._angle_table(1000)
+    assert [len(x) for x in (*first, *longer)] == [64, 64, 1024, 1024]
+    assert all(own is same for own, same in zip(first, model._angle_table(64), strict=True))
+    assert all(torch.equal(own, more[:64]) for own, more in zip(first, longer, strict=True))
+    half = model.to(torch.bfloat16)._angle_table(40)
+    assert all(torch.equal(own.bfloat16(), narrow) for own, narrow in zip(first, half, strict=True))

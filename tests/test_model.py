@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from llada2_fast.config import ModelConfig
 from llada2_fast.kernels.attention import masked_attention
+from llada2_fast.kernels.rope import Angles
 from llada2_fast.model import LLaDA2Model, block_causal_mask
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -94,7 +95,7 @@ def test_bfloat16_layer_by_layer(name):
     model, (inputs, outputs) = load(name, torch.bfloat16), recorded(name)
     ids = inputs["input_ids"]
     batch, size = ids.shape
-    cos, sin = model._angles(inputs["position_ids"].flatten())
+    angles = Angles(*model._angles(inputs["position_ids"].flatten()))
     mask = block_causal_mask(size, 8)[None, None]
 
     def attend(q, k, v):
@@ -104,7 +105,7 @@ def test_bfloat16_layer_by_layer(name):
     assert torch.equal(model.word_embeddings(ids.flatten()), hidden["embed"])
     before = hidden["embed"]
     for i, layer in enumerate(model.layers):
-        got, delta, chosen = layer(before, None, cos, sin, attend)
+        got, delta, chosen = layer(before, None, angles, attend)
         got = got + delta
         after = hidden[f"layer{i}"]
         same = torch.ones(batch * size, dtype=torch.bool)

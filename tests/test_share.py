@@ -9,6 +9,7 @@ from llada2_fast.config import ModelConfig
 from llada2_fast.kernels.attention import Span, masked_attention
 from llada2_fast.kernels.fp8 import FP8
 from llada2_fast.kernels.gemm import SCALE_GROUP
+from llada2_fast.kernels.rope import Angles
 from llada2_fast.model import LLaDA2Model, block_causal_mask
 from llada2_fast.weights import checkpoint
 from llada2_fast.weights.checkpoint import CheckpointError
@@ -91,13 +92,13 @@ def test_shares_of_the_heads_add_up_to_the_layer(golden):
     whole = load(golden / "group")
     shares = [load(golden / "group", Share(kv_heads=range(head, head + 1))) for head in range(2)]
     x = torch.randn(16, whole.config.hidden_size)
-    cos, sin = whole._angles(torch.arange(16))
+    angles = Angles(*whole._angles(torch.arange(16)))
     mask = block_causal_mask(16, 8)[None, None]
 
     def attend(q, k, v):
         return masked_attention(q[None], k[None], v[None], mask)[0]
 
-    wanted, *parts = (model.layers[1].attention(x, cos, sin, attend) for model in (whole, *shares))
+    wanted, *parts = (model.layers[1].attention(x, angles, attend) for model in (whole, *shares))
     torch.testing.assert_close(sum(parts), wanted, atol=5e-5, rtol=0)
     assert all((part - wanted).abs().max() > 1e-2 for part in parts)
 

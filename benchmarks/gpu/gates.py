@@ -179,11 +179,13 @@ def rope_case(machine, tokens, model="mini"):
     config = machine.config(model)
     heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     position = torch.randint(32768, (tokens,), device=machine.device)
-    cos, sin = rope.rope_angles(position, config.rotary_dim, config.rope_theta, 1.0, machine.dtype)
+    every = torch.arange(32768, device=machine.device)
+    table = rope.rope_angles(every, config.rotary_dim, config.rope_theta, 1.0, machine.dtype)
+    angles = rope.Angles(*table, position)
     caches = [machine.random(tokens // BLOCK, BLOCK, kv_heads, dim) for _ in range(2)]
     slot = torch.randperm(tokens, device=machine.device)
     weights = machine.random(dim), machine.random(dim)
-    return machine.random(tokens, heads + 2 * kv_heads, dim), *weights, cos, sin, 1e-6, heads, kv_heads, *caches, slot
+    return machine.random(tokens, heads + 2 * kv_heads, dim), *weights, angles, 1e-6, heads, kv_heads, *caches, slot
 
 
 def gate_norm(machine):
@@ -197,7 +199,7 @@ def gate_norm(machine):
 def gate_rope(machine):
     args = rope_case(machine, machine.size(1024, 64))
     q, wanted, wide = both_ways(rope.qk_norm_rope_write, args)
-    return close("rope and pages", [(q, wanted), *zip(args[8:10], wide[8:10], strict=True)])
+    return close("rope and pages", [(q, wanted), *zip(args[7:9], wide[7:9], strict=True)])
 
 
 GATES = {

@@ -19,7 +19,7 @@ from llada2_fast.kernels import refine
 from llada2_fast.kernels._triton import force_ops
 from llada2_fast.kernels.attention import Span
 from llada2_fast.kernels.norm import rms_norm_ref
-from llada2_fast.kernels.rope import qk_norm_rope_ref, rope_angles
+from llada2_fast.kernels.rope import Angles, qk_norm_rope_ref, rope_angles
 from llada2_fast.kernels.router import route_ref
 
 from ..models import with_experts
@@ -64,11 +64,11 @@ def grouped_step(step):
     keys, values = (x.flatten(1, 2)[:, : step.prefix] for x in (step.cache.k, step.cache.v))
 
     def call():
-        cos, sin = rope_angles(positions, config.rotary_dim, config.rope_theta, config.rope_factor, model.dtype)
+        angles = rope_angles(positions, config.rotary_dim, config.rope_theta, config.rope_factor, model.dtype)
         x = F.embedding(state.tokens[0], model.word_embeddings.weight)
         for i, layer in enumerate(model.layers):
             h = rms_norm_ref(x, layer.input_layernorm.weight, config.rms_norm_eps)
-            x = x + _attention(layer.attention, h, cos, sin, keys[i], values[i], config)
+            x = x + _attention(layer.attention, h, Angles(*angles), keys[i], values[i], config)
             h = rms_norm_ref(x, layer.post_attention_layernorm.weight, config.rms_norm_eps)
             x = x + (_experts(layer.mlp, h) if hasattr(layer.mlp, "router") else _mlp(layer.mlp, h))
         x = rms_norm_ref(x, model.norm.weight, config.rms_norm_eps)
@@ -85,11 +85,11 @@ def grouped_step(step):
     return call
 
 
-def _attention(a, h, cos, sin, keys, values, config):
+def _attention(a, h, angles, keys, values, config):
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     qkv = F.linear(h, a.query_key_value.weight).unflatten(-1, (-1, config.head_dim))
     weights = a.query_layernorm.weight, a.key_layernorm.weight
-    q, k, v = qk_norm_rope_ref(qkv, *weights, cos, sin, config.rms_norm_eps, heads, kv_heads)
+    q, k, v = qk_norm_rope_ref(qkv, *weights, angles, config.rms_norm_eps, heads, kv_heads)
     k, v = torch.cat((keys, k)), torch.cat((values, v))
     folded = q.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)  # a KV group's heads are more queries
     o = F.scaled_dot_product_attention(folded[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None])[0]

@@ -36,7 +36,9 @@ def case_of_norm(machine, config, tokens, experts=False):
     return Case(norm.add_rms_norm, plain_norm, "F.rms_norm", buffers, size)
 
 
-def plain_rope(qkv, q_weight, k_weight, cos, sin, eps, num_heads, num_kv_heads, k_cache, v_cache, slot):
+def plain_rope(qkv, q_weight, k_weight, angles, eps, num_heads, num_kv_heads, k_cache, v_cache, slot):
+    cos, sin = angles.each()
+
     def turned(x, weight):
         x, size = F.rms_norm(x, weight.shape, weight, eps), cos.shape[-1]
         part, rest = x[..., :size], x[..., size:]

@@ -58,7 +58,7 @@ def test_qk_norm_rope(heads, kv_heads, dim, rot, normed, factor):
     qkv = torch.randn(4, heads + 2 * kv_heads, dim)
     weights = (torch.randn(dim), torch.randn(dim)) if normed else (None, None)
     cos, sin = rope.rope_angles(position, rot, 1e4, factor, torch.float32)
-    q, k, v = rope.qk_norm_rope_ref(qkv, *weights, cos, sin, 1e-6, heads, kv_heads)
+    q, k, v = rope.qk_norm_rope_ref(qkv, *weights, rope.Angles(cos, sin), 1e-6, heads, kv_heads)
     assert torch.equal(v, qkv[:, heads + kv_heads :])
     for part, weight, first in ((q, weights[0], 0), (k, weights[1], heads)):
         for t in range(4):
@@ -74,7 +74,7 @@ def test_qk_norm_rope(heads, kv_heads, dim, rot, normed, factor):
 def test_rope_leaves_the_rest_of_a_head_alone_and_position_zero_whole():
     qkv = torch.randn(2, 3, 8)
     cos, sin = rope.rope_angles(torch.tensor([0, 5]), 4, 1e4, 1.0, torch.float32)
-    q, k, _ = rope.qk_norm_rope_ref(qkv, None, None, cos, sin, 1e-6, 1, 1)
+    q, k, _ = rope.qk_norm_rope_ref(qkv, None, None, rope.Angles(cos, sin), 1e-6, 1, 1)
     assert torch.equal(q[0, 0], qkv[0, 0]) and torch.equal(k[0, 0], qkv[0, 1])
     assert torch.equal(q[1, :, 4:], qkv[1, :1, 4:]) and not torch.equal(q[1, :, :4], qkv[1, :1, :4])
 
@@ -83,7 +83,7 @@ def test_rope_scores_depend_on_distance_alone():
     q, k = torch.randn(2, 16)
     qkv = torch.stack((q, k, k))[None].expand(4, -1, -1)
     cos, sin = rope.rope_angles(torch.tensor([3, 10, 103, 110]), 16, 6e5, 1.0, torch.float32)
-    turned_q, turned_k, _ = rope.qk_norm_rope_ref(qkv, None, None, cos, sin, 1e-6, 1, 1)
+    turned_q, turned_k, _ = rope.qk_norm_rope_ref(qkv, None, None, rope.Angles(cos, sin), 1e-6, 1, 1)
     near = turned_q[0, 0] @ turned_k[1, 0]
     assert near.item() == pytest.approx((turned_q[2, 0] @ turned_k[3, 0]).item(), abs=1e-3)
     assert near.item() != pytest.approx((turned_q[0, 0] @ turned_k[3, 0]).item(), abs=1e-2)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llada2_fast.kernels import rope
 from llada2_fast.kernels._triton import force_ops
@@ -21,13 +23,13 @@ SHAPES = {  # heads, kv_heads, dim, rotated dims, normed
 
 
 def inputs(tokens, heads, kv_heads, dim, rot, normed, dtype=torch.float32, device="cpu"):
-    """Arguments of qk_norm_rope."""
+    """Arguments of qk_norm_rope; the angles are those of a table."""
     generator = torch.Generator().manual_seed(tokens)
     qkv = (torch.randn(tokens, heads + 2 * kv_heads, dim, generator=generator) * 3).to(device, dtype)
     weights = torch.randn(2, dim, generator=generator).to(device, dtype) if normed else (None, None)
     position = torch.randint(5000, (tokens,), generator=generator).to(device)
-    cos, sin = rope.rope_angles(position, rot, 6e5, 1.0, dtype)
-    return qkv, *weights, cos, sin, 1e-6, heads, kv_heads
+    table = rope.rope_angles(torch.arange(5000, device=device), rot, 6e5, 1.0, dtype)
+    return qkv, *weights, rope.Angles(*table, position), 1e-6, heads, kv_heads
 
 
 def caches(pages, length, kv_heads, dim, dtype, device="cpu"):
@@ -90,8 +92,8 @@ def test_a_token_does_not_depend_on_the_others():
     with force_ops("triton"), interpreted():
         together = rope.qk_norm_rope(*args)
         for t in (0, 11, 19):
-            qkv, cos, sin = (args[i][t : t + 1] for i in (0, 3, 4))
-            alone = rope.qk_norm_rope(qkv, *args[1:3], cos, sin, *args[5:])
+            angles = args[3]._replace(row=args[3].row[t : t + 1])
+            alone = rope.qk_norm_rope(args[0][t : t + 1], *args[1:3], angles, *args[4:])
             assert all(torch.equal(a, b[t : t + 1]) for a, b in zip(alone, together, strict=True))
 
 
@@ -104,27 +106,52 @@ def test_a_projection_that_is_a_view():
             assert torch.equal(got, wanted)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_angles_of_a_table_and_a_row_each_give_the_same_bits(dtype):
+    args = inputs(7, *SHAPES["half"], dtype)
+    each = rope.look_up(*args[3])  # the reference's
+    assert each.row is None and each.cos.shape == (7, 8)
+    for run in (rope.qk_norm_rope_ref, rope.qk_norm_rope):
+        with force_ops("triton"), interpreted():
+            parts = zip(run(*args), run(*args[:3], each, *args[4:]), strict=True)
+        assert all(torch.equal(*part) for part in parts)
+    with force_ops("triton"):
+        assert rope.look_up(*args[3]) == args[3]  # the kernel looks them up by itself
+
+
+@given(st.integers(1, 300), st.integers(0, 2**15), st.sampled_from(DTYPES))
+def test_a_tables_angles_have_the_bits_of_those_made_alone(count, first, dtype):
+    position = torch.arange(first, first + count)
+    table = rope.rope_angles(torch.arange(first + count), 64, 6e5, 1.0, dtype)
+    alone = rope.rope_angles(position, 64, 6e5, 1.0, dtype)
+    assert all(torch.equal(part, own) for part, own in zip(rope.look_up(*table, position).each(), alone, strict=True))
+
+
 def test_what_does_not_fit_is_refused():
     args = list(inputs(6, *SHAPES["half"]))
+    cos, sin, row = args[3]
     k_cache, v_cache = caches(4, 2, 2, 16, torch.float32)
     pages = [k_cache, v_cache, torch.arange(6)]
     bad = {
         "qkv": [(0, args[0][:, :7]), (0, args[0].double()), (0, args[0].transpose(1, 2).contiguous().transpose(1, 2))],
         "q_weight": [(1, args[1][:8]), (1, args[1].half())],
         "k_weight": [(2, torch.ones(32)[::2])],
-        "cos": [(3, args[3][:5]), (3, args[3].double()), (3, args[3][:, :7].contiguous())],
-        "sin": [(4, args[4][:, :4].contiguous())],
-        "k_cache": [(8, k_cache[:, :, :1]), (8, k_cache.half())],
-        "v_cache": [(9, v_cache[:3]), (9, v_cache[..., :8])],
-        "slot": [(10, torch.arange(5)), (10, torch.arange(6, dtype=torch.int32))],
+        "cos": [
+            (3, rope.Angles(cos[:5], sin[:5])),
+            (3, rope.Angles(cos.double(), sin, row)),
+            (3, rope.Angles(*(x[:, :7].contiguous() for x in (cos, sin)), row)),
+        ],
+        "sin": [(3, rope.Angles(cos, sin[:, :4].contiguous(), row)), (3, rope.Angles(cos, sin[:9], row))],
+        "angles.row": [(3, rope.Angles(cos, sin, row[:5])), (3, rope.Angles(cos, sin, row.int()))],
+        "k_cache": [(7, k_cache[:, :, :1]), (7, k_cache.half())],
+        "v_cache": [(8, v_cache[:3]), (8, v_cache[..., :8])],
+        "slot": [(9, torch.arange(5)), (9, torch.arange(6, dtype=torch.int32))],
     }
     with force_ops("triton"), interpreted():
         for name, changes in bad.items():
             for place, value in changes:
                 call = [*args, *pages]
                 call[place] = value
-                if place == 3 and value.shape[1] == 7:
-                    call[4] = value
                 with pytest.raises(ValueError, match=f"^{name}: "):
                     rope.qk_norm_rope_write(*call)
 
