@@ -126,13 +126,13 @@ _int32, _int64 = partial(_meta, dtype=torch.int32), partial(_meta, dtype=torch.i
 def _state(rows, length):
     return refine.BlockState(
         _int64(rows, length), _meta(rows, length, dtype=torch.int8), _int64(rows), *[_int32(rows)] * 4,
-        _int32(rows, length), _meta(rows, length),
+        _int32(rows, length), _meta(rows, length), _int32(rows),
     )  # fmt: skip
 
 
 def _advance(entries, carried, length=32):
-    bounds, plan = advance.RowBounds(*[_int32(256)] * 3), _int32(entries)
-    advance.launch(_state(256, length), bounds, plan, plan, carried, IDS)
+    bounds, plan = advance.RowBounds(*[_int32(256)] * 2), _int32(entries)
+    advance.launch(_state(256, length), bounds, _int32(256, 33), plan, plan, carried, IDS)
 
 
 def _refine(dtype, length=32, vocab=VOCAB, rows=8, packed=False, only_needed=False, filters=False, transposed=False):

@@ -28,6 +28,7 @@ from llada2_fast.decoding.sequence import Sequence
 from llada2_fast.kernels import refine
 from llada2_fast.kernels.moe import gated, mlp
 from llada2_fast.kernels.product import torch_products
+from llada2_fast.kernels.state import report_ref
 from llada2_fast.model import LLaDA2Model
 
 from .roofline import BLOCK
@@ -223,10 +224,14 @@ class SchedulerLanes(Lanes):
         state.step += 1
         done = not (state.tokens == mask_id).any()
         state.frozen += refine.BLOCK_DONE * done
-        status = torch.zeros(1, 8, dtype=torch.int32)
-        status[0, refine.FLAGS] = refine.CHANGED + refine.BLOCK_DONE * done
+        status = torch.zeros(refine.NUM_STATUS, 1, dtype=torch.int32)
+        status[refine.FLAGS] = refine.CHANGED + refine.BLOCK_DONE * done
         return refine.RefineOutput(
-            status, output.sampled_tokens, output.sampled_probs, output.transfer_index, output.editing_transfer_index
+            report_ref(tuple(status), state),
+            output.sampled_tokens,
+            output.sampled_probs,
+            output.transfer_index,
+            output.editing_transfer_index,
         )
 
 

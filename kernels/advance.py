@@ -5,13 +5,15 @@
     advance    ready, and settled or given one of the C places to be carried: the ended block then rides along with the
                next block's first forward. Places go to the rows in the order of the plan.
 
-A ready row that must wait stays as it is for one step; that step's forward over the final tokens settles it.
+A ready row that must wait stays as it is for one step, whose forward over the final tokens settles it.
 
-Shapes: S lanes, A entries of the plan, C places, L block_length. The plan names a lane per entry; an entry may repeat
-entry 0 (it fills a graph of a larger size), and a place nobody needs repeats entry 0 too, as it is after advancing.
+Shapes: S lanes, A entries of the plan, C places, B = A + C, L block_length, P pages of a row. The plan names a lane per
+entry; an entry may repeat entry 0 (it fills a graph of a larger size), and a place nobody needs repeats entry 0 too, as
+it is after advancing.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -31,7 +33,16 @@ class RowBounds:
 
     total: torch.Tensor  # prompt and generated positions
     limit: torch.Tensor  # positions that exist, with the tail where it is denoised
-    changed: torch.Tensor  # non-zero: the row's last step changed its block
+
+
+class Forwarded(NamedTuple):
+    """The blocks that a step forwards: first the entries' active ones, then the carried ones."""
+
+    row: torch.Tensor  # int32 [B]: the lane
+    block: torch.Tensor  # int32 [B]: number in its row
+    tokens: torch.Tensor  # int64 [B, L]
+    position: torch.Tensor  # int64 [B, L]: in the row
+    slot: torch.Tensor  # int64 [B, L]: page * L + offset, -1 where the table of pages ends before the block
 
 
 def _begin_ref(state, bounds, lane, ids):
@@ -46,17 +57,19 @@ def _begin_ref(state, bounds, lane, ids):
 
 
 def advance_ref(
-    state: BlockState, bounds: RowBounds, lane: torch.Tensor, repeat: torch.Tensor, carried: int, ids: SpecialIds
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    state: BlockState, bounds: RowBounds, page_table: torch.Tensor, lane: torch.Tensor, repeat: torch.Tensor,
+    carried: int, ids: SpecialIds,
+) -> Forwarded:  # fmt: skip
     """See advance."""
     lane, length = lane.long(), state.tokens.shape[1]
     block, tokens = state.block_start[lane] // length, state.tokens[lane]  # [S] -> [A], [S, L] -> [A, L]
     end = (block + 1) * length
     ready = (repeat == 0) & (state.frozen[lane] == BLOCK_DONE) & (end < bounds.total[lane])
-    unsettled = ready & (bounds.changed[lane] != 0)
+    unsettled = ready & (state.changed[lane] != 0)
     given = unsettled & (unsettled.cumsum(0) <= carried)
     going = ready & (given | ~unsettled)
 
+    state.changed[lane[ready]] = 0
     _begin_ref(state, bounds, lane[going], ids)
 
     now = torch.where(repeat == 0, lane, lane[:1])
@@ -65,59 +78,75 @@ def advance_ref(
     laid = state.tokens[rows]  # [S, L] -> [A + C, L]
     places = len(lane) + torch.arange(int(given.sum()), device=lane.device)
     rows[places], index[places], laid[places] = lane[given], block[given], tokens[given]
-    return rows.int(), index.int(), laid
+    offset = torch.arange(length, device=lane.device)
+    slot, there = torch.full_like(laid, -1), index < page_table.shape[1]
+    slot[there] = page_table[rows[there], index[there]].long()[:, None] * length + offset
+    return Forwarded(rows.int(), index.int(), laid, index[:, None] * length + offset, slot)
 
 
 @triton.jit
+def _forward(OUT, PAGE_TABLE, pages, at, row, block, tokens, mask, L: tl.constexpr, COLUMNS: tl.constexpr):
+    """Forwarded of blocks `at` [N] where mask: row, block [N] and tokens [N, COLUMNS], all int32."""
+    column = tl.arange(0, COLUMNS)[None, :]
+    n = at[:, None] * L + column
+    inside = mask[:, None] & (column < L)
+    page = tl.load(PAGE_TABLE + row.to(tl.int64) * pages + block, mask=mask & (block < pages), other=-1)[:, None]
+    tl.store(OUT.row + at, row, mask=mask)
+    tl.store(OUT.block + at, block, mask=mask)
+    tl.store(OUT.tokens + n, tokens.to(tl.int64), mask=inside)
+    tl.store(OUT.position + n, (block[:, None] * L + column).to(tl.int64), mask=inside)
+    tl.store(OUT.slot + n, tl.where(page < 0, -1, page.to(tl.int64) * L + column), mask=inside)
+
+
+@triton.jit(do_not_specialize=["pages"])
 def _advance_kernel(
-    LANE, REPEAT, TOTAL, LIMIT, CHANGED,
-    STATE,  # BlockState
-    ROW, BLOCK, LAID, mask_id,
+    LANE, REPEAT, TOTAL, LIMIT, PAGE_TABLE,
+    STATE, OUT,  # BlockState, Forwarded
+    pages, mask_id,
     A: tl.constexpr, C: tl.constexpr, L: tl.constexpr,
     ENTRIES: tl.constexpr, PLACES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Grid (1,): all entries at once, [ENTRIES, COLUMNS]."""
     entry, column = tl.arange(0, ENTRIES), tl.arange(0, COLUMNS)
     there = entry < A
-    lane = tl.load(LANE + entry, mask=there, other=0).to(tl.int64)
+    lane = tl.load(LANE + entry, mask=there, other=0)
     own = there & (tl.load(REPEAT + entry, mask=there, other=1) == 0)
     n = lane[:, None] * L + column[None, :]
     inside = own[:, None] & (column < L)[None, :]
-    start = tl.load(STATE.block_start + lane, mask=there, other=0)
+    start = tl.load(STATE.block_start + lane, mask=there, other=0).to(tl.int32)
     total = tl.load(TOTAL + lane, mask=own, other=0)
     limit = tl.load(LIMIT + lane, mask=own, other=0)
     prior_flags = tl.load(STATE.prior_flags + lane, mask=own, other=0)
-    tokens = tl.load(STATE.tokens + n, mask=inside, other=0)
+    tokens = tl.load(STATE.tokens + n, mask=inside, other=0).to(tl.int32)
     kind = tl.load(STATE.kind + n, mask=inside, other=0)
     ready = own & (tl.load(STATE.frozen + lane, mask=own, other=0) == _DONE) & (start + L < total)
-    unsettled = ready & (tl.load(CHANGED + lane, mask=own, other=0) != 0)
+    unsettled = ready & (tl.load(STATE.changed + lane, mask=own, other=0) != 0)
     place = tl.cumsum(unsettled.to(tl.int32), 0) - 1
     given = unsettled & (place < C)
     going = ready & (given | (unsettled == 0))
 
     # the ended blocks that ride along
     at = A + tl.where(given, place, 0)
-    tl.store(ROW + at, lane.to(tl.int32), mask=given)
-    tl.store(BLOCK + at, (start // L).to(tl.int32), mask=given)
-    tl.store(LAID + at[:, None].to(tl.int64) * L + column[None, :], tokens, mask=inside & given[:, None])
+    _forward(OUT, PAGE_TABLE, pages, at, lane, start // L, tokens, given, L, COLUMNS)
 
     # the next blocks
     holds_mask = tl.sum((inside & (tokens == mask_id) & (kind != _PROMPT)).to(tl.int32), 1) > 0
     start = tl.where(going, start + L, start)
-    text, tail = (total - start).to(tl.int32)[:, None], (limit - start).to(tl.int32)[:, None]  # up to their ends
+    text, tail = (total - start)[:, None], (limit - start)[:, None]  # up to their ends
     fresh = tl.where(column[None, :] < text, _GENERATED, tl.where(column[None, :] < tail, _TAIL, _PADDING))
     tokens = tl.where(going[:, None], mask_id, tokens)
     new = inside & going[:, None]
     tl.debug_barrier()  # every thread has read the state
-    tl.store(STATE.tokens + n, tokens, mask=new)
+    tl.store(STATE.tokens + n, tokens.to(tl.int64), mask=new)
     tl.store(STATE.kind + n, fresh.to(tl.int8), mask=new)
     tl.store(STATE.commit_step + n, tl.full([ENTRIES, COLUMNS], -1, tl.int32), mask=new)
     tl.store(STATE.commit_confidence + n, tl.zeros([ENTRIES, COLUMNS], tl.float32), mask=new)
     none = tl.zeros([ENTRIES], tl.int32)
-    tl.store(STATE.block_start + lane, start, mask=going)
+    tl.store(STATE.block_start + lane, start.to(tl.int64), mask=going)
     tl.store(STATE.step + lane, none, mask=going)
     tl.store(STATE.post_steps + lane, none, mask=going)
     tl.store(STATE.frozen + lane, none, mask=going)
+    tl.store(STATE.changed + lane, none, mask=ready)  # a row that waits is settled by this step
     tl.store(STATE.prior_flags + lane, prior_flags | tl.where(holds_mask, _MASKED, 0), mask=going)
 
     # what is forwarded: the entries, and entry 0 wherever it is repeated
@@ -125,71 +154,76 @@ def _advance_kernel(
     first_lane = tl.sum(tl.where(first, lane, 0), 0)
     first_block = tl.sum(tl.where(first, start // L, 0), 0)
     first_tokens = tl.sum(tl.where(first[:, None], tokens, 0), 0)
-    tl.store(ROW + entry, tl.where(own, lane, first_lane).to(tl.int32), mask=there)
-    tl.store(BLOCK + entry, tl.where(own, start // L, first_block).to(tl.int32), mask=there)
+    row, block = tl.where(own, lane, first_lane), tl.where(own, start // L, first_block)
     tokens = tl.where(own[:, None], tokens, first_tokens[None, :])
-    columns = (column < L)[None, :]
-    tl.store(LAID + entry[:, None].to(tl.int64) * L + column[None, :], tokens, mask=there[:, None] & columns)
+    _forward(OUT, PAGE_TABLE, pages, entry, row, block, tokens, there, L, COLUMNS)
     if C > 0:
         spare = tl.arange(0, PLACES)
         free = (spare >= tl.sum(given.to(tl.int32), 0)) & (spare < C)
-        blank = tl.zeros([PLACES], tl.int32)
-        tl.store(ROW + A + spare, blank + first_lane.to(tl.int32), mask=free)
-        tl.store(BLOCK + A + spare, blank + first_block.to(tl.int32), mask=free)
+        none = tl.zeros([PLACES], tl.int32)
+        row, block = none + first_lane, none + first_block
         copies = tl.broadcast_to(first_tokens[None, :], (PLACES, COLUMNS))
-        tl.store(LAID + (A + spare)[:, None].to(tl.int64) * L + column[None, :], copies, mask=free[:, None] & columns)
+        _forward(OUT, PAGE_TABLE, pages, A + spare, row, block, copies, free, L, COLUMNS)
 
 
 def launch(
-    state: BlockState, bounds: RowBounds, lane: torch.Tensor, repeat: torch.Tensor, carried: int, ids: SpecialIds
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """advance's launch."""
+    state: BlockState, bounds: RowBounds, page_table: torch.Tensor, lane: torch.Tensor, repeat: torch.Tensor,
+    carried: int, ids: SpecialIds,
+) -> Forwarded:  # fmt: skip
+    """advance's launch. ValueError where the table of pages does not fit."""
+    if page_table.dtype != torch.int32 or page_table.ndim != 2 or not page_table.is_contiguous():
+        raise ValueError(
+            f"page_table: contiguous int32 [S, P] expected, got {page_table.dtype} {list(page_table.shape)} with "
+            f"strides {page_table.stride()}"
+        )
     entries, length = lane.shape[0], state.tokens.shape[1]
-    rows, index, laid = _empty(state.tokens, entries + carried)
+    output = _empty(state.tokens, entries + carried)
     size = triton.next_power_of_2(entries) * triton.next_power_of_2(length)
     run_kernel(
         _advance_kernel, (1,),
-        lane, repeat, bounds.total, bounds.limit, bounds.changed, StateTensors(**vars(state)),
-        rows, index, laid, ids.mask,
+        lane, repeat, bounds.total, bounds.limit, page_table, StateTensors(**vars(state)), output,
+        page_table.shape[1], ids.mask,
         A=entries, C=carried, L=length, ENTRIES=triton.next_power_of_2(entries),
         PLACES=triton.next_power_of_2(max(carried, 1)), COLUMNS=triton.next_power_of_2(length),
         num_warps=min(16, max(1, size // 256)),
     )  # fmt: skip
-    return rows, index, laid
+    return output
 
 
 def _empty(tokens, blocks):
-    new = tokens.new_empty
-    return new(blocks, dtype=torch.int32), new(blocks, dtype=torch.int32), new((blocks, tokens.shape[1]))
+    new, shape = tokens.new_empty, (blocks, tokens.shape[1])
+    return Forwarded(new(blocks, dtype=torch.int32), new(blocks, dtype=torch.int32), new(shape), new(shape), new(shape))
 
 
 def advance(
-    state: BlockState, bounds: RowBounds, lane: torch.Tensor, repeat: torch.Tensor, carried: int, ids: SpecialIds
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    state: BlockState, bounds: RowBounds, page_table: torch.Tensor, lane: torch.Tensor, repeat: torch.Tensor,
+    carried: int, ids: SpecialIds,
+) -> Forwarded:  # fmt: skip
     """Begin the next blocks of a plan's rows; updates `state` in place.
 
     state: the blocks of S lanes
     bounds: how far their rows go
+    page_table: int32 [S, P]: their rows' pages from block 0 on; P may be 0
     lane: int32 [A], A at least 1: the lane of each entry of the plan
     repeat: int32 [A], non-zero where an entry repeats entry 0, which itself is none
     carried: C, the places for ended blocks
     ids: the model's special ids
 
-    Returns (row int32 [A + C], block int32 [A + C], tokens int64 [A + C, L]): lane, number in its row and tokens of
-    each block to forward, first the entries' active blocks, then the carried ones.
+    Returns what is to be forwarded.
     """
     run = launch if use_triton(state.tokens) else advance_ref
-    return run(state, bounds, lane, repeat, carried, ids)
+    return run(state, bounds, page_table, lane, repeat, carried, ids)
 
 
 def begin_next(state, bounds, lanes, ids):
     """Begin the next blocks of lanes whose block has ended, whatever their last steps changed: of the plan's three, for
     a host that sees to what is carried by itself. Updates `state` in place.
 
-    bounds: RowBounds, whose `changed` is zero; lanes: a list of ints; ids: SpecialIds.
+    bounds: RowBounds; lanes: a list of ints; ids: SpecialIds.
     """
     lane = torch.tensor(lanes, dtype=torch.int64, device="cpu").to(state.tokens.device)
     if use_triton(state.tokens):
-        launch(state, bounds, lane.int(), torch.zeros_like(lane, dtype=torch.int32), 0, ids)
+        lane = lane.int()
+        launch(state, bounds, lane.new_empty((len(state.tokens), 0)), lane, torch.zeros_like(lane), len(lanes), ids)
     else:
         _begin_ref(state, bounds, lane, ids)

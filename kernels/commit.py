@@ -30,11 +30,13 @@ from .state import (
     ERROR,
     FINISHED,
     MASKS_BEFORE,
+    NUM_STATUS,
     PRIOR_EOS,
     PRIOR_MASK,
     BlockState,
     RefineOutput,
     RefineParams,
+    report_ref,
 )
 
 
@@ -67,9 +69,10 @@ def commit_ref(
     if error is not None:
         state.frozen |= error * ERROR
     commits = commit.sum(-1, dtype=torch.int32)  # [R, L] -> [R]
-    flags = state.frozen | (commits + edits).sign() * CHANGED
-    status = (flags, left, commits, edits, eos_at, state.step, state.post_steps, before)
-    return RefineOutput(torch.stack(status, 1), token, confidence, commit, edit)
+    changed = (commits + edits).sign()
+    torch.where(live, changed, state.changed, out=state.changed)
+    status = (state.frozen | changed * CHANGED, left, commits, edits, eos_at, state.step, state.post_steps, before)
+    return RefineOutput(report_ref(status, state), token, confidence, commit, edit)
 
 
 def judge_ref(
@@ -175,6 +178,7 @@ _EOS_HOLDS, _EOS_CLEAN = tl.constexpr(EOS_HOLDS), tl.constexpr(EOS_CLEAN)
 _PRIOR_MASK, _PRIOR_EOS = tl.constexpr(PRIOR_MASK), tl.constexpr(PRIOR_EOS)
 _BLOCK_DONE, _FINISHED = tl.constexpr(BLOCK_DONE), tl.constexpr(FINISHED)
 _ERROR, _CHANGED = tl.constexpr(ERROR), tl.constexpr(CHANGED)
+_NUM_STATUS = tl.constexpr(NUM_STATUS)
 
 
 @triton.jit
@@ -272,6 +276,9 @@ def _commit_kernel(
     frozen = tl.load(STATE.frozen + row)
     flags = tl.load(PARAMS.flags + row)
     old_step = tl.load(STATE.step + row)
+    start = tl.load(STATE.block_start + row)
+    commit_step = tl.load(STATE.commit_step + n, mask=inside, other=-1)
+    commit_confidence = tl.load(STATE.commit_confidence + n, mask=inside, other=0.0)
     masked, editable = _roles(held, kind, frozen, flags, ids.mask)
     before = _count(masked)
     wanted = inside
@@ -281,7 +288,7 @@ def _commit_kernel(
         wanted &= masked | editable
     token, confidence, _top, _mass, _scale_ = _combine(
         PART, PART_ID, n, wanted, tl.num_programs(0) * L * TILES, tiles, tl.load(PARAMS.temperature + row), flags,
-        tl.load(PARAMS.seed + row), tl.load(STATE.block_start + row) + column, old_step, TILES,
+        tl.load(PARAMS.seed + row), start + column, old_step, TILES,
     )  # fmt: skip
     token = token.to(tl.int64)
     confidence = tl.where(wanted, confidence, float("-inf"))
@@ -297,24 +304,33 @@ def _commit_kernel(
     left, edits, step, post_steps, done = _block_end(new, kind, live, before, edit, STATE, PARAMS, ids, row)
     finished, eos_at = _eos(new, kind, live, commit, done, STATE, PARAMS, ids, row, column, L, NUM_EOS)
     now = frozen | done.to(tl.int32) * _BLOCK_DONE | finished.to(tl.int32) * _FINISHED | error.to(tl.int32) * _ERROR
+    changed = (_count(written) > 0).to(tl.int32)
+    commit_step = tl.where(written, old_step, commit_step)
+    commit_confidence = tl.where(written, confidence, commit_confidence)
 
     tl.debug_barrier()  # every thread has read the state
     tl.store(STATE.tokens + n, new, mask=inside & written)
-    tl.store(STATE.commit_step + n, tl.zeros([COLUMNS], tl.int32) + old_step, mask=inside & written)
-    tl.store(STATE.commit_confidence + n, confidence, mask=inside & written)
+    tl.store(STATE.commit_step + n, commit_step, mask=inside & written)
+    tl.store(STATE.commit_confidence + n, commit_confidence, mask=inside & written)
     tl.store(STATE.step + row, step)
     tl.store(STATE.post_steps + row, post_steps)
     tl.store(STATE.frozen + row, now)
+    tl.store(STATE.changed + row, changed, mask=live)
     tl.store(OUT.token + n, token, mask=inside)
     tl.store(OUT.confidence + n, confidence, mask=inside)
     tl.store(OUT.commit + n, commit, mask=inside)
     tl.store(OUT.edit + n, edit, mask=inside)
-    STATUS = OUT.status + row * 8
-    tl.store(STATUS + 0, now | (_count(written) > 0).to(tl.int32) * _CHANGED)
-    tl.store(STATUS + 1, left)
-    tl.store(STATUS + 2, _count(commit))
-    tl.store(STATUS + 3, edits)
-    tl.store(STATUS + 4, eos_at)
-    tl.store(STATUS + 5, step)
-    tl.store(STATUS + 6, post_steps)
-    tl.store(STATUS + 7, before)
+    REPORT = OUT.report + row * (_NUM_STATUS + 1 + 3 * L)
+    tl.store(REPORT + 0, now | changed * _CHANGED)
+    tl.store(REPORT + 1, left)
+    tl.store(REPORT + 2, _count(commit))
+    tl.store(REPORT + 3, edits)
+    tl.store(REPORT + 4, eos_at)
+    tl.store(REPORT + 5, step)
+    tl.store(REPORT + 6, post_steps)
+    tl.store(REPORT + 7, before)
+    tl.store(REPORT + _NUM_STATUS, (start // L).to(tl.int32))
+    COLUMN = REPORT + _NUM_STATUS + 1 + column
+    tl.store(COLUMN, new.to(tl.int32), mask=inside)
+    tl.store(COLUMN + L, commit_step, mask=inside)
+    tl.store(COLUMN + 2 * L, commit_confidence.to(tl.int32, bitcast=True), mask=inside)

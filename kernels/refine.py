@@ -53,6 +53,7 @@ from .state import (  # noqa: F401  likewise
     FLAGS,
     MASKS_BEFORE,
     MASKS_LEFT,
+    NUM_STATUS,
     POST_STEPS,
     PRIOR_EOS,
     PRIOR_MASK,
@@ -126,7 +127,8 @@ def _empty(tokens):
     rows, length = tokens.shape
     new = tokens.new_empty
     return RefineOutput(
-        new((rows, 8), dtype=torch.int32), new((rows, length)), new((rows, length), dtype=torch.float32),
+        new((rows, NUM_STATUS + 1 + 3 * length), dtype=torch.int32),
+        new((rows, length)), new((rows, length), dtype=torch.float32),
         new((rows, length), dtype=torch.bool), new((rows, length), dtype=torch.bool),
     )  # fmt: skip
 
@@ -143,7 +145,7 @@ def _dispatch(logits, *arguments):
 
 _ALIAS = {  # what a step writes, in the notation of torch.library
     "tokens": "(a!)", "step": "(b!)", "post_steps": "(c!)", "frozen": "(d!)", "commit_step": "(e!)",
-    "commit_confidence": "(f!)",
+    "commit_confidence": "(f!)", "changed": "(g!)",
 }  # fmt: skip
 _NUM_STATE = len(fields(BlockState))
 _NUM_TENSORS = _NUM_STATE + len(fields(RefineParams))

@@ -21,6 +21,7 @@ PRIOR_MASK, PRIOR_EOS = 1, 2  # an earlier generated block holds a mask; the pro
 
 # columns of the status tensor, and the bits of its FLAGS
 FLAGS, MASKS_LEFT, COMMITS, EDITS, EOS_AT, STEP, POST_STEPS, MASKS_BEFORE = range(8)
+NUM_STATUS = 8
 BLOCK_DONE, FINISHED, ERROR, CHANGED = 1, 2, 4, 8
 
 
@@ -59,6 +60,7 @@ class BlockState:
     prior_flags: torch.Tensor  # int32 [R]: PRIOR_MASK | PRIOR_EOS
     commit_step: torch.Tensor  # int32 [R, L]: step of the commit or edit that put the token there, -1 before
     commit_confidence: torch.Tensor  # float32 [R, L]: its confidence
+    changed: torch.Tensor  # int32 [R]: non-zero: the last step changed the block, whose keys and values are not final
 
     def rows(self, index: torch.Tensor) -> "BlockState":
         """A copy of some rows (index: int64 [n])."""
@@ -85,7 +87,7 @@ class BlockState:
             tokens, kind, block_start, count.clone(), count.clone(), count.clone(),
             count.clone() if prior_flags is None else prior_flags,
             torch.full_like(tokens, -1, dtype=torch.int32),
-            torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device),
+            torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device), count.clone(),
         )  # fmt: skip
 
     def reset_block(
@@ -106,19 +108,32 @@ class BlockState:
         """
         self.tokens[rows], self.kind[rows] = tokens, kind
         self.block_start[rows], self.prior_flags[rows] = block_start, prior_flags
-        for counter in (self.step, self.post_steps, self.frozen, self.commit_confidence):
+        for counter in (self.step, self.post_steps, self.frozen, self.commit_confidence, self.changed):
             counter[rows] = 0
         self.commit_step[rows] = -1
 
 
 class RefineOutput(NamedTuple):
-    """What one step did. status is the only thing a host ever needs to read."""
+    """What one step did. The report is the only thing a host ever needs to read."""
 
-    status: torch.Tensor  # int32 [R, 8], columns FLAGS .. MASKS_BEFORE
+    report: torch.Tensor  # int32 [R, 9 + 3 L], see report_ref
     token: torch.Tensor  # int64 [R, L]: candidate, -1 where none was computed
     confidence: torch.Tensor  # float32 [R, L]: its confidence, -inf where none was computed
     commit: torch.Tensor  # bool [R, L]: written by M2T
     edit: torch.Tensor  # bool [R, L]: written by T2T
+
+    @property
+    def status(self) -> torch.Tensor:
+        """int32 [R, 8], columns FLAGS .. MASKS_BEFORE of the report."""
+        return self.report[:, :NUM_STATUS]
+
+
+def report_ref(status: tuple[torch.Tensor, ...], state: BlockState) -> torch.Tensor:
+    """The report int32 [R, 9 + 3 L] of the columns of a status: these, the number of the block in its row, and after
+    the step its tokens, their steps of commit and the bits of their confidences at commit [L each]."""
+    block = (state.block_start // state.tokens.shape[1]).int()
+    confidence = state.commit_confidence.view(torch.int32)
+    return torch.cat((torch.stack((*status, block), 1), state.tokens.int(), state.commit_step, confidence), 1)
 
 
 # Their tensors by the same names, as kernels take them

@@ -352,6 +352,7 @@ class LLaDA2Model(OnOurDevices):
         spans: list[Span] | BlockBatch,
         cache: PagedKVCache,
         read: Read | None = None,
+        slots: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Hidden states of packed spans of whole blocks over cached pages; their K/V are written to their pages.
 
@@ -361,11 +362,12 @@ class LLaDA2Model(OnOurDevices):
         cache: holds their pages and those of the blocks before.
         read: with Spans only: whose hidden states are wanted, None = everybody's; of the others the last layer computes
             no more than their K/V.
+        slots: int64 [T] of the cache, -1 = nowhere, where they are known; None = those of the spans' pages.
         Returns [T, H] after the final norm, or [M, H] of what is read; lm_logits turns the needed ones into logits.
         """
         length = cache.block_length
         x, delta = self.word_embeddings(tokens), None
-        blocks, slot = place_blocks(spans, length, x)
+        blocks, slot = place_blocks(spans, length, x) if slots is None else (spans, slots)
         block = self._token_blocks(1, tokens.shape[0], length)
         angles = look_up(*self._angle_table(_longest(spans, length)), positions)
         *layers, last = zip(self.layers, cache.k, cache.v, strict=True)

@@ -279,9 +279,9 @@ def test_graphs_are_kept_as_long_as_the_weights_are_where_they_were(golden):
 class Measured(LLaDA2Model):
     """Notes how many tokens each forward has."""
 
-    def forward_blocks(self, tokens, *args):
+    def forward_blocks(self, tokens, *args, **more):
         vars(self).setdefault("sizes", []).append(tokens.numel())
-        return super().forward_blocks(tokens, *args)
+        return super().forward_blocks(tokens, *args, **more)
 
 
 @pytest.mark.parametrize("editing, sizes", [(None, [4, 8]), (5.0, [4, 4, 4, 4])])

@@ -434,7 +434,7 @@ def test_a_step_does_all_its_work_and_can_be_repeated(machine):
     tokens = step.state.tokens.clone()
     step.check()
     step.reset()
-    out = step.call()[0]
+    out = step.call()
     assert (out.token >= 0).all() and not out.commit.any() and not out.edit.any()
     assert torch.equal(step.state.tokens, tokens) and (step.state.frozen != 0).all()
     assert 0 < step.touched() <= machine.config("mini").num_experts
@@ -445,9 +445,9 @@ def test_carried_places_repeat_a_block_or_take_ended_ones_along(machine, variant
     step = Step(machine, machine.network("mini"), batch=6, prefix=64, variant=variant)
     begun, forward = [], step.model.forward_blocks
 
-    def noted(tokens, positions, blocks, *rest):
+    def noted(tokens, positions, blocks, *rest, **more):
         begun.append((blocks.block_row.tolist(), blocks.block_index.tolist(), step.state.tokens.clone()))
-        return forward(tokens, positions, blocks, *rest)
+        return forward(tokens, positions, blocks, *rest, **more)
 
     monkeypatch.setattr(step.model, "forward_blocks", noted)
     step.check()

@@ -61,7 +61,7 @@ def step(machine, quantization, captured):
     made = steps.Step(machine, machine.shallow(quantization), machine.size(2, 2), machine.size(1024, 64))
     if captured:
         return made.check()
-    output, _ = made.graph.run()
+    output = made.graph.run()
     if not bool(output.confidence.isfinite().all()):
         raise ArithmeticError("the step's confidences are not finite")
 

@@ -118,7 +118,7 @@ def _experts(layer, h):
 def agreeing(step, call):
     """Share of the block's tokens that a peer's call chooses as our step does."""
     step.reset()
-    ours = step.call()[0].token[0].clone()
+    ours = step.call().token[0].clone()
     step.reset()
     with force_ops("torch"):
         return (call() == ours).float().mean().item()

@@ -76,8 +76,8 @@ class Step:
         ended = slice(self.carried)
         self.state.block_start[ended] -= BLOCK
         self.state.frozen[ended] = refine.BLOCK_DONE
-        bounds.changed[ended] = refine.CHANGED
-        self._kept = [(x, x.clone()) for x in (*vars(self.state).values(), bounds.changed)]
+        self.state.changed[ended] = 1
+        self._kept = [(x, x.clone()) for x in vars(self.state).values()]
         self.graph = StepGraph(model, self.cache, lanes, batch, places)
         self.load()
         self.call = self.graph.run if machine.dry else self.graph.replay
@@ -93,9 +93,9 @@ class Step:
     def check(self):
         """The gate. ArithmeticError where replay and single launches differ, or a confidence is not finite."""
         self.reset()
-        replayed = [x.clone() for x in self.call()[0]]
+        replayed = [x.clone() for x in self.call()]
         self.reset()
-        launched, _ = self.graph.run()
+        launched = self.graph.run()
         for name, a, b in zip(launched._fields, replayed, launched, strict=True):
             if not torch.equal(a, b):
                 raise ArithmeticError(f"{name}: the replayed step differs from the launched one")

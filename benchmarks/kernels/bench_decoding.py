@@ -232,13 +232,13 @@ def case_of_philox(machine, count):
     return Case(ours, plain, "torch.rand", machine.rotated(make, size), size, 100.0 * count, check)
 
 
-def plain_advance(state, bounds, lane, repeat, carried, ids):
+def plain_advance(state, bounds, page_table, lane, repeat, carried, ids):
     device, length = lane.device, state.tokens.shape[1]
     active, riding = [], []
     for row in lane.tolist():
         start, total = int(state.block_start[row]), int(bounds.total[row])
         ready = int(state.frozen[row]) == BLOCK_DONE and start + length < total
-        changed = bool(bounds.changed[row])
+        changed = bool(state.changed[row])
         if ready and (not changed or len(riding) < carried):
             if changed:
                 riding.append((row, start // length, state.tokens[row].clone()))
@@ -250,7 +250,10 @@ def plain_advance(state, bounds, lane, repeat, carried, ids):
             state.reset_block(row, torch.full_like(position, ids.mask), kind.to(state.kind.dtype), start, prior_flags)
         active.append((row, start // length, state.tokens[row]))
     rows, index, laid = zip(*active, *riding, *active[:1] * (carried - len(riding)), strict=True)
-    return *(torch.tensor(x, dtype=torch.int32, device=device) for x in (rows, index)), torch.stack(laid)
+    rows, index = (torch.tensor(x, dtype=torch.int32, device=device) for x in (rows, index))
+    offset, page = torch.arange(length, device=device), page_table[rows, index]
+    position, slot = (first[:, None] * length + offset for first in (index, page))
+    return rows, index, torch.stack(laid), position, slot
 
 
 def case_of_advance(machine, rows):
@@ -269,8 +272,10 @@ def case_of_advance(machine, rows):
         if ended:
             state.frozen[::2] = BLOCK_DONE
         total = start.int() + 2 * BLOCK - 5
-        bounds = advance.RowBounds(total, total + 3, (each(rows) // 2 % 2).contiguous())
-        return state, bounds, each(rows), torch.zeros_like(total), carried, SpecialIds(mask_id)
+        state.changed.copy_(each(rows) // 2 % 2)
+        bounds = advance.RowBounds(total, total + 3)
+        pages = torch.randperm(rows * (rows + 1), device=machine.device).int().view(rows, -1)
+        return state, bounds, pages, each(rows), torch.zeros_like(total), carried, SpecialIds(mask_id)
 
     def check():
         first = make(ended=True)

@@ -214,7 +214,7 @@ class Refinement:
             None, kind, forward_batch.positions.view(rows, -1)[:, 0].to(torch.int64).contiguous(),
             step, post_steps, frozen, prior_flags=torch.zeros_like(frozen),
             commit_step=torch.full_like(kind, -1, dtype=torch.int32),
-            commit_confidence=torch.zeros_like(kind, dtype=torch.float32),
+            commit_confidence=torch.zeros_like(kind, dtype=torch.float32), changed=torch.zeros_like(frozen),
         )  # fmt: skip
         return state, params, filters
 

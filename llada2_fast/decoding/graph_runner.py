@@ -9,12 +9,10 @@ expert, so a graph of a larger size costs a smaller batch next to nothing and ch
 
 from functools import lru_cache
 
-import numpy as np
 import torch
 
 from ..kernels._ambient import lasting
 from ..kernels.attention import BlockBatch, pinned
-from ..kernels.refine import CHANGED, FLAGS
 from .runner import CachedForward, Plan, StepResult
 
 
@@ -47,8 +45,7 @@ class GraphRunner:
             self.prefill(plan.prefill)
         graph = self.graph(*self._size(plan))
         graph.load(plan.lanes, plan.filters)
-        output, report = graph.replay() if self.capture else graph.run()
-        return _on_its_way(output, report)
+        return StepResult(graph.replay() if self.capture else graph.run())
 
     def graph(self, active: int, carried: int) -> "StepGraph":
         """The step of one size."""
@@ -82,6 +79,8 @@ class StepGraph:
         self._sizes = [active, active, lanes.count]
         self._plan = torch.zeros(sum(self._sizes), dtype=torch.int32, device=lanes.device)
         self._offsets = torch.arange(cache.block_length, device=lanes.device)
+        # each position's row of the logits; negative in lanes without an entry
+        self._index = torch.empty((lanes.count, cache.block_length), dtype=torch.int64, device=lanes.device)
 
     def load(self, lanes, filters):
         """Plan a step. lanes: the ints of those that take part, at least one; filters: some row has top_k or top_p."""
@@ -92,28 +91,22 @@ class StepGraph:
             spare = self.active - len(lanes)
             numbers = [*lanes, *lanes[:1] * spare, *[0] * len(lanes), *[1] * spare, *entry]
             self._plan.copy_(pinned(numbers, self._plan.device), non_blocking=True)
+            entry = self._plan.split(self._sizes)[2]
+            torch.add(self._offsets, entry[:, None], alpha=len(self._offsets), out=self._index)
             self.planned = list(lanes)
         if filters and not self.filters:
             self.filters = self.stale = True
 
     def run(self):
-        """The step on whatever device; returns (RefineOutput, report int32 [S, 9 + 3 L]). No host sync, no allocation
-        that depends on data. Columns of the report: status [8], number of the active block, its tokens, steps of commit
-        and bits of the confidences at commit [L each]."""
-        length, lanes = self.cache.block_length, self.lanes
-        state, bounds = lanes.state, lanes.bounds
-        lane, repeat, entry = self._plan.split(self._sizes)
-        row, index, tokens = lanes.advance(lane, repeat, self.carried)
-        positions = torch.add(self._offsets, index[:, None], alpha=length)
-        blocks = BlockBatch(row, index, lanes.page_table, bounds.limit)
-        hidden = self.model.forward_blocks(tokens.flatten(), positions.flatten(), blocks, self.cache)
-        logits = self.model.lm_logits(hidden[: self.active * length])
-        at = torch.add(self._offsets, entry[:, None], alpha=length)  # negative in lanes without an entry
-        output = lanes.step(logits, index=at, filters=self.filters, only_needed=True)
-        torch.where(entry < 0, bounds.changed, output.status[:, FLAGS] & CHANGED, out=bounds.changed)
-        confidence = state.commit_confidence.view(torch.int32)
-        block = (state.block_start // length).int()[:, None]
-        return output, torch.cat((output.status, block, state.tokens.int(), state.commit_step, confidence), 1)
+        """The step on whatever device; returns RefineOutput. No host sync, no allocation that depends on data."""
+        lanes = self.lanes
+        lane, repeat, _ = self._plan.split(self._sizes)
+        row, block, *each = lanes.advance(lane, repeat, self.carried)
+        tokens, positions, slots = (x.flatten() for x in each)  # [A + C, L] -> [(A + C) * L]
+        blocks = BlockBatch(row, block, lanes.page_table, lanes.bounds.limit)
+        hidden = self.model.forward_blocks(tokens, positions, blocks, self.cache, slots=slots)
+        logits = self.model.lm_logits(hidden[: self.active * self.cache.block_length])
+        return lanes.step(logits, self._index, self.filters, only_needed=True)
 
     def replay(self):
         """run(), captured once and replayed; what it returns stays at its address and is overwritten by the next."""
@@ -125,7 +118,7 @@ class StepGraph:
 
     def _capture(self):
         """Compile and warm up, with the state put back afterwards, then capture."""
-        kept = [(x, x.clone()) for x in (*vars(self.lanes.state).values(), self.lanes.bounds.changed)]
+        kept = [(x, x.clone()) for x in vars(self.lanes.state).values()]
         graph = torch.cuda.CUDAGraph()
         stream = _capture_stream(self._plan.device)
         capture = torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local")
@@ -146,14 +139,3 @@ def _capture_stream(device):
     """One for all graphs of a GPU: cuBLAS keeps a workspace for each stream it has seen. PyTorch's own default is on
     the GPU that was current when it was first asked for."""
     return torch.cuda.Stream(device)
-
-
-def _on_its_way(output, report):
-    """The StepResult of a report that is copied to the host while further steps are launched."""
-    host, arrived = report.to("cpu", non_blocking=True), None
-    if report.is_cuda:
-        arrived = torch.cuda.Event()
-        arrived.record(torch.cuda.current_stream(report.device))
-    numbers, length = host.numpy(), (host.shape[1] - 9) // 3  # the same memory
-    tokens, steps, bits = (numbers[:, at : at + length] for at in range(9, host.shape[1], length))
-    return StepResult(output, numbers[:, :8], numbers[:, 8], (tokens, steps, bits.view(np.float32)), arrived)

@@ -43,7 +43,7 @@ class Lanes:
         # a row's numbers are entered by the column, which is one copy
         self._whole = self._new((len(WHOLE), count), 0, torch.int32)
         self._real = self._new((len(REAL), count), 0, torch.float32)
-        self._bounds = self._new((3, count), 0, torch.int32)
+        self._bounds = self._new((2, count), 0, torch.int32)
         self.params = RefineParams(
             **dict(zip(WHOLE, self._whole.unbind(), strict=True)),
             **dict(zip(REAL, self._real.unbind(), strict=True)),
@@ -88,7 +88,7 @@ class Lanes:
         self.state.reset_block(lane, tokens, kind, block_start, prior_flags)
         unused = [-1] * (self.max_eos - len(eos_ids))
         whole, real = ([getattr(rule, name) for name in names] for names in (WHOLE, REAL))
-        for table, column in ((self._whole, whole), (self._real, real), (self._bounds, [total, limit, 0])):
+        for table, column in ((self._whole, whole), (self._real, real), (self._bounds, [total, limit])):
             table[:, lane] = torch.tensor(column, dtype=table.dtype, device="cpu")
         self.params.seed[lane] = seed
         self.params.eos_ids[lane] = torch.tensor([*eos_ids, *unused], dtype=torch.int64, device="cpu")
@@ -133,5 +133,5 @@ class Lanes:
             begin_next(self.state, self.bounds, lanes, self.ids)
 
     def advance(self, lanes: torch.Tensor, repeat: torch.Tensor, carried: int):
-        """Begin the next blocks of some lanes; arguments and values as of kernels.advance.advance."""
-        return advance(self.state, self.bounds, lanes, repeat, carried, self.ids)
+        """Begin the next blocks of some lanes; arguments and what it returns as of kernels.advance.advance."""
+        return advance(self.state, self.bounds, self.page_table, lanes, repeat, carried, self.ids)

@@ -71,33 +71,32 @@ class StepResult:
     output: RefineOutput, on the device. After wait(): status, a list of 8 ints for each lane (kernels.refine.FLAGS ..
     MASKS_BEFORE); blocks, for each lane the number of the block that was refined; sequences, whose step it was, which
     the decoder enters.
-
-    It is made of status [S, 8], blocks [S] and columns [S, L] (tokens, steps, confidences), tensors or NumPy arrays,
-    and of the event `arrived` behind which arrays hold what they say.
     """
 
-    def __init__(self, output, status, blocks, columns, arrived=None):
-        self.output, self.sequences = output, []
-        self._status, self._blocks, self._columns, self._arrived = status, blocks, columns, arrived
+    def __init__(self, output):
+        report = output.report
+        self.output, self.sequences, self._arrived = output, [], None
+        self._report = report.to("cpu", non_blocking=True).numpy()  # on its way while further steps are launched
+        if report.is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(report.device))
 
     def wait(self):
         """Until it is here."""
         if self._arrived is not None:
-            self._arrived.synchronize()
-        self.status, self.blocks = self._status.tolist(), self._blocks.tolist()  # sync: the one of a step
+            self._arrived.synchronize()  # the one wait of a step
+        numbers = self._report[:, : refine.NUM_STATUS + 1].tolist()  # sync: on the host already
+        self.status, self.blocks = [row[:-1] for row in numbers], [row[-1] for row in numbers]
 
     def read(self, lanes: list[int], details: bool = True):
         """[(tokens, steps, confidences)] of the blocks in some lanes, lists of L numbers each; without details the last
         two are None."""
         if not lanes:
             return []
-        columns = self._columns if details else self._columns[:1]
-        lists = [_array(column)[lanes].tolist() for column in columns]  # sync: on the host already
-        return [(*row, *[None] * (3 - len(columns))) for row in zip(*lists, strict=True)]
-
-
-def _array(column):
-    return column.cpu().numpy() if isinstance(column, torch.Tensor) else column  # sync: where blocks end
+        columns = np.split(self._report[lanes, refine.NUM_STATUS + 1 :], 3, 1)  # [n, L] each
+        columns[2] = columns[2].view(np.float32)
+        lists = [column.tolist() for column in columns[: 3 if details else 1]]  # sync: on the host already
+        return [(*row, *[None] * (3 - len(lists))) for row in zip(*lists, strict=True)]
 
 
 class EagerRunner:
@@ -121,11 +120,7 @@ class EagerRunner:
         lanes.begin_next([step.lane for step in plan.steps if step.begins])
         needed = self._everything() if self.all_logits else lanes.needed()
         logits, index = self.forward(plan, lanes.state, needed)
-        output = lanes.step(logits, index, plan.filters)
-        state, blocks = lanes.state, np.zeros(lanes.count, dtype=np.int64)
-        blocks[plan.lanes] = [step.block for step in plan.steps]
-        columns = (state.tokens, state.commit_step, state.commit_confidence)
-        return StepResult(output, output.status, blocks, columns)
+        return StepResult(lanes.step(logits, index, plan.filters))
 
     def _everything(self):
         state = self.lanes.state

@@ -17,7 +17,7 @@ MASK = 99
 
 
 def slots_of(count, length, seed, device="cpu"):
-    """State and bounds of rows in every condition: running, ended, finished, failed, at their last block."""
+    """State, bounds and pages of rows in every condition: running, ended, finished, failed, at their last block."""
     generator = torch.Generator().manual_seed(seed)
 
     def pick(high, *shape, low=0):
@@ -31,11 +31,13 @@ def slots_of(count, length, seed, device="cpu"):
         tensor.copy_(pick(4, *tensor.shape))
     total = state.block_start + length + pick(2 * length, count, low=1 - length)
     limit = torch.where(pick(2, count) == 0, total, -(-total // length) * length)
-    bounds = advance.RowBounds(total.int(), limit.int(), pick(2, count).int() * 8)
+    state.changed.copy_(pick(2, count))
+    pages = torch.randperm(count * 11, generator=generator).view(count, 11).int()  # a block's number is at most 5
+    bounds = advance.RowBounds(total.int(), limit.int())
     for holder in (state, bounds):
         for field in fields(holder):
             setattr(holder, field.name, getattr(holder, field.name).to(device))
-    return state, bounds
+    return state, bounds, pages.to(device)
 
 
 def plan_of(count, entries, seed, device="cpu"):
@@ -57,12 +59,13 @@ def untouched(state, before, lanes):
 
 
 def same(seed, count, length, entries, carried, device="cpu"):
-    state, bounds = slots_of(count, length, seed, device)
+    state, bounds, pages = slots_of(count, length, seed, device)
+    pages = pages[:, : max(0, 3 * seed - 1)].contiguous()  # of none, of some or of all blocks
     plan = plan_of(count, entries, seed, device)
     wanted = copy(state)
-    blocks = advance.advance_ref(wanted, bounds, *plan, carried, SpecialIds(MASK))
-    got = advance.advance(state, bounds, *plan, carried, SpecialIds(MASK))
-    for name, a, b in zip(("row", "block", "tokens"), got, blocks, strict=True):
+    blocks = advance.advance_ref(wanted, bounds, pages, *plan, carried, SpecialIds(MASK))
+    got = advance.advance(state, bounds, pages, *plan, carried, SpecialIds(MASK))
+    for name, a, b in zip(blocks._fields, got, blocks, strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b), name
     for name, a in vars(state).items():
         assert torch.equal(a, getattr(wanted, name)), name
@@ -78,6 +81,14 @@ def test_parity(count, length, entries, carried):
             same(seed, count, length, entries, carried)
 
 
+def test_a_table_of_pages_that_does_not_fit_is_refused():
+    state, bounds, pages = slots_of(4, 8, 0)
+    with force_ops("triton"), interpreted():
+        for bad in (pages[:, ::2], pages.long(), pages[0]):
+            with pytest.raises(ValueError, match="^page_table: "):
+                advance.advance(state, bounds, bad, *plan_of(4, 4, 0), 1, SpecialIds(MASK))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("count, entries, carried", [(1, 1, 1), (40, 32, 8), (256, 128, 32), (256, 256, 64)])
 def test_parity_on_a_gpu(count, entries, carried):
@@ -88,16 +99,22 @@ def test_parity_on_a_gpu(count, entries, carried):
 @settings(max_examples=60)
 @given(st.integers(0, 10**6), st.integers(1, 9), st.integers(0, 4), st.sampled_from([1, 3, 8]))
 def test_the_rule(seed, count, carried, length):
-    state, bounds = slots_of(count, length, seed)
+    state, bounds, pages = slots_of(count, length, seed)
+    offset = torch.arange(length)
     lanes, repeat = plan_of(count, 8, seed)
     before = copy(state)
-    rows, blocks, tokens = advance.advance_ref(state, bounds, lanes, repeat, carried, SpecialIds(MASK))
+    rows, blocks, tokens, position, slot = advance.advance_ref(
+        state, bounds, pages, lanes, repeat, carried, SpecialIds(MASK)
+    )
+    for at, (row, block) in enumerate(zip(rows.tolist(), blocks.tolist(), strict=True)):
+        assert torch.equal(position[at], block * length + offset)
+        assert torch.equal(slot[at], pages[row, block] * length + offset)
     used = 0
     for entry, lane in enumerate(lanes[repeat == 0].tolist()):
         block = int(before.block_start[lane]) // length
         follows = int(before.block_start[lane]) + length < int(bounds.total[lane])
         moves = before.frozen[lane] == BLOCK_DONE and follows
-        if moves and bounds.changed[lane]:
+        if moves and before.changed[lane]:
             moves = used < carried
             if moves:
                 at = 8 + used
@@ -105,7 +122,10 @@ def test_the_rule(seed, count, carried, length):
                 used += 1
         assert rows[entry] == lane and blocks[entry] == block + moves
         assert torch.equal(tokens[entry], state.tokens[lane])
+        waits = before.frozen[lane] == BLOCK_DONE and follows and not moves
+        assert state.changed[lane] == (0 if moves or waits else before.changed[lane])
         if not moves:
+            before.changed[lane] = state.changed[lane]
             untouched(state, before, lane)
             continue
         assert (state.tokens[lane] == MASK).all() and state.block_start[lane] == before.block_start[lane] + length

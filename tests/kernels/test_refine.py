@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from llada2_fast.kernels import commit, refine
 from llada2_fast.kernels._triton import force_ops
 from llada2_fast.kernels.candidates import TILE_V
+from llada2_fast.kernels.state import report_ref
 from tests.kernels import truth
 from tests.kernels.interpreter import interpreted
 from tests.kernels.test_candidates import BROKEN, DTYPES, LAYOUTS, SOUND, lay_out, logits_of, sizes
 
 NEAR = 2e-5  # two confidences, or one and its threshold, closer than this share may be ordered either way
 ALL_FLAGS = 2**9 - 1
-STATE = ("tokens", "step", "post_steps", "frozen", "commit_step", "commit_confidence")
+STATE = ("tokens", "step", "post_steps", "frozen", "commit_step", "commit_confidence", "changed")
 
 
 def make(size, dtype, layout, filters, seed, broken=0.1):
@@ -43,6 +44,7 @@ def make(size, dtype, layout, filters, seed, broken=0.1):
         one_of([0, 0, 1, 7], rows, dtype=torch.int32), one_of([0, 1, 2], rows, dtype=torch.int32),
         one_of([0] * 8 + [1, 2, 4], rows, dtype=torch.int32), one_of(range(4), rows, dtype=torch.int32),
         one_of([-1, 3], rows, length, dtype=torch.int32), torch.rand(rows, length, generator=generator),
+        torch.arange(rows, dtype=torch.int32) % 2,
     )  # fmt: skip
     params = refine.RefineParams(
         temperature=one_of([0.0, 0.0, 1.0, 0.4], rows),
@@ -114,9 +116,16 @@ def decided(before, params, output, logits, index, ids, tile_v, only_needed):
     return True
 
 
+def parts(output):
+    """By name; of the report what is whole, as the confidences in it are those of the state."""
+    return output._asdict() | {"report": output.report[:, : -output.token.shape[1]]}
+
+
 def compare(got, wanted, kernel_state, reference_state):
+    for output, state in ((got, kernel_state), (wanted, reference_state)):
+        assert torch.equal(output.report, report_ref(output.status.unbind(1), state))
     for name, a, b in (
-        *zip(got._fields, got, wanted, strict=True),
+        *zip(got._fields, parts(got).values(), parts(wanted).values(), strict=True),
         *((name, getattr(kernel_state, name), getattr(reference_state, name)) for name in STATE),
     ):
         assert a.shape == b.shape and a.dtype == b.dtype, name
@@ -300,7 +309,7 @@ def test_no_rows(choice):
     logits, state, params, ids, index = arguments(size=(0, 4, 60, TILE_V))
     with force_ops(choice), interpreted():
         output = refine.refine_step(logits, state, params, ids, index)
-    assert [tuple(tensor.shape) for tensor in output] == [(0, 8), (0, 4), (0, 4), (0, 4), (0, 4)]
+    assert [tuple(tensor.shape) for tensor in output] == [(0, 21), (0, 4), (0, 4), (0, 4), (0, 4)]
 
 
 def test_kernels_refuse_strided_state():

@@ -487,11 +487,12 @@ def test_the_cards_end_a_row_with_a_block_that_holds_an_eos():
 @pytest.mark.parametrize("bits", [refine.BLOCK_DONE, refine.FINISHED, refine.ERROR])
 def test_a_frozen_row_changes_nothing(bits):
     made = state([M, 5, M], [M, 5, M], step=[3, 3], post=[1, 1], frozen=[bits, 0])
+    made.changed[0] = 7
     rules = params(2, flags=EDIT, threshold=0.1, edit_threshold=0.1)
     out = refine.refine_step(peaks((1, 0.9), (2, 0.9), (E, 0.9)).repeat(2, 1, 1), made, rules, IDS)
     assert made.tokens.tolist() == [[M, 5, M], [1, 2, E]]
     assert made.step.tolist() == [3, 4] and made.post_steps.tolist() == [1, 1] and made.frozen.tolist() == [bits, 0]
-    assert made.commit_step.tolist() == [[-1] * 3, [3] * 3]
+    assert made.commit_step.tolist() == [[-1] * 3, [3] * 3] and made.changed.tolist() == [7, 1]
     assert not out.commit[0].any() and not out.edit[0].any()
     flags = out.status[0, refine.FLAGS].item()
     assert flags == bits and out.status[0, refine.COMMITS] == out.status[0, refine.EDITS] == 0

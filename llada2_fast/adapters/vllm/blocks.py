@@ -72,7 +72,7 @@ class Blocks:
         [S], 0 where nothing is settled; error bool [S]: the logits held NaN or infinity). Settled lanes go on to their
         next block.
         """
-        state, bounds, device = self.lanes.state, self.lanes.bounds, logits.device
+        state, device = self.lanes.state, logits.device
         offset = np.arange(self.length)
         rows = np.full(state.tokens.shape, -1)
         rows[lanes] = np.where(offset < self.width[lanes, None], first[:, None] + offset, -1)
@@ -90,7 +90,7 @@ class Blocks:
         # whether EOS ends a request is vLLM's to say: here the next block follows
         frozen = torch.where(here, now.frozen, state.frozen)
         state.frozen.copy_(torch.where(settled, BLOCK_DONE, frozen))
-        bounds.changed.copy_(~settled)
+        state.changed.copy_(~settled)
         self.lanes.advance(self._all, self._no_repeat, 0)
         return sampled, num_sampled, here & ((flags & ERROR) != 0)
 
