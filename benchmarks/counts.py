@@ -1,11 +1,12 @@
 """What a decoding asks of a machine, counted: the same figures at every run, on any CPU, without a GPU.
 
-    python -m benchmarks.counts [--parts steps,aot | --quick] [--check] [--json] [--save]
+    python -m benchmarks.counts [--parts steps,kernels,aot | --quick] [--check] [--json] [--save]
 
 steps   forwards of fixed decodings, and the calls of PyTorch's operators they make on a CPU; launches of a refinement
         step and of a whole denoise step of LLaDA2-mini, run at their real shapes without data, which a host sync would
         end; bytes they read: of the refinement the logits, counted in Triton's interpreter, of the step as
         benchmarks.roofline says; calls of operators around the graph in the loop that replays it (--quick: this part)
+kernels launches, bytes and operations of each kernel of whole denoise steps of LLaDA2-mini, see benchmarks.launches
 aot     registers, spills, shared memory and instructions (PTX and SASS) of some kernels compiled for sm_90
 
 --check holds them against the newest line of benchmarks/results/counts.jsonl by the rule of `benchmarks.compare
@@ -22,8 +23,6 @@ from contextlib import contextmanager
 from unittest import mock
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import InterpreterBuilder
 
 from llada2_fast import LLaDA2Model, demo
@@ -44,9 +43,10 @@ from .gpu.machine import QUANTIZATIONS, Shapes
 from .gpu.steps import Step
 from .interpreter import interpreted
 from .kernels.bench_decoding import Step as RefineStep
+from .launches import Calls, steps_of_mini
 from .roofline import BLOCK, MINI, step_costs
 
-PARTS = ("steps", "aot")
+PARTS = ("steps", "kernels", "aot")
 PROMPTS = ("Add 847 and 96.", "Spell 4071, 22, 608.", "Tell a story about Max the goat near the lake.")
 SETTINGS = {  # of decodings of the embedded model; by name what generate() is given
     "threshold 0.9": {"threshold": 0.9},
@@ -59,28 +59,6 @@ RECORDED = ("aligned", "low_threshold", "quality", "speed")  # cases of it
 COMPILED = ("refine bf16 filters", "attention mini bf16", "moe mini bf16 T=32", "moe mini fp8 T=32",
             "qk_norm_rope mini bf16", "add_rms_norm bf16 H=2048")  # scenarios of benchmarks.aot  # fmt: skip
 TARGET = "sm_90"
-_ALLOCATES = re.compile(r"^aten::(new_)?empty")
-
-
-class Calls(TorchDispatchMode):
-    """Counts calls of PyTorch's operators, and of these what a GPU would have to launch: no views, no allocations."""
-
-    def __init__(self):
-        super().__init__()
-        self.names, self.launched = Counter(), Counter()
-
-    def __torch_dispatch__(self, op, types, arguments=(), keywords=None):
-        result = op(*arguments, **(keywords or {}))
-        name = op._schema.name
-        self.names[name] += 1
-        made = _storages(result) - _storages((arguments, keywords))
-        if op._schema.is_mutable or (made and not _ALLOCATES.match(name)):
-            self.launched[name] += 1
-        return result
-
-
-def _storages(values):
-    return {x.untyped_storage()._cdata for x in tree_leaves(values) if isinstance(x, torch.Tensor)}
 
 
 # Decodings on a CPU.
@@ -212,6 +190,8 @@ def whole_step(quantization):
     machine = Shapes()
     config = machine.config("mini", quantization)
     step = Step(machine, LLaDA2Model(config, dtype=machine.dtype, device=machine.device), 1, 1024)
+    with recorded():
+        step.graph.run()  # what is made once is there then, as when a graph is captured
     with recorded() as kernels, Calls() as counted:
         step.graph.run()
     with Calls() as ahead:
@@ -232,6 +212,11 @@ def steps():
     with torch.inference_mode():
         kernels = [*refinement(), *map(whole_step, QUANTIZATIONS.values())]
     return {"part": "steps", "decodings": forwards, "calls": [*calls, around_the_graph()], "kernels": kernels}
+
+
+def kernels():
+    """Those of whole steps."""
+    return {"part": "kernels", "launches": steps_of_mini()}
 
 
 # Compiled code.
@@ -271,7 +256,7 @@ def main(argv=None):
     torch.set_num_threads(1)
     worse = 0
     for part in chosen:
-        results = {"steps": steps, "aot": aot}[part]()
+        results = {"steps": steps, "kernels": kernels, "aot": aot}[part]()
         if options.check:
             findings, gone = compare.compare(baseline(), [{"benchmark": "counts"} | results], counted=True)
             worse += compare.report(findings, gone)

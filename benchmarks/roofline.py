@@ -1,6 +1,7 @@
 """The floor under a denoise step: bytes and operations that cannot be avoided, per operation, and the time they take.
 
     python -m benchmarks.roofline [--gpu h200|h100|b200|a100] [--bandwidth TB/s --tflops N]
+    python -m benchmarks.roofline --estimate        # what a step takes, see estimate.py
 
 One step forwards one block of every row over its cached prefix and refines it. Every weight that is touched is read
 once, keys and values of the prefix once, activations and logits stay on chip. Experts: T tokens that choose K of E
@@ -115,7 +116,14 @@ def main(argv=None):
     parser.add_argument("--gpu", choices=GPUS, default="h200")
     parser.add_argument("--bandwidth", type=float, help="TB/s, in place of the GPU's")
     parser.add_argument("--tflops", type=float, help="bf16 TFLOP/s, in place of the GPU's")
+    parser.add_argument(
+        "--estimate", action="store_true", help="a step as the sum of its kernels, on an H100 and an H200"
+    )
     args = parser.parse_args(argv)
+    if args.estimate:
+        from . import estimate  # it stands on this module
+
+        return estimate.main()
     bandwidth, tflops = args.bandwidth or GPUS[args.gpu][0], args.tflops or GPUS[args.gpu][1]
     if bandwidth <= 0 or tflops <= 0:
         parser.error("--bandwidth and --tflops must be above 0")

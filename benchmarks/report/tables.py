@@ -5,7 +5,7 @@ from pathlib import Path
 from string import Formatter
 from typing import NamedTuple
 
-from .. import sampling
+from .. import estimate, sampling
 from ..gpu.goals import GOALS, PREDICTIONS, judge
 from ..roofline import gpu_of
 
@@ -308,6 +308,41 @@ def gpu_predictions(lines):
     return table(["point", *side_by_side(cards, columns)], rows)
 
 
+# Estimates: a line of counts for each of two trees.
+
+
+def estimates(body):
+    """A block: body(the two lines by name, all gpu lines), headed by where the two are."""
+
+    def block(lines):
+        named = estimate.before_and_after([line.data for line in lines])
+        heads = [f"{name}: {line}" for name, data in named.items() for line in lines if line.data is data]
+        if not named:
+            return NOT_MEASURED.format("counts --parts kernels --save")
+        return "\n\n".join([*heads, body(named, [line.data for line in lines if line.data["benchmark"] == "gpu"])])
+
+    return block
+
+
+def estimated_steps(named, _):
+    """A row for each step, its launches and ms before and after."""
+    columns = ["dtype", "batch", *(f"launches {name} {{{name}[launches]}}" for name in named)]
+    for card in estimate.CARDS:
+        columns.append(f"{card.upper()} floor ms {{{[*named][-1]}[{card}][floor_ms]:.2f}}")
+        for name in named:
+            columns.append(f"{card.upper()} ms {name} {{{name}[{card}][ms]:.2f}}")
+            columns.append(f"{card.upper()} over floor {name} {{{name}[{card}][over_floor]:.2f}}x")
+    return table(columns, estimate.compared(named))
+
+
+def estimated_and_measured(named, gpu):
+    columns = [
+        "line", "card", "point", "commit", "measured ms {measured_ms:.3f}", "estimate ms {estimate_ms:.3f}",
+        "off by {off:+.1%}",
+    ]  # fmt: skip
+    return table(columns, estimate.residuals(named, gpu))
+
+
 # The blocks: name -> function of all lines.
 
 WAITS = [  # of bench_throughput and bench_latency
@@ -382,4 +417,6 @@ BLOCKS = {
     "counts-forwards": each_machine("counts", "decodings", [
         "decoding", "denoise forwards {denoise_forwards}", "prefill {prefill_forwards}", "settling {settle_forwards}",
     ]),
+    "estimates": estimates(estimated_steps),
+    "estimates-measured": estimates(estimated_and_measured),
 }  # fmt: skip

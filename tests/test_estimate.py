@@ -1,0 +1,98 @@
+"""What a step launches, priced: the counts behind it, and how far the prices are from what was measured."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks import estimate, harness, launches
+from benchmarks.estimate import CARDS, UNKNOWN, Rate, Work
+from benchmarks.lines import lines_of
+from benchmarks.roofline import MINI, step_costs
+
+
+@pytest.fixture(scope="module")
+def saved():
+    return {name: lines_of(harness.RESULTS / f"{name}.jsonl") for name in ("counts", "gpu")}
+
+
+@pytest.mark.parametrize("quantization, width", [(None, 2), ("fp8", 1)])
+def test_a_step_reads_the_weights_that_the_floor_counts(quantization, width):
+    """And some activations; scales of fp8 the floor leaves out."""
+    found = {work.kernel: work for work in launches.works(quantization, 1)}
+    costs = step_costs(MINI, 1, 1024, width)
+    experts = sum(work.bytes for kernel, work in found.items() if {"gate_up", "down"} & {*kernel.split()})
+    floor = costs["routed experts"].bytes + costs["shared expert"].bytes
+    assert floor < experts < 1.02 * floor
+    head = next(work for kernel, work in found.items() if kernel.endswith("157184x2048"))
+    assert (head.launches, head.operations) == (1, costs["LM head"].operations)
+    assert costs["LM head"].bytes < head.bytes < 1.04 * costs["LM head"].bytes
+    assert found["_qk_norm_rope_kernel"].launches == MINI.num_hidden_layers
+    assert found["aten::embedding"].bytes == 2 * 64 * MINI.hidden_size * 2  # of a block and a place
+
+
+def test_only_one_operator_of_pytorch_is_left_beside_products_and_the_dense_layer():
+    left = [work for work in launches.works(None, 8) if work.kernel.startswith("aten")]
+    assert {work.kernel: work.launches for work in left} == {"aten::embedding": 1, "aten::silu": 1, "aten::mul_": 1}
+
+
+def test_the_estimate_of_the_profiled_tree_is_near_what_was_measured(saved):
+    named = {"before": estimate.before_and_after(saved["counts"])["before"]}
+    rows = estimate.residuals(named, saved["gpu"])
+    assert len({(row["card"], row["point"]) for row in rows}) == len(rows) == 12
+    assert all(abs(row["off"]) < (0.05 if row["card"] == "h100" else 0.1) for row in rows), rows
+
+
+@given(st.builds(Work, st.just("k"), st.integers(1, 99), st.integers(0, 10**10), st.integers(0, 10**12)))
+def test_prices(work):
+    for card in CARDS:
+        fixed = work.us(Rate(2.0, share=1e9, rate=1e9), card)
+        assert fixed == pytest.approx(work.launches * (2.0 + estimate.GAP), abs=1e-3)
+        alone = [work._replace(**{field: 0}).us(Rate(0.0), card) for field in ("operations", "bytes")]
+        gaps = work.launches * estimate.GAP
+        assert work.us(Rate(0.0), card) == pytest.approx(max(alone))
+        assert work.us(Rate(0.0, hidden=False), card) == pytest.approx(sum(alone) - gaps)
+    through = [work._replace(operations=0).us(Rate(1.0, through=2.0), card) for card in CARDS]
+    assert through[0] == through[1]
+
+
+def line(commit, time, *works):
+    rows = [{"dtype": "bf16", "batch": 1} | work._asdict() for work in works]
+    return {"benchmark": "counts", "part": "kernels", "commit": commit, "time": time, "launches": rows}
+
+
+def step_of(time, ms):
+    return {"device": "NVIDIA H200", "point": "step mini bf16 b1 p1024 carried", "commit": "c", "time": time, "ms": ms,
+            "experts_touched": 163.0}  # fmt: skip
+
+
+def test_two_lines_side_by_side_and_beside_what_was_measured(monkeypatch):
+    monkeypatch.setattr(estimate, "PREDICTED", {"_faster": Rate(0.7)})
+    works = Work("_faster_kernel", 10, 0, 0), Work("_new_kernel", 1, 0, 0)
+    lines = [line("f74eaf5", "2", *works), line("aaa", "3"), line("bbb", "5", *works)]
+    named = estimate.before_and_after(lines)
+    assert named == {"before": lines[0], "after": lines[2]}
+    (row,) = estimate.compared(named)
+    gaps = 11 * estimate.GAP
+    assert row["before"]["h100"]["ms"] == pytest.approx((11 * UNKNOWN.us + gaps) / 1e3)
+    assert row["after"]["h200"]["ms"] == pytest.approx((10 * 0.7 + UNKNOWN.us + gaps) / 1e3)
+    measured = [step_of("1", 1.0), step_of("2", 2.0), step_of("4", 3.0)]
+    rows = estimate.residuals(named, measured)
+    assert [(row["line"], row["measured_ms"]) for row in rows] == [("before", 2.0), ("after", 3.0)]
+    text = list(estimate.show(named, measured))
+    guesses = [part for part in text if "a guess" in part]
+    assert len(guesses) == 1 and "_new_kernel" in guesses[0]
+
+
+def test_experts_touched_change_their_bytes_alone():
+    works = [Work("_gemm_kernel down fp8", 19, 1000, 7), Work("_gemm_kernel plain fp8 8x8", 1, 1000, 7)]
+    half = estimate.with_touched(works, 1, estimate.touched_experts(MINI, 32) / 2)
+    assert [work.bytes for work in half] == [500, 1000]
+
+
+def test_calls_tell_what_they_launch():
+    found = []
+    with launches._Noted(found):
+        x = torch.ones(4, 8)
+        torch.nn.functional.embedding(torch.tensor([1, 2]), x)
+    assert [work for work in found if work.kernel == "aten::embedding"] == [Work("aten::embedding", 1, 128, 0)]
