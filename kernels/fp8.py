@@ -3,9 +3,12 @@
     scale = largest magnitude of the group / 448,  q = cast(x / scale)        x ~ q * scale
     y = cast(sum over groups of K of (sum_k q_x q_w) * scale_x * scale_w)        sums in float32
 
-Weights are quantised when they are loaded, activations on the fly. The layout is that of published checkpoints, whose
-`weight_scale_inv` is our scale. Linear layers in any precision go through `linear`.
+Weights are quantised when they are loaded, activations on the fly, best by the kernel that makes them, as QuantRows.
+The layout is that of published checkpoints, whose `weight_scale_inv` is our scale. Linear layers in any precision go
+through `linear`.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +24,24 @@ FP8 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
 _GROUP = tl.constexpr(SCALE_GROUP)
 CAPABILITY = (8, 9)  # the first NVIDIA GPUs that multiply fp8
+
+
+@dataclass(eq=False)
+class QuantRows:
+    """Activations in fp8, as a kernel that made them has left them for the products that read them."""
+
+    values: torch.Tensor  # e4m3 [T, K]
+    scale: torch.Tensor  # float32 [T, K / 128]
+    like: torch.Tensor  # [T, K] what was quantised, where something reads that too; else any tensor of its dtype
+
+    def __getitem__(self, rows):
+        """Some of the rows, in fp8 alone."""
+        return QuantRows(self.values[rows], self.scale[rows], self.like[:0])
+
+
+def unquantised(x):
+    """A tensor is itself, QuantRows are what they were made of."""
+    return x.like if isinstance(x, QuantRows) else x
 
 
 def check_device(device):
@@ -75,6 +96,14 @@ def linear_ref(x, weight, scale, parts=1):
 
 
 @triton.jit
+@triton.jit
+def quantize_groups(x):
+    """x [N, 128] float32 -> what is to be cast to e4m3 [N, 128], scales [N]."""
+    scale = scale_of(tl.max(tl.abs(x), 1))
+    return tl.div_rn(x, scale[:, None]), scale
+
+
+@triton.jit
 def _quantize_kernel(
     X, OUT, SCALE, x_stride, K: tl.constexpr, GROUPS: tl.constexpr, TILE_G: tl.constexpr, EARLY: tl.constexpr
 ):
@@ -84,8 +113,8 @@ def _quantize_kernel(
     group = tl.program_id(1) * TILE_G + tl.arange(0, TILE_G)
     k = group[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]
     x = tl.load(X + row * x_stride + k, mask=k < K, other=0.0).to(tl.float32)
-    scale = scale_of(tl.max(tl.abs(x), 1))
-    tl.store(OUT + row * K + k, tl.div_rn(x, scale[:, None]).to(OUT.dtype.element_ty), mask=k < K)
+    values, scale = quantize_groups(x)
+    tl.store(OUT + row * K + k, values.to(OUT.dtype.element_ty), mask=k < K)
     tl.store(SCALE + row * GROUPS + group, scale, mask=group < GROUPS)
 
 
@@ -106,14 +135,21 @@ def quantize(x):
     return QuantTensor(out, scale)
 
 
+def quantized(x):
+    """x [T, K] in fp8 as QuantRows, which it may be already. One launch or none."""
+    return x if isinstance(x, QuantRows) else QuantRows(*quantize(x), x)
+
+
 def linear(x, weight, scale=None, bias=None, exact=False, wanted=None):
     """x [.., K] -> x W^T (+ bias) [.., N] in x's dtype; weight [N, K] in x's dtype, e4m3 with its scale, or int4.py's.
 
     exact: on a GPU by our own product, whose rows do not depend on one another; in fp8 there is no other. fp8 on a GPU:
-    two launches, quantisation and product. wanted: the gemm.Wanted rows, None = all; what comes out for others is
-    undefined.
+    the product's launch, and one for quantisation unless x comes as QuantRows. wanted: the gemm.Wanted rows, None =
+    all; what comes out for others is undefined.
     """
-    if scale is not None and weight.dtype == WORDS:
+    if isinstance(x, QuantRows):
+        y = dense(x, QuantTensor(weight, scale), False, x.like, wanted=wanted).values
+    elif scale is not None and weight.dtype == WORDS:
         y = int4.linear(x, weight, scale)
     elif use_triton(x) and (exact or scale is not None):
         rows = x.reshape(-1, x.shape[-1])

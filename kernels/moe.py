@@ -5,9 +5,9 @@ expert(h) = down( silu(gate(h)) * up(h) )                    gate_up [E, 2I, H] 
 
 Products of w_k and their sum are float32, in descending order of choice, with one cast; the shared expert is neither
 scaled nor gated and is added in h's dtype. On a GPU two launches: gate_up with its activation for all pairs and the
-shared expert, and down likewise; with fp8 weights (fp8.py) one more, for quantising h. The sum is left to the norm that
-follows, see combine.py. No atomics; only the experts that some token chose are read. In int4 (int4.py) the reference
-widens one of them at a time.
+shared expert, and down likewise; with fp8 weights (fp8.py) one more, for quantising h if it is no QuantRows. The sum is
+left to the norm that follows, see combine.py. No atomics; only the experts that some token chose are read. In int4
+(int4.py) the reference widens one of them at a time.
 """
 
 import torch
@@ -17,7 +17,7 @@ from . import int4
 from ._triton import use_triton
 from .combine import ExpertSum
 from .dense import dense
-from .fp8 import linear_ref, quantize
+from .fp8 import QuantRows, linear_ref, quantized, unquantised
 from .gemm import WORDS, QuantTensor, gemm, tiles
 from .product import linear, rows_of
 
@@ -76,47 +76,48 @@ def gated(x):
 
 
 def mlp(h, gate_up, down, exact=False):
-    """Dense MLP: h [T, H], gate_up [2I, H] gate rows first, down [H, I], both QuantTensor -> [T, H].
+    """Dense MLP: h [T, H] or QuantRows, gate_up [2I, H] gate rows first, down [H, I], both QuantTensor -> [T, H].
 
-    exact: as of fp8.linear. Our own products on a GPU are two launches, in fp8 three.
+    exact: as of fp8.linear. Our own products on a GPU are two launches, in fp8 three unless h comes as QuantRows.
     """
     if gate_up.quantization == "int4":
         inner = int4.dense(h, gate_up, True) if use_triton(h) else gated(int4.linear_ref(h, *gate_up))
         return int4.linear(inner, *down)
-    if use_triton(h) and (exact or gate_up.scale is not None):
-        x = QuantTensor(h) if gate_up.scale is None else quantize(h)
-        return dense(dense(x, gate_up, True, h), down, False, h).values
+    if isinstance(h, QuantRows) or (use_triton(h) and (exact or gate_up.scale is not None)):
+        x, like = (QuantTensor(h) if gate_up.scale is None else quantized(h)), unquantised(h)
+        return dense(dense(x, gate_up, True, like), down, False, like).values
     if gate_up.scale is None:
         return linear(gated(linear(h, gate_up.values)), down.values)
     return linear_ref(gated(linear_ref(h, *gate_up, parts=2)), *down)
 
 
 def experts(h, routing, gate_up, down, shared=None):
-    """Grouped expert MLP of h [T, H] with weighted sum, plus the shared expert's MLP if shared = (gate_up, down).
+    """Grouped expert MLP of h with weighted sum, plus the shared expert's MLP if shared = (gate_up, down).
 
-    routing: what router.route returned for h; weights QuantTensor, shapes as in experts_ref and mlp. Returns [T, H] in
-    h's dtype, on a GPU an ExpertSum of it. ValueError if shapes do not fit.
+    h: [T, H] or QuantRows; routing: what router.route returned for it; weights QuantTensor, shapes as in experts_ref
+    and mlp. Returns [T, H] in h's dtype, on a GPU an ExpertSum of it. ValueError if shapes do not fit.
     """
-    if not use_triton(h):
+    if isinstance(h, torch.Tensor) and not use_triton(h):
         scales = gate_up.scale, down.scale
         y = experts_ref(h, routing.ids, routing.weights, gate_up.values, down.values, *scales)
         return y if shared is None else y + mlp(h, *shared)
     _check(h, routing, gate_up, down, *(shared or ()))
-    tokens, hidden = h.shape
+    x = quantized(h) if gate_up.quantization == "fp8" else QuantTensor(h)
+    (tokens, hidden), like = x.values.shape, unquantised(h)
     if tokens == 0:
-        return torch.empty_like(h)
+        return like.new_empty(0, hidden)
     # a shared expert of another width (several in one) is not one more expert of the same product
     alike = shared is not None and shared[0].values.shape == gate_up.values.shape[1:]
-    size = tiles(h.device, hidden, tokens, gate_up.quantization)
-    x = quantize(h) if gate_up.quantization == "fp8" else QuantTensor(h)
-    inner = gemm(x, gate_up, shared[0] if alike else None, routing, True, h, routing.tile_m, **size["gate_up"])
-    outer = gemm(inner, down, shared[1] if alike else None, routing, False, h, routing.tile_m, **size["down"]).values
+    size = tiles(like.device, hidden, tokens, gate_up.quantization)
+    inner = gemm(x, gate_up, shared[0] if alike else None, routing, True, like, routing.tile_m, **size["gate_up"])
+    outer = gemm(inner, down, shared[1] if alike else None, routing, False, like, routing.tile_m, **size["down"]).values
     beside = outer[routing.ids.numel() :] if alike else None if shared is None else mlp(h, *shared, exact=True)
     return ExpertSum(outer, routing.weights, beside)
 
 
 def _check(h, routing, gate_up, down, *shared):
     count, rows, dtype = gate_up.values.shape[0], gate_up.values.shape[-2], gate_up.values.dtype
+    h = h.values if isinstance(h, QuantRows) else h
     if gate_up.quantization == "int4":
         int4.check("gate_up", gate_up, (count, rows, h.shape[1]))
         int4.check("down", down, (count, h.shape[1], rows // 2))

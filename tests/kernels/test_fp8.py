@@ -130,6 +130,21 @@ def test_linear_of_any_leading_shape_and_of_nothing():
     assert fp8.linear(x[:, :0], *weight).shape == (2, 0, 70)
 
 
+def test_rows_that_come_in_fp8():
+    """The same bits as of those that are quantised here; and some of the rows."""
+    h, weights, shared, rule, _ = expert_inputs(9, dtype=torch.bfloat16)
+    weight, bias = fp8.quantize_weight(random(70, 140)), random(70, seed=1, dtype=torch.bfloat16)
+    rows, routing = run(fp8.quantized, h), run(router.route, h, *rule)
+    assert run(fp8.quantized, rows) is rows and fp8.unquantised(rows) is h and fp8.unquantised(h) is h
+    assert torch.equal(run(fp8.linear, rows, *weight, bias), run(fp8.linear, h, *weight, bias))
+    assert torch.equal(run(moe.mlp, rows, *shared), run(moe.mlp, h, *shared))
+    assert torch.equal(run(experts, rows, routing, *weights, shared), run(experts, h, routing, *weights, shared))
+    for some in (slice(2), slice(3, 7), torch.tensor([8, 0])):
+        assert torch.equal(run(fp8.linear, rows[some], *weight), run(fp8.linear, h[some], *weight))
+    with pytest.raises(ValueError, match="^h: "):
+        run(experts, rows, routing, *(gemm.QuantTensor(w.values[..., :128].contiguous(), w.scale) for w in weights))
+
+
 def test_linear_without_scales_is_the_plain_one():
     x, weight, bias = random(3, 20), random(5, 20, seed=1), random(5, seed=2)
     assert torch.equal(fp8.linear(x, weight, None, bias), F.linear(x, weight, bias))
