@@ -37,6 +37,7 @@ from llada2_fast.kernels import advance, attention, candidates, refine, rope
 from llada2_fast.kernels._ambient import settle_key
 from llada2_fast.kernels._triton import force_ops
 from llada2_fast.kernels.combine import summed
+from llada2_fast.kernels.fp8 import quantized
 from llada2_fast.kernels.router import TokenBlocks
 from llada2_fast.layers import MLP, Linear, MoE, RMSNorm
 
@@ -168,8 +169,8 @@ def _qk_norm_rope(dtype, heads, kv_heads=4, dim=128, rot=64, length=32, write=Tr
         rope.qk_norm_rope(*args)
 
 
-def _norm(dtype, size, add):
-    layer, x = RMSNorm(size, 1e-6, dtype=dtype, device="meta"), _meta(64, size, dtype=dtype)
+def _norm(dtype, size, add, fp8=False, wide=True):
+    layer, x = RMSNorm(size, 1e-6, fp8, wide, dtype=dtype, device="meta"), _meta(64, size, dtype=dtype)
     layer.add(x, x) if add else layer(x)
 
 
@@ -180,8 +181,8 @@ def _moe(model, tokens, dtype=BF16, gate=None, **changes):
     layer.router.to(gate)
     block = config.expert_capacity and TokenBlocks(None, _int64(tokens // 32))
     x = _meta(tokens, config.hidden_size, dtype=dtype)
-    delta, _ = layer(x, block)
-    RMSNorm(config.hidden_size, 1e-6, dtype=dtype, device="meta").add(x, delta)
+    delta, _ = layer(quantized(x) if config.fp8 else x, block)
+    RMSNorm(config.hidden_size, 1e-6, config.fp8, dtype=dtype, device="meta").add(x, delta)
     summed(delta)
 
 
@@ -228,6 +229,8 @@ SCENARIOS = {
     "qk_norm_rope mini bf16 no norms": partial(_qk_norm_rope, BF16, 16, norms=False),
     **{f"rms_norm bf16 H={size}": partial(_norm, BF16, size, add=False) for size in (2048, 4096)},
     **{f"add_rms_norm bf16 H={size}": partial(_norm, BF16, size, add=True) for size in (2048, 4096)},
+    **{f"rms_norm fp8 H={size}": partial(_norm, BF16, size, add=False, fp8=True, wide=False) for size in (2048, 4096)},
+    **{f"add_rms_norm fp8 H={size}": partial(_norm, BF16, size, add=True, fp8=True) for size in (2048, 4096)},
     **{f"add_rms_norm fp32 H={size}": partial(_norm, FP32, size, add=True) for size in (2048, 64)},
     **{f"moe {model} bf16 T={t}": partial(_moe, model, t) for model in MODELS for t in (32, 64, 128, 512, 4096)},
     **{f"moe flash 2.2 T={t}": partial(_moe, "flash", t, expert_capacity=48) for t in (32, 256)},

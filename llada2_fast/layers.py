@@ -9,7 +9,7 @@ from torch import nn
 
 from .config import ModelConfig
 from .kernels import int4
-from .kernels.fp8 import FP8, linear
+from .kernels.fp8 import FP8, linear, unquantised
 from .kernels.gemm import WORDS, QuantTensor, scale_shape
 from .kernels.moe import experts, mlp
 from .kernels.norm import add_rms_norm, rms_norm
@@ -20,24 +20,27 @@ from .weights.shapes import WHOLE, Share
 
 
 class RMSNorm(nn.Module):
-    """w * x / sqrt(mean(x^2) + eps), over the last dimension."""
+    """w * x / sqrt(mean(x^2) + eps), over the last dimension.
 
-    def __init__(self, size: int, eps: float, **kw):
+    fp8: what follows reads it in fp8; wide: and something reads it as it is.
+    """
+
+    def __init__(self, size: int, eps: float, fp8: bool = False, wide: bool = False, **kw):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size, **kw))
-        self.eps = eps
+        self.eps, self.fp8, self.wide = eps, fp8, wide
 
     def forward(self, x):
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, self.fp8, self.wide)
 
-    def add(self, x, delta):
-        """x + delta, a tensor or an ExpertSum, and its norm."""
-        return add_rms_norm(x, delta, self.weight, self.eps)
+    def add(self, x, delta, wide=False):
+        """x + delta, a tensor or an ExpertSum, and its norm; wide: this time something reads the norm as it is."""
+        return add_rms_norm(x, delta, self.weight, self.eps, self.fp8, self.wide or wide)
 
 
 class Linear(KeepsFp8):
-    """x W^T (+ b). In fp8, W is e4m3 with a `scale` per group; its `parts`, equal shares of its rows, share none. In
-    int4 it is words with a `scale` per group of a row.
+    """x W^T (+ b). In fp8, W is e4m3 with a `scale` per group; its `parts`, equal shares of its rows, share none; x may
+    be QuantRows. In int4 it is words with a `scale` per group of a row.
 
     exact: on a GPU its rows do not depend on one another, see LLaDA2Model.exact.
     """
@@ -128,7 +131,7 @@ class Router(NeverNarrower):
         )  # fmt: skip
 
     def forward(self, x, block):
-        return route(x, self.weight, self.expert_bias, *self.rule, block, quantization=self.quantization)
+        return route(unquantised(x), self.weight, self.expert_bias, *self.rule, block, quantization=self.quantization)
 
 
 class Experts(KeepsFp8):
@@ -145,7 +148,7 @@ class Experts(KeepsFp8):
         return QuantTensor(self.gate_up, self.gate_up_scale), QuantTensor(self.down, self.down_scale)
 
     def forward(self, x, routing, shared):
-        """x [T, H], its Routing and the shared expert's weights or None -> [T, H] or an ExpertSum of it."""
+        """x [T, H] or QuantRows, its Routing, the shared expert's weights or None -> [T, H] or an ExpertSum of it."""
         return experts(x, routing, *self.weights, shared)
 
 
@@ -173,11 +176,12 @@ class Layer(nn.Module):
 
     def __init__(self, config: ModelConfig, index: int, share: Share = WHOLE, **kw):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **kw)
-        self.attention = Attention(config, share, **kw)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **kw)
         dense = index < config.first_k_dense_replace
-        kind = "fp8" if config.fp8 else None
+        size, eps, fp8 = config.hidden_size, config.rms_norm_eps, config.fp8
+        kind = "fp8" if fp8 else None
+        self.input_layernorm = RMSNorm(size, eps, fp8, **kw)
+        self.attention = Attention(config, share, **kw)
+        self.post_attention_layernorm = RMSNorm(size, eps, fp8, wide=not dense, **kw)  # a router reads it as it is
         self.mlp = MLP(config, config.intermediate_size, kind, **kw) if dense else MoE(config, share, **kw)
 
     def forward(self, x, delta, angles, attend, block=None, pages=None, read=None):

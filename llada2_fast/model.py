@@ -19,7 +19,7 @@ from .kernels._ambient import isolated, lasting
 from .kernels.arrivals import counters_at_zero
 from .kernels.attention import BlockBatch, Span, block_attention, masked_attention, place_blocks, single_blocks
 from .kernels.combine import summed
-from .kernels.fp8 import FP8, check_device, linear
+from .kernels.fp8 import FP8, check_device, linear, unquantised
 from .kernels.gemm import Wanted
 from .kernels.product import Rows, rows_of
 from .kernels.rope import Angles, look_up, rope_angles
@@ -100,7 +100,8 @@ class LLaDA2Model(OnOurDevices):
         self._angle_tables = {}
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, **kw)
         self.layers = nn.ModuleList(Layer(config, i, share, **kw) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **kw)
+        fp8_head = config.fp8 and not config.tie_word_embeddings
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, fp8_head, **kw)
         if not config.tie_word_embeddings:
             kind = "fp8" if config.fp8 else None
             self.lm_head = Linear(config.hidden_size, config.vocab_size, quantization=kind, **kw)
@@ -251,7 +252,7 @@ class LLaDA2Model(OnOurDevices):
     def lm_logits(self, hidden: torch.Tensor, wanted: Wanted | None = None) -> torch.Tensor:
         """Logits [..., V] in the model's dtype.
 
-        hidden: [..., H], after the final norm.
+        hidden: [..., H], after the final norm, or its QuantRows.
         wanted: which rows have a reader, None = all; others' logits may be anything.
         """
         if self.config.tie_word_embeddings:
@@ -331,8 +332,8 @@ class LLaDA2Model(OnOurDevices):
             if output_hidden_states:
                 hidden.append(x + summed(delta))
             chosen.append(ids)
-        _, x = self.norm.add(x, delta)
-        hidden.append(x)
+        _, x = self.norm.add(x, delta, wide=output_hidden_states)
+        hidden.append(unquantised(x))
         logits = self.lm_logits(x).float().unflatten(0, (batch, size))
         if attention_mask is None or attention_mask.ndim == 2:
             _whole(logits).block_length = block_length
@@ -363,7 +364,8 @@ class LLaDA2Model(OnOurDevices):
         read: with Spans only: whose hidden states are wanted, None = everybody's; of the others the last layer computes
             no more than their K/V.
         slots: int64 [T] of the cache, -1 = nowhere, where they are known; None = those of the spans' pages.
-        Returns [T, H] after the final norm, or [M, H] of what is read; lm_logits turns the needed ones into logits.
+        Returns [T, H] after the final norm, or [M, H] of what is read, on a GPU in fp8 where the LM head is: lm_logits
+        turns the needed ones into logits.
         """
         length = cache.block_length
         x, delta = self.word_embeddings(tokens), None

@@ -198,7 +198,7 @@ def test_what_fails_is_named_and_the_others_are_compiled(cache, capsys, monkeypa
     def calls(machine):
         aot.SCENARIOS[ONE]()
         x = torch.empty(2, 64, device="meta")
-        no_eps = x, *[None] * 3, x, None, x, x, 2, 64, 0
+        no_eps = x, *[None] * 3, x, None, x, None, None, x, 2, 64, 0
         norm._rms_norm_kernel[(1,)](*no_eps, K=0, EARLY=False, **norm.norm_tile(64))
         raise ValueError("no more of these")
 

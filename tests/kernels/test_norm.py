@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llada2_fast.kernels import norm
+from llada2_fast.kernels import fp8, norm
 from llada2_fast.kernels._triton import force_ops
 from tests.kernels.interpreter import interpreted
 
@@ -71,6 +71,32 @@ def test_a_row_does_not_depend_on_the_others():
             assert torch.equal(norm.add_rms_norm(x[i], delta[i], weight, 1e-6)[1], together[i])
 
 
+def same_rows(got, y):
+    """QuantRows of what a norm gave, unquantised, are those of quantising it."""
+    values, scale = fp8.quantize_ref(y)
+    assert torch.equal(got.values.view(torch.uint8), values.view(torch.uint8)) and torch.equal(got.scale, scale)
+    assert got.like.dtype == y.dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (5, 37), (17, 128), (70, 130), (1, 2048), (3, 2049)])
+def test_rows_in_fp8(shape, dtype):
+    """The bits of quantising the norm, whether it is kept as well or not."""
+    x, delta, weight = inputs(shape, dtype)
+    x[: shape[0] // 2, :128] = 0
+    delta[: shape[0] // 2, :128] = 0
+    with force_ops("triton"), interpreted():
+        total, y = norm.add_rms_norm(x, delta, weight, 1e-5)
+        for wide in (False, True):
+            added, got = norm.add_rms_norm(x, delta, weight, 1e-5, fp8=True, wide=wide)
+            assert torch.equal(added, total)
+            same_rows(got, y)
+            assert got.like is weight or (wide and torch.equal(got.like, y))
+        same_rows(norm.rms_norm(x, weight, 1e-5, fp8=True, wide=False), norm.rms_norm(x, weight, 1e-5))
+    same = norm.rms_norm(x, weight, 1e-5, fp8=True, wide=False)
+    assert torch.equal(same, norm.rms_norm_ref(x, weight, 1e-5))  # a CPU quantises where it multiplies
+
+
 def test_what_does_not_fit_is_refused():
     x, delta, weight = inputs((3, 8), torch.float32)
     cases = [
@@ -100,3 +126,8 @@ def test_on_a_gpu(shape, dtype):
     assert torch.equal(total, x + delta)
     compare(normed, norm.add_rms_norm_ref(x, delta, weight, 1e-6)[1])
     assert torch.equal(norm.rms_norm(x[5:6], weight, 1e-6), norm.rms_norm(x, weight, 1e-6)[5:6])
+    if torch.cuda.get_device_capability() >= fp8.CAPABILITY:
+        for wide in (False, True):
+            added, got = norm.add_rms_norm(x, delta, weight, 1e-6, fp8=True, wide=wide)
+            assert torch.equal(added, total)
+            same_rows(got, normed)
