@@ -432,10 +432,11 @@ def _scores(h, weight, done):
     tile_e, tile_h = (32, 32) if widen else (64, 64)
     chunks = triton.cdiv(hidden, CHUNK)
     parts = chunks if tokens < SPLIT_BELOW else 1
+    # weights come from memory: of a chunk's 8 steps in 16 bits, six stages ask for five at once, in 72 KiB
     logits = torch.empty(parts, tokens, experts, dtype=torch.float32, device=h.device)
     run_kernel(
         _scores_kernel, (triton.cdiv(tokens, 32), triton.cdiv(experts, tile_e), parts),
         h, weight, logits, done, tokens, h.stride(0), E=experts, H=hidden, CHUNK=CHUNK, CHUNKS=chunks // parts,
-        WIDEN=widen, TILE_T=32, TILE_E=tile_e, TILE_H=tile_h, num_warps=4, num_stages=3,
+        WIDEN=widen, TILE_T=32, TILE_E=tile_e, TILE_H=tile_h, num_warps=4, num_stages=6,
     )  # fmt: skip
     return logits
