@@ -12,6 +12,7 @@ from llada2_fast.config import ModelConfig
 from llada2_fast.demo import tasks
 from llada2_fast.kernels import fp8, gemm
 from llada2_fast.kernels._triton import force_ops
+from llada2_fast.kernels.attention import Span
 from llada2_fast.model import LLaDA2Model
 from llada2_fast.weights.checkpoint import CheckpointError
 from llada2_fast.weights.special_tokens import load_tokenizer
@@ -248,3 +249,20 @@ def test_kernels_and_reference_agree(golden):
         got = model(ids, block_length=8).logits
     assert relative(got, wanted) <= 0.05  # where two experts nearly tie, a token may go to the other
     assert (got - wanted).abs().median() <= 1e-3 * wanted.abs().mean()
+
+
+def test_what_the_last_norm_leaves_for_the_head(golden):
+    """Over pages: in fp8, of which a part may be read, and unquantised where hidden states are asked for."""
+    model = load(golden / "tiny", quantization="fp8")
+    ids = load_file(golden / "tiny" / "inputs.safetensors")["input_ids"][:1, :24]
+    with force_ops("triton"), interpreted():
+        cache = model.new_cache(3, 8)
+        hidden = model.forward_blocks(ids[0], torch.arange(24), [Span((2, 0, 1), 0, 3, 24)], cache)
+        logits = model.lm_logits(hidden)
+        assert torch.equal(model.lm_logits(hidden[:8]), logits[:8])
+        output = model(ids, block_length=8, output_hidden_states=True)
+    assert isinstance(hidden, fp8.QuantRows)
+    torch.testing.assert_close(output.logits[0], logits, atol=1e-2, rtol=1e-2)  # attention in another order
+    last = output.hidden_states[-1]
+    assert last.dtype == model.dtype
+    torch.testing.assert_close(fp8.linear_ref(last, model.lm_head.weight, model.lm_head.scale), output.logits)
