@@ -15,7 +15,7 @@ from .kernels.moe import experts, mlp
 from .kernels.norm import add_rms_norm, rms_norm
 from .kernels.rope import qk_norm_rope, qk_norm_rope_write
 from .kernels.router import route
-from .weights.conversion import KeepsFp8, NeverNarrower
+from .weights.conversion import KeepsQuantized, NeverNarrower
 from .weights.shapes import WHOLE, Share
 
 
@@ -38,7 +38,7 @@ class RMSNorm(nn.Module):
         return add_rms_norm(x, delta, self.weight, self.eps, self.fp8, self.wide or wide)
 
 
-class Linear(KeepsFp8):
+class Linear(KeepsQuantized):
     """x W^T (+ b). In fp8, W is e4m3 with a `scale` per group; its `parts`, equal shares of its rows, share none; x may
     be QuantRows. In int4 it is words with a `scale` per group of a row.
 
@@ -134,7 +134,7 @@ class Router(NeverNarrower):
         return route(unquantised(x), self.weight, self.expert_bias, *self.rule, block, quantization=self.quantization)
 
 
-class Experts(KeepsFp8):
+class Experts(KeepsQuantized):
     """The weights of the routed experts that are held, gate rows above up rows."""
 
     def __init__(self, config: ModelConfig, share: Share = WHOLE, **kw):

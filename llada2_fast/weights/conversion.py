@@ -7,6 +7,7 @@ from torch import nn
 
 from ..config import DTYPES, find_device
 from ..kernels.fp8 import FP8
+from ..kernels.gemm import WORDS
 
 
 class NeverNarrower(nn.Module):
@@ -16,14 +17,14 @@ class NeverNarrower(nn.Module):
         return super()._apply(lambda x: _converted(x, fn, lambda dtype: torch.promote_types(x.dtype, dtype)), recurse)
 
 
-class KeepsFp8(nn.Module):
-    """Its fp8 values and their scales, where it has them, keep their dtypes."""
+class KeepsQuantized(nn.Module):
+    """Its fp8 values or words of int4 and their scales, where it has them, keep their dtypes."""
 
     def _apply(self, fn, recurse=True):
         scales = [scale for name, scale in self.named_parameters(recurse=False) if name.endswith("scale")]
 
         def kept(x):
-            own = x.dtype == FP8 or any(x is scale for scale in scales)
+            own = x.dtype in (FP8, WORDS) or any(x is scale for scale in scales)
             return _converted(x, fn, lambda dtype: x.dtype if own else dtype)
 
         return super()._apply(kept, recurse)
@@ -40,9 +41,9 @@ class OnOurDevices(nn.Module):
     """Goes to devices that we have kernels for and to dtypes that we compute in, and nowhere else."""
 
     def to(self, *args, **kwargs) -> "OnOurDevices":
-        """torch.nn.Module.to: a device moves everything. A dtype leaves routers as wide as they are, and fp8 weights
-        and their scales as they are. ValueError, and nothing is changed, for a device that is not supported or not
-        there, and for a dtype other than float16, bfloat16, float32 and float64."""
+        """torch.nn.Module.to: a device moves everything. A dtype leaves routers as wide as they are, and fp8 and
+        int4 weights and their scales as they are. ValueError, and nothing is changed, for a device that is not
+        supported or not there, and for a dtype other than float16, bfloat16, float32 and float64."""
         for value in (*args, *(kwargs.get(name) for name in ("device", "dtype", "tensor"))):
             device, dtype = (value.device, value.dtype) if isinstance(value, torch.Tensor) else (value, value)
             named = isinstance(device, (str, int, torch.device)) and not isinstance(device, bool)
