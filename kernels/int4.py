@@ -38,12 +38,12 @@ def scale_shape(shape):
     return (*shape[:-1], num_groups(shape[-1]))
 
 
-def pack(digits, scale):
-    """digits uint8 [N, K], 0 .. 15; scale [N, K / 128] -> QuantTensor."""
+def pack(digits):
+    """digits uint8 [N, K], 0 .. 15 -> words [K / 128, N, 32]."""
     padded = F.pad(digits, (0, -digits.shape[-1] % SCALE_GROUP), value=ZERO)
     parts = padded.view(len(digits), -1, DIGITS, LANES).to(torch.int32)
     words = sum(parts[:, :, i] << 4 * i for i in range(DIGITS)).to(WORDS)  # wraps where the highest bit is set
-    return QuantTensor(words.transpose(0, 1).contiguous(), scale.contiguous())
+    return words.transpose(0, 1).contiguous()
 
 
 def unpack(words, columns):
@@ -66,7 +66,7 @@ def quantize_weight(weight, dtype=None):
     scale = (largest / -8).to(dtype or weight.dtype)
     divisor = scale.float().masked_fill(scale == 0, torch.inf)
     digits = (groups / divisor).round_().clamp_(-8, 7).add_(ZERO).to(torch.uint8).flatten(1)
-    return pack(digits[:, :columns], scale.squeeze(2))
+    return QuantTensor(pack(digits[:, :columns]), scale.squeeze(2).contiguous())
 
 
 def dequantize_weight(words, scale, columns, dtype=torch.float32):
