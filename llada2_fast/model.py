@@ -20,7 +20,7 @@ from .kernels.arrivals import counters_at_zero
 from .kernels.attention import BlockBatch, Span, block_attention, masked_attention, place_blocks, single_blocks
 from .kernels.combine import summed
 from .kernels.fp8 import FP8, check_device, linear, unquantised
-from .kernels.gemm import Wanted
+from .kernels.gemm import WORDS, Wanted
 from .kernels.product import Rows, rows_of
 from .kernels.rope import Angles, look_up, rope_angles
 from .kernels.router import token_blocks
@@ -30,7 +30,7 @@ from .masks import whole_mask
 from .outputs import Output
 from .weights import checkpoint
 from .weights.conversion import OnOurDevices
-from .weights.shapes import WHOLE, Share
+from .weights.shapes import WHOLE, Share, parameter_shapes
 from .weights.special_tokens import save_special_ids, special_ids, special_ids_of
 
 
@@ -84,7 +84,7 @@ class LLaDA2Model(OnOurDevices):
     """The network. `block_length` is the one used where a call names none (config `block_size`, else 32).
 
     config: what it is.
-    dtype: of its weights and activations; fp8 weights and float32 tensors of routers aside.
+    dtype: of its weights and activations; fp8 and int4 weights and float32 tensors of routers aside.
     device: where its weights are; "meta" for a network that gets them later.
     share: what it holds of each layer. The layers then give their share of the sum, which nothing here adds up.
     """
@@ -122,11 +122,13 @@ class LLaDA2Model(OnOurDevices):
     def products(self) -> dict[tuple[int, int, torch.dtype], Rows]:
         """{(N, K, dtype): kernels.product.Rows} of all products on this device with as many threads as now: how each is
         computed, and at which heights a row's bits are the same. Found by a probe, which takes milliseconds a shape."""
-        found = {}
+        found, whole = {}, parameter_shapes(replace(self.config, quantization=None))
         for name, weight in self.named_parameters():
             looked_up = "embeddings" in name and not self.config.tie_word_embeddings
             if weight.ndim < 2 or looked_up or name.endswith("scale"):
                 continue
+            if weight.dtype == WORDS:  # multiplied in the model's dtype
+                weight = self.norm.weight.new_empty(1, 1).expand(whole[name][-2:])
             wide = ".router." in name or weight.dtype == FP8  # multiplied in float32
             dtype = torch.float32 if wide else weight.dtype
             found[(*weight.shape[-2:], dtype)] = rows_of(weight, dtype)
@@ -177,7 +179,8 @@ class LLaDA2Model(OnOurDevices):
             own where it is wider.
         device: where the network goes, None = the CPU, "auto" = the GPU if there is one.
         progress: show a bar.
-        quantization: "fp8" turns the linear layers into block-scaled fp8 while they are read, None = the config's.
+        quantization: "fp8" turns the linear layers into block-scaled fp8 while they are read, "int4" the experts into
+            four bits with a scale for each 128 of K, None = the config's.
         exact: the same bits in any batch on a GPU, too, see `exact`.
         torch_dtype: another name of dtype.
         device_map: another name of device.
@@ -190,7 +193,9 @@ class LLaDA2Model(OnOurDevices):
         folder = checkpoint.resolve(path, **hub)
         config = ModelConfig.from_hf(folder)
         if quantization is not None:
-            config = replace(config, quantization=quantization)
+            stored, config = config.quantization, replace(config, quantization=quantization)
+            if stored not in (None, quantization):
+                raise ValueError(f"quantization={quantization!r}: expected None or {stored!r}, in which {folder} is")
         if config.fp8:
             check_device(device)
         if dtype is None:
@@ -218,7 +223,7 @@ class LLaDA2Model(OnOurDevices):
         (of the router: what is narrower). Special ids: its generation_config's, else its config's.
 
         model: its state_dict has a checkpoint's tensor names, its `config` has to_dict().
-        Raises CheckpointError naming the tensor as in from_pretrained, ValueError if it is in fp8.
+        Raises CheckpointError naming the tensor as in from_pretrained, ValueError if it is quantised.
         """
         config = ModelConfig.from_hf(model.config.to_dict())
         params = checkpoint.adopt(model, config)

@@ -22,7 +22,7 @@ _FIXED = {
     "use_sliding_window": (False,),
     "using_split_qkv_in_self_attention": (False,),
 }
-# What quantization_config may say; the last value is the one we write.
+# What quantization_config may say, by its quant_method; the last value is the one we write.
 _FP8 = {
     "quant_method": ("fp8",),
     "weight_block_size": ([128, 128],),
@@ -30,6 +30,18 @@ _FP8 = {
     "fmt": (None, "e4m3"),
     "scale_fmt": ("float", None),
 }
+_GPTQ = {
+    "quant_method": ("gptq",),
+    "bits": (4,),
+    "group_size": (128,),
+    "sym": (True,),
+    "desc_act": (None, True, False),  # whether columns were reordered is seen from the tensors
+    "lm_head": (None, False),
+    "checkpoint_format": (None, "gptq_v2", "gptq"),
+    "format": ("gptq_v2", "gptq", None),
+    "pack_dtype": (None, "int32"),
+}
+_METHODS = {"fp8": ("fp8", _FP8), "gptq": ("int4", _GPTQ)}  # by quant_method: our name and what the table may say
 
 
 def read_config(raw, names):
@@ -65,8 +77,11 @@ def write_config(config):
     loads, a dict."""
     values = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) is not None}
     factor = values.pop("rope_factor")
-    if values.pop("quantization", None):
-        values["quantization_config"] = {key: allowed[-1] for key, allowed in _FP8.items() if allowed[-1]}
+    quantization = values.pop("quantization", None)
+    for name, allowed in _METHODS.values():
+        if name == quantization:
+            written = {key: options[-1] for key, options in allowed.items() if options[-1] is not None}
+            values["quantization_config"] = written
     if config.eos_token_id is not None:
         values["eos_token_id"] = config.eos_token_id[0] if len(config.eos_token_id) == 1 else list(config.eos_token_id)
     return {
@@ -91,10 +106,14 @@ def _quantization(table):
         return None
     if not isinstance(table, Mapping):
         raise bad("quantization_config", table, "null or an object")
-    for key, allowed in _FP8.items():
-        if table.get(key) not in allowed:
-            raise bad(f"quantization_config.{key}", table.get(key), " or ".join(json.dumps(x) for x in allowed))
-    return table["quant_method"]
+    method = table.get("quant_method")
+    if not isinstance(method, str) or method not in _METHODS:
+        raise bad("quantization_config.quant_method", method, " or ".join(map(json.dumps, _METHODS)))
+    quantization, allowed = _METHODS[method]
+    for key, options in allowed.items():
+        if table.get(key) not in options:
+            raise bad(f"quantization_config.{key}", table.get(key), " or ".join(json.dumps(x) for x in options))
+    return quantization
 
 
 def _rope(raw):

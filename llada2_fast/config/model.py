@@ -143,7 +143,8 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, source) -> "ModelConfig":
         """From a config.json: its path, the folder that holds it, or its contents as a dict. Keys the network does not
-        need are ignored, absent ones take the class defaults; ValueError names key, value and what is allowed."""
+        need are ignored, absent ones take the class defaults; ValueError names key, value and what is allowed. A
+        quantize_config.json beside it stands for its quantization_config where it has none."""
         if isinstance(source, Mapping):
             return cls._from_dict(source)
         path = Path(source)
@@ -151,6 +152,9 @@ class ModelConfig:
         if not path.is_file():
             raise ValueError(f"{path}: no such file; a checkpoint folder needs its config.json")
         raw = parse_json(path.read_bytes(), path)
+        beside = path.with_name("quantize_config.json")
+        if isinstance(raw, dict) and raw.get("quantization_config") is None and beside.is_file():
+            raw["quantization_config"] = {"quant_method": "gptq"} | parse_json(beside.read_bytes(), beside)
         try:
             return cls._from_dict(raw)
         except ValueError as error:

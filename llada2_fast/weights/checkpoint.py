@@ -1,6 +1,8 @@
 """Hugging Face safetensors <-> the parameters of `LLaDA2Model`, by the rename table of weight_map.py.
 
-With quantization "fp8" linear weights are e4m3 with scales: stored so, or made from wider ones as they are read.
+With quantization "fp8" linear weights are e4m3 with scales, with "int4" experts are words with scales: stored so, or
+made from wider ones as they are read. A folder in GPTQ's layout may hold other linear weights in four bits, too: these
+are widened as they are read.
 
 Reading: `inspect` matches every header of every shard with the table before a single weight is read; `load` then
 copies the weights out of the mapped files, tensor after tensor. Writing: `save` applies the same table backwards.
@@ -20,10 +22,13 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ..config import DTYPES, ModelConfig
+from ..kernels import int4
 from ..kernels.fp8 import FP8, quantize_weight
+from ..kernels.gemm import WORDS
+from . import gptq
 from .files import INDEX, ONE_FILE, WeightFile, refuse_stale, weight_files
 from .hub import resolve as resolve  # for those who load
-from .shapes import WHOLE, Share, is_fp8, parameter_shapes
+from .shapes import WHOLE, Share, is_fp8, is_int4, parameter_shapes, scale_name
 from .weight_map import (
     STORED,
     CheckpointError,
@@ -79,40 +84,70 @@ def load(
     """Fill `params` from the safetensors in a folder, converting to each parameter's dtype.
 
     folder: the checkpoint's.
-    config: its config; with quantization "fp8" wider weights become fp8.
-    params: name -> tensor, named and shaped as `parameter_shapes`; bf16, fp16, fp32, or fp8 where the config has it; on
-        any device. Beyond them it holds nothing, or one tensor where weights become fp8.
+    config: its config; with a quantization wider weights become what it says.
+    params: name -> tensor, named and shaped as `parameter_shapes`; bf16, fp16, fp32, or fp8 or words of int4 where the
+        config has them; on any device. Beyond them it holds nothing, or one tensor where weights become something else.
     progress: show a bar.
     share: what is held of each layer; of the other tensors nothing is read but the headers.
     plan: what `inspect` has found, None = it is asked now.
-    Raises CheckpointError for whatever `inspect` refuses, for a file that becomes shorter and for weights that are not
-    finite in their target dtype.
+    Raises CheckpointError for whatever `inspect` refuses, for a file that becomes shorter, for weights that are not
+    finite in their target dtype and for GPTQ's that are not symmetric or whose columns are not in order.
     """
     _check_params(config, params, share)
     plan = inspect(folder, config, share) if plan is None else plan
     plan = [(entry, target) for entry, target in plan if target.pieces()]
-    total = sum(entry.nbytes for entry, _ in plan)
+    total, scales = sum(entry.nbytes for entry, _ in plan), {e.name: e for e, target in plan if target.role == "scales"}
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=not progress)
     with bar, torch.no_grad():
         for path, part in groupby(plan, key=lambda item: item[0].source):
             file = WeightFile(path)
             for entry, target in part:
-                _fill(params, target, file, entry)
+                if target.role is None:
+                    _fill(params, target, file, entry)
+                else:
+                    _fill_gptq(params, target, file, entry, scales)
                 bar.update(entry.nbytes)
 
 
 def _fill(params, target, file, entry):
     """Copy what is read of a stored tensor to where it goes."""
     param = target.view(params[target.param])
-    quantize = param.dtype == FP8 != STORED[entry.dtype]
+    quantize = param.dtype in (FP8, WORDS) and param.dtype != STORED[entry.dtype]
     for i, (stored, place) in enumerate(target.pieces()):
         source = file.read(entry.name, stored)
         _check_finite(source, source.dtype if quantize else param.dtype, entry)
         if quantize:
-            source, scale = quantize_weight(source.to(param.device), target.parts)
             scales = target.scale
-            scales.view(params[scales.param])[scales.pieces()[i][1]].copy_(scale)
+            own = scales.view(params[scales.param])[scales.pieces()[i][1]]
+            source = source.to(param.device)
+            packed = param.dtype == WORDS
+            source, scale = int4.quantize_weight(source, own.dtype) if packed else quantize_weight(source, target.parts)
+            own.copy_(scale)
         param[place].copy_(source)
+
+
+def _fill_gptq(params, target, file, entry, scales):
+    """The same of a part of a weight in GPTQ's layout: digits become words, or the weight that they and the scales of
+    their name stand for."""
+    param, packed = target.view(params[target.param]), params[target.param].dtype == WORDS
+    source = file.read(entry.name)
+    if target.role == "qweight":
+        digits = gptq.unpack(source)
+        if packed:
+            param.copy_(int4.pack(digits))
+            return
+        of = scales[entry.name.removesuffix("qweight") + "scales"]
+        wide = gptq.widen(digits, WeightFile(of.source).read(of.name))
+        _check_finite(wide, param.dtype, of)
+        for stored, place in target.pieces():
+            param[place].copy_(wide[stored])
+    elif target.role == "scales":
+        if packed:
+            own = target.view(params[scale_name(target.param)])
+            _check_finite(source, own.dtype, entry)
+            own.copy_(source.T)
+    else:
+        gptq.check(target.role, source, entry)
 
 
 @torch.no_grad()
@@ -124,10 +159,10 @@ def adopt(module: torch.nn.Module, config: ModelConfig) -> dict[str, torch.Tenso
         copied into theirs, one parameter at a time, and become views of it. All have the embeddings' dtype, routers a
         wider one if theirs is. A tensor of another dtype is converted and left alone.
     config: the module's.
-    Raises ValueError for fp8, CheckpointError for what `inspect` refuses, for tensors that are not all on one device
-    and for those that are not finite.
+    Raises ValueError for fp8 and int4, CheckpointError for what `inspect` refuses, for tensors that are not all on one
+    device and for those that are not finite.
     """
-    if config.fp8:
+    if config.quantization is not None:
         raise ValueError(f"quantization={config.quantization!r}: expected a model without; load its folder instead")
     tensors, what = module.state_dict(keep_vars=True), type(module).__name__
     spelling = {dtype: name for name, dtype in STORED.items()}
@@ -171,13 +206,13 @@ def save(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Write a checkpoint in the standard layout, with config.json, and an index where it fills more than one shard. One
-    that was loaded without conversion is written back byte for byte.
+    """Write a checkpoint in the standard layout, experts in int4 in GPTQ's, with config.json, and an index where it
+    fills more than one shard. One that was loaded without conversion is written back byte for byte.
 
     folder: made if it is not there; one with weight files that would not be overwritten is refused.
     config: the network's; what is written names the dtype of the embeddings.
     params: its parameters, named and shaped as `parameter_shapes`.
-    dtype: which they are converted to, all but expert_bias and fp8; None = each keeps its own.
+    dtype: which they are converted to, all but expert_bias, fp8 and int4; None = each keeps its own.
     max_shard_bytes: of a weight file, unless a single tensor has more.
     Raises CheckpointError for what would not be loaded again, ValueError for arguments that do not fit.
     """
@@ -186,13 +221,12 @@ def save(
         raise ValueError(f"dtype={dtype}: expected one of {', '.join(DTYPES)}")
     if isinstance(max_shard_bytes, bool) or not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes={max_shard_bytes!r:.80}: expected an integer >= 1")
+    if config.int4:
+        gptq.check_widths(config)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    targets = {name: target for name, target in rename_table(config).items() if target.covers == (name,)}
-    dtypes = {
-        name: params[target.param].dtype if dtype is None or _keeps_dtype(config, target) else dtype
-        for name, target in targets.items()
-    }
+    targets = {name: target for name, target in rename_table(config).items() if _is_written(config, name, target)}
+    dtypes = {name: _written_dtype(config, target, params, dtype) for name, target in targets.items()}
     shards, used, total = [[]], 0, 0
     for name, target in targets.items():
         size = math.prod(target.shape) * dtypes[name].itemsize
@@ -207,7 +241,7 @@ def save(
     for file, names in zip(files, shards, strict=True):
         tensors = {}
         for name in names:
-            tensor = targets[name].view(params[targets[name].param].detach())
+            tensor = _written(targets[name], params)
             _check_finite(tensor, dtypes[name], f"{folder / file}: tensor {name}")
             tensors[name] = tensor.to("cpu", dtypes[name]).contiguous()
         save_file(tensors, folder / file, metadata={"format": "pt"})
@@ -218,9 +252,30 @@ def save(
     _write_json(folder / "config.json", replace(config, dtype=main_dtype).to_hf())
 
 
-def _keeps_dtype(config, target):
+def _is_written(config, name, target):
+    """Of the several layouts, the standard one; of experts in int4 GPTQ's."""
+    if target.role is not None or is_int4(config, target.param):
+        return target.role is not None and is_int4(config, target.param)
+    return target.covers == (name,)
+
+
+def _written_dtype(config, target, params, dtype):
+    if target.role is not None:
+        return params[scale_name(target.param)].dtype if target.role == "scales" else torch.int32
     fp8 = is_fp8(config, target.param) or target.covers[0].endswith("_scale_inv")
-    return fp8 or target.param.endswith(".expert_bias")
+    return params[target.param].dtype if dtype is None or fp8 or target.param.endswith(".expert_bias") else dtype
+
+
+def _written(target, params):
+    """What of the parameters a tensor of the checkpoint holds."""
+    held = target.view(params[target.param].detach())
+    if target.role is None:
+        return held
+    if target.role == "qweight":
+        return gptq.pack(int4.unpack(held, target.shape[0] * gptq.DIGITS).cpu())
+    if target.role == "scales":
+        return target.view(params[scale_name(target.param)].detach()).T
+    return gptq.order(*target.shape) if target.role == "g_idx" else gptq.zeros(target.shape[0], target.shape[1] * 8)
 
 
 def _write_json(path, content):
@@ -242,7 +297,8 @@ def _check_params(config, params, share=WHOLE):
     for name, shape in shapes.items():
         if tuple(params[name].shape) != shape:
             raise ValueError(f"params: {name} has shape {list(params[name].shape)}, expected {list(shape)}")
-        allowed = (FP8,) if is_fp8(config, name) else tuple(DTYPES.values())
+        quantized = (FP8,) if is_fp8(config, name) else (WORDS,) if is_int4(config, name) else None
+        allowed = quantized or tuple(DTYPES.values())
         if params[name].dtype not in allowed:
             raise ValueError(f"params: {name} is {params[name].dtype}, expected one of {allowed}")
 
@@ -265,6 +321,8 @@ def _check_tied(head, embeddings):
 
 def _check_finite(tensor, dtype, what):
     """One pass without temporaries: NaN goes through aminmax and fails every comparison. fp8 has no infinities."""
+    if not tensor.is_floating_point():
+        return
     if tensor.dtype == FP8:
         if bool((tensor.contiguous().view(torch.uint8) & 0x7F == 0x7F).any()):
             raise CheckpointError(f"{what} holds NaN")

@@ -1,12 +1,14 @@
-"""The parameters of the network, or of a share of it: their names, their shapes, and which of them are fp8."""
+"""The parameters of the network, or of a share of it: their names, their shapes, and which are fp8 or int4."""
 
 import re
 from typing import NamedTuple
 
 from ..config import ModelConfig
+from ..kernels import int4
 from ..kernels.gemm import SCALE_GROUP, scale_shape
 
 _FP8 = re.compile(r"(query_key_value|dense|gate_up|down|lm_head)(\.weight)?$")  # parameters held in fp8
+_INT4 = re.compile(r"experts\.(gate_up|down)(\.weight)?$")  # parameters held in int4, routed and shared
 
 
 class Share(NamedTuple):
@@ -100,6 +102,9 @@ def parameter_shapes(config: ModelConfig, share: Share = WHOLE) -> dict[str, tup
         shapes[f"{mlp}.experts.down"] = (share.num_experts(config), H, width)
         if config.num_shared_experts:
             add_mlp(f"{mlp}.shared_experts", config.num_shared_experts * width)
+    if config.int4:
+        for name, shape in [(name, shape) for name, shape in shapes.items() if is_int4(config, name)]:
+            shapes |= {name: int4.packed_shape(shape), scale_name(name): int4.scale_shape(shape)}
     if config.fp8:
         weights = {name: shape for name, shape in shapes.items() if is_fp8(config, name)}
         scales = {scale_name(name): scale_shape(shape, 1 + ("gate_up" in name)) for name, shape in weights.items()}
@@ -112,6 +117,11 @@ def is_fp8(config: ModelConfig, param: str) -> bool:
     return config.fp8 and _FP8.search(param) is not None
 
 
+def is_int4(config: ModelConfig, param: str) -> bool:
+    """Whether the network of a config holds the parameter of this name as words of int4."""
+    return config.int4 and _INT4.search(param) is not None
+
+
 def scale_name(param: str) -> str:
-    """The parameter that holds the scales of the fp8 one of this name."""
+    """The parameter that holds the scales of the fp8 or int4 one of this name."""
     return param.removesuffix(".weight") + (".scale" if param.endswith(".weight") else "_scale")

@@ -18,7 +18,11 @@ from ..kernels.fp8 import FP8
 from ..kernels.gemm import SCALE_GROUP, scale_shape
 from .shapes import WHOLE, Share, is_fp8, parameter_shapes, scale_name
 
-STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": FP8}  # safetensors' names
+STORED = {  # by safetensors' names
+    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": FP8, "I32": torch.int32,
+}  # fmt: skip
+FLOATS = ("BF16", "F16", "F32")
+ROLES = ("qweight", "qzeros", "scales", "g_idx")  # tensors that are one weight in GPTQ's layout, see gptq.py
 
 # Spellings found in published checkpoints, turned into the name the table knows.
 _ALIASES = (
@@ -26,6 +30,7 @@ _ALIASES = (
     (re.compile(r"\.mlp\.gate\.e_score_correction_bias$"), ".mlp.gate.expert_bias"),
     (re.compile(r"\.mlp\.(experts\.(?:gate|up|down)_proj|w1|w2)\.weight$"), r".mlp.\1"),
 )
+_LINEAR = tuple(f".{name}.weight" for name in ("query_key_value", "dense", "gate_proj", "up_proj", "down_proj"))
 _IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")  # recomputed from the config
 
 
@@ -59,6 +64,7 @@ class WeightTarget(NamedTuple):
     expert: its place among the experts that are held, None unless it is a single expert's.
     half: of the stacked gate (0) and up (1) rows; None: both, or neither.
     dim, ranges: what is read of it, ranges of one dimension, one after the other; None: all.
+    role: one of ROLES for a part of a weight in GPTQ's layout; what is read is then told of the weight.
     """
 
     param: str
@@ -68,6 +74,7 @@ class WeightTarget(NamedTuple):
     half: int | None = None
     dim: int = 0
     ranges: tuple[range, ...] | None = None
+    role: str | None = None
 
     @property
     def parts(self) -> int:
@@ -76,7 +83,7 @@ class WeightTarget(NamedTuple):
 
     @property
     def scale(self) -> "WeightTarget":
-        """Where the fp8 scales of what goes here go."""
+        """Where the scales of what goes here go."""
         shape, covers = scale_shape(self.shape, self.parts), tuple(f"{name}_scale_inv" for name in self.covers)
         size = SCALE_GROUP if self.dim >= len(shape) - 2 else 1  # rows and columns have scales in groups, experts not
         ranges = self.ranges and tuple(range(part.start // size, part.stop // size) for part in self.ranges)
@@ -99,7 +106,8 @@ class WeightTarget(NamedTuple):
 
 
 def rename_table(config: ModelConfig, share: Share = WHOLE) -> dict[str, WeightTarget]:
-    """Name in a checkpoint -> where it goes, for the standard layout and for merged experts; scales follow weights.
+    """Name in a checkpoint -> where it goes, for the standard layout and for merged experts; scales follow weights. In
+    int4 also for the parts that GPTQ makes of the weight of any linear layer within a layer.
 
     config: the checkpoint's.
     share: what is held of its layers; tensors of which nothing is read are in the table, too.
@@ -115,6 +123,8 @@ def rename_table(config: ModelConfig, share: Share = WHOLE) -> dict[str, WeightT
         table[name] = target = WeightTarget(param, shape, covers or (name,), expert, half, dim, ranges)
         if is_fp8(config, param):
             table[f"{name}_scale_inv"] = target.scale
+        if config.int4 and name.endswith(_LINEAR):
+            table.update(_gptq(name, target))
 
     for param, shape in parameter_shapes(replace(config, quantization=None)).items():
         name = param if param == "lm_head.weight" else f"model.{param}"
@@ -130,6 +140,19 @@ def rename_table(config: ModelConfig, share: Share = WHOLE) -> dict[str, WeightT
         else:
             add(name, param, shape)
     return table
+
+
+def _gptq(name, target):
+    """The parts of a weight [N, K] in GPTQ's layout. The digits stand for the weight itself."""
+    (rows, columns), stem = target.shape, name.removesuffix("weight")
+    groups = scale_shape(target.shape)[1]
+    shapes = {
+        "qweight": (columns // 8, rows), "qzeros": (groups, rows // 8), "scales": (groups, rows), "g_idx": (columns,),
+    }  # fmt: skip
+    return {
+        stem + role: target._replace(shape=shape, covers=(name if role == "qweight" else stem + role,), role=role)
+        for role, shape in shapes.items()
+    }
 
 
 def _add_experts(add, stem, param, shape):
@@ -159,7 +182,7 @@ def split_tied_head(entries: list[Entry], config: ModelConfig) -> tuple[list[Ent
     for head in heads[1:]:
         raise CheckpointError(f"{head} is provided twice, also in {os.path.basename(heads[0].source)}")
     for head in heads:
-        if head.shape != (config.vocab_size, config.hidden_size) or STORED.get(head.dtype, FP8) == FP8:
+        if head.shape != (config.vocab_size, config.hidden_size) or head.dtype not in FLOATS:
             raise untied(head)
     return [entry for entry in entries if entry not in heads], heads[0] if heads else None
 
@@ -207,6 +230,12 @@ def match(
     wide = {f"{name}_scale_inv" for name, entry in provided.items() if entry.dtype != "F8_E4M3"}
     for name in sorted(wide & provided.keys()):
         raise CheckpointError(f"{provided[name]} is unexpected: its weight is not fp8")
+    if config.int4:
+        whole = [name.removesuffix("weight") for name, entry in provided.items() if entry.dtype != "I32"]
+        unpacked = {stem + role for stem in whole for role in ROLES}
+        for name in sorted(unpacked & provided.keys()):
+            raise CheckpointError(f"{provided[name]} is unexpected: its weight has no qweight")
+        wide |= unpacked
     found = provided.keys() | wide
     missing = [name for name, target in table.items() if target.covers == (name,) and name not in found]
     if missing:
@@ -219,4 +248,6 @@ def _allowed(config, target):
     """The dtypes that the tensor for `target` may have."""
     if target.covers[0].endswith("_scale_inv"):
         return ("F32",)
-    return tuple(name for name, dtype in STORED.items() if dtype != FP8 or is_fp8(config, target.param))
+    if target.role in ("qweight", "qzeros", "g_idx"):
+        return ("I32",)
+    return (*FLOATS, "F8_E4M3") if is_fp8(config, target.param) else FLOATS
