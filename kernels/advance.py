@@ -19,6 +19,7 @@ import torch
 
 from ._ambient import run_kernel
 from ._triton import tl, triton, use_triton
+from .overlap import inputs_ready
 from .roles import GENERATED, PADDING, PROMPT, TAIL, SpecialIds
 from .state import BLOCK_DONE, PRIOR_MASK, BlockState, StateTensors
 
@@ -104,9 +105,10 @@ def _advance_kernel(
     STATE, OUT,  # BlockState, Forwarded
     pages, mask_id,
     A: tl.constexpr, C: tl.constexpr, L: tl.constexpr,
-    ENTRIES: tl.constexpr, PLACES: tl.constexpr, COLUMNS: tl.constexpr,
+    ENTRIES: tl.constexpr, PLACES: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (1,): all entries at once, [ENTRIES, COLUMNS]."""
+    inputs_ready(EARLY)
     entry, column = tl.arange(0, ENTRIES), tl.arange(0, COLUMNS)
     there = entry < A
     lane = tl.load(LANE + entry, mask=there, other=0)

@@ -17,6 +17,7 @@ import torch
 
 from ._triton import tl, triton
 from .candidates import _combine
+from .overlap import inputs_ready
 from .roles import EDITING, FILL_PROMPT, GENERATED, PADDING, PROMPT, SpecialIds, _roles, roles_ref
 from .state import (
     BLOCK_DONE,
@@ -265,8 +266,10 @@ def _commit_kernel(
     STATE, PARAMS, OUT,  # BlockState, RefineParams, RefineOutput
     ids, tiles,
     L: tl.constexpr, TILES: tl.constexpr, COLUMNS: tl.constexpr, ONLY_NEEDED: tl.constexpr, NUM_EOS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (R,): one row from its parts to its next block, as commit_ref; a frozen row only reports."""
+    inputs_ready(EARLY)
     row = tl.program_id(0)
     column = tl.arange(0, COLUMNS)
     inside = column < L

@@ -15,6 +15,7 @@ from ._triton import FLOATS, tl, triton, use_triton
 from .attention import check_caches, write_pages
 from .gemm import rounded
 from .norm import rms_norm_ref
+from .overlap import inputs_ready
 
 
 def rope_angles(position, rotary_dim, theta, factor, dtype):
@@ -76,7 +77,7 @@ def qk_norm_rope_write_ref(
 def _qk_norm_rope_kernel(
     QKV, Q_WEIGHT, K_WEIGHT, COS, SIN, ROW, Q, K, V, SLOT, eps, tokens, qkv_stride, page_stride, token_stride,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, ROT: tl.constexpr, L: tl.constexpr,
-    TILE_R: tl.constexpr, TILE_D: tl.constexpr,
+    TILE_R: tl.constexpr, TILE_D: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of the T * (nq + 2 nk) vectors,). Weights None: no norm. V None: v is not stored.
 
@@ -84,6 +85,7 @@ def _qk_norm_rope_kernel(
     is made: after the norm, after the weight, after both products and after their sum; launched without fusion, else
     LLVM makes one fma in 16 bits of the last. What other loads wait for is loaded first.
     """
+    inputs_ready(EARLY)
     ALL: tl.constexpr = HEADS + 2 * KV_HEADS
     HALF: tl.constexpr = ROT // 2
     r = tl.program_id(0).to(tl.int64) * TILE_R + tl.arange(0, TILE_R)[:, None]
