@@ -151,9 +151,11 @@ def _candidates(dtype, runner_up, filters):
     candidates.launch(_meta(8, 32, VOCAB, dtype=dtype), long, whole, params, IDS, whole, None, filters, runner_up)
 
 
-def _attention(dtype, heads, kv_heads=4, dim=128, length=32, pages=64):
-    cache, q = _meta(3, pages, length, kv_heads, dim, dtype=dtype)[1], _meta(8 * length, heads, dim, dtype=dtype)
-    blocks = attention.BlockBatch(_int32(8), _int32(8), _int32(8, pages), _int32(8))
+def _attention(dtype, heads, kv_heads=4, dim=128, length=32, pages=64, rows=40):
+    cache, q = _meta(3, pages, length, kv_heads, dim, dtype=dtype)[1], _meta(rows * length, heads, dim, dtype=dtype)
+    blocks = attention.BlockBatch(
+        _int32(rows), _int32(rows), _int32(rows, pages), _int32(rows), _int32(attention.COUNTERS)
+    )
     attention.block_attention(q, cache, cache, blocks)
 
 
@@ -198,6 +200,8 @@ def _fp8_mlp(model, tokens):
     layer(_meta(tokens, config.hidden_size, dtype=BF16))
 
 
+ROWS = 1, 8, 40  # of attention: each batch has another way to share out its work
+
 SCENARIOS = {
     **{f"refine {name} filters": partial(_refine, dtype, filters=True) for name, dtype in TYPES.items()},
     **{f"refine {name}": partial(_refine, dtype) for name, dtype in TYPES.items()},
@@ -215,10 +219,9 @@ SCENARIOS = {
     "candidates bf16 runner-up filters": partial(_candidates, BF16, runner_up=True, filters=True),
     **{f"advance A={a} C={c}": partial(_advance, a, c) for a, c in ((1, 0), (1, 1), (32, 8), (256, 64))},
     "advance L=128": partial(_advance, 64, 16, length=128),
-    **{f"attention mini {name}": partial(_attention, dtype, 16) for name, dtype in TYPES.items()},
-    "attention flash bf16": partial(_attention, BF16, 32),
-    "attention mini bf16 one split": partial(_attention, BF16, 16, pages=4),
-    **{f"attention mini bf16 L={length}": partial(_attention, BF16, 16, length=length) for length in (1, 16, 48)},
+    **{f"attention mini {name} B={n}": partial(_attention, TYPES[name], 16, rows=n) for name in TYPES for n in ROWS},
+    **{f"attention flash bf16 B={n}": partial(_attention, BF16, 32, rows=n) for n in ROWS},
+    **{f"attention mini bf16 L={n}": partial(_attention, BF16, 16, length=n) for n in (1, 16, 48)},
     "attention bf16 D=64": partial(_attention, BF16, 8, dim=64),
     "attention fp32 D=80": partial(_attention, FP32, 8, dim=80),
     "attention fp32 D=16": partial(_attention, FP32, 4, 2, 16, 8),

@@ -8,10 +8,12 @@ bidirectionally, and nothing later. Its own keys and values are already in its p
 
     k_cache, v_cache [pages, L, nk, D]      page = one block of K/V
 
-On a GPU a block's keys are cut into at most MAX_SPLITS splits by their number alone; each split has its own programs,
-and their results are added in the order of the splits. So a block's bits depend on its own row and on nothing else.
+On a GPU a block's keys are cut into at most MAX_SPLITS splits by their number alone, and the sums over the splits are
+merged in their order. Whether one program takes all splits of a block or each has its own, the same numbers are added
+up in the same order. So a block's bits depend on its own row and on nothing else.
 """
 
+import itertools
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -22,11 +24,10 @@ from ._ambient import run_kernel
 from ._triton import FLOATS, tl, triton, use_triton
 from ._tuned import measured
 
-# Keys of a split at most (more beyond 4096 keys), splits of a block. By 128, 256, 512 and 1024 keys an H100 takes 11.9,
-# 13.2, 16.8 and 21.5 µs for a row of 1024 keys of mini, but 97, 71, 57 and 49 µs for 32 of them.
-SPLIT, MAX_SPLITS = 256, 16
-SCRATCH_BYTES = 2**28  # partial results of one launch; more query blocks than fit take several
-_TABLES = ["BLOCK_ROW", "BLOCK_INDEX", "PAGE_TABLE", "LIMIT"]  # compiled alike wherever they begin
+SPLIT, MAX_SPLITS = 256, 16  # keys of a split at most (more beyond 4096 keys), splits of a block
+COUNTERS = 256  # units of work that are split at most: where there are more, a program takes all of a block's splits
+PROCESSORS = 132  # multiprocessors where there is no GPU to ask
+_TABLES = ["BLOCK_ROW", "BLOCK_INDEX", "PAGE_TABLE", "LIMIT", "ARRIVED"]  # compiled alike wherever they begin
 
 
 class Span(NamedTuple):
@@ -57,6 +58,7 @@ class BlockBatch(NamedTuple):
     block_index: torch.Tensor  # int32 [NB]
     page_table: torch.Tensor  # int32 [R, P]: the row's pages from block 0 on
     limit: torch.Tensor  # int32 [R]: how many positions of the row exist
+    arrived: torch.Tensor  # int32 [COUNTERS]: zeros, and again after every launch; of one stream at a time
 
     @classmethod
     def from_spans(cls, spans, device):
@@ -65,10 +67,11 @@ class BlockBatch(NamedTuple):
         width = max(ends, default=0)
         blocks = [(i, b) for i, span in enumerate(spans) for b in range(span.first_block, ends[i])]
         table = [page for span in spans for page in (span.pages[:width] + (0,) * width)[:width]]
-        numbers = [row for row, _ in blocks] + [index for _, index in blocks] + table + [span.limit for span in spans]
-        flat = pinned(numbers, device).to(device, non_blocking=True)  # one copy to the device, not four
-        row, index, table, limit = flat.split([len(blocks), len(blocks), len(table), len(spans)])
-        return cls(row, index, table.view(len(spans), width), limit)
+        lists = [row for row, _ in blocks], [index for _, index in blocks], table, [span.limit for span in spans]
+        flat = pinned([*itertools.chain(*lists), *[0] * COUNTERS], device)
+        flat = flat.to(device, non_blocking=True)  # one copy to the device, not five
+        row, index, table, limit, arrived = flat.split([*map(len, lists), COUNTERS])
+        return cls(row, index, table.view(len(spans), width), limit, arrived)
 
     def slots(self, length):
         """Cache slots of all tokens for blocks of `length` tokens: int64 [NB * length], -1 in unused blocks."""
@@ -173,111 +176,139 @@ def batch_attention_ref(q, k_cache, v_cache, batch):
 
 
 @triton.jit
-def _splits(BLOCK_ROW, BLOCK_INDEX, LIMIT, block, L, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr):
-    """row of a query block, the keys it sees (none if unused), keys of a split, splits: part of the definition.
-
-    As few splits as there can be, then whole pages for each, as evenly as that goes.
-    """
+def _splits(BLOCK_ROW, BLOCK_INDEX, LIMIT, block, L, TILE_N, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr):
+    """row of a query block, the keys it sees and their tiles (none if unused), tiles of a split, splits: part of the
+    definition. As few splits as there can be, as even as whole tiles go."""
     row = tl.load(BLOCK_ROW + block)
     used = row >= 0
     row = tl.maximum(row, 0)
     seen = tl.where(used, tl.minimum((tl.load(BLOCK_INDEX + block) + 1) * L, tl.load(LIMIT + row)), 0)
     most = tl.minimum(tl.cdiv(tl.maximum(seen, 1), SPLIT), MAX_SPLITS)
-    size = tl.maximum(tl.cdiv(tl.cdiv(seen, most), L), 1) * L
-    return row.to(tl.int64), seen, size, tl.cdiv(seen, size)
+    tiles = tl.cdiv(seen, TILE_N)
+    each = tl.maximum(tl.cdiv(tiles, most), 1)
+    return row.to(tl.int64), tiles, seen, each, tl.cdiv(tiles, each)
 
 
-@triton.jit(do_not_specialize=[*_TABLES, "first", "splits", "table_stride"])
+@triton.jit
+def _merge(top, total, acc, next_top, next_total, next_acc):
+    """Sums over some splits, or none, and those over the split behind them: part of the definition.
+
+    In explicit operations that no compiler can fuse otherwise, so that whoever adds splits up gets the same bits.
+    """
+    new_top = tl.maximum(top, next_top)
+    kept, added = tl.exp2(top - new_top), tl.exp2(next_top - new_top)
+    total = tl.fma(total, kept, next_total * added)
+    return new_top, total, tl.fma(acc, kept[:, None], next_acc * added[:, None])
+
+
+@triton.jit
+def _write(total, acc, OUT, block, kv_head, m, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+           L: tl.constexpr):  # fmt: skip
+    """Outputs of the queries m of a KV head by their sums."""
+    d = tl.arange(0, acc.shape[1])[None, :]
+    out = acc / tl.where(total == 0.0, 1.0, total)[:, None] + 0.0  # no -0.0, which merging into nothing would lose
+    OUT += (block.to(tl.int64) * (L * HEADS) + kv_head * GROUP) * D
+    vector = m + m // GROUP * (HEADS - GROUP)
+    mask = (m < L * GROUP)[:, None] & (d < D)
+    tl.store(OUT + vector[:, None] * D + d, out.to(OUT.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=[*_TABLES, "whole", "splits", "table_stride"])
 def _attention_kernel(
-    Q, K, V, OUT, PART, TOP, TOTAL, BLOCK_ROW, BLOCK_INDEX, PAGE_TABLE, LIMIT,
-    first, splits, scale, table_stride, q_stride, page_stride, token_stride, head_stride,
+    Q, K, V, OUT, PART, TOP, TOTAL, BLOCK_ROW, BLOCK_INDEX, PAGE_TABLE, LIMIT, ARRIVED,
+    whole, splits, scale, table_stride, q_stride, page_stride, token_stride, head_stride,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, L: tl.constexpr,
-    SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
-    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, WHOLE: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr, TILE_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (KV heads * query tiles, splits, query blocks from `first` on).
+    """Grid: UNITS of each of the first `whole` query blocks, then those of every split of each other block.
 
-    The L queries of the GROUP heads that share a KV head are the rows of one matrix. A block's only split goes to OUT;
-    of several each leaves exp2-sums relative to its largest score: PART [blocks, splits, L * HEADS, D], TOP and TOTAL.
+    The L queries of the GROUP heads that share a KV head are the rows of one matrix. A unit is a tile of it, of a KV
+    head, the tiles fastest. A program of a whole block takes the splits one after the other; WHOLE: there are such. Of
+    other blocks each program leaves its exp2-sums, relative to its largest score, in PART [programs * TILE_M, TILE_D],
+    TOP and TOTAL, and whichever comes last of a unit merges them. ARRIVED counts them; it is zero before and after.
     """
     GROUP: tl.constexpr = HEADS // KV_HEADS
     TILES: tl.constexpr = (L * GROUP + TILE_M - 1) // TILE_M
-    kv_head = tl.program_id(0) // TILES
-    m = tl.program_id(0) % TILES * TILE_M + tl.arange(0, TILE_M)
-    split = tl.program_id(1)
-    block = first + tl.program_id(2)
-    row, seen, size, count = _splits(BLOCK_ROW, BLOCK_INDEX, LIMIT, block, L, SPLIT, MAX_SPLITS)
+    UNITS: tl.constexpr = TILES * KV_HEADS
+    start = tl.program_id(0) % TILES * TILE_M
+    kv_head = tl.program_id(0) // TILES % KV_HEADS
+    behind = tl.program_id(0) // UNITS - whole  # the whole blocks
+    alone = behind < 0
+    block = whole + tl.where(alone, behind, behind // splits)
+    split = tl.where(alone, 0, behind % splits)
+    row, tiles, seen, each, count = _splits(BLOCK_ROW, BLOCK_INDEX, LIMIT, block, L, TILE_N, SPLIT, MAX_SPLITS)
     if split >= tl.maximum(count, 1):
         return
+    first = split * each
+    last = tl.where(alone, tiles, tl.minimum(first + each, tiles))
+    m = start + tl.arange(0, TILE_M)
     d = tl.arange(0, TILE_D)
-    n = tl.arange(0, TILE_N)
     in_head = (d < D)[None, :]
     asks = (m < L * GROUP)[:, None] & in_head
-    head = kv_head * GROUP + m % GROUP
-    query = block.to(tl.int64) * L + m // GROUP
-    q = tl.load(Q + (query * q_stride + head * D)[:, None] + d[None, :], mask=asks, other=0.0)
+    Q += block.to(tl.int64) * L * q_stride + kv_head * (GROUP * D)
+    q = tl.load(Q + (m * D + m // GROUP * (q_stride - GROUP * D))[:, None] + d[None, :], mask=asks, other=0.0)
     pages = PAGE_TABLE + row * table_stride
-    inner = kv_head * head_stride + d[None, :]
+    K += kv_head * head_stride
+    V += kv_head * head_stride
 
     top = tl.full([TILE_M], float("-inf"), tl.float32)
     total = tl.zeros([TILE_M], tl.float32)
     acc = tl.zeros([TILE_M, TILE_D], tl.float32)
-    end = tl.minimum((split + 1) * size, seen)
-    for begin in range(split * size, end, TILE_N):
-        at = begin + n
-        exists = at < end
-        page = tl.load(pages + at // L, mask=exists, other=0).to(tl.int64)
-        place = (page * page_stride + at % L * token_stride)[:, None] + inner
+    if WHOLE:  # over the splits before this one
+        all_top, all_total, all_acc = top, total, acc
+        end = tl.minimum(first + each, last)  # of the split at hand
+    at = first * TILE_N + tl.arange(0, TILE_N)
+    page = tl.load(pages + at // L, mask=at < seen, other=0)
+    for tile in range(first, last):
+        exists = at < seen
+        place = (page.to(tl.int64) * page_stride)[:, None] + ((at % L * token_stride)[:, None] + d[None, :])
+        at += TILE_N
+        page = tl.load(pages + at // L, mask=at < seen, other=0)  # a tile ahead, or the next keys would wait for it
         k = tl.load(K + place, mask=exists[:, None] & in_head, other=0.0)
         v = tl.load(V + place, mask=exists[:, None] & in_head, other=0.0)
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         score = tl.where(exists[None, :], score, float("-inf"))
         new_top = tl.maximum(top, tl.max(score, 1) * scale)
-        weight = tl.exp2(score * scale - new_top[:, None])
+        weight = tl.exp2(tl.fma(score, scale, -new_top[:, None]))
         shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(weight, 1)
+        total = tl.fma(total, shrink, tl.sum(weight, 1))
         acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         top = new_top
-
-    if count <= 1:
-        out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-        tl.store(OUT + ((query * HEADS + head) * D)[:, None] + d[None, :], out.to(OUT.dtype.element_ty), mask=asks)
-    else:
-        part = (tl.program_id(2).to(tl.int64) * splits + split) * (L * HEADS) + m // GROUP * HEADS + head
-        tl.store(PART + (part * D)[:, None] + d[None, :], acc, mask=asks)
-        tl.store(TOP + part, top, mask=m < L * GROUP)
-        tl.store(TOTAL + part, total, mask=m < L * GROUP)
-
-
-@triton.jit(do_not_specialize=[*_TABLES, "first", "splits"])
-def _combine_kernel(
-    PART, TOP, TOTAL, OUT, BLOCK_ROW, BLOCK_INDEX, LIMIT, first, splits,
-    HEADS: tl.constexpr, D: tl.constexpr, L: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
-    TILE_R: tl.constexpr, TILE_D: tl.constexpr,
-):  # fmt: skip
-    """Grid (tiles of the L * HEADS query vectors, query blocks from `first` on): adds a block's splits in order."""
-    r = tl.program_id(0) * TILE_R + tl.arange(0, TILE_R)
-    block = first + tl.program_id(1)
-    _row, _seen, _size, count = _splits(BLOCK_ROW, BLOCK_INDEX, LIMIT, block, L, SPLIT, MAX_SPLITS)
-    if count <= 1:
+        if WHOLE:
+            if tile + 1 == end:
+                all_top, all_total, all_acc = _merge(all_top, all_total, all_acc, top, total, acc)
+                top = tl.full([TILE_M], float("-inf"), tl.float32)
+                total = tl.zeros([TILE_M], tl.float32)
+                acc = tl.zeros([TILE_M, TILE_D], tl.float32)
+                end = tl.minimum(end + each, last)
+    if WHOLE:
+        top, total, acc = all_top, all_total, all_acc
+    if alone | (count <= 1):
+        _write(total, acc, OUT, block, kv_head, m, HEADS, GROUP, D, L)
         return
-    d = tl.arange(0, TILE_D)
-    s = tl.arange(0, MAX_SPLITS)
-    real = r < L * HEADS
-    part = tl.program_id(1).to(tl.int64) * splits * (L * HEADS) + r  # the vector's first split
-    both = real[:, None] & (s < count)[None, :]
-    each = part[:, None] + s[None, :] * (L * HEADS)
-    tops = tl.load(TOP + each, mask=both, other=float("-inf"))
-    top = tl.max(tops, 1)
-    total = tl.sum(tl.exp2(tops - top[:, None]) * tl.load(TOTAL + each, mask=both, other=0.0), 1)
-    acc = tl.zeros([TILE_R, TILE_D], tl.float32)
-    mask = real[:, None] & (d < D)[None, :]
-    for _ in tl.range(0, count, num_stages=4):  # three loads ahead of the sum, or each waits for the one before
-        weight = tl.exp2(tl.load(TOP + part, mask=real, other=0.0) - top)
-        acc += weight[:, None] * tl.load(PART + (part * D)[:, None] + d[None, :], mask=mask, other=0.0)
-        part += L * HEADS
-    out = (acc / total[:, None]).to(OUT.dtype.element_ty)
-    tl.store(OUT + ((block.to(tl.int64) * (L * HEADS) + r) * D)[:, None] + d[None, :], out, mask=mask)
+
+    program = (tl.program_id(0) - whole * UNITS).to(tl.int64)
+    part = program * TILE_M + tl.arange(0, TILE_M)
+    tl.store(PART + part[:, None] * TILE_D + d[None, :], acc)
+    tl.store(TOP + part, top)
+    tl.store(TOTAL + part, total)
+    tl.debug_barrier()  # all threads have stored: what the count makes known to others is the whole part
+    ARRIVED += behind // splits * UNITS + tl.program_id(0) % UNITS
+    if tl.atomic_add(ARRIVED, 1, sem="acq_rel") < count - 1:
+        return
+    tl.store(ARRIVED, 0)
+    for begin in tl.static_range(0, TILE_M, TILE_R):
+        r = begin + tl.arange(0, TILE_R)
+        part = (program - split * UNITS) * TILE_M + r  # of the first split
+        top = tl.full([TILE_R], float("-inf"), tl.float32)
+        total = tl.zeros([TILE_R], tl.float32)
+        acc = tl.zeros([TILE_R, TILE_D], tl.float32)
+        for _ in tl.range(0, count, num_stages=3):  # loads ahead of the sum, or each waits for the one before
+            next_acc = tl.load(PART + part[:, None] * TILE_D + d[None, :])
+            top, total, acc = _merge(top, total, acc, tl.load(TOP + part), tl.load(TOTAL + part), next_acc)
+            part += UNITS * TILE_M
+        _write(total, acc, OUT, block, kv_head, start + r, HEADS, GROUP, D, L)
 
 
 def block_attention(q, k_cache, v_cache, blocks):
@@ -305,7 +336,7 @@ def launch(q, k_cache, v_cache, batch):
             f"q: [{count} * {length}, a multiple of {kv_heads}, {dim}] of {FLOATS} expected, a token's heads side by "
             f"side, got {q.dtype} {list(q.shape)} with strides {q.stride()}"
         )
-    shapes = BlockBatch((count,), (count,), (rows, width), (rows,))
+    shapes = BlockBatch((count,), (count,), (rows, width), (rows,), (COUNTERS,))
     for name, x, shape in zip(batch._fields, batch, shapes, strict=True):
         if x.shape != shape or x.dtype != torch.int32 or not x.is_contiguous() or x.device != q.device:
             raise ValueError(
@@ -315,25 +346,19 @@ def launch(q, k_cache, v_cache, batch):
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if tokens == 0:
         return out
+    way, meta = attention_tiles(q.device, q.dtype, length, heads, kv_heads, dim, count)
+    units = kv_heads * triton.cdiv(length * heads // kv_heads, meta["TILE_M"])  # of work, of a block
+    whole = whole_blocks(count, units, multiprocessors(q.device)) if way == "whole" else 0
     splits = min(MAX_SPLITS, triton.cdiv(width * length, SPLIT))  # more than a row of this table has are never made
-    at_once = max(1, min(count, 65535, SCRATCH_BYTES // (4 * splits * length * heads * (dim + 2))))
-    vectors = at_once * splits * length * heads if splits > 1 else 1
-    part = torch.empty(vectors, dim, dtype=torch.float32, device=q.device)
+    parts = (count - whole) * splits * units
+    vectors = parts * meta["TILE_M"] if splits > 1 else 0
+    part = torch.empty(vectors, meta["TILE_D"], dtype=torch.float32, device=q.device)
     top, total = torch.empty(2, vectors, dtype=torch.float32, device=q.device)
-    meta, combine = attention_tiles(q.device, q.dtype, length, heads, kv_heads, dim)
-    tiles = triton.cdiv(length * heads // kv_heads, meta["TILE_M"])
-    for first in range(0, count, at_once):
-        grid = min(at_once, count - first)
-        run_kernel(
-            _attention_kernel, (kv_heads * tiles, splits, grid),
-            q, k_cache, v_cache, out, part, top, total, *batch, first, splits, dim**-0.5 * 1.4426950408889634,
-            width, q.stride(0), *k_cache.stride()[:3], **meta,
-        )  # fmt: skip
-        if splits > 1:
-            run_kernel(
-                _combine_kernel, (triton.cdiv(length * heads, combine["TILE_R"]), grid),
-                part, top, total, out, batch.block_row, batch.block_index, batch.limit, first, splits, **combine
-            )  # fmt: skip
+    run_kernel(
+        _attention_kernel, (whole * units + parts,),
+        q, k_cache, v_cache, out, part, top, total, *batch, whole, splits, dim**-0.5 * 1.4426950408889634,
+        width, q.stride(0), *k_cache.stride()[:3], WHOLE=whole > 0, **meta,
+    )  # fmt: skip
     return out
 
 
@@ -352,32 +377,52 @@ def check_caches(x, k_cache, v_cache, kv_heads):
                          f"got {list(v_cache.shape)}, {v_cache.stride()}")  # fmt: skip
 
 
-def attention_tiles(device, dtype, length, heads, kv_heads, dim):
-    """Compile-time arguments of the attention kernel and of the combine kernel: those of the tuned table, or defaults.
+@lru_cache(maxsize=64)
+def multiprocessors(device):
+    """Of a torch.device; no more than there are counters for."""
+    found = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else PROCESSORS
+    return min(found, COUNTERS)
 
-    On an H100 nothing beat the defaults by more than the noise. 128 rows by 32 keys: 122 registers and 80 KiB on sm_90,
-    so two programs share a multiprocessor and one's exponentials hide behind the other's products. Five stages: two are
-    spent on looking the pages up. By 64 keys there are 28 % fewer instructions per key, but 170 registers: one program,
-    which waits for its own products; held to 128 registers, ptxas makes the products one after the other.
 
-    Tuned are the rows of a program (TILE_M, TILE_R), its warps and its stages: a query's sums run over keys and splits,
-    never over rows. TILE_N is not: keys are weighed against the largest score so far and added up tile by tile, so
-    another TILE_N is another rounding, as another SPLIT would be. One entry serves all batches and prefixes of a shape:
-    were it chosen by them, a row's bits would hang on the others.
+def whole_blocks(blocks, units, processors):
+    """How many of the blocks, of so many units each, are not split: as many as fill the multiprocessors once or several
+    times, and the others if they nearly do."""
+    rest = blocks - blocks * units // processors * processors // units
+    return blocks if 3 * rest * units >= 2 * processors else blocks - rest
+
+
+def attention_tiles(device, dtype, length, heads, kv_heads, dim, blocks):
+    """(way, compile-time arguments of the attention kernel): those of the tuned table, or defaults.
+
+    way, by the number of blocks alone:
+    narrow   far fewer units than multiprocessors: half the rows for a program, which is twice the programs
+    split    a program for every split
+    whole    units for two thirds of the multiprocessors: a program takes all splits, no partial sums in memory
+
+    128 rows by 32 keys: 122 registers and 96 KiB on sm_90, so two programs share a multiprocessor and one's
+    exponentials hide behind the other's products; whole, which has sums of the split at hand beside those of all, 237
+    registers, one program. By 64 keys there are 27 % fewer instructions per key, but whole spills, on sm_80 and sm_100.
+
+    Tuned are the rows of a program (TILE_M), its warps and its stages: a query's sums run over keys and splits, never
+    over rows. TILE_N is not: keys are weighed against the largest score so far and added up tile by tile, so another
+    TILE_N is another rounding, as another SPLIT would be. An entry serves all batches and prefixes of a shape, with a
+    part for each way.
     """
-    shared = {"HEADS": heads, "D": dim, "L": length, "SPLIT": SPLIT, "MAX_SPLITS": MAX_SPLITS}
-    shared["TILE_D"] = max(16, triton.next_power_of_2(dim))
-    tile = max(16, triton.next_power_of_2(length * heads // kv_heads))
-    if dtype == torch.float32:  # no tensor cores at full precision: the products are made in registers
-        own = {"TILE_M": min(tile, 32), "PRECISION": "ieee", "num_warps": 8, "num_stages": 2}
-    else:
-        tile = min(tile, 128)
-        own = {"TILE_M": tile, "PRECISION": "tf32", "num_warps": max(4, tile // 16), "num_stages": 5}
-    own |= {"KV_HEADS": kv_heads, "TILE_N": 32}
-    combine = {"TILE_R": 8, "num_warps": 4}
+    rows = length * heads // kv_heads
+    tile = max(16, triton.next_power_of_2(rows))
+    full = dtype == torch.float32  # no tensor cores at full precision: the products are made in registers
+    tile = min(tile, 32 if full else 128)
+    units, processors = blocks * kv_heads * triton.cdiv(rows, tile), multiprocessors(device)
+    way = "narrow" if 8 * units <= processors else "split" if 3 * units < 2 * processors else "whole"
+    meta = {"PRECISION": "ieee", "num_warps": 8, "num_stages": 2} if full else {"PRECISION": "tf32", "num_stages": 4}
+    if not full:
+        tile = min(tile, 64) if way == "narrow" else tile
+        meta["num_warps"] = max(4, tile // 16)
+    meta |= {"HEADS": heads, "KV_HEADS": kv_heads, "D": dim, "L": length, "SPLIT": SPLIT, "MAX_SPLITS": MAX_SPLITS}
+    meta |= {"TILE_M": tile, "TILE_N": 32, "TILE_D": max(16, triton.next_power_of_2(dim))}
     shape = {"dtype": str(dtype), "length": length, "heads": heads, "kv_heads": kv_heads, "dim": dim}
-    tuned = measured("attention", device, **shape)
-    return shared | own | tuned.get("attention", {}), shared | combine | tuned.get("combine", {})
+    meta |= measured("attention", device, **shape).get(way, {})
+    return way, meta | {"TILE_R": min(meta["TILE_M"], max(16, 8192 // meta["TILE_D"]))}
 
 
 def masked_attention(q, k, v, mask):

@@ -1,6 +1,6 @@
 """What can be tuned, and the inputs to try it on: groups of parameters by family of kernels.
 
-attention   rows, warps and stages of the attention kernel, rows and warps of the kernel that adds up splits; heads of
+attention   rows, warps and stages of the attention kernel, for each way in which a batch shares out its work; heads of
             mini and flash, one entry for all batches and prefixes
 refine      warps, tiles per program and stages of the vocabulary pass; warps, values tried in a pass and stages of the
             filter pass; one entry for all batches
@@ -59,12 +59,15 @@ def every(**values):
 
 # Attention and the refinement step
 
-ATTENTION = every(TILE_M=(128, 64), num_warps=(8, 4), num_stages=(5, 4, 3, 2, 6, 7))
-COMBINE = every(TILE_R=(8, 4, 16), num_warps=(4, 2, 8))
+_WIDE, _NARROW = {"TILE_M": (128,), "num_warps": (8,)}, {"TILE_M": (64,), "num_warps": (4,)}
+ATTENTION = {  # by way
+    "narrow": every(**_NARROW, num_stages=(4, 3, 5, 6, 8)),
+    "split": every(**_WIDE, num_stages=(4, 3, 2, 5)) + every(**_NARROW, num_stages=(4, 3)),
+    "whole": every(**_WIDE, num_stages=(4, 3, 5, 6, 8)) + every(**_NARROW, num_stages=(4, 3)),
+}
 VOCAB = every(SPAN=(1,), STAGES=(1,), num_warps=(8, 4, 16)) + every(SPAN=(2, 4), STAGES=(1, 2, 3), num_warps=(8, 4, 16))
 FILTER = every(PIVOTS=(4, 8, 2), STAGES=(1, 2), num_warps=(8, 4, 16))
-STEPS = ((1, 1024), (32, 1024), (8, 8192), (8, 32768))  # rows, prefix of the timed attention
-LONG = STEPS[2:]  # those with many splits to add up
+STEPS = {"narrow": ((1, 1024), (1, 32768)), "split": ((8, 1024), (8, 32768)), "whole": ((32, 1024), (32, 8192))}
 MODES = ["greedy", "sampling", "filters", "greedy"]
 
 
@@ -73,14 +76,17 @@ def _attend(args, part, parameters):
         return [attention.block_attention(*args)]
 
 
-def _attention(machine, config, part, points):
-    """Checks: rows of mixed lengths, an empty prefix, an unused block, a row that ends within its last page."""
+def _attention(machine, config, part):
+    """Checks: rows of mixed lengths, an empty prefix, an unused block, a row that ends within its last page; as many
+    rows as are timed. Timed: rows and prefixes of STEPS."""
 
     def case(prefixes, **unused):
         q, k, v, blocks = attention_case(machine, prefixes, **unused)
         return machine.random(len(q), config.num_attention_heads, config.head_dim), k, v, blocks
 
-    mixed = case([machine.size(prefix, 96) for prefix in (0, 1024, 5024, 33 * 1024)], unused=1)
+    points = STEPS[part]
+    prefixes = itertools.cycle(machine.size(prefix, 96) for prefix in (0, 1024, 5024, 9 * 1024))
+    mixed = case(list(itertools.islice(prefixes, machine.size(points[0][0], 2) + 1)), unused=1)
     mixed[-1].limit[1] -= 5
     timed = []
     for rows, prefix in points[: machine.size(len(points), 2)]:
@@ -137,8 +143,8 @@ def attention_groups(machine, models=("mini",)):
             "dtype": str(machine.dtype), "length": BLOCK, "heads": config.num_attention_heads,
             "kv_heads": config.num_key_value_heads, "dim": config.head_dim,
         }  # fmt: skip
-        for part, tries, points in (("attention", ATTENTION, STEPS), ("combine", COMBINE, LONG)):
-            build = partial(_attention, config=config, part=part, points=points)
+        for part, tries in ATTENTION.items():
+            build = partial(_attention, config=config, part=part)
             found.append(Group(f"attention {model} {part}", "attention", shape, part, tries, build))
     return found
 

@@ -149,7 +149,7 @@ def test_a_block_does_not_depend_on_how_it_is_forwarded(small_splits):
 
 
 @pytest.mark.parametrize("extra", [1, 30])
-def test_width_of_the_table_order_of_pages_and_size_of_the_scratch_change_nothing(extra, small_splits, monkeypatch):
+def test_width_of_the_table_and_order_of_pages_change_nothing(extra, small_splits):
     q, k, v, runs = make([(9, 1, 2), (0, 1, 0), (2, 2, 1)], 8, 2, 1, 16)
     plain = kernel(q, k, v, runs)
     batch = BlockBatch.from_spans(runs, "cpu")
@@ -160,48 +160,107 @@ def test_width_of_the_table_order_of_pages_and_size_of_the_scratch_change_nothin
     moved_k[order], moved_v[order] = k, v
     moved = [run._replace(pages=tuple(order[list(run.pages)].tolist())) for run in runs]
     assert torch.equal(kernel(q, moved_k, moved_v, moved), plain)
-    monkeypatch.setattr(attention, "SCRATCH_BYTES", 1)  # a launch per query block
-    assert torch.equal(kernel(q, k, v, runs), plain)
 
 
-def test_launches(small_splits, monkeypatch):
-    """Two, one where no row can have two splits."""
+@hypothesis.settings(max_examples=12)
+@hypothesis.given(
+    rows=st.lists(st.tuples(st.integers(0, 20), st.integers(1, 2), st.integers(0, 7)), min_size=1, max_size=3),
+    length=st.sampled_from([1, 5, 8]),
+    max_splits=st.integers(1, 6),
+    processors=st.lists(st.integers(1, 12), min_size=2, max_size=2),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
+)
+def test_no_bit_depends_on_who_adds_the_splits_up(rows, length, max_splits, processors, dtype):
+    """A program for each split, one for all of a unit's, or these for some units and those for others."""
+    rows = [(first, count, min(lacks, length - 1)) for first, count, lacks in rows]
+    args = make(rows, length, 4, 2, 16, dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "SPLIT", 32)
+        patch.setattr(attention, "MAX_SPLITS", max_splits)
+        results = []
+        for count in (*processors, 10**6):
+            patch.setattr(attention, "multiprocessors", lambda device, count=count: count)
+            results.append(kernel(*args))
+    compare(results[0], *args)
+    assert all(torch.equal(bits(result), bits(results[-1])) for result in results)
+
+
+def bits(x):
+    return x.view(torch.int32 if x.dtype == torch.float32 else torch.int16)
+
+
+def test_ways():
+    """Units of work by the number of blocks, mini's on a GPU of 132 multiprocessors."""
+    wanted = {1: ("narrow", 64), 4: ("narrow", 64), 5: ("split", 128), 21: ("split", 128), 22: ("whole", 128)}
+    for blocks, (way, rows) in wanted.items():
+        found, meta = attention.attention_tiles(torch.device("cpu"), torch.bfloat16, 32, 16, 4, 128, blocks)
+        assert (found, meta["TILE_M"]) == (way, rows)
+    # of four units each: the first 33, and the others if they are 22 or more
+    whole = {22: 22, 33: 33, 40: 33, 54: 33, 55: 55, 75: 66}
+    assert {blocks: attention.whole_blocks(blocks, 4, 132) for blocks in whole} == whole
+
+
+def test_no_more_units_are_split_than_there_are_counters():
+    for processors in (8, 108, 132, 148, attention.COUNTERS):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention, "multiprocessors", lambda device, count=processors: count)
+            for blocks in range(1, 200):
+                way, meta = attention.attention_tiles(torch.device("cpu"), torch.bfloat16, 32, 16, 4, 128, blocks)
+                units = 4 * (128 // meta["TILE_M"])
+                whole = attention.whole_blocks(blocks, units, processors) if way == "whole" else 0
+                assert 0 <= (blocks - whole) * units <= attention.COUNTERS
+
+
+def test_counters_are_zero_after_every_launch(small_splits):
+    q, k, v, runs = make([(9, 1, 2), (0, 1, 0), (12, 2, 1)], 8, 2, 1, 16)
+    batch = BlockBatch.from_spans(runs, "cpu")
+    first = kernel(q, k, v, batch)
+    assert batch.arrived.shape == (attention.COUNTERS,) and not batch.arrived.any()
+    assert torch.equal(kernel(q, k, v, batch), first)
+    batch.arrived[:] = 1  # a program too early is taken for the last
+    assert not torch.equal(kernel(q, k, v, batch), first)
+
+
+def test_one_launch(small_splits, monkeypatch):
     count = []
     q, k, v, runs = make([(2, 1, 0), (0, 1, 0)], 8, 2, 1, 16)
     with force_ops("triton"), interpreted():
         run = triton.JITFunction.run
         monkeypatch.setattr(triton.JITFunction, "run", lambda *a, **kw: (count.append(a[0]), run(*a, **kw)))
         attention.block_attention(q, k, v, runs)
-        assert len(count) == 2
-        attention.block_attention(q[8:], k, v, runs[1:])
-        assert len(count) == 3
+        assert len(count) == 1
         monkeypatch.undo()
 
 
 @triton.jit
-def _splits_kernel(BLOCK_ROW, BLOCK_INDEX, LIMIT, OUT, L: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr):
+def _splits_kernel(
+    BLOCK_ROW, BLOCK_INDEX, LIMIT, OUT, L: tl.constexpr, TILE_N: tl.constexpr, SPLIT: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+):  # fmt: skip
     block = tl.program_id(0)
-    _row, _seen, size, count = attention._splits(BLOCK_ROW, BLOCK_INDEX, LIMIT, block, L, SPLIT, MAX_SPLITS)
-    tl.store(OUT + block * 2, size)
+    _row, _tiles, _seen, each, count = attention._splits(
+        BLOCK_ROW, BLOCK_INDEX, LIMIT, block, L, TILE_N, SPLIT, MAX_SPLITS
+    )
+    tl.store(OUT + block * 2, each)
     tl.store(OUT + block * 2 + 1, count)
 
 
 def test_splits_are_few_and_even():
-    """By the number of keys alone: at most 256 keys each, from 4096 keys on 16 splits of more."""
-    wanted = {32: (32, 1), 256: (256, 1), 288: (160, 2), 1056: (224, 5), 4096: (256, 16), 8224: (544, 16),
-              32800: (2080, 16)}  # fmt: skip
+    """By the number of keys alone, in tiles of 32: at most 256 keys each, from 4096 keys on 16 splits of more."""
+    wanted = {32: (1, 1), 256: (8, 1), 288: (5, 2), 1056: (7, 5), 4096: (8, 16), 8224: (17, 16),
+              32800: (65, 16)}  # fmt: skip
     keys = torch.tensor([*wanted, 40, 64], dtype=torch.int32)
     row = torch.tensor([*range(len(wanted) + 1), -1], dtype=torch.int32)  # one that ends within a page, one unused
     index, out = (keys - 1) // 32, torch.zeros(len(keys), 2, dtype=torch.int32)
     with interpreted():
-        _splits_kernel[(len(keys),)](row, index, keys, out, 32, attention.SPLIT, attention.MAX_SPLITS)
-    assert out.tolist() == [[*wanted[n]] for n in wanted] + [[64, 1], [32, 0]]
+        _splits_kernel[(len(keys),)](row, index, keys, out, 32, 32, attention.SPLIT, attention.MAX_SPLITS)
+    assert out.tolist() == [[*wanted[n]] for n in wanted] + [[2, 1], [1, 0]]
 
 
 def test_batch_of_runs():
     runs = [Span((5, 2, 7, 9), 1, 2, 11), Span((3,), 0, 1, 4), Span((6, 1, 8), 2, 1, 12)]
     batch = BlockBatch.from_spans(runs, "cpu")
-    assert all(x.dtype == torch.int32 for x in batch)
+    assert all(x.dtype == torch.int32 for x in batch) and not batch.arrived.any()
     assert batch.block_row.tolist() == [0, 0, 1, 2] and batch.block_index.tolist() == [1, 2, 0, 2]
     assert batch.page_table.shape == (3, 3) and batch.limit.tolist() == [11, 4, 12]
     assert batch.slots(4).tolist() == attention.span_slots(runs, 4)
@@ -296,6 +355,7 @@ def test_what_does_not_fit_is_refused():
         "block_index": [(q, k, v, batch._replace(block_index=batch.block_index[:1]))],
         "page_table": [(q, k, v, batch._replace(page_table=batch.page_table.T.contiguous().T))],
         "limit": [(q, k, v, batch._replace(limit=batch.limit[:1]))],
+        "arrived": [(q, k, v, batch._replace(arrived=batch.arrived[:8]))],
     }  # fmt: skip
     for name, calls in bad.items():
         for call in calls:
@@ -309,7 +369,7 @@ REAL = {"mini": (32, 16, 4, 128), "flash": (32, 32, 4, 128), "uneven": (48, 6, 2
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("shape", REAL.values(), ids=REAL.keys())
-def test_on_a_gpu(shape, dtype):
+def test_on_a_gpu(shape, dtype, monkeypatch):
     """Steps over long and short prefixes, a carried block, prefill; each row alone has the same bits."""
     args = make([(1024, 1, 5), (0, 1, 0), (33, 2, 0), (7, 20, 0), (300, 1, 1)], *shape, dtype, "cuda")
     together = attention.block_attention(*args)
@@ -317,6 +377,9 @@ def test_on_a_gpu(shape, dtype):
     for i in range(5):
         own, where = alone(args, i)
         assert torch.equal(attention.block_attention(*own), together[where])
+    for processors in (1, 40, attention.COUNTERS):  # other ways to share out the work
+        monkeypatch.setattr(attention, "multiprocessors", lambda device, count=processors: count)
+        assert torch.equal(attention.block_attention(*args), together)
 
 
 @pytest.mark.gpu
@@ -333,4 +396,4 @@ def test_a_cuda_graph_holds_it():
         batch.block_index[0] = first
         graph.replay()
         short = [runs[0]._replace(first_block=first), runs[1]]
-        assert torch.equal(out, attention.block_attention(q, k, v, short))
+        assert torch.equal(out, attention.block_attention(q, k, v, short)) and not batch.arrived.any()

@@ -24,7 +24,7 @@ from tests.kernels.test_refine import make as refine_inputs
 CPU = torch.device("cpu")
 MINI = {"dtype": "torch.bfloat16", "length": 32, "heads": 16, "kv_heads": 4, "dim": 128}
 TRIES = {  # family -> part -> what is tried
-    "attention": {"attention": cases.ATTENTION, "combine": cases.COMBINE},
+    "attention": cases.ATTENTION,
     "refine": {"vocab_pass": cases.VOCAB, "filter_pass": cases.FILTER},
 }
 
@@ -129,18 +129,18 @@ def test_an_entry_serves_its_tokens_and_fewer_but_not_more(monkeypatch):
 
 
 def test_an_entry_holds_for_its_device_and_shape_alone(monkeypatch):
-    entries = [{"device": "GPU X"} | MINI | {"attention": {"TILE_M": 64, "num_stages": 3}}]
+    entries = [{"device": "GPU X"} | MINI | {"whole": {"TILE_M": 64, "num_stages": 3}}]
     monkeypatch.setattr(_tuned, "table", lambda family: entries if family == "attention" else [])
     arguments = torch.bfloat16, 32, 16, 4, 128
     _tuned._find.cache_clear()
-    default, combine = attention.attention_tiles(CPU, *arguments)
-    assert (default["TILE_M"], default["num_warps"], default["num_stages"], default["TILE_N"]) == (128, 8, 5, 32)
-    assert (combine["TILE_R"], combine["num_warps"]) == (8, 4)
+    way, default = attention.attention_tiles(CPU, *arguments, blocks=40)
+    assert way == "whole" and (default["TILE_M"], default["num_warps"], default["num_stages"]) == (128, 8, 4)
+    narrow = attention.attention_tiles(CPU, *arguments, blocks=1)
     monkeypatch.setattr(_tuned, "device_name", lambda device: "GPU X")
     _tuned._find.cache_clear()
-    tuned, same = attention.attention_tiles(CPU, *arguments)
-    assert tuned == default | {"TILE_M": 64, "num_stages": 3} and same == combine
-    assert attention.attention_tiles(CPU, torch.bfloat16, 32, 32, 4, 128)[0]["num_stages"] == 5
+    assert attention.attention_tiles(CPU, *arguments, blocks=40) == (way, default | {"TILE_M": 64, "num_stages": 3})
+    assert attention.attention_tiles(CPU, *arguments, blocks=1) == narrow
+    assert attention.attention_tiles(CPU, torch.bfloat16, 32, 32, 4, 128, blocks=40)[1]["num_stages"] == 4
     assert candidates.pass_layout(CPU, torch.bfloat16, 157184) == (
         {"SPAN": 1, "STAGES": 1, "num_warps": 8}, {"PIVOTS": 4, "STAGES": 1, "num_warps": 8},
     )  # fmt: skip
@@ -157,9 +157,10 @@ def test_what_is_tried_ends_with_its_block():
 # what may be tuned changes no bit
 
 
-@pytest.mark.parametrize("entry", [{"attention": {"TILE_M": 16}}, {"combine": {"TILE_R": 4}}], ids=str)
+@pytest.mark.parametrize("entry", [{"split": {"TILE_M": 16}}, {"whole": {"TILE_M": 16}}], ids=str)
 def test_attention_keeps_its_bits(entry, monkeypatch):
-    monkeypatch.setattr(attention, "SPLIT", 16)
+    monkeypatch.setattr(attention, "SPLIT", 32)
+    monkeypatch.setattr(attention, "multiprocessors", lambda device: 3 if "whole" in entry else 8)
     inputs = attention_inputs([(9, 1, 2), (0, 1, 0), (2, 2, 1)], 8, 4, 1, 16)
 
     def run():
@@ -193,7 +194,7 @@ def test_refinement_keeps_its_bits(entry):
 
 
 def test_parameters_that_change_bits_are_refused(machine, capsys, short_blocks):
-    group = next(group for group in cases.attention_groups(machine) if group.part == "attention")
+    group = next(group for group in cases.attention_groups(machine) if group.part == "narrow")
     compiled = tune.Compiled("sm_90", dry=True)
     line = tune.tune(machine, group._replace(name="two", tries=[{"TILE_N": 16}, {"num_stages": 4}]), compiled)
     assert line["left_out"] == 1 and line["fastest"] == {"num_stages": 4}
@@ -264,8 +265,8 @@ def test_the_telling_groups_come_first():
     ]
     assert list(dict.fromkeys(tokens for tokens, *_ in moe)) == [64, 32, 320, 1280, 1024, 4096]
     assert [tile_m for tokens, kind, tile_m in dict.fromkeys(moe) if (tokens, kind) == (1024, "fp8")] == [32, 16, 64]
-    assert [group.family for group in groups[66:70]] == ["attention"] * 2 + ["refine"] * 2
-    names = [group.name.removeprefix("dense mini fp8 ") for group in groups[70:]]
+    assert [group.family for group in groups[66:70]] == ["attention"] * 3 + ["refine"]
+    names = [group.name.removeprefix("dense mini fp8 ") for group in groups[71:]]
     assert names[:4] == ["LM head m1024", "QKV m64", "dense m64", "LM head m32"] and len(names) == 30
     assert any("flash" in group.name for group in tune.groups(tune.Shapes(), models=tune.MODELS))
 
@@ -289,7 +290,7 @@ def test_dry_run_is_kept_and_resumed(op, tmp_path, capsys, short_blocks):
 def test_it_ends_within_its_minutes(capsys):
     assert tune.main(["--dry-run", "--minutes", "0"]) == gpu.LEFT_OUT
     outcome = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert outcome["measured"] == 0 and outcome["left_out"] == 12
+    assert outcome["measured"] == 0 and outcome["left_out"] == 13
 
 
 class Compilation(NamedTuple):
@@ -303,15 +304,15 @@ def line(parameters, share, default_us=100.0):
 def test_what_beats_the_defaults_by_more_than_the_noise_becomes_an_entry(machine):
     groups = cases.attention_groups(machine) + cases.refine_groups(machine)
     lines = {
-        "attention mini attention": line({"TILE_M": 64}, 0.9), "attention mini combine": line({"TILE_R": 4}, 0.99),
+        "attention mini narrow": line({"TILE_M": 64}, 0.9), "attention mini split": line({"TILE_M": 64}, 0.99),
         "refine vocab_pass": {"kept": "nothing"}, "refine filter_pass": {"error": "x"},
     }  # fmt: skip
     found = tune.entries(groups, lines, "X")
     assert found["attention"] == [
-        {"device": "X"} | groups[0].shape | {"attention": {"TILE_M": 64}},
-        {"device": "X"} | groups[0].shape | {"combine": None},
+        {"device": "X"} | groups[0].shape | {"narrow": {"TILE_M": 64}},
+        {"device": "X"} | groups[0].shape | {"split": None},
     ]
-    assert found["refine"] == [{"device": "X"} | groups[2].shape | {"vocab_pass": None}]
+    assert found["refine"] == [{"device": "X"} | groups[3].shape | {"vocab_pass": None}]
 
 
 def test_every_dense_product_that_was_measured_has_an_entry(machine):
