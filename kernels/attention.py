@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from ._ambient import run_kernel
 from ._triton import FLOATS, tl, triton, use_triton
 from ._tuned import measured
+from .overlap import inputs_ready
 
 SPLIT, MAX_SPLITS = 256, 16  # keys of a split at most (more beyond 4096 keys), splits of a block
 COUNTERS = 256  # units of work that are split at most: where there are more, a program takes all of a block's splits
@@ -220,6 +221,7 @@ def _attention_kernel(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, L: tl.constexpr,
     SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, WHOLE: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr, TILE_R: tl.constexpr, PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid: UNITS of each of the first `whole` query blocks, then those of every split of each other block.
 
@@ -228,6 +230,7 @@ def _attention_kernel(
     other blocks each program leaves its exp2-sums, relative to its largest score, in PART [programs * TILE_M, TILE_D],
     TOP and TOTAL, and whichever comes last of a unit merges them. ARRIVED counts them; it is zero before and after.
     """
+    inputs_ready(EARLY)
     GROUP: tl.constexpr = HEADS // KV_HEADS
     TILES: tl.constexpr = (L * GROUP + TILE_M - 1) // TILE_M
     UNITS: tl.constexpr = TILES * KV_HEADS
