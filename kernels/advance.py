@@ -20,7 +20,7 @@ import torch
 from ._ambient import run_kernel
 from ._triton import tl, triton, use_triton
 from .overlap import inputs_ready
-from .roles import GENERATED, PADDING, PROMPT, TAIL, SpecialIds
+from .roles import GENERATED, PADDING, PROMPT, TAIL, SpecialIds, _roles, roles_ref
 from .state import BLOCK_DONE, PRIOR_MASK, BlockState, StateTensors
 
 _DONE, _MASKED = tl.constexpr(BLOCK_DONE), tl.constexpr(PRIOR_MASK)
@@ -44,6 +44,8 @@ class Forwarded(NamedTuple):
     tokens: torch.Tensor  # int64 [B, L]
     position: torch.Tensor  # int64 [B, L]: in the row
     slot: torch.Tensor  # int64 [B, L]: page * L + offset, -1 where the table of pages ends before the block
+    order: torch.Tensor  # int32 [A * L]: the active blocks' positions, entry * L + offset, whose logits the step reads
+    count: torch.Tensor  # int32 [1]: how many those are; what is behind them is undefined
 
 
 def _begin_ref(state, bounds, lane, ids):
@@ -58,8 +60,8 @@ def _begin_ref(state, bounds, lane, ids):
 
 
 def advance_ref(
-    state: BlockState, bounds: RowBounds, page_table: torch.Tensor, lane: torch.Tensor, repeat: torch.Tensor,
-    carried: int, ids: SpecialIds,
+    state: BlockState, bounds: RowBounds, page_table: torch.Tensor, flags: torch.Tensor, lane: torch.Tensor,
+    repeat: torch.Tensor, carried: int, ids: SpecialIds,
 ) -> Forwarded:  # fmt: skip
     """See advance."""
     lane, length = lane.long(), state.tokens.shape[1]
@@ -82,7 +84,11 @@ def advance_ref(
     offset = torch.arange(length, device=lane.device)
     slot, there = torch.full_like(laid, -1), index < page_table.shape[1]
     slot[there] = page_table[rows[there], index[there]].long()[:, None] * length + offset
-    return Forwarded(rows.int(), index.int(), laid, index[:, None] * length + offset, slot)
+    masked, editable = roles_ref(state.tokens[lane], state.kind[lane], state.frozen[lane], flags[lane], ids.mask)
+    wanted = ((masked | editable) & (repeat == 0)[:, None]).flatten().nonzero()[:, 0].int()
+    order, count = wanted.new_zeros(len(lane) * length), wanted.new_full((1,), len(wanted))
+    order[: len(wanted)] = wanted
+    return Forwarded(rows.int(), index.int(), laid, index[:, None] * length + offset, slot, order, count)
 
 
 @triton.jit
@@ -99,9 +105,31 @@ def _forward(OUT, PAGE_TABLE, pages, at, row, block, tokens, mask, L: tl.constex
     tl.store(OUT.slot + n, tl.where(page < 0, -1, page.to(tl.int64) * L + column), mask=inside)
 
 
+@triton.jit
+def _list_read(
+    LANE, REPEAT, FLAGS, STATE, OUT, mask_id, A: tl.constexpr, L: tl.constexpr,
+    ENTRIES: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Forwarded's order and count, from a state that is read again: kept, it would fill the registers."""
+    entry, column = tl.arange(0, ENTRIES), tl.arange(0, COLUMNS)[None, :]
+    lane = tl.load(LANE + entry, mask=entry < A, other=0)
+    own = tl.load(REPEAT + entry, mask=entry < A, other=1) == 0
+    frozen = tl.load(STATE.frozen + lane, mask=own, other=1)[:, None]
+    flags = tl.load(FLAGS + lane, mask=own, other=0)[:, None]
+    n, inside = lane[:, None] * L + column, own[:, None] & (column < L)
+    tokens = tl.load(STATE.tokens + n, mask=inside, other=0)
+    kind = tl.load(STATE.kind + n, mask=inside, other=0)
+    masked, editable = _roles(tokens, kind, frozen, flags, mask_id)
+    wanted = (inside & (masked | editable)).to(tl.int32)
+    each = tl.sum(wanted, 1)
+    place = (tl.cumsum(each, 0) - each)[:, None] + tl.cumsum(wanted, 1) - 1
+    tl.store(OUT.order + place, entry[:, None] * L + column, mask=wanted > 0)
+    tl.store(OUT.count, tl.sum(each, 0))
+
+
 @triton.jit(do_not_specialize=["pages"])
 def _advance_kernel(
-    LANE, REPEAT, TOTAL, LIMIT, PAGE_TABLE,
+    LANE, REPEAT, TOTAL, LIMIT, FLAGS, PAGE_TABLE,
     STATE, OUT,  # BlockState, Forwarded
     pages, mask_id,
     A: tl.constexpr, C: tl.constexpr, L: tl.constexpr,
@@ -166,11 +194,13 @@ def _advance_kernel(
         row, block = none + first_lane, none + first_block
         copies = tl.broadcast_to(first_tokens[None, :], (PLACES, COLUMNS))
         _forward(OUT, PAGE_TABLE, pages, A + spare, row, block, copies, free, L, COLUMNS)
+    tl.debug_barrier()  # every thread has written the state
+    _list_read(LANE, REPEAT, FLAGS, STATE, OUT, mask_id, A, L, ENTRIES, COLUMNS)
 
 
 def launch(
-    state: BlockState, bounds: RowBounds, page_table: torch.Tensor, lane: torch.Tensor, repeat: torch.Tensor,
-    carried: int, ids: SpecialIds,
+    state: BlockState, bounds: RowBounds, page_table: torch.Tensor, flags: torch.Tensor, lane: torch.Tensor,
+    repeat: torch.Tensor, carried: int, ids: SpecialIds,
 ) -> Forwarded:  # fmt: skip
     """advance's launch. ValueError where the table of pages does not fit."""
     if page_table.dtype != torch.int32 or page_table.ndim != 2 or not page_table.is_contiguous():
@@ -179,11 +209,11 @@ def launch(
             f"strides {page_table.stride()}"
         )
     entries, length = lane.shape[0], state.tokens.shape[1]
-    output = _empty(state.tokens, entries + carried)
+    output = _empty(state.tokens, entries, carried)
     size = triton.next_power_of_2(entries) * triton.next_power_of_2(length)
     run_kernel(
         _advance_kernel, (1,),
-        lane, repeat, bounds.total, bounds.limit, page_table, StateTensors(**vars(state)), output,
+        lane, repeat, bounds.total, bounds.limit, flags, page_table, StateTensors(**vars(state)), output,
         page_table.shape[1], ids.mask,
         A=entries, C=carried, L=length, ENTRIES=triton.next_power_of_2(entries),
         PLACES=triton.next_power_of_2(max(carried, 1)), COLUMNS=triton.next_power_of_2(length),
@@ -192,20 +222,23 @@ def launch(
     return output
 
 
-def _empty(tokens, blocks):
-    new, shape = tokens.new_empty, (blocks, tokens.shape[1])
-    return Forwarded(new(blocks, dtype=torch.int32), new(blocks, dtype=torch.int32), new(shape), new(shape), new(shape))
+def _empty(tokens, entries, carried):
+    length, blocks = tokens.shape[1], entries + carried
+    long = [tokens.new_empty(blocks, length) for _ in range(3)]
+    row, block, order, count = (tokens.new_empty(n, dtype=torch.int32) for n in (blocks, blocks, entries * length, 1))
+    return Forwarded(row, block, *long, order, count)
 
 
 def advance(
-    state: BlockState, bounds: RowBounds, page_table: torch.Tensor, lane: torch.Tensor, repeat: torch.Tensor,
-    carried: int, ids: SpecialIds,
+    state: BlockState, bounds: RowBounds, page_table: torch.Tensor, flags: torch.Tensor, lane: torch.Tensor,
+    repeat: torch.Tensor, carried: int, ids: SpecialIds,
 ) -> Forwarded:  # fmt: skip
     """Begin the next blocks of a plan's rows; updates `state` in place.
 
     state: the blocks of S lanes
     bounds: how far their rows go
     page_table: int32 [S, P]: their rows' pages from block 0 on; P may be 0
+    flags: int32 [S]: of their rules
     lane: int32 [A], A at least 1: the lane of each entry of the plan
     repeat: int32 [A], non-zero where an entry repeats entry 0, which itself is none
     carried: C, the places for ended blocks
@@ -214,7 +247,7 @@ def advance(
     Returns what is to be forwarded.
     """
     run = launch if use_triton(state.tokens) else advance_ref
-    return run(state, bounds, page_table, lane, repeat, carried, ids)
+    return run(state, bounds, page_table, flags, lane, repeat, carried, ids)
 
 
 def begin_next(state, bounds, lanes, ids):
@@ -226,6 +259,7 @@ def begin_next(state, bounds, lanes, ids):
     lane = torch.tensor(lanes, dtype=torch.int64, device="cpu").to(state.tokens.device)
     if use_triton(state.tokens):
         lane = lane.int()
-        launch(state, bounds, lane.new_empty((len(state.tokens), 0)), lane, torch.zeros_like(lane), len(lanes), ids)
+        pages, flags = lane.new_empty((len(state.tokens), 0)), torch.zeros_like(state.frozen)
+        launch(state, bounds, pages, flags, lane, torch.zeros_like(lane), len(lanes), ids)
     else:
         _begin_ref(state, bounds, lane, ids)

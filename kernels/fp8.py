@@ -96,7 +96,6 @@ def linear_ref(x, weight, scale, parts=1):
 
 
 @triton.jit
-@triton.jit
 def quantize_groups(x):
     """x [N, 128] float32 -> what is to be cast to e4m3 [N, 128], scales [N]."""
     scale = scale_of(tl.max(tl.abs(x), 1))

@@ -12,7 +12,7 @@ from llada2_fast.kernels import advance, candidates, refine
 from llada2_fast.kernels._triton import tl, triton
 from llada2_fast.kernels.philox import _uniform, uniform_ref
 from llada2_fast.kernels.refine import BLOCK_DONE, PRIOR_MASK, BlockState, SpecialIds
-from llada2_fast.kernels.roles import GENERATED, PADDING, PROMPT, TAIL
+from llada2_fast.kernels.roles import GENERATED, PADDING, PROMPT, TAIL, roles_ref
 
 from ..gpu.gates import refine_case, require
 from ..roofline import BLOCK
@@ -232,7 +232,7 @@ def case_of_philox(machine, count):
     return Case(ours, plain, "torch.rand", machine.rotated(make, size), size, 100.0 * count, check)
 
 
-def plain_advance(state, bounds, page_table, lane, repeat, carried, ids):
+def plain_advance(state, bounds, page_table, flags, lane, repeat, carried, ids):
     device, length = lane.device, state.tokens.shape[1]
     active, riding = [], []
     for row in lane.tolist():
@@ -253,7 +253,9 @@ def plain_advance(state, bounds, page_table, lane, repeat, carried, ids):
     rows, index = (torch.tensor(x, dtype=torch.int32, device=device) for x in (rows, index))
     offset, page = torch.arange(length, device=device), page_table[rows, index]
     position, slot = (first[:, None] * length + offset for first in (index, page))
-    return rows, index, torch.stack(laid), position, slot
+    own = (x[lane.long()] for x in (state.tokens, state.kind, state.frozen, flags))
+    order = torch.stack(roles_ref(*own, ids.mask)).any(0).flatten().nonzero()[:, 0].int()
+    return rows, index, torch.stack(laid), position, slot, order, order.new_full((1,), len(order))
 
 
 def case_of_advance(machine, rows):
@@ -275,12 +277,14 @@ def case_of_advance(machine, rows):
         state.changed.copy_(each(rows) // 2 % 2)
         bounds = advance.RowBounds(total, total + 3)
         pages = torch.randperm(rows * (rows + 1), device=machine.device).int().view(rows, -1)
-        return state, bounds, pages, each(rows), torch.zeros_like(total), carried, SpecialIds(mask_id)
+        flags = torch.zeros_like(total)
+        return state, bounds, pages, flags, each(rows), torch.zeros_like(total), carried, SpecialIds(mask_id)
 
     def check():
         first = make(ended=True)
         twin = BlockState(*(x.clone() for x in vars(first[0]).values()))
         got, wanted = advance.advance(*first), plain_advance(twin, *first[1:])
+        got = got._replace(order=got.order[: int(got.count)])
         agree("advance", (*got, *vars(first[0]).values()), (*wanted, *vars(twin).values()))
 
     state = make()[0]

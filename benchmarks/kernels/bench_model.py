@@ -101,10 +101,10 @@ def case_of_attention(machine, config, rows, prefix, prefill=False, shuffled=Fal
     return Case(attention.block_attention, *peer, machine.rotated(make, size), size, operations)
 
 
-def case_of_product(machine, config, tokens):
+def case_of_product(machine, config, tokens, exact=False):
     """Rows times one matrix with the same bits at any height: the query, key and value projection.
 
-    On a CPU alone: on a GPU both sides are cuBLAS's product.
+    On a CPU by its libraries; exact: by our own product, which a CPU has in Triton's interpreter alone.
     """
     c = machine.config(config)
     width = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
@@ -113,8 +113,8 @@ def case_of_product(machine, config, tokens):
     def make():
         return machine.random(tokens, c.hidden_size), machine.random(width, c.hidden_size, std=c.hidden_size**-0.5)
 
-    flops = 2.0 * tokens * width * c.hidden_size
-    return Case(product.linear, F.linear, "F.linear", machine.rotated(make, size), size, flops)
+    flops, ours = 2.0 * tokens * width * c.hidden_size, partial(fp8.linear, exact=True) if exact else product.linear
+    return Case(ours, F.linear, "F.linear", machine.rotated(make, size), size, flops)
 
 
 def case_of_fp8(machine, config, down, tokens):
@@ -339,6 +339,7 @@ OPS = {
     "rope": (case_of_rope, _MANY),
     "attention": (case_of_attention, _ATTENTION),
     "product": (case_of_product, _tokens(("small", 32), ("small", 1), ("small", 512), ("mini", 32))),
+    "dense": (case_of_product, {"small t32": ("small", 32, True), "mini t32": ("mini", 32, True)}),
     "fp8": (case_of_fp8, _FP8),
     "int4": (case_of_int4, _INT4),
     "router": (case_of_router, _MANY),

@@ -13,6 +13,7 @@ import torch
 
 from ..kernels._ambient import lasting
 from ..kernels.attention import COUNTERS, BlockBatch, pinned
+from ..kernels.gemm import Wanted
 from .runner import CachedForward, Plan, StepResult
 
 
@@ -102,11 +103,11 @@ class StepGraph:
         """The step on whatever device; returns RefineOutput. No host sync, no allocation that depends on data."""
         lanes = self.lanes
         lane, repeat, _ = self._plan.split(self._sizes)
-        row, block, *each = lanes.advance(lane, repeat, self.carried)
+        row, block, *each, order, count = lanes.advance(lane, repeat, self.carried)
         tokens, positions, slots = (x.flatten() for x in each)  # [A + C, L] -> [(A + C) * L]
         blocks = BlockBatch(row, block, lanes.page_table, lanes.bounds.limit, self._arrived)
         hidden = self.model.forward_blocks(tokens, positions, blocks, self.cache, slots=slots)
-        logits = self.model.lm_logits(hidden[: self.active * self.cache.block_length])
+        logits = self.model.lm_logits(hidden[: self.active * self.cache.block_length], Wanted(order, count))
         return lanes.step(logits, self._index, self.filters, only_needed=True)
 
     def replay(self):

@@ -134,4 +134,4 @@ class Lanes:
 
     def advance(self, lanes: torch.Tensor, repeat: torch.Tensor, carried: int):
         """Begin the next blocks of some lanes; arguments and what it returns as of kernels.advance.advance."""
-        return advance(self.state, self.bounds, self.page_table, lanes, repeat, carried, self.ids)
+        return advance(self.state, self.bounds, self.page_table, self.params.flags, lanes, repeat, carried, self.ids)

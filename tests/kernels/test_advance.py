@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llada2_fast.kernels import advance
+from llada2_fast.kernels import advance, roles
 from llada2_fast.kernels._triton import force_ops
 from llada2_fast.kernels.refine import BLOCK_DONE, ERROR, FINISHED, PRIOR_MASK, BlockState
 from llada2_fast.kernels.roles import GENERATED, PADDING, PROMPT, TAIL, SpecialIds
@@ -63,8 +63,12 @@ def same(seed, count, length, entries, carried, device="cpu"):
     pages = pages[:, : max(0, 3 * seed - 1)].contiguous()  # of none, of some or of all blocks
     plan = plan_of(count, entries, seed, device)
     wanted = copy(state)
-    blocks = advance.advance_ref(wanted, bounds, pages, *plan, carried, SpecialIds(MASK))
-    got = advance.advance(state, bounds, pages, *plan, carried, SpecialIds(MASK))
+    flags = torch.tensor([0, roles.EDITING, roles.FILL_PROMPT], dtype=torch.int32, device=device)
+    flags = flags[torch.randint(3, (count,), generator=torch.Generator().manual_seed(seed))]
+    blocks = advance.advance_ref(wanted, bounds, pages, flags, *plan, carried, SpecialIds(MASK))
+    got = advance.advance(state, bounds, pages, flags, *plan, carried, SpecialIds(MASK))
+    assert int(blocks.count) <= entries * length
+    got, blocks = (one._replace(order=one.order[: int(one.count)]) for one in (got, blocks))
     for name, a, b in zip(blocks._fields, got, blocks, strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b), name
     for name, a in vars(state).items():
@@ -86,7 +90,7 @@ def test_a_table_of_pages_that_does_not_fit_is_refused():
     with force_ops("triton"), interpreted():
         for bad in (pages[:, ::2], pages.long(), pages[0]):
             with pytest.raises(ValueError, match="^page_table: "):
-                advance.advance(state, bounds, bad, *plan_of(4, 4, 0), 1, SpecialIds(MASK))
+                advance.advance(state, bounds, bad, state.frozen, *plan_of(4, 4, 0), 1, SpecialIds(MASK))
 
 
 @pytest.mark.gpu
@@ -103,9 +107,13 @@ def test_the_rule(seed, count, carried, length):
     offset = torch.arange(length)
     lanes, repeat = plan_of(count, 8, seed)
     before = copy(state)
-    rows, blocks, tokens, position, slot = advance.advance_ref(
-        state, bounds, pages, lanes, repeat, carried, SpecialIds(MASK)
+    flags = torch.full((count,), roles.EDITING * (seed % 2), dtype=torch.int32)
+    rows, blocks, tokens, position, slot, order, number = advance.advance_ref(
+        state, bounds, pages, flags, lanes, repeat, carried, SpecialIds(MASK)
     )
+    masked, editable = roles.roles_ref(state.tokens, state.kind, state.frozen, flags, MASK)
+    read = (masked | editable)[lanes.long()] & (repeat == 0)[:, None]
+    assert order[: int(number)].tolist() == read.flatten().nonzero()[:, 0].tolist()
     for at, (row, block) in enumerate(zip(rows.tolist(), blocks.tolist(), strict=True)):
         assert torch.equal(position[at], block * length + offset)
         assert torch.equal(slot[at], pages[row, block] * length + offset)
