@@ -341,7 +341,7 @@ def _align_kernel(
     column = tl.arange(0, C)
     total = tl.zeros((C,), tl.int32)
     before = tl.zeros((C,), tl.int32)
-    for first in range(0, groups, 16):
+    for first in tl.range(0, groups, 16, num_stages=4):  # three tiles on their way while one is summed
         group = first + tl.arange(0, 16)[:, None]
         counts = tl.load(COUNTS + group * C + column[None, :], mask=group < groups, other=0)
         total += tl.sum(counts, 0)
