@@ -326,7 +326,7 @@ def test_float32_products_are_not_made_in_tf32(scenario):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("hidden, inner", [(2048, 512), (4096, 1024)])
-@pytest.mark.parametrize("tokens", [1, 32, 33, 256, 4096])
+@pytest.mark.parametrize("tokens", [1, 32, 33, 100, 256, 4096])
 def test_gpu_parity_at_real_sizes(hidden, inner, tokens):
     h, weights, shared, rule = expert_inputs(tokens, 8, 256, hidden, inner, torch.bfloat16, device="cuda")
     rule = (rule[0], rule[1], 8, 8, 4, 2.5)
@@ -354,6 +354,28 @@ def test_gpu_a_token_gets_the_same_bits_in_any_batch():
     for rows in (slice(0, 1), slice(40, 72), slice(100, 356), slice(3000, 4000)):
         for alone, part in zip(forward(h[rows]), together, strict=True):
             assert torch.equal(alone, part[rows])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [5, 64, 128])
+def test_gpu_whoever_is_last_sorts_the_pairs_of_all(tokens):
+    """In a graph too, whose replays find the counter as the last one left it."""
+    rule = {"experts": 256, "top_k": 8, "n_group": 8, "topk_group": 4}
+    (h, weight, bias), rule, _ = route_inputs(rule, tokens, 2048, torch.bfloat16, device="cuda")
+    router.route(h, weight, bias, **rule)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = router.route(h, weight, bias, **rule)
+    for _ in range(200):
+        h.normal_()
+        graph.replay()
+        flat = got.ids.flatten()
+        assert torch.equal(got.order.long(), flat.argsort(stable=True))
+        count = flat.bincount(minlength=256)
+        assert got.num_tiles == (-(-count // got.tile_m)).sum()
+        expert, begin, end = got.tiles[: got.num_tiles].long().unbind(1)
+        assert torch.equal(expert.bincount(minlength=256), -(-count // got.tile_m))
+        assert torch.equal(end, count.cumsum(0)[expert]) and torch.equal(flat[got.order[begin].long()], expert)
 
 
 @pytest.mark.gpu
