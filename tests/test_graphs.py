@@ -156,6 +156,33 @@ def test_the_sizes_of_graphs(model, places, runs):
     assert {active for active, _ in seen} == {8} and max(carried for _, carried in seen) == (8 if places else 0)
 
 
+def sizes_of(model, lengths, params, overlap=1):
+    """(finished rows, the sizes of the steps they took)"""
+    decoder, rows = decoder_of(model, lengths, params, overlap)
+    seen = []
+    decoder.runner.graph = lambda *size, graph=decoder.runner.graph: seen.append(size) or graph(*size)
+    decode_all(decoder, rows)
+    return rows, seen
+
+
+@pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS)
+def test_a_row_alone_waits_under_no_rule(model, params):
+    rows, _ = sizes_of(model, [8], params)
+    assert rows[0].counters.settle_forwards == 0 and len(rows[0].counters.forwards_per_block) == 3
+
+
+def test_no_places_where_blocks_end_unchanged(model):
+    """With editing, but for a block that has used up its mask-free steps; nor in a row's last block."""
+    for editing, places in ((2.0, {False}), (0.3, {False, True})):  # never, and for ever
+        options = {"threshold": 0.5, "editing_threshold": editing, "max_post_steps": 3}
+        _, seen = sizes_of(model, LENGTHS[2], options)
+        assert len(seen) > 8 and {carried > 0 for _, carried in seen} == places
+    (row,), seen = sizes_of(model, [8], {"threshold": 0.6, "steps": 8})
+    last = row.counters.forwards_per_block[-1]
+    assert [carried for _, carried in seen[-last:]] == [0] * last
+    assert {carried for _, carried in seen[:-last]} == {1}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("overlap", [0, 1])
 @pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS)

@@ -11,7 +11,6 @@ from collections import deque
 from tqdm.auto import tqdm
 
 from ..kernels import refine
-from .rules import row_rule
 from .runner import LaneStep, Plan, Prefill, StepResult
 from .sequence import Phase, Sequence
 
@@ -37,7 +36,7 @@ class BlockDecoder:
 
     def admit(self, sequence: Sequence):
         """Lay its active block out in a free lane. It has its pages, where the runner keeps K/V."""
-        rule = row_rule(sequence.params, self.lanes.block_length)
+        rule = sequence.rule
         if rule.max_steps == 0:  # hf-2.0, gen_length < minimal_topk: no step is taken
             sequence.finish("length")
             return
@@ -94,6 +93,8 @@ class BlockDecoder:
             parts += [step.ahead() for step in leading if not step.begins]
             if not self.overlap:
                 carried = sum(step.begins for step in leading)
+            elif not any(sequence.may_be_carried(self.overlap) for sequence in sequences):
+                carried = 0
         else:
             steps = [_lane_step(sequence) for sequence in sequences]
         return Plan(lanes, steps, parts, any(s.params.filters for s in sequences), carried)

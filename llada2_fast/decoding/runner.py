@@ -55,7 +55,7 @@ class Plan(NamedTuple):
     steps: what it does in each of them, for a runner that has to be told; empty where the device knows (`carries`).
     prefill: what is forwarded ahead of it, or with it.
     filters: some row draws with top-k or top-p.
-    carried: how many lanes have to carry the block that has ended with its next one, None = nobody knows yet.
+    carried: how many lanes have to carry the block that has ended with its next one, None = some may, nobody knows yet.
     """
 
     lanes: list[int]

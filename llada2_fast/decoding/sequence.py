@@ -13,6 +13,7 @@ from enum import Enum
 
 from ..config import DecodeParams
 from ..kernels import refine
+from .rules import row_rule
 from .trace import Event
 
 
@@ -60,6 +61,7 @@ class Sequence:
     prompt_length, first_block: where generation starts.
     total: prompt and generated positions, without the tail; limit: positions that exist, for the tail counts only where
         it is attended to; num_blocks: all of them.
+    rule: how its blocks are refined.
     phase; block: the number of the active one.
     ids: the tokens of all blocks before it, its own as well once it has ended.
     tokens, steps, confidences: of the active block, as the last step that was read left it (where details are kept).
@@ -73,6 +75,7 @@ class Sequence:
     ):  # fmt: skip
         self.prompt, self.params, self.seed, self.eos_ids = prompt, params, seed, eos_ids
         self.block_length, self.mask_id = block_length, mask_id
+        self.rule = row_rule(params, block_length)
         self.gen_length = params.gen_length
         self.prompt_length = len(prompt)
         self.total = self.prompt_length + params.gen_length
@@ -154,6 +157,18 @@ class Sequence:
     def finished(self) -> bool:
         return self.phase is Phase.FINISHED
 
+    def may_be_carried(self, steps: int) -> bool:
+        """Whether the next so many steps, none of which was read, may end the active block by changing it, so that its
+        K/V are not final when the next one begins."""
+        begins = self.phase is Phase.BLOCK_END  # the active one is the next
+        if self.block + begins + 1 >= self.num_blocks:
+            return False
+        if not self.rule.flags & refine.EDITING or self.rule.max_post_steps == 0:
+            return True
+        # with editing a block ends by a step that changes nothing, or by too many of them
+        done, post_steps = (0, 0) if begins else (self._steps, self._post_steps)
+        return post_steps + steps >= self.rule.max_post_steps or done + steps >= self.rule.max_steps
+
     def settle(self, blocks: int):
         """The K/V of so many leading blocks are final now."""
         if blocks > self.num_final_blocks:
@@ -172,6 +187,7 @@ class Sequence:
 
     def _begin_block(self):
         self._mark = self.counters.copy(), len(self.events or ())
+        self._steps = self._post_steps = 0  # of the active block, as far as they were read
         self.counters.forwards_per_block.append(0)
         begun = self.block_prompt
         self.tokens = begun + [self.mask_id] * (self.block_length - len(begun))
@@ -184,6 +200,7 @@ class Sequence:
         block: its tokens, steps and confidences, where the step has ended it or details are kept.
         """
         flags, counters = status[refine.FLAGS], self.counters
+        self._steps, self._post_steps = status[refine.STEP], status[refine.POST_STEPS]
         counters.denoise_forwards += 1
         counters.forwards_per_block[-1] += 1
         counters.commits += status[refine.COMMITS]
