@@ -76,16 +76,19 @@ def _work(kernel, given, touched):
     """The Work of a launch. given: its arguments by name; touched: the share of the experts that is read."""
     name, operations = kernel.__name__, 0
     tensors = {key: x for key, x in given.items() if isinstance(x, torch.Tensor) and key not in UNREAD}
-    size = sum(x.nbytes * (touched if key in ("W", "W_SCALE") and x.ndim == 3 else 1) for key, x in tensors.items())
+    experts = given.get("TILES") is not None
+    size = sum(x.nbytes * (touched if experts and key in ("W", "W_SCALE") else 1) for key, x in tensors.items())
     if name == "_gemm_kernel":
         weight, gated = given["W"], given["GATED"]
-        part = ("gate_up" if gated else "down") if weight.ndim == 3 else "plain"
+        part = ("gate_up" if gated else "down") if experts else "plain"
         name = f"{name} {part} {KINDS.get(weight.dtype, 'int4')}"
-        if weight.ndim == 2:
+        if not experts:
             name += " {}x{}".format(*weight.shape)
         operations = 2 * (1 + gated) * given["OUT"].numel() * given["K"]
     elif name == "_combine_kernel":
         name += " experts" if "OUTER" in given else " attention"
+    elif given.get("PAIR_WEIGHTS") is not None:  # a norm that sums up what experts made
+        name += " experts"
     elif name == "_scores_kernel":
         operations = 2 * given["X"].numel() * len(given["W"])
     elif name == "_attention_kernel":
