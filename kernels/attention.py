@@ -26,6 +26,7 @@ from ._tuned import measured
 from .overlap import inputs_ready
 
 SPLIT, MAX_SPLITS = 256, 16  # keys of a split at most (more beyond 4096 keys), splits of a block
+TILE_N = 32  # keys that are weighed at once
 COUNTERS = 256  # units of work that are split at most: where there are more, a program takes all of a block's splits
 PROCESSORS = 132  # multiprocessors where there is no GPU to ask
 _TABLES = ["BLOCK_ROW", "BLOCK_INDEX", "PAGE_TABLE", "LIMIT", "ARRIVED"]  # compiled alike wherever they begin
@@ -260,7 +261,7 @@ def _attention_kernel(
     acc = tl.zeros([TILE_M, TILE_D], tl.float32)
     if WHOLE:  # over the splits before this one
         all_top, all_total, all_acc = top, total, acc
-        end = tl.minimum(first + each, last)  # of the split at hand
+        end = first + each  # of the split at hand
     at = first * TILE_N + tl.arange(0, TILE_N)
     page = tl.load(pages + at // L, mask=at < seen, other=0)
     for tile in range(first, last):
@@ -272,21 +273,20 @@ def _attention_kernel(
         v = tl.load(V + place, mask=exists[:, None] & in_head, other=0.0)
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         score = tl.where(exists[None, :], score, float("-inf"))
+        if WHOLE:
+            if tile == end:  # a split is complete; what it leaves in acc and total is multiplied by zero
+                all_top, all_total, all_acc = _merge(all_top, all_total, all_acc, top, total, acc)
+                top = tl.full([TILE_M], float("-inf"), tl.float32)
+                end += each
         new_top = tl.maximum(top, tl.max(score, 1) * scale)
         weight = tl.exp2(tl.fma(score, scale, -new_top[:, None]))
         shrink = tl.exp2(top - new_top)
         total = tl.fma(total, shrink, tl.sum(weight, 1))
         acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         top = new_top
-        if WHOLE:
-            if tile + 1 == end:
-                all_top, all_total, all_acc = _merge(all_top, all_total, all_acc, top, total, acc)
-                top = tl.full([TILE_M], float("-inf"), tl.float32)
-                total = tl.zeros([TILE_M], tl.float32)
-                acc = tl.zeros([TILE_M, TILE_D], tl.float32)
-                end = tl.minimum(end + each, last)
     if WHOLE:
-        top, total, acc = all_top, all_total, all_acc
+        top = tl.where(count == 0, 0.0, top)  # of an unused block, whose sums of nothing are nothing
+        top, total, acc = _merge(all_top, all_total, all_acc, top, total, acc)
     if alone | (count <= 1):
         _write(total, acc, OUT, block, kv_head, m, HEADS, GROUP, D, L)
         return
@@ -403,8 +403,9 @@ def attention_tiles(device, dtype, length, heads, kv_heads, dim, blocks):
     whole    units for two thirds of the multiprocessors: a program takes all splits, no partial sums in memory
 
     128 rows by 32 keys: 122 registers and 96 KiB on sm_90, so two programs share a multiprocessor and one's
-    exponentials hide behind the other's products; whole, which has sums of the split at hand beside those of all, 237
-    registers, one program. By 64 keys there are 27 % fewer instructions per key, but whole spills, on sm_80 and sm_100.
+    exponentials hide behind the other's products; whole, which has sums of the split at hand beside those of all, 208
+    registers, one program. By 64 keys there are a quarter fewer instructions per key, but 232 to 250 registers, and
+    spills on sm_80.
 
     Tuned are the rows of a program (TILE_M), its warps and its stages: a query's sums run over keys and splits, never
     over rows. TILE_N is not: keys are weighed against the largest score so far and added up tile by tile, so another
@@ -422,7 +423,7 @@ def attention_tiles(device, dtype, length, heads, kv_heads, dim, blocks):
         tile = min(tile, 64) if way == "narrow" else tile
         meta["num_warps"] = max(4, tile // 16)
     meta |= {"HEADS": heads, "KV_HEADS": kv_heads, "D": dim, "L": length, "SPLIT": SPLIT, "MAX_SPLITS": MAX_SPLITS}
-    meta |= {"TILE_M": tile, "TILE_N": 32, "TILE_D": max(16, triton.next_power_of_2(dim))}
+    meta |= {"TILE_M": tile, "TILE_N": TILE_N, "TILE_D": max(16, triton.next_power_of_2(dim))}
     shape = {"dtype": str(dtype), "length": length, "heads": heads, "kv_heads": kv_heads, "dim": dim}
     meta |= measured("attention", device, **shape).get(way, {})
     return way, meta | {"TILE_R": min(meta["TILE_M"], max(16, 8192 // meta["TILE_D"]))}

@@ -279,8 +279,10 @@ def with_unused(batch, used):
     return batch._replace(block_row=row, block_index=index)
 
 
-def test_unused_blocks(small_splits):
+@pytest.mark.parametrize("processors", [1, 3, 10**6])
+def test_unused_blocks(processors, small_splits, monkeypatch):
     """Their output is zero, their tokens have no slot, the others' bits stay: as the reference has it."""
+    monkeypatch.setattr(attention, "multiprocessors", lambda device: processors)
     q, k, v, runs = make([(5, 1, 0), (0, 2, 0)], 8, 2, 1, 16)
     used = [False, True, False, True, True, False]
     batch = with_unused(BlockBatch.from_spans(runs, "cpu"), used)
