@@ -132,16 +132,22 @@ def _sums(
 
 @triton.jit
 def _digits(words, i: tl.constexpr, like):
-    """The i-th weight of each word, -8 .. 7, in the type that `like` points to.
+    """The i-th weight of all words of int4.py, -8 .. 7, in the type that `like` points to; two words come in one int32.
 
-    In 16 bits a digit becomes the last bits of 128 (bfloat16) or 1024 (float16): exact, and no conversion.
+    In 16 bits a digit becomes the last bits of 128 (bfloat16) or 1024 (float16), two at a time: exact, no conversion.
     """
     dtype: tl.constexpr = like.dtype.element_ty
-    digit = (words >> (4 * i)) & 15
+    pair = (words >> (4 * i)) & 0x000F000F
     if dtype == tl.bfloat16:
-        weight = (digit | 0x4300).to(tl.bfloat16, bitcast=True) - 136.0
+        pair |= 0x43004300
     elif dtype == tl.float16:
-        weight = (digit | 0x6400).to(tl.float16, bitcast=True) - 1032.0
+        pair |= 0x64006400
+    halves = tl.join(pair.to(tl.int16), (pair >> 16).to(tl.int16))
+    digit = tl.reshape(halves, [words.shape[0], 2 * words.shape[1]])  # as they lie: nothing moves
+    if dtype == tl.bfloat16:
+        weight = digit.to(tl.bfloat16, bitcast=True) - 136.0
+    elif dtype == tl.float16:
+        weight = digit.to(tl.float16, bitcast=True) - 1032.0
     else:
         weight = digit.to(dtype) - 8.0
     return weight.to(dtype)
@@ -155,20 +161,21 @@ def _int4_sums(
     """_sums over all of K with rows `n` of a matrix in int4."""
     ROWS: tl.constexpr = 2 * N if GATED else N
     GROUPS: tl.constexpr = (K + _GROUP - 1) // _GROUP
+    PAIRS: tl.constexpr = _LANES // 2  # of words
     lane = tl.arange(0, _LANES)[None, :]
     real = n < N
     x_at = x_rows + lane
-    w_at = weight + n[:, None] * _LANES + lane
+    w_at = weight + n[:, None] * PAIRS + tl.arange(0, PAIRS)[None, :]
     acc = tl.zeros((TILE_N, TILE_M), tl.float32)
     up = tl.zeros((TILE_N, TILE_M), tl.float32)
     for group in range(GROUPS):
-        at = w_at + group * (ROWS * _LANES)
+        at = w_at + group * (ROWS * PAIRS)
         words = tl.load(at, mask=real[:, None], other=0)
         own = tl.load(scale + n * GROUPS + group, mask=real, other=0.0).to(tl.float32)  # early: nothing waits for it
         part = tl.zeros_like(acc)
         up_part = tl.zeros_like(acc)
         if GATED:
-            up_words = tl.load(at + N * _LANES, mask=real[:, None], other=0)
+            up_words = tl.load(at + N * PAIRS, mask=real[:, None], other=0)
             up_own = tl.load(scale + (N + n) * GROUPS + group, mask=real, other=0.0).to(tl.float32)
         for i in tl.static_range(4):
             done = group * _GROUP + i * _LANES
@@ -204,7 +211,7 @@ def _gemm_kernel(
     ROWS: tl.constexpr = 2 * N if GATED else N
     GROUPS: tl.constexpr = (K + _GROUP - 1) // _GROUP  # of a row's K that share a scale
     ROW_GROUPS: tl.constexpr = (N + _GROUP - 1) // _GROUP  # of a matrix's rows; gate and up have their own
-    SPAN: tl.constexpr = ROWS * GROUPS * _LANES if INT4 else ROWS * K
+    SPAN: tl.constexpr = ROWS * GROUPS * (_LANES // 2) if INT4 else ROWS * K
     if TILES is None:
         tile = tl.program_id(0) % tl.cdiv(tokens, TILE_M)
         first = tl.program_id(0) // tl.cdiv(tokens, TILE_M) * TILE_N
@@ -306,6 +313,11 @@ def _gemm_kernel(
         tl.store(OUT_SCALE + row.to(tl.int64) * ROW_GROUPS + first // _GROUP, scale, mask=inside)
 
 
+def _loaded(weight):
+    """A weight's values as the kernel reads them: of int4 two words at a time."""
+    return weight.values.view(torch.int32) if weight.quantization == "int4" else weight.values
+
+
 def gemm(
     x, weight, shared, routing, gated, like, tile_m, tile_n, num_warps, num_stages, tile_k=TILE_K,
     parts=1, together=True, wanted=None,
@@ -347,7 +359,7 @@ def gemm(
     order, listed, number = routing[2:5] if routing else (wanted.order, None, wanted.count) if wanted else [None] * 3
     run_kernel(
         _gemm_kernel, grid,
-        x.values, weight.values, shared and shared.values, out,
+        x.values, _loaded(weight), shared and _loaded(shared), out,
         x.scale, weight.scale, shared and shared.scale, out_scale, like,
         order, listed, number, partial, arrived, tokens, x.values.stride(0),
         N=width, K=depth, TOP_K=top_k, GATED=gated, PARTS=parts, TILE_M=tile_m, TILE_N=tile_n, TILE_K=tile_k,
