@@ -51,11 +51,13 @@ def _products(rows, touched, weight, scale, parts):
     out = rows.new_empty(rows.shape[0], weight.shape[-2])
     sizes, matrices = [size for _, size in touched], weight.unbind()
     product = rows_of(weight) if scale is None else None
+    packed = weight.dtype == WORDS
+    rows = int4.as_words_hold(rows) if packed else rows
     for x, y, (e, _) in zip(rows.split(sizes), out.split(sizes), touched, strict=True):
         if scale is None:
             product.into(x, matrices[e], y)
-        elif weight.dtype == WORDS:
-            wide = int4.dequantize_weight(matrices[e], scale[e], x.shape[1], x.dtype)
+        elif packed:
+            wide = int4.widen(matrices[e], scale[e], x.dtype)
             rows_of(wide).into(x, wide, y)
         else:
             y.copy_(linear_ref(x, matrices[e], scale[e], parts))

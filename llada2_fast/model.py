@@ -20,7 +20,7 @@ from .kernels.arrivals import counters_at_zero
 from .kernels.attention import BlockBatch, Span, block_attention, masked_attention, place_blocks, single_blocks
 from .kernels.combine import summed
 from .kernels.fp8 import FP8, check_device, linear, unquantised
-from .kernels.gemm import WORDS, Wanted
+from .kernels.gemm import SCALE_GROUP, WORDS, Wanted
 from .kernels.product import Rows, rows_of
 from .kernels.rope import Angles, look_up, rope_angles
 from .kernels.router import token_blocks
@@ -127,8 +127,9 @@ class LLaDA2Model(OnOurDevices):
             looked_up = "embeddings" in name and not self.config.tie_word_embeddings
             if weight.ndim < 2 or looked_up or name.endswith("scale"):
                 continue
-            if weight.dtype == WORDS:  # multiplied in the model's dtype
-                weight = self.norm.weight.new_empty(1, 1).expand(whole[name][-2:])
+            if weight.dtype == WORDS:  # multiplied in the model's dtype, whole groups
+                rows, columns = whole[name][-2:]
+                weight = self.norm.weight.new_empty(1, 1).expand(rows, -(-columns // SCALE_GROUP) * SCALE_GROUP)
             wide = ".router." in name or weight.dtype == FP8  # multiplied in float32
             dtype = torch.float32 if wide else weight.dtype
             found[(*weight.shape[-2:], dtype)] = rows_of(weight, dtype)

@@ -164,7 +164,7 @@ def test_the_reference_is_what_the_weights_stand_for():
         for weight, matrix in zip((*weights, *shared), wide, strict=True)
     ]
     got = experts(h, routing, *weights, shared)
-    assert torch.equal(got, experts(h, routing, *stand_for[:2], tuple(stand_for[2:])))
+    close(got, experts(h, routing, *stand_for[:2], tuple(stand_for[2:])))
     exact = experts(h, routing, *map(gemm.QuantTensor, wide[:2]), tuple(map(gemm.QuantTensor, wide[2:])))
     assert 0.05 < (got - exact).norm() / exact.norm() < 0.3
 
