@@ -1,5 +1,6 @@
 """Quality against speed of the embedded model: exact match, tokens per forward (TPF) and tokens/s on prompts held out
-of its training. `python -m benchmarks.quality --json` ends with one JSON line; `--plot FILE` draws it.
+of its training. `python -m benchmarks.quality --json` ends with one JSON line; `--plot FILE` draws it; `--quantization
+int4` (or fp8) measures it with such weights.
 
     thresholds   committed is what is more confident; with and without editing, at the block length of the training
     blocks       the same without editing at half and at twice that length, which the model has never seen
@@ -73,10 +74,13 @@ def main(argv=None):
     parser.add_argument(
         "--model", default=demo.path(), metavar="PATH", help="another checkpoint with the same tokenizer"
     )
+    parser.add_argument("--quantization", metavar="NAME", help="fp8 or int4; else the checkpoint's")
     parser.add_argument("--device", default="cpu")
     harness.add_plot_option(parser, "accuracy against speed")
     options = parser.parse_args(argv)
-    model = LLaDA2Model.from_pretrained(options.model, dtype=torch.float32, device=options.device, progress=False)
+    model = LLaDA2Model.from_pretrained(
+        options.model, torch.float32, options.device, progress=False, quantization=options.quantization
+    )
     tokenizer = load_tokenizer(options.model)
     n = options.n or (24 if options.quick else tasks.PROMPTS)
     settings = settings_of(model.block_length, options.quick)
@@ -84,6 +88,8 @@ def main(argv=None):
     speed = {"prompts_per_task": min(n, 1 if options.quick else 4), "rounds": 1 if options.quick else 5}
     rates = tokens_per_second(model, tokenizer, settings, **speed)
     result = summary(scores, rates, model.block_length) | {"prompts_per_task": n, "speed": speed}
+    if model.config.quantization is not None:
+        result |= {"quantization": model.config.quantization}
     print(table(result))
     if options.plot:
         with harness.drawing(options.plot, ncols=2, figsize=(13, 5), sharey=True) as panels:

@@ -77,6 +77,11 @@ def test_benchmark_ends_with_its_json_line(capsys, tmp_path):
     assert (tmp_path / "results" / "quality.jsonl").read_text("utf-8") == line + "\n"
 
 
+def test_quantised_weights_are_measured_and_named(capsys):
+    quality.main(["--quick", "--n", "1", "--json", "--quantization", "int4"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["quantization"] == "int4"
+
+
 def test_a_low_temperature_costs_the_less_trained_model_no_accuracy():
     settings = [sampling.Setting(t, None, None, rule) for t in (0.0, 0.1) for rule in ("own", "drawn")]
     settings.append(sampling.Setting(1.0, 1, None, "own"))
