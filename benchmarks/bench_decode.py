@@ -13,6 +13,8 @@ largest points.
     tok_s, std_tok_s    generated tokens of all rows over the median time; standard deviation over the runs
     forwards            that a row went through, prefill and settling included; tpf: tokens per denoise forward
     ratio_vs_<peer>     its median time over ours
+    int4                ours at the base with experts in four bits, beside ours: other tokens, in as many forwards;
+                        weight_bytes of all weights of either
     cost                ms of a block (8 forwards) against the tokens before it, with the straight line that fits best;
                         the slope is per 1024 tokens
 """
@@ -26,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 from .harness import add_options, add_plot_option, drawing, finish, peak_bytes
-from .models import ABLATIONS, AT_THE_BASE, BLOCK, PEERS, SMALL, Task, ours, random_model
+from .models import ABLATIONS, AT_THE_BASE, BLOCK, PEERS, SMALL, Task, in_int4, ours, random_model
 from .report.plots import draw_cost
 
 STEPS = 8
@@ -147,6 +149,21 @@ def measure(model, plan, point):
     return record, [{"without": name, "ratio": ratios[name]} | figures[name] for name in calls if name in ABLATIONS]
 
 
+def in_four_bits(model, plan):
+    """Ours at the base and the same with experts in int4, in turns."""
+    task, models = task_of(plan.base), {"ours": model, "int4": in_int4(model)}
+    calls = {name: ours(own, task) for name, own in models.items()}
+    for call in calls.values():
+        call()
+    seconds, tokens = timings(calls, order(list(calls), plan.rounds)), plan.base.batch * plan.base.generated
+    size = {name: sum(p.nbytes for p in own.parameters()) for name, own in models.items()}
+    rate = {name: tokens / statistics.median(taken) for name, taken in seconds.items()}
+    return {
+        "tok_s": rate["int4"], "std_tok_s": statistics.pstdev(tokens / s for s in seconds["int4"]),
+        "ratio": rate["int4"] / rate["ours"], "weight_bytes": size["int4"], "wide_weight_bytes": size["ours"],
+    }  # fmt: skip
+
+
 # what a block costs
 
 
@@ -203,7 +220,7 @@ def judged(points):
     return goals
 
 
-def show(points, ablations, costs, goals):
+def show(points, ablations, narrow, costs, goals):
     for p in points:
         text = (
             f"{p['factor']:>9}  prompt {p['prompt']:4d}, generated {p['generated']:4d}, batch {p['batch']:2d}, "
@@ -218,6 +235,9 @@ def show(points, ablations, costs, goals):
     for a in ablations:
         print(f"  without {a['without']:<24} {a['tok_s']:7.1f} +- {a['std_tok_s']:4.1f} tok/s, {a['forwards']:3d} "
               f"forwards, {a['peak_bytes'] / 1e6:5.1f} MB; whole is {a['ratio']:.2f}x")  # fmt: skip
+    size, whole = narrow["weight_bytes"] / 1e6, narrow["wide_weight_bytes"] / 1e6
+    print(f"  with experts in int4 {narrow['tok_s']:16.1f} +- {narrow['std_tok_s']:4.1f} tok/s, {narrow['ratio']:.2f}x "
+          f"of ours; {size:.1f} MB of weights, not {whole:.1f}")  # fmt: skip
     for c in costs:
         print(f"  a block costs {c['who']:>9} {c['intercept_ms']:6.1f} ms + {c['slope_ms_per_1k']:6.1f} ms per 1024 "
               f"tokens before it (R2 {c['r2']:.3f})")  # fmt: skip
@@ -253,15 +273,16 @@ def main(argv=None):
     torch.set_num_threads(1)
     model = random_model(SMALL)
     measured = [measure(model, plan, point) for point in tqdm(plan.points(), desc="Points")]
+    narrow = in_four_bits(model, plan)
     costs, grown = block_costs(model, plan)
     points, ablations = [record for record, _ in measured], measured[0][1]
     goals = judged(points)
-    show(points, ablations, costs, goals)
+    show(points, ablations, narrow, costs, goals)
     print(f"  a forward at position 2048 costs {grown:.2f}x one at 64")
     if args.plot:
         draw(args.plot, points, costs, plan.base)
     base = {key: points[0][key] for key in ("prompt", "generated", "tok_s", "ratio_vs_diffusers")}
-    rest = {"points": points, "ablations": ablations, "cost": costs, "block_2048_over_64": grown}
+    rest = {"points": points, "ablations": ablations, "int4": narrow, "cost": costs, "block_2048_over_64": grown}
     finish("decode", args, {"steps": STEPS, **base, "goals": goals, **rest})
 
 

@@ -13,6 +13,7 @@ threshold decoding, greedy, without editing; random networks never predict EOS, 
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -25,11 +26,13 @@ from llada2_fast.decoding.inputs import resolve_ids
 from llada2_fast.decoding.lanes import Lanes
 from llada2_fast.decoding.runner import CachedForward, EagerRunner
 from llada2_fast.decoding.sequence import Sequence
-from llada2_fast.kernels import refine
+from llada2_fast.kernels import int4, refine
+from llada2_fast.kernels.gemm import WORDS
 from llada2_fast.kernels.moe import gated, mlp
 from llada2_fast.kernels.product import torch_products
 from llada2_fast.kernels.state import report_ref
 from llada2_fast.model import LLaDA2Model
+from llada2_fast.weights.shapes import scale_name
 
 from .roofline import BLOCK
 
@@ -69,6 +72,21 @@ def with_experts(model, make):
     for layer in twin.layers:
         if hasattr(layer.mlp, "experts"):
             layer.mlp.experts = make(layer.mlp.experts)
+    return twin
+
+
+def in_int4(model):
+    """The same network with its experts in int4."""
+    twin = LLaDA2Model(replace(model.config, quantization="int4"), dtype=model.dtype).eval()
+    wide, own = dict(model.named_parameters()), dict(twin.named_parameters())
+    for name, weight in own.items():
+        if weight.dtype == WORDS:
+            words, scale = int4.quantize_weight(wide[name])
+            weight.copy_(words)
+            own[scale_name(name)].copy_(scale)
+        elif name in wide:
+            weight.data = wide[name].data
+    twin.products()
     return twin
 
 

@@ -12,6 +12,7 @@ from benchmarks.harness import peak_bytes
 from benchmarks.models import SMALL, random_model
 from llada2_fast.kernels.moe import experts
 from llada2_fast.kernels.router import route
+from llada2_fast.model import LLaDA2Model
 
 SHAPE = replace(
     SMALL, vocab_size=512, hidden_size=64, num_hidden_layers=2, intermediate_size=64, moe_intermediate_size=32,
@@ -222,6 +223,21 @@ def test_line_names_ablations_and_costs(line):
     assert [cost["who"] for cost in line["cost"]] == ["ours", "diffusers"]
     for cost in line["cost"]:
         assert cost["prefix"] == [64, 96, 2048] and len(cost["ms_per_block"]) == 3 and cost["slope_ms_per_1k"] > 0
+
+
+def test_line_has_experts_in_int4(line, model):
+    four = line["int4"]
+    assert four["tok_s"] > 0 and four["ratio"] > 0
+    assert four["wide_weight_bytes"] == sum(p.nbytes for p in model.parameters())
+    words = sum(p.nbytes for p in models.in_int4(model).parameters())
+    assert four["weight_bytes"] == words < four["wide_weight_bytes"]
+
+
+def test_the_twin_in_int4_has_the_weights_of_the_network(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = LLaDA2Model.from_pretrained(tmp_path, torch.float32, progress=False, quantization="int4")
+    for (name, ours), theirs in zip(models.in_int4(model).named_parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
 
 
 def test_peers_are_left_out_where_they_would_take_too_long(line):
