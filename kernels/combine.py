@@ -37,13 +37,13 @@ def summed_ref(delta):
 @triton.jit
 def sum_experts(OUTER, WEIGHTS, BESIDE, t, h, real, inside, H: tl.constexpr, K: tl.constexpr):
     """y of tokens t [R, 1], if `real`, at columns h [1, C] where `inside` [R, C], else 0; [R, C] float32."""
-    rows = ()
-    weights = ()
-    for k in tl.static_range(K):  # all of them asked for before the first is used
-        rows = rows + (tl.load(OUTER + (t * K + k) * H + h, mask=inside, other=0.0),)
-        weights = weights + (tl.load(WEIGHTS + t * K + k, mask=real, other=0.0),)
     if BESIDE is not None:
         beside = tl.load(BESIDE + t * H + h, mask=inside, other=0.0)
+    rows = ()
+    weights = ()
+    for k in tl.static_range(K - 1, -1, -1):  # the first to be used last: else two or three are asked for at a time
+        weights = (tl.load(WEIGHTS + t * K + k, mask=real, other=0.0),) + weights
+        rows = (tl.load(OUTER + (t * K + k) * H + h, mask=inside, other=0.0),) + rows
     total = tl.zeros(inside.shape, tl.float32)
     for k in tl.static_range(K):
         total += weights[k] * rows[k].to(tl.float32)
