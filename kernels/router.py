@@ -17,6 +17,7 @@ import torch
 from . import gemm
 from ._ambient import run_kernel
 from ._triton import tl, triton, use_triton
+from .arrivals import arrives_last
 from .overlap import inputs_ready, prefetch
 from .product import linear
 
@@ -178,11 +179,10 @@ def _sum_parts(LOGITS, t, e, inside, T, E: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _choice_keys(LOGITS, BIAS, t, end, column, e, T, E: tl.constexpr, PARTS: tl.constexpr, C: tl.constexpr):
+def _choice_keys(LOGITS, bias, t, end, column, e, T, E: tl.constexpr, PARTS: tl.constexpr, C: tl.constexpr):
     """Keys of c [TOKENS, C]; the lowest of all where there is no such token or expert."""
     inside = (t < end)[:, None] & (e < E)[None, :]
     logits = _sum_parts(LOGITS, t[:, None], e[None, :], inside, T, E, PARTS)
-    bias = tl.load(BIAS + e, mask=e < E, other=0.0).to(tl.float32)
     return tl.where(inside, _key(1.0 / (1.0 + tl.exp(-logits)) + bias[None, :], column[None, :], C), _LOWEST)
 
 
@@ -281,24 +281,26 @@ def _select_kernel(
 ):  # fmt: skip
     """Grid (groups,) of tokens: blocks if there are STARTS, else TOKENS each. CAPACITY 0: no block routing.
 
-    Ids and weights; with COUNTS, how many tokens of the group chose each column; without, whoever is the last to count
-    itself DONE, which was 0, sorts the pairs of all, TILE_P at most.
+    Ids and weights; with COUNTS, how many tokens of the group chose each column; without, whoever arrives last, as DONE
+    says, which was 0, sorts the pairs of all, TILE_P at most.
     """
+    prefetch(BIAS + tl.arange(0, 1), E, EARLY)
     inputs_ready(EARLY)
     C: tl.constexpr = GROUPS * WIDTH
-    begin, end = _range(STARTS, T, groups, TOKENS)
     column = tl.arange(0, C)
     e = _expert(column, E, G, GROUPS, WIDTH)
+    bias = tl.load(BIAS + e, mask=e < E, other=0.0).to(tl.float32)
+    begin, end = _range(STARTS, T, groups, TOKENS)
     if CAPACITY > 0:
         race = tl.full((C,), _LOWEST, tl.int64)
         for first in range(begin, end, TOKENS):
-            own = _choice_keys(LOGITS, BIAS, first + tl.arange(0, TOKENS), end, column, e, T, E, PARTS, C)
+            own = _choice_keys(LOGITS, bias, first + tl.arange(0, TOKENS), end, column, e, T, E, PARTS, C)
             race = tl.maximum(race, tl.max(own, 0))
         admitted = (_rank(race, C) < CAPACITY)[None, :]
     counts = tl.zeros((C,), tl.int32)
     for first in range(begin, end, TOKENS):
         t = first + tl.arange(0, TOKENS)
-        key = _choice_keys(LOGITS, BIAS, t, end, column, e, T, E, PARTS, C)
+        key = _choice_keys(LOGITS, bias, t, end, column, e, T, E, PARTS, C)
         if CAPACITY > 0:
             key = _only(key, admitted, column, C)
         elif KEEP < G:
@@ -323,8 +325,7 @@ def _select_kernel(
     if COUNTS is not None:
         tl.store(COUNTS + tl.program_id(0) * C + column, counts)
     else:
-        tl.debug_barrier()  # until all warps have stored their ids
-        if tl.atomic_add(DONE, 1) == groups - 1:
+        if arrives_last(DONE, groups):
             _sort_pairs(IDS, ORDER, TILES, NUM_TILES, T * K, C, TILE_P, TILE_M)
 
 
