@@ -5,6 +5,7 @@ host waiting inside a step. Capture and the compiled kernels are not shown: a st
 """
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -23,6 +24,7 @@ from llada2_fast.model import LLaDA2Model
 from tests.kernels.interpreter import interpreted
 
 CUDA = torch.device("cuda:1")  # not the current one
+CARD = SimpleNamespace(multi_processor_count=8)
 OPS = {refine._op: refine._dispatch, candidates._op: candidates._dispatch}
 MULTIPLIED = {"div": torch.Tensor.mul, "div_": torch.Tensor.mul_}  # what / and /= become where a number divides
 WAITING = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero", "masked_select", "unique"}
@@ -182,6 +184,7 @@ def fake_cuda():
             mock.patch.object(torch.cuda, "graph_pool_handle", lambda: None),
             mock.patch.object(torch.cuda, "get_device_name", lambda device: "fake"),
             mock.patch.object(torch.cuda, "get_device_capability", lambda device: (8, 0)),
+            mock.patch.object(torch.cuda, "get_device_properties", lambda device: CARD),
             mock.patch.object(torch.cuda, "device_of", device_of),
             mock.patch.object(torch.cuda, "current_stream", torch.device),
             mock.patch.object(torch.cuda, "Event", Event),
