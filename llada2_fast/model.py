@@ -98,7 +98,7 @@ class LLaDA2Model(OnOurDevices):
         self.config = config
         self.block_length = config.block_size
         self.special_ids = {}  # what the folder says of mask, eos and pad, see special_tokens.py
-        self._exact = False
+        self._exact, self._fp8 = False, config.fp8
         self._angle_tables = {}
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, **kw)
         self.layers = nn.ModuleList(Layer(config, i, share, **kw) for i in range(config.num_hidden_layers))
@@ -143,7 +143,7 @@ class LLaDA2Model(OnOurDevices):
         those it gets alone. True on a CPU whose libraries round a row alike at some height, for each product with as
         many threads as now; on a GPU if `exact`, or where all products are in fp8."""
         if self.device.type != "cpu":
-            return self.exact or (self.config.fp8 and not self.config.tie_word_embeddings)
+            return self.exact or (self._fp8 and not self.config.tie_word_embeddings)
         return all(rows.least is not None for rows in self.products().values())
 
     @property
@@ -380,7 +380,7 @@ class LLaDA2Model(OnOurDevices):
         blocks, slot = place_blocks(spans, length, x) if slots is None else (spans, slots)
         block = self._token_blocks(1, tokens.shape[0], length)
         angles = look_up(*self._angle_table(_longest(spans, length)), positions)
-        fp8 = self.config.fp8 and use_triton(x)  # what attention writes is quantised for the product that reads it
+        fp8 = self._fp8 and use_triton(x)  # what attention writes is quantised for the product that reads it
         *layers, last = zip(self.layers, cache.k, cache.v, strict=True)
         for layer, k, v in layers if read is not None else [*layers, last]:
             x, delta, _ = layer(x, delta, angles, partial(_attend, k, v, blocks, fp8), block, (k, v, slot))
