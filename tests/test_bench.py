@@ -171,7 +171,7 @@ def test_help_is_that_of_the_benchmark(bench, name):
     (["latency", "--graphs"], "graphs=True"),
     (["throughput", "--graphs"], "graphs=True"),
     (["throughput", "--request-rate", "0"], "--request-rate"),
-    (["throughput", "--quantization", "int4"], "quantization='int4'"),
+    (["throughput", "--quantization", "int3"], "quantization='int3'"),
 ])  # fmt: skip
 def test_mistakes(bench, arguments, word):
     code, out, err = bench(*arguments, *(["--no-progress"] if len(arguments) > 1 else []))

@@ -161,7 +161,7 @@ def test_version(call):
     (["generate", "x", "--mask-id", "99999"], ["mask_id=99999"]),
     (["generate", "x", "--seed", str(2**64)], ["seed="]),
     (["generate", "x", "--dtype", "int8"], ["dtype='int8'", "bfloat16"]),
-    (["generate", "x", "--quantization", "int4"], ["quantization='int4'", "fp8"]),
+    (["generate", "x", "--quantization", "int3"], ["quantization='int3'", "fp8, int4"]),
     (["generate", "x", "--device", "toaster"], ["device='toaster'"]),
     (["generate", "x", "--device", "cuda:99"], ["device='cuda:99'"]),
     (["generate", "-", "-"], ["stdin"]),

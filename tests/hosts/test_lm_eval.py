@@ -140,7 +140,7 @@ def test_help_without_a_command():
         ({"mc_num": 0}, "mc_num=0: expected an integer >= 1"),
         ({"mc_seed": 1.5}, "mc_seed=1.5: expected an integer >= 0"),
         ({"profile": "hf-3"}, "profile='hf-3'"),
-        ({"quantization": "int4"}, "quantization='int4'"),
+        ({"quantization": "int3"}, "quantization='int3'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
