@@ -22,7 +22,7 @@ from .roofline import BLOCK, GPUS, MINI, floor_ms, gpu_of, step_costs, touched_e
 BEFORE = "f74eaf5"  # commit of the line that others are held against
 BATCHES, PREFIX = (1, 8, 32), 1024
 CARDS = ("h100", "h200")
-GAP = 0.3  # µs between two kernels of a graph
+GAP = 0.3  # µs between two kernels of a graph; our own begin early since BEFORE, see kernels/overlap.py
 
 
 class Rate(NamedTuple):
@@ -77,18 +77,27 @@ class Work(NamedTuple):
     operations: int
 
     def us(self, rate, card):
-        """µs on a card, the gaps behind them included."""
+        """µs on a card, without the gaps ahead of them."""
         bandwidth, tflops = GPUS[card]
         moved = self.bytes / (rate.through or rate.share * bandwidth) / 1e6
         counted = self.operations / (rate.rate * tflops) / 1e6
-        return self.launches * (rate.us + GAP) + (max(moved, counted) if rate.hidden else moved + counted)
+        return self.launches * rate.us + (max(moved, counted) if rate.hidden else moved + counted)
 
 
 # A line: its part of benchmarks.counts, kernels.
 
 
 def rates(line):
-    return MEASURED if line["commit"].startswith(BEFORE) else MEASURED | PREDICTED
+    return MEASURED if _is_before(line) else MEASURED | PREDICTED
+
+
+def _is_before(line):
+    return line["commit"].startswith(BEFORE)
+
+
+def gap_us(kernel, line):
+    """Ahead of each launch."""
+    return GAP if _is_before(line) or not kernel.startswith("_") else 0.0
 
 
 def rate_of(kernel, known):
@@ -105,9 +114,10 @@ def steps_of(line):
     return found
 
 
-def estimate_ms(works, known, card):
-    """A step's ms on a card by the rates that are known."""
-    return sum(work.us(rate_of(work.kernel, known), card) for work in works) / 1e3
+def estimate_ms(works, line, card):
+    """The ms on a card of a line's step."""
+    known, gaps = rates(line), sum(work.launches * gap_us(work.kernel, line) for work in works)
+    return (gaps + sum(work.us(rate_of(work.kernel, known), card) for work in works)) / 1e3
 
 
 def with_touched(works, batch, touched):
@@ -127,7 +137,7 @@ def floor_of(dtype, batch, card):
 def before_and_after(lines):
     """{"before": the line of BEFORE, "after": the newest other one} of dicts in order of time, where they are there."""
     own = [line for line in lines if line["benchmark"] == "counts" and line["part"] == "kernels"]
-    return {"before" if line["commit"].startswith(BEFORE) else "after": line for line in own}
+    return {"before" if _is_before(line) else "after": line for line in own}
 
 
 def compared(named):
@@ -138,7 +148,7 @@ def compared(named):
             row = rows.setdefault((dtype, batch), {"dtype": dtype, "batch": batch})
             row[name] = {"launches": sum(work.launches for work in works)}
             for card in CARDS:
-                ms, floor = estimate_ms(works, rates(line), card), floor_of(dtype, batch, card)
+                ms, floor = estimate_ms(works, line, card), floor_of(dtype, batch, card)
                 row[name][card] = {"ms": ms, "floor_ms": floor, "over_floor": ms / floor}
     return list(rows.values())
 
@@ -156,7 +166,7 @@ def residuals(named, lines):
             card = gpu_of(found["device"])
             if found["point"] == f"step mini {dtype} b{batch} p{PREFIX} carried" and card in CARDS:
                 touched = with_touched(works, batch, found["experts_touched"])
-                ms = estimate_ms(touched, rates(named[name]), card)
+                ms = estimate_ms(touched, named[name], card)
                 rows[name, card, found["point"]] = {
                     "line": name, "card": card, "point": found["point"], "commit": found["commit"],
                     "measured_ms": found["ms"], "estimate_ms": ms, "off": ms / found["ms"] - 1,
@@ -175,6 +185,7 @@ def show(named, lines):
             size = f"{work.bytes / count / 1e6:10.3f}{work.operations / count / 1e9:9.3f}"
             times = "".join(f"{work.us(rate, card) / count:10.2f}" for card in CARDS)
             yield f"  {work.kernel:36}{count:8}{size}{times}  {rate}{', a guess' * (rate is UNKNOWN)}"
+        yield f"  gaps{sum(work.launches * gap_us(work.kernel, line) for work in works):59.1f}"
     yield "\nms of a step, over its floor:"
     for row in compared(named):
         yield f"  {row['dtype']:4} b{row['batch']:<2} " + "; ".join(
