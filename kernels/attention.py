@@ -417,7 +417,7 @@ def attention_tiles(device, dtype, length, heads, kv_heads, dim, blocks):
     split    a program for every split
     whole    units for two thirds of the multiprocessors: a program takes all splits, no partial sums in memory
 
-    128 rows by 32 keys: 122 registers and 96 KiB on sm_90, so two programs share a multiprocessor and one's
+    128 rows by 32 keys: 128 registers and 96 KiB on sm_90, so two programs share a multiprocessor and one's
     exponentials hide behind the other's products; whole, which has sums of the split at hand beside those of all, 208
     registers, one program. By 64 keys there are a quarter fewer instructions per key, but 232 to 250 registers, and
     spills on sm_80.

@@ -414,6 +414,9 @@ def test_on_a_gpu(shape, dtype, monkeypatch):
     for processors in (1, 40, attention.COUNTERS):  # other ways to share out the work
         monkeypatch.setattr(attention, "multiprocessors", lambda device, count=processors: count)
         assert torch.equal(attention.block_attention(*args), together)
+        got, wanted = attention.block_attention(*args, quantized=True), fp8.quantize(together.flatten(1))
+        assert torch.equal(got.values.view(torch.uint8), wanted.values.view(torch.uint8))
+        assert torch.equal(got.scale, wanted.scale)
 
 
 @pytest.mark.gpu
