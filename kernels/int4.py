@@ -3,7 +3,8 @@
     scale = the group's value of largest magnitude / -8,  q = round(w / scale) in -8 .. 7        w ~ q * scale
     y = cast(sum over groups of K of (sum_k x q) * scale)        sums in float32
 
-The scale may be negative, so that the largest value is met exactly. It has the dtype of the activations.
+The scale may be negative, so that the largest value (of two the positive one) is met exactly. It has the dtype of the
+activations.
 
 A word of 16 bits holds four weights of a row, w[k], w[k + 32], w[k + 64] and w[k + 96] from its lowest digit up, each
 as q + 8: so a tile of words is four tiles of weights and nothing must be moved. Words of all rows lie side by side,
@@ -19,16 +20,11 @@ import torch.nn.functional as F
 from . import product
 from ._ambient import lasting
 from ._triton import use_triton
-from .gemm import SCALE_GROUP, WORDS, QuantTensor, gemm
+from .gemm import SCALE_GROUP, WORDS, QuantTensor, gemm, num_groups
 
 ZERO = 8  # the digit that stands for 0
 DIGITS = 4  # of a word
 LANES = SCALE_GROUP // DIGITS  # words of a row's group
-
-
-def num_groups(columns):
-    """Groups along K, the last one cut short."""
-    return -(-columns // SCALE_GROUP)
 
 
 def packed_shape(shape):
@@ -44,16 +40,17 @@ def scale_shape(shape):
 def pack(digits):
     """digits uint8 [N, K], 0 .. 15 -> words [K / 128, N, 32]."""
     padded = F.pad(digits, (0, -digits.shape[-1] % SCALE_GROUP), value=ZERO)
-    parts = padded.view(len(digits), -1, DIGITS, LANES).to(torch.int32)
-    words = sum(parts[:, :, i] << 4 * i for i in range(DIGITS)).to(WORDS)  # wraps where the highest bit is set
-    return words.transpose(0, 1).contiguous()
+    parts = padded.view(len(digits), -1, DIGITS, LANES).permute(2, 1, 0, 3).to(WORDS)
+    words = parts[0]
+    for i in range(1, DIGITS):
+        words = words | parts[i] << 4 * i
+    return words.contiguous()
 
 
 def unpack(words, columns):
     """pack's digits: uint8 [N, K] of words [K / 128, N, 32]."""
-    words = words.transpose(0, 1)
     parts = [(words >> 4 * i & 15).to(torch.uint8) for i in range(DIGITS)]
-    return torch.stack(parts, 2).flatten(1)[:, :columns]
+    return torch.stack(parts, 2).transpose(0, 1).flatten(1)[:, :columns]
 
 
 def quantize_weight(weight, dtype=None):
@@ -65,11 +62,11 @@ def quantize_weight(weight, dtype=None):
         return QuantTensor(*map(torch.stack, zip(*(quantize_weight(part, dtype) for part in weight), strict=True)))
     columns = weight.shape[1]
     groups = F.pad(weight.float(), (0, -columns % SCALE_GROUP)).unflatten(1, (-1, SCALE_GROUP))
-    largest = groups.gather(2, groups.abs().argmax(2, keepdim=True))
-    scale = (largest / -8).to(dtype or weight.dtype)
+    low, high = groups.amin(2), groups.amax(2)
+    scale = (torch.where(high >= -low, high, low) / -8).to(dtype or weight.dtype)
     divisor = scale.float().masked_fill(scale == 0, torch.inf)
-    digits = (groups / divisor).round_().clamp_(-8, 7).add_(ZERO).to(torch.uint8).flatten(1)
-    return QuantTensor(pack(digits[:, :columns]), scale.squeeze(2).contiguous())
+    digits = (groups / divisor[..., None]).round_().clamp_(-8, 7).add_(ZERO).to(torch.uint8).flatten(1)
+    return QuantTensor(pack(digits[:, :columns]), scale)
 
 
 @lru_cache(maxsize=8)
