@@ -112,18 +112,20 @@ def load(
 def _fill(params, target, file, entry):
     """Copy what is read of a stored tensor to where it goes."""
     param = target.view(params[target.param])
-    quantize = param.dtype in (FP8, WORDS) and param.dtype != STORED[entry.dtype]
+    kept = param.dtype not in (FP8, WORDS) or param.dtype == STORED[entry.dtype]
     for i, (stored, place) in enumerate(target.pieces()):
         source = file.read(entry.name, stored)
-        _check_finite(source, source.dtype if quantize else param.dtype, entry)
-        if quantize:
-            scales = target.scale
-            own = scales.view(params[scales.param])[scales.pieces()[i][1]]
-            source = source.to(param.device)
-            packed = param.dtype == WORDS
-            source, scale = int4.quantize_weight(source, own.dtype) if packed else quantize_weight(source, target.parts)
-            own.copy_(scale)
-        param[place].copy_(source)
+        if kept:
+            _check_finite(source, param.dtype, entry)
+            param[place].copy_(source)
+            continue
+        own = target.scale.view(params[target.scale.param])[target.scale.pieces()[i][1]]
+        _check_finite(source, own.dtype, entry)  # its scales are not beyond it
+        source = source.to(param.device)
+        four = param.dtype == WORDS
+        values, scale = int4.quantize_weight(source, own.dtype) if four else quantize_weight(source, target.parts)
+        param[place].copy_(values)
+        own.copy_(scale)
 
 
 def _fill_gptq(params, target, file, entry, scales):
@@ -132,12 +134,12 @@ def _fill_gptq(params, target, file, entry, scales):
     param, packed = target.view(params[target.param]), params[target.param].dtype == WORDS
     source = file.read(entry.name)
     if target.role == "qweight":
-        digits = gptq.unpack(source)
+        digits = gptq.unpack(source.to(param.device))
         if packed:
             param.copy_(int4.pack(digits))
             return
         of = scales[entry.name.removesuffix("qweight") + "scales"]
-        wide = gptq.widen(digits, WeightFile(of.source).read(of.name))
+        wide = gptq.widen(digits, WeightFile(of.source).read(of.name).to(param.device))
         _check_finite(wide, param.dtype, of)
         for stored, place in target.pieces():
             param[place].copy_(wide[stored])

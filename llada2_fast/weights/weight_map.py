@@ -15,7 +15,7 @@ import torch
 
 from ..config import ModelConfig
 from ..kernels.fp8 import FP8
-from ..kernels.gemm import SCALE_GROUP, scale_shape
+from ..kernels.gemm import SCALE_GROUP, num_groups, scale_shape
 from .shapes import WHOLE, Share, is_fp8, parameter_shapes, scale_name
 
 STORED = {  # by safetensors' names
@@ -145,7 +145,7 @@ def rename_table(config: ModelConfig, share: Share = WHOLE) -> dict[str, WeightT
 def _gptq(name, target):
     """The parts of a weight [N, K] in GPTQ's layout. The digits stand for the weight itself."""
     (rows, columns), stem = target.shape, name.removesuffix("weight")
-    groups = scale_shape(target.shape)[1]
+    groups = num_groups(columns)
     shapes = {
         "qweight": (columns // 8, rows), "qzeros": (groups, rows // 8), "scales": (groups, rows), "g_idx": (columns,),
     }  # fmt: skip
