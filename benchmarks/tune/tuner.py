@@ -1,7 +1,8 @@
 """Finds the fastest launch parameters on this GPU and writes the tuned tables, kernels/<family>_tuned.json.
 
-    python -m benchmarks.tune [--ops moe,attention,refine,dense] [--models mini,flash] [--minutes 6]
-                              [--device-name NAME] [--resume] [--results FILE] [--tables FOLDER] [--dry-run]
+    python -m benchmarks.tune [--ops moe,attention,refine,dense] [--models mini,flash] [--names PARTS]
+                              [--minutes 6] [--device-name NAME] [--resume] [--results FILE] [--tables FOLDER]
+                              [--dry-run]
 
 For one kernel at one shape, a *group*, all parameters worth trying are compiled side by side and ahead; what does not
 compile, spills or wants too much shared memory is left out and says so in a line. What is left must give the bits of
@@ -9,11 +10,12 @@ the defaults on random inputs, in poisoned memory, and is then timed roughly on 
 times kernels. The best are timed twice more in turn with the defaults; the fastest enters the table if it beats them by
 more than the noise: what their own two times differ by, and 1 % at least. A share is a mean over workloads.
 
-Groups go in order of importance. Each is one JSON line, printed and appended to benchmarks/results/tune.jsonl, and is
-in the tables as soon as its line is there; what was never measured keeps its entry. The run ends within its minutes;
---resume goes on where a run of the same sources on the same device ended. --device-name: under which name, if another
-than the device's own. Exit codes and --dry-run (on a CPU, in Triton's interpreter, in a checkout): as benchmarks.gpu;
-a dry run writes tables only into --tables.
+Groups go in order of importance; with --names, those alone whose names have one of its parts, as in "int4 m64,fp8 m64".
+Each is one JSON line, printed and appended to benchmarks/results/tune.jsonl, and is in the tables as soon as its line
+is there; what was never measured keeps its entry. The run ends within its minutes; --resume goes on where a run of the
+same sources on the same device ended. --device-name: under which name, if another than the device's own. Exit codes and
+--dry-run (on a CPU, in Triton's interpreter, in a checkout): as benchmarks.gpu; a dry run writes tables only into
+--tables.
 """
 
 import argparse
@@ -53,9 +55,10 @@ CORES_LEFT = 2  # by compilation to what is timed beside it
 DRY_TRIES = 2
 
 
-def groups(machine, ops=tuple(FAMILIES), models=MODELS[:1]):
-    """The groups of a run in their order."""
-    return [group for family in ops for group in FAMILIES[family](machine, models)]
+def groups(machine, ops=tuple(FAMILIES), models=MODELS[:1], names=("",)):
+    """The groups of a run in their order, those whose names have one of `names` in them."""
+    found = [group for family in ops for group in FAMILIES[family](machine, models)]
+    return [group for group in found if any(name in group.name for name in names)]
 
 
 def launches(shapes, groups):
@@ -258,6 +261,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--ops", default=",".join(FAMILIES), help="comma-separated (default: %(default)s)")
     parser.add_argument("--models", default="mini", help=f"some of {','.join(MODELS)} (default: %(default)s)")
+    parser.add_argument("--names", default="", metavar="PARTS", help="comma-separated parts of groups' names")
     parser.add_argument("--minutes", type=float, default=6.0, help="the run ends within them (default: %(default)g)")
     parser.add_argument("--device-name", metavar="NAME", help="name of the device in the tables (default: its own)")
     parser.add_argument("--resume", action="store_true", help="leave out what the results file has already")
@@ -279,7 +283,9 @@ def main(arguments=None):
     torch.manual_seed(0)
     machine = Machine(options.dry_run)
     path = options.results or (None if options.dry_run else RESULTS / "tune.jsonl")
-    chosen = groups(machine, ops, models)
+    chosen = groups(machine, ops, models, options.names.split(","))
+    if not chosen:
+        parser.error(f"--names {options.names}: no group of these has one in its name")
     results = Kept(
         machine, path, options.resume, "tune", gpu.sources("tune", tables=False), groups=chosen,
         device=options.device_name or _tuned.device_name(machine.device),

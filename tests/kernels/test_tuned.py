@@ -257,6 +257,16 @@ def test_unknown_ops_are_refused(capsys):
     assert "--models large: expected some of mini, flash" in capsys.readouterr().err
 
 
+def test_groups_by_their_names(capsys):
+    every = tune.groups(tune.Shapes(), ["moe"])
+    chosen = tune.groups(tune.Shapes(), ["moe"], names=["int4 m64", "fp8 m32 "])
+    wanted = [g.name for g in every if (g.shape["kind"], g.shape["tokens"]) in (("int4", 64), ("fp8", 32))]
+    assert [group.name for group in chosen] == wanted and len(wanted) == 4
+    with pytest.raises(SystemExit):
+        tune.main(["--dry-run", "--names", "int5"])
+    assert "--names int5: no group of these" in capsys.readouterr().err
+
+
 def test_the_telling_groups_come_first():
     groups = tune.groups(tune.Shapes())
     moe = [(group.shape["tokens"], group.shape["kind"], group.shape["tile_m"]) for group in groups[:66]]
