@@ -6,10 +6,12 @@ from itertools import starmap
 import pytest
 
 from benchmarks import aot
+from llada2_fast.kernels import gemm, moe
 
 ONE_EACH = [
     "refine bf16 filters", "candidates bf16 runner-up filters", "moe mini bf16 T=512", "moe mini fp8 T=32",
     "advance A=256 C=64", "qk_norm_rope mini bf16", "moe flash bf16 T=32",  # what Triton 3.6 is the first to spill
+    "moe mini int4 T=32",
 ]  # fmt: skip
 
 
@@ -27,6 +29,17 @@ def test_a_skipped_rounding_is_a_fault():
     (launch,) = launches
     assert launch.options.pop("enable_fp_fusion") is False
     assert "a rounding of the reference is skipped" in aot.compile_launch(launch, "", "sm_90").fault
+
+
+def test_more_tensor_memory_than_there_is_is_a_fault(monkeypatch):
+    """Triton makes a kernel of it that traps, and no error."""
+    wide = {"tile_n": 128, "num_warps": 8, "num_stages": 3}
+    monkeypatch.setattr(moe, "tiles", lambda *args: {"tile_m": 64, "gate_up": wide, "down": wide})
+    with aot.recorded() as launches:
+        aot.SCENARIOS["moe mini int4 T=4096"]()
+    gate_up = next(launch for launch in launches if launch.kernel is gemm._gemm_kernel)
+    assert "columns of tensor memory, 512 are allowed" in aot.compile_launch(gate_up, "", "sm_100").fault
+    assert aot.compile_launch(gate_up, "", "sm_90").fault is None
 
 
 def test_side_by_side_is_as_one_after_the_other_and_in_processes():
