@@ -153,9 +153,7 @@ def _candidates(dtype, runner_up, filters):
 
 def _attention(dtype, heads, kv_heads=4, dim=128, length=32, pages=64, rows=40, fp8=False):
     cache, q = _meta(3, pages, length, kv_heads, dim, dtype=dtype)[1], _meta(rows * length, heads, dim, dtype=dtype)
-    blocks = attention.BlockBatch(
-        _int32(rows), _int32(rows), _int32(rows, pages), _int32(rows), _int32(attention.COUNTERS)
-    )
+    blocks = attention.BlockBatch(_int32(rows), _int32(rows), _int32(rows, pages), _int32(rows))
     attention.block_attention(q, cache, cache, blocks, quantized=fp8)
 
 
@@ -303,11 +301,11 @@ def triton_build():
 FAILURES = triton.CompilationError, triton.runtime.errors.PTXASError, RuntimeError
 
 
-def _not_early(launch):
+def not_early(launch):
     """The launch as a GPU has it whose kernels do not start before the one ahead is over."""
     if "EARLY" not in launch.kernel.arg_names:
         return launch
-    constants = launch.constants | {(launch.kernel.arg_names.index("EARLY"),): False}
+    constants = launch.constants | {(launch.kernel.arg_names.index("EARLY"),): 0}
     return launch._replace(constants=constants, options=launch.options | {"launch_pdl": False})
 
 
@@ -316,7 +314,7 @@ def compiled(launch, target):
     looks for. Raises one of FAILURES."""
     settle_key(launch.kernel)
     if target not in EARLY_TARGETS:
-        launch = _not_early(launch)
+        launch = not_early(launch)
     source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
     return triton.compile(source, target=TARGETS[target], options=launch.options)
 

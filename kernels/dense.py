@@ -19,6 +19,7 @@ from .gemm import gemm, scale_shape
 PROGRAMS = 256  # about two for each multiprocessor of a large GPU
 SMALL = 2**24  # elements of a matrix, with more the parts of one program fill its registers and bring little
 PART = 512  # of K at least
+FEW = 64  # tokens: with more, what parts leave each other in memory takes longer than it saves
 
 
 @lru_cache(maxsize=1024)
@@ -66,6 +67,5 @@ def dense(x, weight, gated, like, own=None, wanted=None):
     tokens, (rows, columns) = len(x.values), weight.values.shape
     own = own or tiles(like.device, rows, columns, gated, tokens, fp8)
     parts = parts_of(rows, columns, gated)
-    programs = triton.cdiv(tokens, own["tile_m"]) * triton.cdiv(rows, own["tile_n"])
-    together = parts == 1 or programs >= PROGRAMS
+    together = parts == 1 or tokens > FEW
     return gemm(x, weight, None, None, gated, like, **own, parts=parts, together=together, wanted=wanted)

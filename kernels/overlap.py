@@ -16,6 +16,7 @@ def inputs_ready(EARLY: tl.constexpr):
     """Wait for the launch ahead; from here on the launch behind may begin."""
     if EARLY:
         tl.extra.cuda.gdc_wait()
+    if EARLY == 2:
         tl.extra.cuda.gdc_launch_dependents()
 
 
@@ -23,7 +24,7 @@ def inputs_ready(EARLY: tl.constexpr):
 def prefetch(rows, COUNT: tl.constexpr, EARLY: tl.constexpr):
     """Ask for COUNT elements from each pointer of `rows` [R] on, in memory that no launch writes: ahead of the wait, so
     that they come while the launch ahead ends."""
-    if EARLY:
+    if EARLY == 2:
         LINE: tl.constexpr = 128 // (rows.dtype.element_ty.primitive_bitwidth // 8)  # elements of what comes at once
         LINES: tl.constexpr = (COUNT + LINE - 1) // LINE
         line = tl.minimum(tl.arange(0, triton.next_power_of_2(LINES)), LINES - 1)

@@ -45,7 +45,7 @@ class Linear(KeepsQuantized):
     exact: on a GPU its rows do not depend on one another, see LLaDA2Model.exact.
     """
 
-    exact = False
+    exact = True
 
     def __init__(
         self, size_in: int, size_out: int, bias: bool = False, quantization: str | None = None, parts: int = 1, **kw

@@ -98,7 +98,7 @@ class LLaDA2Model(OnOurDevices):
         self.config = config
         self.block_length = config.block_size
         self.special_ids = {}  # what the folder says of mask, eos and pad, see special_tokens.py
-        self._exact, self._fp8 = False, config.fp8
+        self._exact, self._fp8 = True, config.fp8
         self._angle_tables = {}
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, **kw)
         self.layers = nn.ModuleList(Layer(config, i, share, **kw) for i in range(config.num_hidden_layers))
@@ -169,7 +169,7 @@ class LLaDA2Model(OnOurDevices):
         device: torch.device | str | int | None = None,
         progress: bool = True,
         quantization: str | None = None,
-        exact: bool = False,
+        exact: bool = True,
         *,
         torch_dtype: torch.dtype | str | None = None,
         device_map: torch.device | str | int | dict | None = None,
@@ -184,7 +184,7 @@ class LLaDA2Model(OnOurDevices):
         progress: show a bar.
         quantization: "fp8" turns the linear layers into block-scaled fp8 while they are read, "int4" the experts into
             four bits with a scale for each 128 of K, None = the config's.
-        exact: the same bits in any batch on a GPU, too, see `exact`.
+        exact: the same bits in any batch on a GPU, too; False may be faster in prefill, see `exact`.
         torch_dtype: another name of dtype.
         device_map: another name of device.
         kwargs: revision, cache_dir, token, local_files_only, force_download of a hub id, subfolder, and what changes

@@ -122,7 +122,7 @@ def attention_case(machine, prefixes, unused=0):
     whole = partial(torch.tensor, dtype=torch.int32, device=device)
     blocks = attention.BlockBatch(
         whole([*range(len(prefixes)), *[-1] * unused]), whole([n - 1 for n in count] + [0] * unused), table,
-        whole([n * BLOCK for n in count]), whole([0] * attention.COUNTERS),
+        whole([n * BLOCK for n in count]),
     )  # fmt: skip
     q = machine.random((len(prefixes) + unused) * BLOCK, config.num_attention_heads, config.head_dim)
     return q, machine.random(*shape), machine.random(*shape), blocks

@@ -61,13 +61,12 @@ def every(**values):
 
 _WIDE, _NARROW = {"TILE_M": (128,), "num_warps": (8,)}, {"TILE_M": (64,), "num_warps": (4,)}
 ATTENTION = {  # by way
-    "narrow": every(**_NARROW, num_stages=(4, 3, 5, 6, 8)),
-    "split": every(**_WIDE, num_stages=(4, 3, 2, 5), maxnreg=(128,)) + every(**_NARROW, num_stages=(4, 3)),
+    "split": every(**_NARROW, num_stages=(4, 3, 5, 6, 8)),
     "whole": every(**_WIDE, num_stages=(4, 3, 5, 6, 8)) + every(**_NARROW, num_stages=(4, 3)),
 }
 VOCAB = every(SPAN=(1,), STAGES=(1,), num_warps=(8, 4, 16)) + every(SPAN=(2, 4), STAGES=(1, 2, 3), num_warps=(8, 4, 16))
 FILTER = every(PIVOTS=(4, 8, 2), STAGES=(1, 2), num_warps=(8, 4, 16))
-STEPS = {"narrow": ((1, 1024), (1, 32768)), "split": ((8, 1024), (8, 32768)), "whole": ((32, 1024), (32, 8192))}
+STEPS = {"split": ((1, 1024), (8, 1024), (8, 32768)), "whole": ((32, 1024), (32, 8192))}
 MODES = ["greedy", "sampling", "filters", "greedy"]
 
 

@@ -45,7 +45,7 @@ def add_model_options(parser):
     group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of the hub id; else its main branch")
     group.add_argument("--dtype", help="bfloat16, float16 or float32; else the checkpoint's (embedded model: float32)")
     group.add_argument("--quantization", metavar="NAME", help="fp8 or int4 weights; else the checkpoint's")
-    group.add_argument("--exact", action="store_true", help="the same bits in any batch on a GPU, too")
+    group.add_argument("--no-exact", dest="exact", action="store_false", help="cuBLAS's products on a GPU")
     group.add_argument("--device", help="cpu, cuda, cuda:1, ...; else the GPU if there is one")
     group.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bars")
     group = parser.add_argument_group("decoding")

@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 
 from ..kernels._ambient import lasting
-from ..kernels.attention import COUNTERS, BlockBatch, pinned
+from ..kernels.attention import BlockBatch, pinned
 from ..kernels.gemm import Wanted
 from .runner import CachedForward, Plan, StepResult
 
@@ -82,7 +82,6 @@ class StepGraph:
         self._offsets = torch.arange(cache.block_length, device=lanes.device)
         # each position's row of the logits; negative in lanes without an entry
         self._index = torch.empty((lanes.count, cache.block_length), dtype=torch.int64, device=lanes.device)
-        self._arrived = torch.zeros(COUNTERS, dtype=torch.int32, device=lanes.device)
 
     def load(self, lanes, filters):
         """Plan a step. lanes: the ints of those that take part, at least one; filters: some row has top_k or top_p."""
@@ -105,7 +104,7 @@ class StepGraph:
         lane, repeat, _ = self._plan.split(self._sizes)
         row, block, *each, order, count = lanes.advance(lane, repeat, self.carried)
         tokens, positions, slots = (x.flatten() for x in each)  # [A + C, L] -> [(A + C) * L]
-        blocks = BlockBatch(row, block, lanes.page_table, lanes.bounds.limit, self._arrived)
+        blocks = BlockBatch(row, block, lanes.page_table, lanes.bounds.limit)
         hidden = self.model.forward_blocks(tokens, positions, blocks, self.cache, slots=slots)
         logits = self.model.lm_logits(hidden[: self.active * self.cache.block_length], Wanted(order, count))
         return lanes.step(logits, self._index, self.filters, only_needed=True)

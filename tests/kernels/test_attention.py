@@ -191,34 +191,13 @@ def bits(x):
 
 def test_ways():
     """Units of work by the number of blocks, mini's on a GPU of 132 multiprocessors."""
-    wanted = {1: ("narrow", 64), 4: ("narrow", 64), 5: ("split", 128), 21: ("split", 128), 22: ("whole", 128)}
+    wanted = {1: ("split", 64), 21: ("split", 64), 22: ("whole", 128)}
     for blocks, (way, rows) in wanted.items():
         found, meta = attention.attention_tiles(torch.device("cpu"), torch.bfloat16, 32, 16, 4, 128, blocks)
         assert (found, meta["TILE_M"]) == (way, rows)
     # of four units each: the first 33, and the others if they are 22 or more
     whole = {22: 22, 33: 33, 40: 33, 54: 33, 55: 55, 75: 66}
     assert {blocks: attention.whole_blocks(blocks, 4, 132) for blocks in whole} == whole
-
-
-def test_no_more_units_are_split_than_there_are_counters():
-    for processors in (8, 108, 132, 148, attention.COUNTERS):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(attention, "multiprocessors", lambda device, count=processors: count)
-            for blocks in range(1, 200):
-                way, meta = attention.attention_tiles(torch.device("cpu"), torch.bfloat16, 32, 16, 4, 128, blocks)
-                units = 4 * (128 // meta["TILE_M"])
-                whole = attention.whole_blocks(blocks, units, processors) if way == "whole" else 0
-                assert 0 <= (blocks - whole) * units <= attention.COUNTERS
-
-
-def test_counters_are_zero_after_every_launch(small_splits):
-    q, k, v, runs = make([(9, 1, 2), (0, 1, 0), (12, 2, 1)], 8, 2, 1, 16)
-    batch = BlockBatch.from_spans(runs, "cpu")
-    first = kernel(q, k, v, batch)
-    assert batch.arrived.shape == (attention.COUNTERS,) and not batch.arrived.any()
-    assert torch.equal(kernel(q, k, v, batch), first)
-    batch.arrived[:] = 1  # a program too early is taken for the last
-    assert not torch.equal(kernel(q, k, v, batch), first)
 
 
 @pytest.mark.parametrize("processors", [1, 3, 10**6])
@@ -278,8 +257,8 @@ def _splits_kernel(
 
 
 def test_splits_are_few_and_even():
-    """By the number of keys alone, in tiles of 32: at most 256 keys each, from 4096 keys on 16 splits of more."""
-    wanted = {32: (1, 1), 256: (8, 1), 288: (5, 2), 1056: (7, 5), 4096: (8, 16), 8224: (17, 16),
+    """By the number of keys alone, in tiles of 32: at most 512 keys each, from 8192 keys on 16 splits of more."""
+    wanted = {32: (1, 1), 512: (16, 1), 544: (9, 2), 1056: (11, 3), 4096: (16, 8), 8224: (17, 16),
               32800: (65, 16)}  # fmt: skip
     keys = torch.tensor([*wanted, 40, 64], dtype=torch.int32)
     row = torch.tensor([*range(len(wanted) + 1), -1], dtype=torch.int32)  # one that ends within a page, one unused
@@ -292,7 +271,7 @@ def test_splits_are_few_and_even():
 def test_batch_of_runs():
     runs = [Span((5, 2, 7, 9), 1, 2, 11), Span((3,), 0, 1, 4), Span((6, 1, 8), 2, 1, 12)]
     batch = BlockBatch.from_spans(runs, "cpu")
-    assert all(x.dtype == torch.int32 for x in batch) and not batch.arrived.any()
+    assert all(x.dtype == torch.int32 for x in batch)
     assert batch.block_row.tolist() == [0, 0, 1, 2] and batch.block_index.tolist() == [1, 2, 0, 2]
     assert batch.page_table.shape == (3, 3) and batch.limit.tolist() == [11, 4, 12]
     assert batch.slots(4).tolist() == attention.span_slots(runs, 4)
@@ -389,7 +368,6 @@ def test_what_does_not_fit_is_refused():
         "block_index": [(q, k, v, batch._replace(block_index=batch.block_index[:1]))],
         "page_table": [(q, k, v, batch._replace(page_table=batch.page_table.T.contiguous().T))],
         "limit": [(q, k, v, batch._replace(limit=batch.limit[:1]))],
-        "arrived": [(q, k, v, batch._replace(arrived=batch.arrived[:8]))],
     }  # fmt: skip
     for name, calls in bad.items():
         for call in calls:
@@ -411,7 +389,7 @@ def test_on_a_gpu(shape, dtype, monkeypatch):
     for i in range(5):
         own, where = alone(args, i)
         assert torch.equal(attention.block_attention(*own), together[where])
-    for processors in (1, 40, attention.COUNTERS):  # other ways to share out the work
+    for processors in (1, 40, 256):  # other ways to share out the work
         monkeypatch.setattr(attention, "multiprocessors", lambda device, count=processors: count)
         assert torch.equal(attention.block_attention(*args), together)
         got, wanted = attention.block_attention(*args, quantized=True), fp8.quantize(together.flatten(1))
@@ -433,4 +411,4 @@ def test_a_cuda_graph_holds_it():
         batch.block_index[0] = first
         graph.replay()
         short = [runs[0]._replace(first_block=first), runs[1]]
-        assert torch.equal(out, attention.block_attention(q, k, v, short)) and not batch.arrived.any()
+        assert torch.equal(out, attention.block_attention(q, k, v, short))
