@@ -305,7 +305,7 @@ def not_early(launch):
     """The launch as a GPU has it whose kernels do not start before the one ahead is over."""
     if "EARLY" not in launch.kernel.arg_names:
         return launch
-    constants = launch.constants | {(launch.kernel.arg_names.index("EARLY"),): 0}
+    constants = launch.constants | {(launch.kernel.arg_names.index("EARLY"),): False}
     return launch._replace(constants=constants, options=launch.options | {"launch_pdl": False})
 
 

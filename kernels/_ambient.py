@@ -5,9 +5,6 @@ from functools import lru_cache, wraps
 
 import torch
 
-import os
-EARLY = int(os.environ.get("EARLY_MODE", "1"))
-
 lasting = torch.inference_mode(False)  # decorates what makes tensors that later calls write to, in whatever mode
 
 
@@ -33,8 +30,7 @@ def run_kernel(kernel, grid, *args, **meta):
     if not x.is_cpu:  # there Triton's interpreter runs, which has no cache
         settle_key(kernel)
     if "EARLY" in kernel.arg_names:
-        early = starts_early(x.device)
-        meta |= {"EARLY": early, "launch_pdl": True} if early else {"EARLY": 0}
+        meta |= {"EARLY": True, "launch_pdl": True} if starts_early(x.device) else {"EARLY": False}
     with torch.cuda.device_of(x):
         return kernel[grid](*args, **meta)
 
@@ -43,8 +39,8 @@ def run_kernel(kernel, grid, *args, **meta):
 def starts_early(device):
     """Whether kernels of this torch.device may start before the launch ahead is over; "meta" is a GPU that can."""
     if device.type == "cuda":
-        return EARLY * (torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0))
-    return EARLY * (device.type == "meta")
+        return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    return device.type == "meta"
 
 
 def settle_key(function):

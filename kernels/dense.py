@@ -5,9 +5,7 @@ bits at any height.
     gated:  silu(gate) * up          W [2N, K], gate rows first
 
 K is added up in one order whatever the tiles, so on a GPU a row's bits do not depend on the rows beside it: cuBLAS,
-which else multiplies in 16 bits and float32, picks its kernels by their number. Where a matrix has few rows, K is cut
-into parts, by its shape alone, which are summed up on their own and then added in order: with few tokens by a program
-each, so that enough of them keep memory busy.
+which else multiplies in 16 bits and float32, picks its kernels by their number.
 """
 
 from functools import lru_cache
@@ -17,9 +15,6 @@ from ._tuned import measured_for
 from .gemm import gemm, scale_shape
 
 PROGRAMS = 256  # about two for each multiprocessor of a large GPU
-SMALL = 2**24  # elements of a matrix, with more the parts of one program fill its registers and bring little
-PART = 512  # of K at least
-FEW = 64  # tokens: with more, what parts leave each other in memory takes longer than it saves
 
 
 @lru_cache(maxsize=1024)
@@ -41,14 +36,6 @@ def default_tiles(rows, gated, tokens):
     return {"tile_m": tile_m, "tile_n": tile_n, "num_warps": warps, "num_stages": stages}
 
 
-def parts_of(rows, columns, gated):
-    """Into how many parts K is cut: part of the definition of a row's bits."""
-    parts, small = 1, not gated and rows * columns <= SMALL
-    while small and 2 * parts * triton.cdiv(rows, 64) <= PROGRAMS and columns % (2 * parts * PART) == 0:
-        parts *= 2
-    return parts
-
-
 def dense(x, weight, gated, like, own=None, wanted=None):
     """x [T, K] times one matrix, both QuantTensor -> QuantTensor [T, N], in the dtype of `like`, but fp8 if gated with
     fp8 weights. One launch. ValueError if shapes do not fit.
@@ -64,8 +51,5 @@ def dense(x, weight, gated, like, own=None, wanted=None):
             raise ValueError(f"scale: contiguous {list(expected)} expected, got {list(weight.scale.shape)}")
     elif weight.values.dtype != x.values.dtype:
         raise ValueError(f"weight: {x.values.dtype} expected, as x, got {weight.values.dtype}")
-    tokens, (rows, columns) = len(x.values), weight.values.shape
-    own = own or tiles(like.device, rows, columns, gated, tokens, fp8)
-    parts = parts_of(rows, columns, gated)
-    together = parts == 1 or tokens > FEW
-    return gemm(x, weight, None, None, gated, like, **own, parts=parts, together=together, wanted=wanted)
+    own = own or tiles(like.device, *weight.values.shape, gated, len(x.values), fp8)
+    return gemm(x, weight, None, None, gated, like, **own, wanted=wanted)

@@ -28,8 +28,7 @@ import torch
 from ._ambient import run_kernel
 from ._triton import tl, triton
 from ._tuned import measured_for, table
-from .arrivals import arrives_last, counters
-from .overlap import inputs_ready, prefetch
+from .overlap import inputs_ready
 
 TILE_K = 64  # unless tuned
 SCALE_GROUP = 128  # rows and columns of a weight, columns of an activation, that share an fp8 scale; columns in int4
@@ -100,17 +99,16 @@ def scale_of(largest):
 
 @triton.jit
 def _sums(
-    x_at, w_at, x_scales, w_scale, inside, real, begin, N: tl.constexpr, K: tl.constexpr, DEPTH: tl.constexpr,
+    x_at, w_at, x_scales, w_scale, inside, real, N: tl.constexpr, K: tl.constexpr,
     GATED: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
-    """Sums over DEPTH of K from `begin` on, of W's rows and, if GATED, of those N below: [TILE_N, TILE_M] each."""
+    """Sums over K of W's rows with rows of x and, if GATED, of those N below: [TILE_N, TILE_M] each."""
     GROUPS: tl.constexpr = (K + _GROUP - 1) // _GROUP
     ROW_GROUPS: tl.constexpr = (N + _GROUP - 1) // _GROUP
     k = tl.arange(0, TILE_K)
     acc = tl.zeros((TILE_N, TILE_M), tl.float32)
     up = tl.zeros((TILE_N, TILE_M), tl.float32)
-    for step in range(0, DEPTH, TILE_K):
-        done = begin + step
+    for done in range(0, K, TILE_K):
         within = (k < K - done)[None, :] if K % TILE_K else tl.full((1, TILE_K), True, tl.int1)
         x = tl.trans(tl.load(x_at + done, mask=inside[:, None] & within, other=0.0))
         w = tl.load(w_at + done, mask=real & within, other=0.0)
@@ -158,7 +156,7 @@ def _int4_sums(
     x_rows, inside, weight, scale, n, like, N: tl.constexpr, K: tl.constexpr,
     GATED: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
-    """_sums over all of K with rows `n` of a matrix in int4."""
+    """_sums with rows `n` of a matrix in int4."""
     ROWS: tl.constexpr = 2 * N if GATED else N
     GROUPS: tl.constexpr = (K + _GROUP - 1) // _GROUP
     PAIRS: tl.constexpr = _LANES // 2  # of words
@@ -192,21 +190,18 @@ def _int4_sums(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _gemm_kernel(
-    X, W, SHARED, OUT, X_SCALE, W_SCALE, SHARED_SCALE, OUT_SCALE, LIKE, ORDER, TILES, COUNT, PARTIAL, ARRIVED,
-    tokens, x_stride,
-    N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, GATED: tl.constexpr, PARTS: tl.constexpr,
+    X, W, SHARED, OUT, X_SCALE, W_SCALE, SHARED_SCALE, OUT_SCALE, LIKE, ORDER, TILES, COUNT, tokens, x_stride,
+    N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, GATED: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of the shared expert, then a bound on the routed ones) * (N / TILE_N), the latter fastest; of a plain
     product the former, so that a tile of weights, of which there are far more than of rows, comes from memory once.
 
-    PARTS of K are summed up on their own and then added in order: by one program, or with PARTIAL [grid 0, PARTS,
-    TILE_N * TILE_M] and counters ARRIVED by one each, grid (.., PARTS).
-
     GATED: a row of X is a token, else a row of OUT. SHARED: one more matrix, or None. COUNT: of TILES. TILES None: one
     matrix, W, and every row, or those COUNT that ORDER names. Scales None: neither fp8 nor int4, which has none of X.
     OUT_SCALE: OUT is fp8 too, TILE_N 128. LIKE: of the type of activations.
     """
+    inputs_ready(EARLY)
     INT4: tl.constexpr = W_SCALE is not None and X_SCALE is None
     ROWS: tl.constexpr = 2 * N if GATED else N
     GROUPS: tl.constexpr = (K + _GROUP - 1) // _GROUP  # of a row's K that share a scale
@@ -220,9 +215,6 @@ def _gemm_kernel(
         first = tl.program_id(0) % tl.cdiv(N, TILE_N) * TILE_N
     n = first + tl.arange(0, TILE_N)
     m = tl.arange(0, TILE_M)
-    if PARTIAL is not None:
-        prefetch(W + tl.minimum(n, N - 1) * K + tl.program_id(1) * (K // PARTS), K // PARTS, EARLY)
-    inputs_ready(EARLY)
     weight = W
     w_scale = W_SCALE
     if TILES is None:
@@ -275,31 +267,8 @@ def _gemm_kernel(
             X + source[:, None].to(tl.int64) * x_stride, inside[:, None], weight, w_scale, n, LIKE,
             N, K, GATED, TILE_M, TILE_N,
         )  # fmt: skip
-    elif PARTS == 1:
-        acc, up = _sums(x_at, w_at, x_scales, w_scale, inside, real, 0, N, K, K, GATED, TILE_M, TILE_N, TILE_K)
     else:
-        tl.static_assert(not GATED and K % (PARTS * TILE_K) == 0)
-        acc = tl.zeros((TILE_N, TILE_M), tl.float32)
-        if PARTIAL is None:
-            for part in range(PARTS):
-                one, up = _sums(
-                    x_at, w_at, x_scales, w_scale, inside, real, part * (K // PARTS), N, K, K // PARTS, False,
-                    TILE_M, TILE_N, TILE_K,
-                )  # fmt: skip
-                acc += one
-        else:
-            part = tl.program_id(1)
-            one, up = _sums(
-                x_at, w_at, x_scales, w_scale, inside, real, part * (K // PARTS), N, K, K // PARTS, False,
-                TILE_M, TILE_N, TILE_K,
-            )  # fmt: skip
-            kept = tl.arange(0, TILE_N)[:, None] * TILE_M + m[None, :]
-            kept += tl.program_id(0) * (PARTS * TILE_N * TILE_M)
-            tl.store(PARTIAL + part * (TILE_N * TILE_M) + kept, one)
-            if not arrives_last(ARRIVED + tl.program_id(0), PARTS):
-                return
-            for part in tl.static_range(PARTS):
-                acc += tl.load(PARTIAL + part * (TILE_N * TILE_M) + kept)
+        acc, up = _sums(x_at, w_at, x_scales, w_scale, inside, real, N, K, GATED, TILE_M, TILE_N, TILE_K)
     if GATED:
         gate = rounded(acc, LIKE)
         acc = rounded(rounded(gate / (1.0 + tl.exp(-gate)), LIKE) * rounded(up, LIKE), LIKE)
@@ -319,8 +288,7 @@ def _loaded(weight):
 
 
 def gemm(
-    x, weight, shared, routing, gated, like, tile_m, tile_n, num_warps, num_stages, tile_k=TILE_K,
-    parts=1, together=True, wanted=None,
+    x, weight, shared, routing, gated, like, tile_m, tile_n, num_warps, num_stages, tile_k=TILE_K, wanted=None
 ):  # fmt: skip
     """All pairs of a Routing and, behind them, all tokens through `shared`; or routing None: x W^T. One launch.
 
@@ -328,8 +296,7 @@ def gemm(
     shared [N or 2N, K] or None; all QuantTensor, contiguous but for the rows of an x that is not fp8. Returns a
     QuantTensor: [T * top_k (+ T), N], or [T, N], in the dtype of the tensor `like`, but fp8 if gated with fp8 weights.
     tile_m must be the routing's if there is one; tile_n and tile_k are those of 16 bits. With weights in int4 x is of
-    the dtype of `like`. parts: of K, summed up on their own and added in order, by one program if `together`; each must
-    be whole tiles of K. wanted: without routing, the Wanted rows, None = all; others' results are not written.
+    the dtype of `like`. wanted: without routing, the Wanted rows, None = all; others' results are not written.
     """
     (tokens, top_k), bound = (routing.ids.shape, len(routing.tiles)) if routing else ((len(x.values), 1), 0)
     rows, depth = (
@@ -352,17 +319,13 @@ def gemm(
     tiles = bound + (triton.cdiv(tokens, tile_m) if alone else 0)
     if count == 0:
         return QuantTensor(out, out_scale)
-    grid, partial, arrived = (tiles * triton.cdiv(width, tile_n),), None, None
-    if not together:
-        partial = like.new_empty(*grid, parts, tile_n * tile_m, dtype=torch.float32)
-        grid, arrived = (*grid, parts), counters(like, *grid)
     order, listed, number = routing[2:5] if routing else (wanted.order, None, wanted.count) if wanted else [None] * 3
     run_kernel(
-        _gemm_kernel, grid,
+        _gemm_kernel, (tiles * triton.cdiv(width, tile_n),),
         x.values, _loaded(weight), shared and _loaded(shared), out,
         x.scale, weight.scale, shared and shared.scale, out_scale, like,
-        order, listed, number, partial, arrived, tokens, x.values.stride(0),
-        N=width, K=depth, TOP_K=top_k, GATED=gated, PARTS=parts, TILE_M=tile_m, TILE_N=tile_n, TILE_K=tile_k,
+        order, listed, number, tokens, x.values.stride(0),
+        N=width, K=depth, TOP_K=top_k, GATED=gated, TILE_M=tile_m, TILE_N=tile_n, TILE_K=tile_k,
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return QuantTensor(out, out_scale)

@@ -15,7 +15,7 @@ from ._triton import FLOATS, tl, triton, use_triton
 from .combine import ExpertSum, sum_experts, summed_ref
 from .fp8 import FP8, QuantRows, num_groups, quantize_groups
 from .gemm import SCALE_GROUP, rounded
-from .overlap import inputs_ready, prefetch
+from .overlap import inputs_ready
 
 MAX_SIZE = 16384  # a row is one tile of registers
 _GROUP = tl.constexpr(SCALE_GROUP)
@@ -41,7 +41,6 @@ def _rms_norm_kernel(
     """Grid (tiles of rows,). DELTA and SUM are None where nothing is added. Of an ExpertSum of K, DELTA is its outer,
     PAIR_WEIGHTS are its weights. OUT, or VALUES and SCALES in fp8, may be None. Roundings are those of the reference.
     """
-    prefetch(WEIGHT + tl.arange(0, 1), H, EARLY)
     inputs_ready(EARLY)
     r = tl.program_id(0).to(tl.int64) * TILE_R + tl.arange(0, TILE_R)[:, None]
     h = tl.arange(0, TILE_H)[None, :]

@@ -18,7 +18,7 @@ from . import gemm
 from ._ambient import run_kernel
 from ._triton import tl, triton, use_triton
 from .arrivals import arrives_last
-from .overlap import inputs_ready, prefetch
+from .overlap import inputs_ready
 from .product import linear
 
 CHUNK = 512  # of H summed up on its own: a constant, so that a token's bits do not depend on how work was split
@@ -106,8 +106,6 @@ def _scores_kernel(
     t = tl.program_id(0) * TILE_T + tl.arange(0, TILE_T)
     e = tl.program_id(1) * TILE_E + tl.arange(0, TILE_E)
     part = tl.program_id(2)
-    if H % CHUNK == 0:
-        prefetch(W + tl.minimum(e, E - 1) * H + part * (CHUNKS * CHUNK), CHUNKS * CHUNK, EARLY)
     inputs_ready(EARLY)
     if DONE is not None:
         if tl.program_id(0) + tl.program_id(1) + part == 0:
@@ -284,7 +282,6 @@ def _select_kernel(
     Ids and weights; with COUNTS, how many tokens of the group chose each column; without, whoever arrives last, as DONE
     says, which was 0, sorts the pairs of all, TILE_P at most.
     """
-    prefetch(BIAS + tl.arange(0, 1), E, EARLY)
     inputs_ready(EARLY)
     C: tl.constexpr = GROUPS * WIDTH
     column = tl.arange(0, C)
