@@ -151,10 +151,10 @@ def _candidates(dtype, runner_up, filters):
     candidates.launch(_meta(8, 32, VOCAB, dtype=dtype), long, whole, params, IDS, whole, None, filters, runner_up)
 
 
-def _attention(dtype, heads, kv_heads=4, dim=128, length=32, pages=64, rows=40, fp8=False):
+def _attention(dtype, heads, kv_heads=4, dim=128, length=32, pages=64, rows=40):
     cache, q = _meta(3, pages, length, kv_heads, dim, dtype=dtype)[1], _meta(rows * length, heads, dim, dtype=dtype)
     blocks = attention.BlockBatch(_int32(rows), _int32(rows), _int32(rows, pages), _int32(rows))
-    attention.block_attention(q, cache, cache, blocks, quantized=fp8)
+    attention.block_attention(q, cache, cache, blocks)
 
 
 def _qk_norm_rope(dtype, heads, kv_heads=4, dim=128, rot=64, length=32, write=True, norms=True):
@@ -220,7 +220,6 @@ SCENARIOS = {
     **{f"attention mini {name} B={n}": partial(_attention, TYPES[name], 16, rows=n) for name in TYPES for n in ROWS},
     **{f"attention flash bf16 B={n}": partial(_attention, BF16, 32, rows=n) for n in ROWS},
     **{f"attention mini bf16 L={n}": partial(_attention, BF16, 16, length=n) for n in (1, 16, 48)},
-    **{f"attention mini fp8 B={n}": partial(_attention, BF16, 16, rows=n, fp8=True) for n in ROWS},
     "attention bf16 D=64": partial(_attention, BF16, 8, dim=64),
     "attention fp32 D=80": partial(_attention, FP32, 8, dim=80),
     "attention fp32 D=16": partial(_attention, FP32, 4, 2, 16, 8),

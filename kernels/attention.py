@@ -24,8 +24,6 @@ from ._ambient import run_kernel
 from ._triton import FLOATS, tl, triton, use_triton
 from ._tuned import measured
 from .arrivals import arrives_last, counters
-from .fp8 import FP8, quantize, quantize_ref
-from .gemm import SCALE_GROUP, QuantTensor, rounded, scale_of
 from .overlap import inputs_ready
 
 # Keys of a split at most (more beyond 8192 keys), splits of a block. By 128, 256 and 512 keys an H100 takes 13.8, 12.7
@@ -206,26 +204,20 @@ def _merge(top, total, acc, next_top, next_total, next_acc):
 
 
 @triton.jit
-def _write(total, acc, OUT, SCALE, LIKE, block, kv_head, m, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+def _write(total, acc, OUT, block, kv_head, m, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
            L: tl.constexpr):  # fmt: skip
-    """Outputs of the queries m of a KV head by their sums; SCALE: OUT is fp8, with a scale for each of them."""
+    """Outputs of the queries m of a KV head by their sums."""
     d = tl.arange(0, acc.shape[1])[None, :]
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None] + 0.0  # no -0.0, which merging into nothing would lose
     OUT += (block.to(tl.int64) * (L * HEADS) + kv_head * GROUP) * D
     vector = m + m // GROUP * (HEADS - GROUP)
-    real = m < L * GROUP
-    if SCALE is not None:
-        SCALE += block.to(tl.int64) * (L * HEADS) + kv_head * GROUP
-        out = rounded(out, LIKE)
-        scale = scale_of(tl.max(tl.abs(out), 1))
-        out = tl.div_rn(out, scale[:, None])
-        tl.store(SCALE + vector, scale, mask=real)
-    tl.store(OUT + vector[:, None] * D + d, out.to(OUT.dtype.element_ty), mask=real[:, None] & (d < D))
+    mask = (m < L * GROUP)[:, None] & (d < D)
+    tl.store(OUT + vector[:, None] * D + d, out.to(OUT.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=[*_TABLES, "whole", "splits", "table_stride"])
 def _attention_kernel(
-    Q, K, V, OUT, SCALE, PART, TOP, TOTAL, BLOCK_ROW, BLOCK_INDEX, PAGE_TABLE, LIMIT, ARRIVED,
+    Q, K, V, OUT, PART, TOP, TOTAL, BLOCK_ROW, BLOCK_INDEX, PAGE_TABLE, LIMIT, ARRIVED,
     whole, splits, scale, table_stride, q_stride, page_stride, token_stride, head_stride,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, L: tl.constexpr,
     SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, WHOLE: tl.constexpr,
@@ -238,7 +230,6 @@ def _attention_kernel(
     head, the tiles fastest. A program of a whole block takes the splits one after the other; WHOLE: there are such. Of
     other blocks each program leaves its exp2-sums, relative to its largest score, in PART [programs * TILE_M, TILE_D],
     TOP and TOTAL, and whichever comes last of a unit merges them.
-    SCALE: None, or OUT is fp8.
     """
     inputs_ready(EARLY)
     GROUP: tl.constexpr = HEADS // KV_HEADS
@@ -297,7 +288,7 @@ def _attention_kernel(
         top = tl.where(count == 0, 0.0, top)  # of an unused block, whose sums of nothing are nothing
         top, total, acc = _merge(all_top, all_total, all_acc, top, total, acc)
     if alone | (count <= 1):
-        _write(total, acc, OUT, SCALE, Q, block, kv_head, m, HEADS, GROUP, D, L)
+        _write(total, acc, OUT, block, kv_head, m, HEADS, GROUP, D, L)
         return
 
     program = (tl.program_id(0) - whole * UNITS).to(tl.int64)
@@ -317,27 +308,24 @@ def _attention_kernel(
             next_acc = tl.load(PART + part[:, None] * TILE_D + d[None, :])
             top, total, acc = _merge(top, total, acc, tl.load(TOP + part), tl.load(TOTAL + part), next_acc)
             part += UNITS * TILE_M
-        _write(total, acc, OUT, SCALE, Q, block, kv_head, start + r, HEADS, GROUP, D, L)
+        _write(total, acc, OUT, block, kv_head, start + r, HEADS, GROUP, D, L)
 
 
-def block_attention(q, k_cache, v_cache, blocks, quantized=False):
+def block_attention(q, k_cache, v_cache, blocks):
     """Block attention of packed query blocks: q [NB * L, nq, D], caches [pages, L, nk, D] -> [NB * L, nq, D].
 
     blocks: list of Span or a BlockBatch; the latter on a GPU, where a list costs a copy to the device at every call.
-    quantized: the result as fp8.quantize gives it for [NB * L, nq * D], in the same launch if D is 128.
     ValueError if shapes, dtypes or strides do not fit.
     """
     if use_triton(q):
         batch = blocks if isinstance(blocks, BlockBatch) else BlockBatch.from_spans(blocks, q.device)
-        if not quantized or q.shape[-1] == SCALE_GROUP:
-            return launch(q, k_cache, v_cache, batch, quantized)
-        return quantize(launch(q, k_cache, v_cache, batch).flatten(1))
-    reference = batch_attention_ref if isinstance(blocks, BlockBatch) else block_attention_ref
-    out = reference(q, k_cache, v_cache, blocks)
-    return quantize_ref(out.flatten(1)) if quantized else out
+        return launch(q, k_cache, v_cache, batch)
+    if isinstance(blocks, BlockBatch):
+        return batch_attention_ref(q, k_cache, v_cache, blocks)
+    return block_attention_ref(q, k_cache, v_cache, blocks)
 
 
-def launch(q, k_cache, v_cache, batch, quantized=False):
+def launch(q, k_cache, v_cache, batch):
     check_caches(q, k_cache, v_cache, k_cache.shape[-2])
     _, length, kv_heads, dim = k_cache.shape
     tokens, heads, _ = q.shape
@@ -355,12 +343,9 @@ def launch(q, k_cache, v_cache, batch, quantized=False):
                 f"{name}: contiguous int32 {list(shape)} on {q.device} expected, "
                 f"got {x.dtype} {list(x.shape)} on {x.device}"
             )  # fmt: skip
-    shape, kind = ((tokens, heads * dim), FP8) if quantized else (q.shape, q.dtype)
-    out = torch.empty(shape, dtype=kind, device=q.device)
-    scale = torch.empty(tokens, heads, dtype=torch.float32, device=q.device) if quantized else None
-    result = QuantTensor(out, scale) if quantized else out
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if tokens == 0:
-        return result
+        return out
     way, meta = attention_tiles(q.device, q.dtype, length, heads, kv_heads, dim, count)
     units = kv_heads * triton.cdiv(length * heads // kv_heads, meta["TILE_M"])  # of work, of a block
     whole = whole_blocks(count, units, multiprocessors(q.device)) if way == "whole" else 0
@@ -372,10 +357,10 @@ def launch(q, k_cache, v_cache, batch, quantized=False):
     top, total = torch.empty(2, vectors, dtype=torch.float32, device=q.device)
     run_kernel(
         _attention_kernel, (whole * units + parts,),
-        q, k_cache, v_cache, out, scale, part, top, total, *batch, arrived, whole, splits,
+        q, k_cache, v_cache, out, part, top, total, *batch, arrived, whole, splits,
         dim**-0.5 * 1.4426950408889634, width, q.stride(0), *k_cache.stride()[:3], WHOLE=whole > 0, **meta,
     )  # fmt: skip
-    return result
+    return out
 
 
 def check_caches(x, k_cache, v_cache, kv_heads):

@@ -9,7 +9,7 @@ from torch import nn
 
 from .config import ModelConfig
 from .kernels import int4
-from .kernels.fp8 import FP8, QuantRows, linear, unquantised
+from .kernels.fp8 import FP8, linear, unquantised
 from .kernels.gemm import WORDS, QuantTensor, scale_shape
 from .kernels.moe import experts, mlp
 from .kernels.norm import add_rms_norm, rms_norm
@@ -98,7 +98,7 @@ class Attention(nn.Module):
         k_weight = self.key_layernorm.weight if self.norms else None
         args = (qkv, q_weight, k_weight, angles, self.eps, self.heads, self.kv_heads)
         o = attend(*qk_norm_rope(*args)) if pages is None else attend(qk_norm_rope_write(*args, *pages))
-        return self.dense(o if isinstance(o, QuantRows) else o.flatten(-2))
+        return self.dense(o.flatten(-2))
 
 
 class MLP(nn.Module):

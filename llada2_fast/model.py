@@ -16,11 +16,10 @@ from torch import nn
 from .cache import PagedKVCache
 from .config import ModelConfig, as_int, habits
 from .kernels._ambient import isolated, lasting
-from .kernels._triton import use_triton
 from .kernels.arrivals import counters_at_zero
 from .kernels.attention import BlockBatch, Span, block_attention, masked_attention, place_blocks, single_blocks
 from .kernels.combine import summed
-from .kernels.fp8 import FP8, QuantRows, check_device, linear, unquantised
+from .kernels.fp8 import FP8, check_device, linear, unquantised
 from .kernels.gemm import SCALE_GROUP, WORDS, Wanted
 from .kernels.product import Rows, rows_of
 from .kernels.rope import Angles, look_up, rope_angles
@@ -60,10 +59,9 @@ def read_nothing(device: torch.device) -> Read:
     return Read([], torch.empty(0, dtype=torch.int64, device=device))
 
 
-def _attend(k, v, blocks, fp8, q, own=slice(None), rows=slice(None)):
-    """Attention over pages of the queries [T, nq, D] of `own` tokens; `rows` of the result, QuantRows if fp8."""
-    out = block_attention(q[own], k, v, blocks, quantized=fp8)
-    return (QuantRows(*out, q[:0]) if fp8 else out)[rows]
+def _attend(k, v, blocks, q, own=slice(None), rows=slice(None)):
+    """Attention over pages of the queries [T, nq, D] of `own` tokens; `rows` of the result."""
+    return block_attention(q[own], k, v, blocks)[rows]
 
 
 def seen_block_length(logits: torch.Tensor) -> int | None:
@@ -380,10 +378,9 @@ class LLaDA2Model(OnOurDevices):
         blocks, slot = place_blocks(spans, length, x) if slots is None else (spans, slots)
         block = self._token_blocks(1, tokens.shape[0], length)
         angles = look_up(*self._angle_table(_longest(spans, length)), positions)
-        fp8 = self._fp8 and use_triton(x)  # what attention writes is quantised for the product that reads it
         *layers, last = zip(self.layers, cache.k, cache.v, strict=True)
         for layer, k, v in layers if read is not None else [*layers, last]:
-            x, delta, _ = layer(x, delta, angles, partial(_attend, k, v, blocks, fp8), block, (k, v, slot))
+            x, delta, _ = layer(x, delta, angles, partial(_attend, k, v, blocks), block, (k, v, slot))
         if read is None:
             return self.norm.add(x, delta)[1]
         layer, k, v = last
@@ -396,7 +393,7 @@ class LLaDA2Model(OnOurDevices):
         else:  # experts are chosen for whole blocks
             within, after = slice(None), read.rows
             block = self._token_blocks(1, len(own), length)
-        attend = partial(_attend, k, v, blocks, fp8, own=own, rows=within)
+        attend = partial(_attend, k, v, blocks, own=own, rows=within)
         x, delta, _ = layer(x, delta, angles, attend, block, (k, v, slot), own[within])
         return self.norm.add(x, delta)[1][after]
 

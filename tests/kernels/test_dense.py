@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from benchmarks.gpu.machine import poisoned
 from llada2_fast.kernels import dense, fp8, moe
 from llada2_fast.kernels._triton import force_ops
-from llada2_fast.kernels.arrivals import counters, counters_at_zero
-from llada2_fast.kernels.gemm import QuantTensor, Wanted, gemm
+from llada2_fast.kernels.gemm import QuantTensor, Wanted
 from tests.kernels.interpreter import interpreted, products_in_order
 
 HEIGHTS = (1, 2, 16, 17, 33, 64, 65, 130)  # of every default tile, whole and not
@@ -38,26 +37,6 @@ def test_exact_rows_are_alike_at_every_height(on_gpu, dtype):
     assert len(set(tiles.values())) == 3
 
 
-@pytest.mark.parametrize("kind", ["bf16", "fp8"])
-@pytest.mark.parametrize("parts", [2, 4])
-def test_parts_of_k_are_added_in_order_whoever_has_made_them(on_gpu, kind, parts):
-    """By one program or by a program each; also with other tiles."""
-    h = random(40, 512, dtype=torch.bfloat16) * 20
-    weight = random(136, 512, seed=1, dtype=torch.bfloat16)
-    with force_ops("torch"):
-        wanted = fp8.linear(h, *fp8.quantize_weight(weight)) if kind == "fp8" else F.linear(h, weight)
-    if kind == "fp8":
-        x, weight = fp8.quantize(h), fp8.quantize_weight(weight)
-    else:
-        x, weight = QuantTensor(h), QuantTensor(weight)
-    first = None
-    for together, tile_m, tile_n in ((True, 16, 64), (False, 16, 64), (False, 64, 64), (True, 32, 128)):
-        got = gemm(x, weight, None, None, False, h, tile_m, tile_n, 4, 3, parts=parts, together=together).values
-        first = got if first is None else first
-        assert torch.equal(got, first)
-    assert (first - wanted).float().norm() < 1e-2 * wanted.float().norm()
-
-
 @pytest.mark.parametrize("count", [0, 1, 16, 37, 90])
 def test_only_wanted_rows_are_multiplied(on_gpu, count):
     """Each in its own place, with its own bits."""
@@ -70,20 +49,6 @@ def test_only_wanted_rows_are_multiplied(on_gpu, count):
     rows = order[:count].long()
     assert torch.equal(got[rows], want[rows])
     assert got[order[count:].long()].isnan().all()
-
-
-def test_counters_are_zero_and_each_launch_has_its_own(on_gpu):
-    class Twice:
-        @counters_at_zero
-        def run(self, x):
-            return [counters(x, count) for count in (5, 7, 2**16)]
-
-    x = torch.zeros(3)
-    first, second, large = Twice().run(x)
-    assert [len(one) for one in (first, second, large)] == [5, 7, 2**16]
-    assert first.dtype == torch.int32 and not any(one.any() for one in (first, second, large))
-    assert second.data_ptr() == first.data_ptr() + 4 * 8
-    assert counters(x, 3).data_ptr() not in (first.data_ptr(), second.data_ptr())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
