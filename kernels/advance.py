@@ -85,7 +85,7 @@ def advance_ref(
     slot, there = torch.full_like(laid, -1), index < page_table.shape[1]
     slot[there] = page_table[rows[there], index[there]].long()[:, None] * length + offset
     masked, editable = roles_ref(state.tokens[lane], state.kind[lane], state.frozen[lane], flags[lane], ids.mask)
-    wanted = ((masked | editable) & (repeat == 0)[:, None]).flatten().nonzero()[:, 0].int()
+    wanted = ((masked | editable) & (repeat == 0)[:, None]).flatten().nonzero()[:, 0].int()  # sync: reference
     order, count = wanted.new_zeros(len(lane) * length), wanted.new_full((1,), len(wanted))
     order[: len(wanted)] = wanted
     return Forwarded(rows.int(), index.int(), laid, index[:, None] * length + offset, slot, order, count)

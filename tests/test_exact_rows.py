@@ -140,14 +140,17 @@ def test_a_model_says_what_holds():
     assert wide.keys() - found.keys() == {(*shape[:2], torch.bfloat16) for shape in found if shape[0] != 8}
 
 
-def test_a_network_that_is_on_no_cpu_is_exact_if_told():
+def test_a_network_that_is_on_no_cpu_is_exact_unless_told():
     model = LLaDA2Elsewhere(rows.WIDE)
-    assert not model.exact and not model.exact_rows
-    model.exact = True
-    assert model.exact_rows and model.lm_head.exact and model.layers[0].mlp.down.exact
+    assert model.exact and model.exact_rows and model.lm_head.exact
+    model.exact = False
+    assert not model.exact_rows and not model.lm_head.exact and not model.layers[0].mlp.down.exact
     narrow = LLaDA2Elsewhere(replace(rows.WIDE, quantization="fp8"))
-    assert narrow.exact_rows and not narrow.exact
+    narrow.exact = False
+    assert narrow.exact_rows
     tied = LLaDA2Elsewhere(replace(rows.WIDE, quantization="fp8", tie_word_embeddings=True))
+    assert tied.exact_rows
+    tied.exact = False
     assert not tied.exact_rows
 
 
@@ -155,7 +158,6 @@ def test_a_network_that_is_on_no_cpu_is_exact_if_told():
 @pytest.mark.parametrize("dtype", rows.DTYPES, ids=str)
 def test_a_gpu_gives_a_prompt_the_tokens_and_trace_it_gets_alone(dtype):
     model = copy.deepcopy(rows.model(dtype=dtype)).to("cuda")
-    model.exact = True
     for length in (1, 5, 8):
         assert rows.differing(model, length) == []
 
@@ -165,7 +167,6 @@ def test_a_gpu_gives_a_prompt_the_tokens_and_trace_it_gets_alone(dtype):
 def test_a_gpu_engine_gives_every_request_what_it_gets_alone(dtype):
     """Alone, in a batch that others join at random, and with its prompt in the cache."""
     model = copy.deepcopy(rows.model(dtype=dtype)).to("cuda")
-    model.exact = True
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(0, 59, (n,), generator=generator).tolist() for n in (40, 3, 90, 17, 64, 33, 8, 51)]
     params = [DecodeParams(gen_length=40, threshold=0.3, eos_ids=(), temperature=i % 2 * 0.8, seed=i) for i in range(8)]

@@ -117,7 +117,7 @@ def _exactness(model):
     """Whether a request's tokens are those it gets alone, and how that is known."""
     if model.device.type != "cpu":
         told = "yes: no product rounds a row by the rows beside it"
-        return told if model.exact_rows else "not promised: cuBLAS picks kernels by the number of rows (--exact)"
+        return told if model.exact_rows else "not promised: cuBLAS picks kernels by the number of rows"
     products = model.products().values()
     if not model.exact_rows:
         none = sum(rows.least is None for rows in products)

@@ -130,4 +130,9 @@ def test_on_a_gpu(shape, dtype):
         for wide in (False, True):
             added, got = norm.add_rms_norm(x, delta, weight, 1e-6, fp8=True, wide=wide)
             assert torch.equal(added, total)
-            same_rows(got, normed)
+            if dtype != torch.float32:
+                same_rows(got, normed)
+                continue
+            # a row of float32 that is cut into groups may be summed up in another order than one that is not
+            scale = got.scale.repeat_interleave(128, -1)[:, : shape[1]]
+            assert ((got.values.float() * scale - normed).abs() <= 0.0626 * normed.abs() + scale / 512).all()
