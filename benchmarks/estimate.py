@@ -10,7 +10,7 @@ operations of that, are counted (benchmarks.counts, part kernels). A launch take
 or their sum, and GAP until the next one begins. The figures of a Rate are fitted to two sizes, 64 and 1280 tokens, of
 the H100's profiles of the tree at BEFORE (results/gpu.jsonl). Other sizes and the H200 are held against what they give:
 `residuals` has measured steps beside their estimates. On the H200 fp8 takes longer than that, as nobody has tuned its
-tiles there. PREDICTED has the rates of kernels that are others since BEFORE and were not measured yet.
+tiles there. SINCE has the rates of kernels that are others since BEFORE, fitted to its profiles of them.
 """
 
 from typing import NamedTuple
@@ -22,7 +22,8 @@ from .roofline import BLOCK, GPUS, MINI, floor_ms, gpu_of, step_costs, touched_e
 BEFORE = "f74eaf5"  # commit of the line that others are held against
 BATCHES, PREFIX = (1, 8, 32), 1024
 CARDS = ("h100", "h200")
-GAP = 0.3  # µs between two kernels of a graph; our own begin early since BEFORE, see kernels/overlap.py
+GAP = 0.3  # µs between two kernels of a graph
+EARLY = -0.25  # the same since BEFORE: less than none, for our own kernels begin early, see kernels/overlap.py
 
 
 class Rate(NamedTuple):
@@ -62,8 +63,17 @@ MEASURED = {  # by how a kernel's name begins
     "_advance_kernel": Rate(2.0),
     "_commit_kernel": Rate(7.0),
 }
-PREDICTED = {
-    "_rms_norm_kernel experts": Rate(2.1, 1.2),  # it waits for memory as the sum of experts did
+SINCE = {  # of kernels that are others since BEFORE
+    "_gemm_kernel plain bf16": Rate(3.6, 0.99, 0.79),
+    "_gemm_kernel gate_up int4": Rate(3.0, 0.87, 0.102),
+    "_gemm_kernel down int4": Rate(3.0, 0.8, 0.098),
+    "_attention_kernel": Rate(11.8, 1.0, 0.295),
+    "_rms_norm_kernel": Rate(1.45, through=5.0),
+    "_rms_norm_kernel experts": Rate(2.25, 1.11),
+    "_qk_norm_rope_kernel": Rate(2.6, through=2.4),
+    "_scores_kernel": Rate(2.7, 1.0, 0.174),
+    "_select_kernel": Rate(6.9, through=0.53),
+    "_align_kernel": Rate(3.25, through=0.0223),
 }
 UNKNOWN = Rate(1.6, 0.8, 0.5)  # of kernels that nobody has timed
 
@@ -88,7 +98,7 @@ class Work(NamedTuple):
 
 
 def rates(line):
-    return MEASURED if _is_before(line) else MEASURED | PREDICTED
+    return MEASURED if _is_before(line) else MEASURED | SINCE
 
 
 def _is_before(line):
@@ -97,7 +107,7 @@ def _is_before(line):
 
 def gap_us(kernel, line):
     """Ahead of each launch."""
-    return GAP if _is_before(line) or not kernel.startswith("_") else 0.0
+    return GAP if _is_before(line) or not kernel.startswith("_") else EARLY
 
 
 def rate_of(kernel, known):

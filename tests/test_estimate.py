@@ -67,7 +67,7 @@ def step_of(time, ms):
 
 
 def test_two_lines_side_by_side_and_beside_what_was_measured(monkeypatch):
-    monkeypatch.setattr(estimate, "PREDICTED", {"_faster": Rate(0.7)})
+    monkeypatch.setattr(estimate, "SINCE", {"_faster": Rate(0.7)})
     works = Work("_faster_kernel", 10, 0, 0), Work("_new_kernel", 1, 0, 0)
     lines = [line("f74eaf5", "2", *works), line("aaa", "3"), line("bbb", "5", *works)]
     named = estimate.before_and_after(lines)
