@@ -20,7 +20,7 @@ import torch
 from ._ambient import run_kernel
 from ._triton import tl, triton, use_triton
 from .overlap import inputs_ready
-from .roles import GENERATED, PADDING, PROMPT, TAIL, SpecialIds, _roles, roles_ref
+from .roles import GENERATED, PADDING, PROMPT, TAIL, SpecialIds, _needed, needed_ref
 from .state import BLOCK_DONE, PRIOR_MASK, BlockState, StateTensors
 
 _DONE, _MASKED = tl.constexpr(BLOCK_DONE), tl.constexpr(PRIOR_MASK)
@@ -84,10 +84,10 @@ def advance_ref(
     offset = torch.arange(length, device=lane.device)
     slot, there = torch.full_like(laid, -1), index < page_table.shape[1]
     slot[there] = page_table[rows[there], index[there]].long()[:, None] * length + offset
-    masked, editable = roles_ref(state.tokens[lane], state.kind[lane], state.frozen[lane], flags[lane], ids.mask)
-    wanted = ((masked | editable) & (repeat == 0)[:, None]).flatten().nonzero()[:, 0].int()  # sync: reference
-    order, count = wanted.new_zeros(len(lane) * length), wanted.new_full((1,), len(wanted))
-    order[: len(wanted)] = wanted
+    needed = needed_ref(state.tokens[lane], state.kind[lane], state.frozen[lane], flags[lane], ids.mask)
+    needed = (needed & (repeat == 0)[:, None]).flatten().nonzero()[:, 0].int()  # sync: reference
+    order, count = needed.new_zeros(len(lane) * length), needed.new_full((1,), len(needed))
+    order[: len(needed)] = needed
     return Forwarded(rows.int(), index.int(), laid, index[:, None] * length + offset, slot, order, count)
 
 
@@ -106,7 +106,7 @@ def _forward(OUT, PAGE_TABLE, pages, at, row, block, tokens, mask, L: tl.constex
 
 
 @triton.jit
-def _list_read(
+def _list_needed(
     LANE, REPEAT, FLAGS, STATE, OUT, mask_id, A: tl.constexpr, L: tl.constexpr,
     ENTRIES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -119,11 +119,10 @@ def _list_read(
     n, inside = lane[:, None] * L + column, own[:, None] & (column < L)
     tokens = tl.load(STATE.tokens + n, mask=inside, other=0)
     kind = tl.load(STATE.kind + n, mask=inside, other=0)
-    masked, editable = _roles(tokens, kind, frozen, flags, mask_id)
-    wanted = (inside & (masked | editable)).to(tl.int32)
-    each = tl.sum(wanted, 1)
-    place = (tl.cumsum(each, 0) - each)[:, None] + tl.cumsum(wanted, 1) - 1
-    tl.store(OUT.order + place, entry[:, None] * L + column, mask=wanted > 0)
+    needed = (inside & _needed(tokens, kind, frozen, flags, mask_id)).to(tl.int32)
+    each = tl.sum(needed, 1)
+    place = (tl.cumsum(each, 0) - each)[:, None] + tl.cumsum(needed, 1) - 1
+    tl.store(OUT.order + place, entry[:, None] * L + column, mask=needed > 0)
     tl.store(OUT.count, tl.sum(each, 0))
 
 
@@ -195,7 +194,7 @@ def _advance_kernel(
         copies = tl.broadcast_to(first_tokens[None, :], (PLACES, COLUMNS))
         _forward(OUT, PAGE_TABLE, pages, A + spare, row, block, copies, free, L, COLUMNS)
     tl.debug_barrier()  # every thread has written the state
-    _list_read(LANE, REPEAT, FLAGS, STATE, OUT, mask_id, A, L, ENTRIES, COLUMNS)
+    _list_needed(LANE, REPEAT, FLAGS, STATE, OUT, mask_id, A, L, ENTRIES, COLUMNS)
 
 
 def launch(

@@ -23,14 +23,14 @@ def arrives_last(counter, programs):
 
 
 def counters_at_zero(method):
-    """A method whose launches take their counters from one tensor, on the device of its first argument."""
+    """A method whose launches take their counters from one tensor, where its first argument is, `tokens`."""
 
     @wraps(method)
-    def call(self, x, *args, **kwargs):
+    def call(self, tokens, *args, **kwargs):
         before = getattr(_shared, "free", None)
-        _shared.free = x.new_zeros(COUNT, dtype=torch.int32) if use_triton(x) else None
+        _shared.free = tokens.new_zeros(COUNT, dtype=torch.int32) if use_triton(tokens) else None
         try:
-            return method(self, x, *args, **kwargs)
+            return method(self, tokens, *args, **kwargs)
         finally:
             _shared.free = before
 
@@ -39,8 +39,8 @@ def counters_at_zero(method):
 
 def counters(x, count):
     """int32 [count] on x's device, zero when a kernel that is launched now begins."""
-    free, taken = getattr(_shared, "free", None), -(-count // 4) * 4  # whole 16 bytes: alike wherever they begin
-    if free is None or free.device != x.device or len(free) < taken:
+    free = getattr(_shared, "free", None)
+    if free is None or free.device != x.device or len(free) < count:
         return x.new_zeros(count, dtype=torch.int32)
-    own, _shared.free = free.split((taken, len(free) - taken))
-    return own[:count]
+    own, _shared.free = free.split((count, len(free) - count))
+    return own

@@ -395,7 +395,7 @@ def attention_tiles(device, dtype, length, heads, kv_heads, dim, blocks):
     """(way, compile-time arguments of the attention kernel): those of the tuned table, or defaults.
 
     way, by the number of blocks alone:
-    split    a program for every split, and of half the rows: twice the programs, also when the last ones merge
+    split    a program for every split, in 16 bits of half the rows: twice the programs, also when the last ones merge
     whole    units for two thirds of the multiprocessors: a program takes all splits, no partial sums in memory
 
     128 rows by 32 keys: 128 registers and 96 KiB on sm_90, so two programs share a multiprocessor and one's

@@ -53,15 +53,15 @@ def sum_experts(OUTER, WEIGHTS, BESIDE, t, h, real, inside, H: tl.constexpr, K: 
     return total
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit
 def _combine_kernel(
-    OUTER, WEIGHTS, BESIDE, OUT, T, H: tl.constexpr, K: tl.constexpr, TILE_H: tl.constexpr, EARLY: tl.constexpr
+    OUTER, WEIGHTS, BESIDE, OUT, H: tl.constexpr, K: tl.constexpr, TILE_H: tl.constexpr, EARLY: tl.constexpr
 ):
     """Grid (T, H / TILE_H)."""
     inputs_ready(EARLY)
     t = tl.program_id(0).to(tl.int64) + tl.zeros((1, 1), tl.int64)
     h = tl.program_id(1) * TILE_H + tl.arange(0, TILE_H)[None, :]
-    total = sum_experts(OUTER, WEIGHTS, BESIDE, t, h, t < T, h < H, H, K)
+    total = sum_experts(OUTER, WEIGHTS, BESIDE, t, h, tl.full((1, 1), True, tl.int1), h < H, H, K)
     tl.store(OUT + t * H + h, total.to(OUT.dtype.element_ty), mask=h < H)
 
 
@@ -74,6 +74,6 @@ def summed(delta):
     if out.numel():
         run_kernel(
             _combine_kernel, (tokens, triton.cdiv(hidden, 1024)),
-            *delta, out, tokens, H=hidden, K=top_k, TILE_H=1024, num_warps=4
+            *delta, out, H=hidden, K=top_k, TILE_H=1024, num_warps=4
         )  # fmt: skip
     return out

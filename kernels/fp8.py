@@ -148,14 +148,15 @@ def linear(x, weight, scale=None, bias=None, exact=False, wanted=None):
     """
     if isinstance(x, QuantRows):
         y = dense(x, QuantTensor(weight, scale), False, x.like, wanted=wanted).values
-    elif scale is not None and weight.dtype == WORDS:
-        y = int4.linear(x, weight, scale)
     elif use_triton(x) and (exact or scale is not None):
-        rows = x.reshape(-1, x.shape[-1])
-        own = QuantTensor(rows) if scale is None else quantize(rows)
-        y = dense(own, QuantTensor(weight, scale), False, rows, wanted=wanted).values.unflatten(0, x.shape[:-1])
+        rows, weight = x.reshape(-1, x.shape[-1]), QuantTensor(weight, scale)
+        own = quantize(rows) if weight.quantization == "fp8" else QuantTensor(rows)
+        y = dense(own, weight, False, rows, wanted=wanted).values
+        y = y.view(*x.shape[:-1], y.shape[1])
     elif scale is None:
         return product.linear(x, weight, bias)
+    elif weight.dtype == WORDS:
+        y = int4.linear_ref(x, weight, scale)
     else:
         y = linear_ref(x, weight, scale)
     return y if bias is None else y + bias

@@ -65,7 +65,7 @@ def num_groups(size):
 
 
 def scale_shape(shape, parts=1):
-    """Shape of the scales of a weight [.., N, K] of `parts` matrices one above the other, each with its own groups."""
+    """Shape of the fp8 scales of a weight [.., N, K] of `parts` matrices one above the other, each with own groups."""
     return (*shape[:-2], parts * num_groups(shape[-2] // parts), num_groups(shape[-1]))
 
 
@@ -99,18 +99,21 @@ def scale_of(largest):
 
 @triton.jit
 def _sums(
-    x_at, w_at, x_scales, w_scale, inside, real, N: tl.constexpr, K: tl.constexpr,
+    x_rows, inside, weight, x_scales, w_scale, n, N: tl.constexpr, K: tl.constexpr,
     GATED: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
-    """Sums over K of W's rows with rows of x and, if GATED, of those N below: [TILE_N, TILE_M] each."""
+    """Sums over K of rows `n` of a matrix with rows of x and, if GATED, of the rows N below: [TILE_N, TILE_M] each."""
     GROUPS: tl.constexpr = (K + _GROUP - 1) // _GROUP
     ROW_GROUPS: tl.constexpr = (N + _GROUP - 1) // _GROUP
     k = tl.arange(0, TILE_K)
+    x_at = x_rows + k[None, :]
+    w_at = weight + n[:, None] * K + k[None, :]
+    real = (n < N)[:, None] if N % TILE_N else tl.full((TILE_N, 1), True, tl.int1)
     acc = tl.zeros((TILE_N, TILE_M), tl.float32)
     up = tl.zeros((TILE_N, TILE_M), tl.float32)
     for done in range(0, K, TILE_K):
         within = (k < K - done)[None, :] if K % TILE_K else tl.full((1, TILE_K), True, tl.int1)
-        x = tl.trans(tl.load(x_at + done, mask=inside[:, None] & within, other=0.0))
+        x = tl.trans(tl.load(x_at + done, mask=inside & within, other=0.0))
         w = tl.load(w_at + done, mask=real & within, other=0.0)
         if x_scales is None:
             acc = tl.dot(w, x, acc, input_precision="ieee")
@@ -252,23 +255,18 @@ def _gemm_kernel(
                 w_scale = SHARED_SCALE
     if X_SCALE is not None:
         w_scale += first // _GROUP * GROUPS  # one group of rows holds all of the tile
-    k = tl.arange(0, TILE_K)
-    x_at = X + source[:, None].to(tl.int64) * x_stride + k[None, :]
-    w_at = weight + n[:, None] * K + k[None, :]
-    real = (n < N)[:, None] if N % TILE_N else tl.full((TILE_N, 1), True, tl.int1)
-    if X_SCALE is not None:  # all of them at once: read one by one, their addresses fill the registers
-        g = tl.arange(0, triton.next_power_of_2(GROUPS))[None, :]
-        at = X_SCALE + source[:, None].to(tl.int64) * GROUPS + g
-        x_scales = tl.load(at, mask=inside[:, None] & (g < GROUPS), other=0.0)
+    x_rows = X + source[:, None].to(tl.int64) * x_stride
+    inside_rows = inside[:, None]
+    if INT4:
+        acc, up = _int4_sums(x_rows, inside_rows, weight, w_scale, n, LIKE, N, K, GATED, TILE_M, TILE_N)
     else:
         x_scales = None
-    if INT4:
-        acc, up = _int4_sums(
-            X + source[:, None].to(tl.int64) * x_stride, inside[:, None], weight, w_scale, n, LIKE,
-            N, K, GATED, TILE_M, TILE_N,
-        )  # fmt: skip
-    else:
-        acc, up = _sums(x_at, w_at, x_scales, w_scale, inside, real, N, K, GATED, TILE_M, TILE_N, TILE_K)
+        if X_SCALE is not None:  # all of them at once: read one by one, their addresses fill the registers
+            g = tl.arange(0, triton.next_power_of_2(GROUPS))[None, :]
+            at = X_SCALE + source[:, None].to(tl.int64) * GROUPS + g
+            x_scales = tl.load(at, mask=inside_rows & (g < GROUPS), other=0.0)
+        acc, up = _sums(x_rows, inside_rows, weight, x_scales, w_scale, n, N, K, GATED, TILE_M, TILE_N, TILE_K)
+    real = (n < N)[:, None] if N % TILE_N else tl.full((TILE_N, 1), True, tl.int1)
     if GATED:
         gate = rounded(acc, LIKE)
         acc = rounded(rounded(gate / (1.0 + tl.exp(-gate)), LIKE) * rounded(up, LIKE), LIKE)
@@ -299,9 +297,7 @@ def gemm(
     the dtype of `like`. wanted: without routing, the Wanted rows, None = all; others' results are not written.
     """
     (tokens, top_k), bound = (routing.ids.shape, len(routing.tiles)) if routing else ((len(x.values), 1), 0)
-    rows, depth = (
-        (weight.values.shape[-2], x.values.shape[1]) if weight.quantization == "int4" else weight.values.shape[-2:]
-    )
+    rows, depth = weight.values.shape[-2], x.values.shape[1]
     width = rows // 2 if gated else rows
     alone = shared is not None or routing is None
     count = tokens * (top_k if routing else 0) + (tokens if alone else 0)
@@ -319,7 +315,11 @@ def gemm(
     tiles = bound + (triton.cdiv(tokens, tile_m) if alone else 0)
     if count == 0:
         return QuantTensor(out, out_scale)
-    order, listed, number = routing[2:5] if routing else (wanted.order, None, wanted.count) if wanted else [None] * 3
+    order = listed = number = None
+    if routing:
+        order, listed, number = routing.order, routing.tiles, routing.num_tiles
+    elif wanted:
+        order, number = wanted
     run_kernel(
         _gemm_kernel, (tiles * triton.cdiv(width, tile_n),),
         x.values, _loaded(weight), shared and _loaded(shared), out,

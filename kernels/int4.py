@@ -19,8 +19,7 @@ import torch.nn.functional as F
 
 from . import product
 from ._ambient import lasting
-from ._triton import use_triton
-from .gemm import SCALE_GROUP, WORDS, QuantTensor, gemm, num_groups
+from .gemm import SCALE_GROUP, WORDS, QuantTensor, num_groups
 
 ZERO = 8  # the digit that stands for 0
 DIGITS = 4  # of a word
@@ -106,21 +105,6 @@ def dequantize_weight(words, scale, columns, dtype=torch.float32):
 def linear_ref(x, words, scale):
     """x [.., K]; words, scale from quantize_weight -> [.., N], all in x's dtype, that of what they stand for too."""
     return product.linear(as_words_hold(x), widen(words, scale, x.dtype))
-
-
-def linear(x, words, scale):
-    """linear_ref; on a GPU one launch, and no weight is rounded."""
-    if not use_triton(x):
-        return linear_ref(x, words, scale)
-    return dense(x.reshape(-1, x.shape[-1]), QuantTensor(words, scale), False).unflatten(0, x.shape[:-1])
-
-
-def dense(x, weight, gated):
-    """gemm of x [T, K] and one matrix, gated: of gate and up rows -> [T, N]. One launch."""
-    check("weight", weight, (weight.scale.shape[0], x.shape[1]))
-    tile_m = 16 if len(x) <= 16 else 32 if len(x) <= 32 else 64
-    x = x if x.stride(1) == 1 else x.contiguous()
-    return gemm(QuantTensor(x), weight, None, None, gated, x, tile_m, tile_n=64, num_warps=4, num_stages=4).values
 
 
 def check(name, weight, shape):

@@ -82,15 +82,15 @@ def mlp(h, gate_up, down, exact=False):
 
     exact: as of fp8.linear. Our own products on a GPU are two launches, in fp8 three unless h comes as QuantRows.
     """
-    if gate_up.quantization == "int4":
-        inner = int4.dense(h, gate_up, True) if use_triton(h) else gated(int4.linear_ref(h, *gate_up))
-        return int4.linear(inner, *down)
     if isinstance(h, QuantRows) or (use_triton(h) and (exact or gate_up.scale is not None)):
-        x, like = (QuantTensor(h) if gate_up.scale is None else quantized(h)), unquantised(h)
+        h = quantized(h) if gate_up.quantization == "fp8" else h
+        x, like = h if isinstance(h, QuantRows) else QuantTensor(h), unquantised(h)
         return dense(dense(x, gate_up, True, like), down, False, like).values
-    if gate_up.scale is None:
-        return linear(gated(linear(h, gate_up.values)), down.values)
-    return linear_ref(gated(linear_ref(h, *gate_up, parts=2)), *down)
+    if gate_up.quantization == "int4":
+        return int4.linear_ref(gated(int4.linear_ref(h, *gate_up)), *down)
+    if gate_up.quantization == "fp8":
+        return linear_ref(gated(linear_ref(h, *gate_up, parts=2)), *down)
+    return linear(gated(linear(h, gate_up.values)), down.values)
 
 
 def experts(h, routing, gate_up, down, shared=None):
@@ -104,8 +104,9 @@ def experts(h, routing, gate_up, down, shared=None):
         y = experts_ref(h, routing.ids, routing.weights, gate_up.values, down.values, *scales)
         return y if shared is None else y + mlp(h, *shared)
     _check(h, routing, gate_up, down, *(shared or ()))
-    x = quantized(h) if gate_up.quantization == "fp8" else QuantTensor(h)
-    (tokens, hidden), like = x.values.shape, unquantised(h)
+    h = quantized(h) if gate_up.quantization == "fp8" else h
+    x, like = h if isinstance(h, QuantRows) else QuantTensor(h), unquantised(h)
+    tokens, hidden = x.values.shape
     if tokens == 0:
         return like.new_empty(0, hidden)
     # a shared expert of another width (several in one) is not one more expert of the same product

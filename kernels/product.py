@@ -16,7 +16,7 @@ them. Measured with one and two threads, K from 10 to 2048:
     bfloat16, Intel AMX               hardly any height at K >= 512; all under ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16
 
 Where no height will do nothing is padded and `Rows.least` is None: there a row's bits depend on its batch. On a GPU
-products of 16 bits and float32 are cuBLAS's, which picks kernels by M.
+these products are cuBLAS's, which picks kernels by M; a network that is `exact` takes those of dense.py instead.
 """
 
 from collections.abc import Callable

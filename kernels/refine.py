@@ -35,7 +35,7 @@ from .roles import (  # noqa: F401  some for callers, beside the others
     PROMPT,
     TAIL,
     SpecialIds,
-    roles_ref,
+    needed_ref,
 )
 from .state import (  # noqa: F401  likewise
     BLOCK_DONE,
@@ -63,13 +63,13 @@ from .state import (  # noqa: F401  likewise
     RefineOutput,
     RefineParams,
     StateTensors,
+    report_width,
 )
 
 
 def needed_positions(state: BlockState, params: RefineParams, ids: SpecialIds) -> torch.Tensor:
     """bool [R, L]: the positions whose logits a step reads (masked; editable where editing). False on frozen rows."""
-    masked, editable = roles_ref(state.tokens, state.kind, state.frozen, params.flags, ids.mask)
-    return masked | editable
+    return needed_ref(state.tokens, state.kind, state.frozen, params.flags, ids.mask)
 
 
 def refine_step_ref(
@@ -127,7 +127,7 @@ def _empty(tokens):
     rows, length = tokens.shape
     new = tokens.new_empty
     return RefineOutput(
-        new((rows, NUM_STATUS + 1 + 3 * length), dtype=torch.int32),
+        new((rows, report_width(length)), dtype=torch.int32),
         new((rows, length)), new((rows, length), dtype=torch.float32),
         new((rows, length), dtype=torch.bool), new((rows, length), dtype=torch.bool),
     )  # fmt: skip

@@ -73,6 +73,19 @@ def _roles(token, kind, frozen, flags, mask_id):
     return masked, editable
 
 
+def needed_ref(tokens, kind, frozen, flags, mask_id):
+    """bool [R, L]: the positions whose logits a step reads; arguments as of roles_ref."""
+    masked, editable = roles_ref(tokens, kind, frozen, flags, mask_id)
+    return masked | editable
+
+
+@triton.jit
+def _needed(token, kind, frozen, flags, mask_id):
+    """needed_ref in a kernel."""
+    masked, editable = _roles(token, kind, frozen, flags, mask_id)
+    return masked | editable
+
+
 @triton.jit
 def _locate(
     LOGITS, INDEX, TOKENS, KIND, FROZEN, flags, mask_id, n, stride_r, stride_l,
@@ -91,6 +104,5 @@ def _locate(
         start = source * stride_r
         wanted = source >= 0
     if ONLY_NEEDED:
-        masked, editable = _roles(tl.load(TOKENS + n), tl.load(KIND + n), tl.load(FROZEN + n // L), flags, mask_id)
-        wanted &= masked | editable
+        wanted &= _needed(tl.load(TOKENS + n), tl.load(KIND + n), tl.load(FROZEN + n // L), flags, mask_id)
     return LOGITS + start, wanted

@@ -103,10 +103,10 @@ def _scores_kernel(
     DONE becomes 0, if it is there: the selection counts in it. Products of two bfloat16 or two float16 are exact in
     float32; anything else is widened first.
     """
+    inputs_ready(EARLY)
     t = tl.program_id(0) * TILE_T + tl.arange(0, TILE_T)
     e = tl.program_id(1) * TILE_E + tl.arange(0, TILE_E)
     part = tl.program_id(2)
-    inputs_ready(EARLY)
     if DONE is not None:
         if tl.program_id(0) + tl.program_id(1) + part == 0:
             tl.store(DONE, 0)
@@ -264,7 +264,7 @@ def _sort_pairs(IDS, ORDER, TILES, NUM_TILES, pairs, C: tl.constexpr, TILE_P: tl
     """ORDER and TILES of all `pairs`, TILE_P at most. A token has an expert once, so pairs sort as their tokens do."""
     p = tl.arange(0, TILE_P)
     real = p < pairs
-    expert = tl.load(IDS + p, mask=real, other=C, cache_modifier=".cg").to(tl.int32)  # as other programs wrote them
+    expert = tl.load(IDS + p, mask=real, other=C).to(tl.int32)
     count = tl.histogram(expert, C, mask=real)
     _list_tiles(count, tl.cumsum(count, 0) - count, tl.arange(0, C), TILES, NUM_TILES, TILE_M)
     tl.store(ORDER + p, tl.sort(expert * TILE_P + p) % TILE_P, mask=real)

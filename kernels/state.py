@@ -25,6 +25,11 @@ NUM_STATUS = 8
 BLOCK_DONE, FINISHED, ERROR, CHANGED = 1, 2, 4, 8
 
 
+def report_width(length):
+    """Columns of a step's report, see report_ref."""
+    return NUM_STATUS + 1 + 3 * length
+
+
 @dataclass
 class RefineParams:
     """Per-row parameters, tensors [R] on the device of the logits; eos_ids is [R, number of ids], -1 where unused."""

@@ -32,9 +32,9 @@ def test_a_step_reads_the_weights_that_the_floor_counts(quantization):
 
 
 def test_what_is_left_of_pytorchs_operators_beside_products():
-    """Once a step: tokens looked up, counters of who has arrived, the dense layer's activation."""
+    """Once a step: tokens looked up, counters of who has arrived."""
     left = {work.kernel: work.launches for work in launches.works(None, 8) if work.kernel.startswith("aten")}
-    assert left == {"aten::embedding": 1, "aten::new_zeros": 1, "aten::silu": 1, "aten::mul_": 1}
+    assert left == {"aten::embedding": 1, "aten::new_zeros": 1}
 
 
 def test_the_estimate_of_the_profiled_tree_is_near_what_was_measured(saved):
@@ -74,7 +74,7 @@ def test_two_lines_side_by_side_and_beside_what_was_measured(monkeypatch):
     assert named == {"before": lines[0], "after": lines[2]}
     (row,) = estimate.compared(named)
     assert row["before"]["h100"]["ms"] == pytest.approx(11 * (UNKNOWN.us + estimate.GAP) / 1e3)
-    assert row["after"]["h200"]["ms"] == pytest.approx((10 * 0.7 + UNKNOWN.us) / 1e3)  # ours begin early
+    assert row["after"]["h200"]["ms"] == pytest.approx((10 * 0.7 + UNKNOWN.us + 11 * estimate.EARLY) / 1e3)
     assert estimate.gap_us("cuBLAS 2x2", lines[2]) == estimate.GAP
     measured = [step_of("1", 1.0), step_of("2", 2.0), step_of("4", 3.0)]
     rows = estimate.residuals(named, measured)

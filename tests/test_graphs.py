@@ -183,6 +183,22 @@ def test_no_places_where_blocks_end_unchanged(model):
     assert {carried for _, carried in seen[:-last]} == {1}
 
 
+@pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS)
+def test_a_step_reads_no_logits_but_those_it_lists(model, params, monkeypatch):
+    plain, lm_logits, left_out = facts(decode(model, LENGTHS[2], params)), model.lm_logits, []
+
+    def head(hidden, wanted=None):
+        logits = lm_logits(hidden)
+        if wanted is None:
+            return logits
+        rows = wanted.order[: int(wanted.count)].long()
+        left_out.append(len(logits) - len(rows))
+        return torch.full_like(logits, float("nan")).index_copy_(0, rows, logits[rows])
+
+    monkeypatch.setattr(model, "lm_logits", head)
+    assert facts(decode(model, LENGTHS[2], params, overlap=1)) == plain and max(left_out) > 0
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("overlap", [0, 1])
 @pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS)

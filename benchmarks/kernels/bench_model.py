@@ -160,11 +160,11 @@ def case_of_int4(machine, config, down, tokens):
 
     def check():
         wide = int4.dequantize_weight(words, scale, columns)
-        agree("int4", (int4.linear(x, words, scale),), (F.linear(x.float(), wide),))
+        agree("int4", (fp8.linear(x, words, scale),), (F.linear(x.float(), wide),))
 
     size = words.nbytes + scale.nbytes + x.nbytes + tokens * rows * x.element_size()
     return Case(
-        lambda x, words, scale, _weight: int4.linear(x, words, scale),
+        lambda x, words, scale, _weight: fp8.linear(x, words, scale),
         lambda x, _words, _scale, weight: F.linear(x, weight),
         "F.linear, unquantised", machine.rotated(make, size), size, 2.0 * tokens * rows * columns, check,
     )  # fmt: skip

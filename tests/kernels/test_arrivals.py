@@ -10,11 +10,12 @@ from tests.kernels.interpreter import interpreted
 
 
 @triton.jit
-def _last_kernel(ARRIVED, OUT, EACH: tl.constexpr):
+def _last_kernel(ARRIVED, PART, OUT, EACH: tl.constexpr):
+    """Each program leaves its number; whoever is last adds up those of its result."""
     result = tl.program_id(0) // EACH
-    tl.atomic_add(OUT + 2 * result, 1)
+    tl.store(PART + tl.program_id(0), tl.program_id(0) + 1)
     if arrives_last(ARRIVED + result, EACH):
-        tl.store(OUT + 2 * result + 1, tl.load(OUT + 2 * result))
+        tl.store(OUT + result, tl.sum(tl.load(PART + result * EACH + tl.arange(0, EACH)), 0))
 
 
 class Twice:
@@ -23,19 +24,28 @@ class Twice:
         return [self.launch(x, each, results) for _ in range(2)]
 
     def launch(self, x, each, results):
-        out = x.new_zeros(results, 2, dtype=torch.int32)
-        run_kernel(_last_kernel, (each * results,), counters(x, results), out, EACH=each)
-        return out
+        part, out = x.new_zeros(each * results, dtype=torch.int32), x.new_full((results,), -1, dtype=torch.int32)
+        run_kernel(_last_kernel, (each * results,), counters(x, results), part, out, EACH=each)
+        return out, part
+
+
+def same(x, each, results):
+    """The last sees what all have stored, whether launches share a tensor of counters or not."""
+    for out, part in (*Twice().run(x, each, results), Twice().launch(x, each, results)):
+        assert torch.equal(out.long(), part.view(results, each).sum(1)) and (part > 0).all()
 
 
 @pytest.mark.parametrize("results", [1, 3, 6])
 @pytest.mark.parametrize("each", [1, 4])
 def test_the_last_sees_what_all_have_stored(each, results):
-    """Once a result, whether launches share a tensor of counters or not."""
-    x = torch.zeros(3)
     with force_ops("triton"), interpreted():
-        for out in (*Twice().run(x, each, results), Twice().launch(x, each, results)):
-            assert (out == each).all()
+        same(torch.zeros(3), each, results)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    for each in (2, 16, 64):
+        same(torch.zeros(3, device="cuda"), each, 2000)
 
 
 def test_each_launch_has_its_own():
@@ -49,5 +59,5 @@ def test_each_launch_has_its_own():
         first, second, large = Thrice().run(x)
     assert [len(one) for one in (first, second, large)] == [5, 7, 2**16]
     assert first.dtype == torch.int32 and not any(one.any() for one in (first, second, large))
-    assert second.data_ptr() == first.data_ptr() + 4 * 8
+    assert second.data_ptr() == first.data_ptr() + 4 * 5
     assert counters(x, 3).data_ptr() not in (first.data_ptr(), second.data_ptr())

@@ -83,23 +83,23 @@ def test_the_table_of_dense_tiles():
 def test_tiles_of_a_product_with_one_matrix(monkeypatch):
     """Told apart by a tile height that no default has."""
     default = dict(tile_n=64, num_warps=4, num_stages=4)
-    assert dense.tiles(CPU, 3072, 2048, False, 16, True) == default | {"tile_m": 16}
-    assert dense.tiles(CPU, 3072, 2048, False, 320, False) == default | {"tile_m": 64}
+    assert dense.tiles(CPU, 3072, 2048, False, 16, "fp8") == default | {"tile_m": 16}
+    assert dense.tiles(CPU, 3072, 2048, False, 320) == default | {"tile_m": 64}
     wide = dict(tile_m=128, num_warps=8, num_stages=4)
-    assert dense.tiles(CPU, 3072, 2048, False, 1280, True) == wide | {"tile_n": 64}
-    assert dense.tiles(CPU, 157184, 2048, False, 256, True) == wide | {"tile_n": 128}
-    assert dense.tiles(CPU, 10240, 2048, True, 1280, True)["tile_m"] == 64
+    assert dense.tiles(CPU, 3072, 2048, False, 1280, "fp8") == wide | {"tile_n": 64}
+    assert dense.tiles(CPU, 157184, 2048, False, 256, "fp8") == wide | {"tile_n": 128}
+    assert dense.tiles(CPU, 10240, 2048, True, 1280, "fp8")["tile_m"] == 64
     shape = {"device": "X", "rows": 3072, "columns": 2048, "gated": False}
     entries = [shape | {"tokens": 320, "fp8": {"tile_m": 2}}, shape | {"tokens": 64, "fp8": {"tile_m": 1}}]
     monkeypatch.setattr(_tuned, "table", lambda family: entries if family == "dense" else [])
     monkeypatch.setattr(_tuned, "device_name", lambda device: "X")
 
-    def tile_m(tokens, rows=3072, columns=2048, gated=False, fp8=True):
-        return dense.tiles.__wrapped__(CPU, rows, columns, gated, tokens, fp8)["tile_m"]
+    def tile_m(tokens, rows=3072, columns=2048, gated=False, kind="fp8"):
+        return dense.tiles.__wrapped__(CPU, rows, columns, gated, tokens, kind)["tile_m"]
 
     assert [tile_m(tokens) for tokens in (7, 8, 64, 65, 320, 321)] == [16, 1, 1, 2, 2, 64]
     assert [tile_m(64, rows=2048), tile_m(64, columns=1024), tile_m(64, gated=True)] == [64] * 3
-    assert tile_m(64, fp8=False) == 64
+    assert tile_m(64, kind=None) == 64
 
 
 def expert_tiles(device, name, monkeypatch, entries):
