@@ -38,6 +38,7 @@ from llada2_fast.kernels._ambient import settle_key
 from llada2_fast.kernels._triton import force_ops
 from llada2_fast.kernels.combine import summed
 from llada2_fast.kernels.fp8 import quantized
+from llada2_fast.kernels.gemm import Wanted
 from llada2_fast.kernels.router import TokenBlocks
 from llada2_fast.layers import MLP, Linear, MoE, RMSNorm
 
@@ -186,15 +187,14 @@ def _moe(model, tokens, dtype=BF16, gate=None, **changes):
     summed(delta)
 
 
-def _dense(tokens, rows, columns, quantization=None, dtype=BF16):
+def _dense(tokens, rows, columns, quantization=None, dtype=BF16, wanted=False):
     linear = Linear(columns, rows, quantization=quantization, dtype=dtype, device="meta")
-    linear.exact = True
-    linear(_meta(tokens, columns, dtype=dtype))
+    linear(_meta(tokens, columns, dtype=dtype), Wanted(_int32(tokens), _int32(1)) if wanted else None)
 
 
-def _fp8_mlp(model, tokens):
-    config = replace(MODELS[model], quantization="fp8")
-    layer = MLP(config, config.intermediate_size, "fp8", dtype=BF16, device="meta")
+def _mlp(model, tokens, quantization=None):
+    config = replace(MODELS[model], quantization=quantization)
+    layer = MLP(config, config.intermediate_size, quantization, dtype=BF16, device="meta")
     layer(_meta(tokens, config.hidden_size, dtype=BF16))
 
 
@@ -249,15 +249,18 @@ SCENARIOS = {
         for t in (32, 64, 320, 4096)
     },
     **{
-        f"dense LM head mini {kind} T={t}": partial(_dense, t, VOCAB, 2048, name)
+        f"dense LM head mini {kind} T={t}": partial(_dense, t, VOCAB, 2048, name, wanted=True)
         for kind, name in KINDS.items()
         for t in (32, 1024)
     },
     **{f"dense qkv flash {kind} T=4096": partial(_dense, 4096, 5120, 4096, name) for kind, name in KINDS.items()},
     **{f"dense LM head flash {kind}": partial(_dense, 256, VOCAB, 4096, name) for kind, name in KINDS.items()},
     "dense qkv mini fp32": partial(_dense, 64, 3072, 2048, dtype=FP32),
-    **{f"fp8 dense MLP mini T={t}": partial(_fp8_mlp, "mini", t) for t in (32, 4096)},
-    "fp8 dense MLP flash T=4096": partial(_fp8_mlp, "flash", 4096),
+    **{
+        f"dense MLP {model} {kind} T={t}": partial(_mlp, model, t, name)
+        for kind, name in KINDS.items()
+        for model, t in (("mini", 32), ("mini", 4096), ("flash", 4096))
+    },
 }
 
 

@@ -280,8 +280,6 @@ def _commit_kernel(
     flags = tl.load(PARAMS.flags + row)
     old_step = tl.load(STATE.step + row)
     start = tl.load(STATE.block_start + row)
-    commit_step = tl.load(STATE.commit_step + n, mask=inside, other=-1)
-    commit_confidence = tl.load(STATE.commit_confidence + n, mask=inside, other=0.0)
     masked, editable = _roles(held, kind, frozen, flags, ids.mask)
     before = _count(masked)
     wanted = inside
@@ -308,7 +306,9 @@ def _commit_kernel(
     finished, eos_at = _eos(new, kind, live, commit, done, STATE, PARAMS, ids, row, column, L, NUM_EOS)
     now = frozen | done.to(tl.int32) * _BLOCK_DONE | finished.to(tl.int32) * _FINISHED | error.to(tl.int32) * _ERROR
     changed = (_count(written) > 0).to(tl.int32)
-    commit_step = tl.where(written, old_step, commit_step)
+    # read this late for the sake of registers; where it is written below, what is there does not matter
+    commit_step = tl.where(written, old_step, tl.load(STATE.commit_step + n, mask=inside, other=-1))
+    commit_confidence = tl.load(STATE.commit_confidence + n, mask=inside, other=0.0)
     commit_confidence = tl.where(written, confidence, commit_confidence)
 
     tl.debug_barrier()  # every thread has read the state
