@@ -182,7 +182,7 @@ def _moe(model, tokens, dtype=BF16, gate=None, **changes):
     layer.router.to(gate)
     block = config.expert_capacity and TokenBlocks(None, _int64(tokens // 32))
     x = _meta(tokens, config.hidden_size, dtype=dtype)
-    delta, _ = layer(quantized(x) if config.fp8 else x, block)
+    delta, _ = layer(quantized(x) if config.fp8 else x, block, _int64(tokens))
     RMSNorm(config.hidden_size, 1e-6, config.fp8, dtype=dtype, device="meta").add(x, delta)
     summed(delta)
 

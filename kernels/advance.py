@@ -8,8 +8,8 @@
 A ready row that must wait stays as it is for one step, whose forward over the final tokens settles it.
 
 Shapes: S lanes, A entries of the plan, C places, B = A + C, L block_length, P pages of a row. The plan names a lane per
-entry; an entry may repeat entry 0 (it fills a graph of a larger size), and a place nobody needs repeats entry 0 too, as
-it is after advancing.
+entry; an entry that repeats another fills a graph of a larger size. Such an entry, and a place that nobody needs, is no
+row's block: its row and slots are -1, so it is written to no page and, on a GPU, goes to no expert.
 """
 
 from dataclasses import dataclass
@@ -39,8 +39,8 @@ class RowBounds:
 class Forwarded(NamedTuple):
     """The blocks that a step forwards: first the entries' active ones, then the carried ones."""
 
-    row: torch.Tensor  # int32 [B]: the lane
-    block: torch.Tensor  # int32 [B]: number in its row
+    row: torch.Tensor  # int32 [B]: the lane, -1 of no row's block
+    block: torch.Tensor  # int32 [B]: number in its row, 0 of no row's
     tokens: torch.Tensor  # int64 [B, L]
     position: torch.Tensor  # int64 [B, L]: in the row
     slot: torch.Tensor  # int64 [B, L]: page * L + offset, -1 where the table of pages ends before the block
@@ -75,14 +75,14 @@ def advance_ref(
     state.changed[lane[ready]] = 0
     _begin_ref(state, bounds, lane[going], ids)
 
-    now = torch.where(repeat == 0, lane, lane[:1])
-    rows = torch.cat((now, now[:1].expand(carried)))  # [A] -> [A + C]
-    index = state.block_start[rows] // length
-    laid = state.tokens[rows]  # [S, L] -> [A + C, L]
+    rows = lane.new_full((len(lane) + carried,), -1)  # [A + C]
+    index, laid = torch.zeros_like(rows), tokens.new_full((len(rows), length), ids.mask)
+    own = (repeat == 0).nonzero()[:, 0]  # sync: reference
+    rows[own], index[own], laid[own] = lane[own], state.block_start[lane[own]] // length, state.tokens[lane[own]]
     places = len(lane) + torch.arange(int(given.sum()), device=lane.device)
     rows[places], index[places], laid[places] = lane[given], block[given], tokens[given]
     offset = torch.arange(length, device=lane.device)
-    slot, there = torch.full_like(laid, -1), index < page_table.shape[1]
+    slot, there = torch.full_like(laid, -1), (rows >= 0) & (index < page_table.shape[1])
     slot[there] = page_table[rows[there], index[there]].long()[:, None] * length + offset
     needed = needed_ref(state.tokens[lane], state.kind[lane], state.frozen[lane], flags[lane], ids.mask)
     needed = (needed & (repeat == 0)[:, None]).flatten().nonzero()[:, 0].int()  # sync: reference
@@ -97,7 +97,8 @@ def _forward(OUT, PAGE_TABLE, pages, at, row, block, tokens, mask, L: tl.constex
     column = tl.arange(0, COLUMNS)[None, :]
     n = at[:, None] * L + column
     inside = mask[:, None] & (column < L)
-    page = tl.load(PAGE_TABLE + row.to(tl.int64) * pages + block, mask=mask & (block < pages), other=-1)[:, None]
+    paged = mask & (row >= 0) & (block < pages)
+    page = tl.load(PAGE_TABLE + row.to(tl.int64) * pages + block, mask=paged, other=-1)[:, None]
     tl.store(OUT.row + at, row, mask=mask)
     tl.store(OUT.block + at, block, mask=mask)
     tl.store(OUT.tokens + n, tokens.to(tl.int64), mask=inside)
@@ -178,21 +179,15 @@ def _advance_kernel(
     tl.store(STATE.changed + lane, none, mask=ready)  # a row that waits is settled by this step
     tl.store(STATE.prior_flags + lane, prior_flags | tl.where(holds_mask, _MASKED, 0), mask=going)
 
-    # what is forwarded: the entries, and entry 0 wherever it is repeated
-    first = entry == 0
-    first_lane = tl.sum(tl.where(first, lane, 0), 0)
-    first_block = tl.sum(tl.where(first, start // L, 0), 0)
-    first_tokens = tl.sum(tl.where(first[:, None], tokens, 0), 0)
-    row, block = tl.where(own, lane, first_lane), tl.where(own, start // L, first_block)
-    tokens = tl.where(own[:, None], tokens, first_tokens[None, :])
-    _forward(OUT, PAGE_TABLE, pages, entry, row, block, tokens, there, L, COLUMNS)
+    # what is forwarded: the entries that are no repeats
+    row, block = tl.where(own, lane, -1), tl.where(own, start // L, 0)
+    _forward(OUT, PAGE_TABLE, pages, entry, row, block, tl.where(own[:, None], tokens, mask_id), there, L, COLUMNS)
     if C > 0:
         spare = tl.arange(0, PLACES)
         free = (spare >= tl.sum(given.to(tl.int32), 0)) & (spare < C)
         none = tl.zeros([PLACES], tl.int32)
-        row, block = none + first_lane, none + first_block
-        copies = tl.broadcast_to(first_tokens[None, :], (PLACES, COLUMNS))
-        _forward(OUT, PAGE_TABLE, pages, A + spare, row, block, copies, free, L, COLUMNS)
+        blank = tl.zeros([PLACES, COLUMNS], tl.int32) + mask_id
+        _forward(OUT, PAGE_TABLE, pages, A + spare, none - 1, none, blank, free, L, COLUMNS)
     tl.debug_barrier()  # every thread has written the state
     _list_needed(LANE, REPEAT, FLAGS, STATE, OUT, mask_id, A, L, ENTRIES, COLUMNS)
 
@@ -239,7 +234,7 @@ def advance(
     page_table: int32 [S, P]: their rows' pages from block 0 on; P may be 0
     flags: int32 [S]: of their rules
     lane: int32 [A], A at least 1: the lane of each entry of the plan
-    repeat: int32 [A], non-zero where an entry repeats entry 0, which itself is none
+    repeat: int32 [A], non-zero where an entry repeats another
     carried: C, the places for ended blocks
     ids: the model's special ids
 

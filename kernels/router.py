@@ -235,14 +235,14 @@ def _range(STARTS, T, groups, TOKENS: tl.constexpr):
 
 
 @triton.jit
-def _place_pairs(chosen, columns, t, end, base, ORDER, K: tl.constexpr, TILE_K: tl.constexpr):
-    """Put each pair behind the `base` [C] of its expert, tokens ascending.
+def _place_pairs(chosen, columns, t, goes, base, ORDER, K: tl.constexpr, TILE_K: tl.constexpr):
+    """Put each pair that `goes` [TOKENS, TILE_K] somewhere behind the `base` [C] of its expert, tokens ascending.
 
     chosen int32 [TOKENS, C]: 1 where a token chose a column's expert; columns [TOKENS, TILE_K]: of its K choices.
     """
     place = tl.gather(base[None, :] + tl.cumsum(chosen, 0) - chosen, columns, 1)
     k = tl.arange(0, TILE_K)[None, :]
-    tl.store(ORDER + place, t[:, None] * K + k, mask=(t < end)[:, None] & (k < K))
+    tl.store(ORDER + place, t[:, None] * K + k, mask=goes)
 
 
 @triton.jit
@@ -264,23 +264,24 @@ def _sort_pairs(IDS, ORDER, TILES, NUM_TILES, pairs, C: tl.constexpr, TILE_P: tl
     """ORDER and TILES of all `pairs`, TILE_P at most. A token has an expert once, so pairs sort as their tokens do."""
     p = tl.arange(0, TILE_P)
     real = p < pairs
-    expert = tl.load(IDS + p, mask=real, other=C).to(tl.int32)
-    count = tl.histogram(expert, C, mask=real)
+    expert = tl.load(IDS + p, mask=real, other=-1).to(tl.int32)
+    expert = tl.where(expert < 0, C, expert)  # behind all that go somewhere
+    count = tl.histogram(expert, C, mask=expert < C)
     _list_tiles(count, tl.cumsum(count, 0) - count, tl.arange(0, C), TILES, NUM_TILES, TILE_M)
     tl.store(ORDER + p, tl.sort(expert * TILE_P + p) % TILE_P, mask=real)
 
 
 @triton.jit(do_not_specialize=["T", "groups"])
 def _select_kernel(
-    LOGITS, BIAS, STARTS, IDS, WEIGHTS, COUNTS, DONE, ORDER, TILES, NUM_TILES, T, groups, scale,
+    LOGITS, BIAS, STARTS, SLOT, IDS, WEIGHTS, COUNTS, DONE, ORDER, TILES, NUM_TILES, T, groups, scale,
     E: tl.constexpr, K: tl.constexpr, G: tl.constexpr, KEEP: tl.constexpr, CAPACITY: tl.constexpr,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, TILE_K: tl.constexpr, PARTS: tl.constexpr,
     TOKENS: tl.constexpr, TILE_P: tl.constexpr, TILE_M: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (groups,) of tokens: blocks if there are STARTS, else TOKENS each. CAPACITY 0: no block routing.
 
-    Ids and weights; with COUNTS, how many tokens of the group chose each column; without, whoever arrives last, as DONE
-    says, which was 0, sorts the pairs of all, TILE_P at most.
+    Ids, -1 for tokens whose SLOT is negative, and weights; with COUNTS, how many tokens of the group chose each column;
+    without, whoever arrives last, as DONE says, which was 0, sorts the pairs of all, TILE_P at most.
     """
     inputs_ready(EARLY)
     C: tl.constexpr = GROUPS * WIDTH
@@ -297,6 +298,9 @@ def _select_kernel(
     counts = tl.zeros((C,), tl.int32)
     for first in range(begin, end, TOKENS):
         t = first + tl.arange(0, TOKENS)
+        goes = t < end
+        if SLOT is not None:
+            goes &= tl.load(SLOT + t, mask=goes, other=-1) >= 0
         key = _choice_keys(LOGITS, bias, t, end, column, e, T, E, PARTS, C)
         if CAPACITY > 0:
             key = _only(key, admitted, column, C)
@@ -309,7 +313,7 @@ def _select_kernel(
             key = tl.where(key == best[:, None], _LOWEST, key)
             columns = tl.where(k_column == k, C - 1 - (best & 0xFFFFFFFF).to(tl.int32)[:, None], columns)
         if COUNTS is not None:
-            counts += tl.sum(((key == _LOWEST) & (t < end)[:, None] & (e < E)[None, :]).to(tl.int32), 0)
+            counts += tl.sum(((key == _LOWEST) & goes[:, None] & (e < E)[None, :]).to(tl.int32), 0)
         inside = (t < end)[:, None] & (k_column < K)
         ids = _expert(columns, E, G, GROUPS, WIDTH)
         # read again rather than kept for all experts: half the registers
@@ -317,8 +321,8 @@ def _select_kernel(
         if K > 1:
             weights = weights / (tl.sum(tl.where(inside, weights, 0.0), 1) + 1e-20)[:, None]
         place = t[:, None].to(tl.int64) * K + k_column
-        tl.store(IDS + place, ids.to(tl.int64), mask=inside)
-        tl.store(WEIGHTS + place, weights * scale, mask=inside)
+        tl.store(IDS + place, tl.where(goes[:, None], ids, -1).to(tl.int64), mask=inside)
+        tl.store(WEIGHTS + place, tl.where(goes[:, None], weights * scale, 0.0), mask=inside)
     if COUNTS is not None:
         tl.store(COUNTS + tl.program_id(0) * C + column, counts)
     else:
@@ -352,30 +356,32 @@ def _align_kernel(
     for first in range(begin, end, TOKENS):
         t = first + tl.arange(0, TOKENS)
         inside = (t < end)[:, None] & (k < K)
-        ids = tl.load(IDS + t[:, None].to(tl.int64) * K + k, mask=inside, other=0).to(tl.int32)
+        ids = tl.load(IDS + t[:, None].to(tl.int64) * K + k, mask=inside, other=-1).to(tl.int32)
         chosen = tl.zeros((TOKENS, C), tl.int32)
         for i in range(K):
             one = tl.load(IDS + t.to(tl.int64) * K + i, mask=t < end, other=-1).to(tl.int32)
             chosen += (_column(one, E, G, GROUPS, WIDTH)[:, None] == column[None, :]).to(tl.int32)
-        _place_pairs(chosen, _column(ids, E, G, GROUPS, WIDTH), t, end, base, ORDER, K, TILE_K)
+        _place_pairs(chosen, tl.maximum(_column(ids, E, G, GROUPS, WIDTH), 0), t, ids >= 0, base, ORDER, K, TILE_K)
         base += tl.sum(chosen, 0)
 
 
 def route(
-    h, weight, bias, top_k, n_group, topk_group, scale, capacity=None, block=None, tile_m=None, quantization=None
+    h, weight, bias, top_k, n_group, topk_group, scale, capacity=None, block=None, tile_m=None, quantization=None,
+    slot=None,
 ):  # fmt: skip
     """Routing of every token; see route_ref for shapes, but block is a TokenBlocks. ValueError if they do not fit.
 
-    tile_m: most pairs in a tile on a GPU, None = the table's for experts with such weights.
+    tile_m: most pairs in a tile on a GPU, None = the table's for experts with such weights; slot: int64 [T], negative
+    for tokens that nobody reads: on a GPU they go to no expert, their ids are -1.
     """
     if use_triton(h):
         tile_m = tile_m or gemm.tiles(h.device, h.shape[1], h.shape[0], quantization)["tile_m"]
-        return launch(h, weight, bias, top_k, n_group, topk_group, scale, capacity, block, tile_m)
+        return launch(h, weight, bias, top_k, n_group, topk_group, scale, capacity, block, tile_m, slot)
     ids = None if block is None else block.ids
     return Routing(*route_ref(h, weight, bias, top_k, n_group, topk_group, scale, capacity, ids))
 
 
-def launch(h, weight, bias, top_k, n_group, topk_group, scale, capacity, block, tile_m):
+def launch(h, weight, bias, top_k, n_group, topk_group, scale, capacity, block, tile_m, slot):
     (tokens, hidden), experts = h.shape, weight.shape[0]
     if h.stride(1) != 1:
         raise ValueError(f"h: the elements of a row side by side expected, got strides {h.stride()}")
@@ -383,6 +389,8 @@ def launch(h, weight, bias, top_k, n_group, topk_group, scale, capacity, block, 
         raise ValueError(f"weight: contiguous [E, {hidden}] expected, got {list(weight.shape)}")
     if bias.shape != (experts,) or not bias.is_contiguous():
         raise ValueError(f"bias: contiguous [{experts}] expected, got {list(bias.shape)}")
+    if slot is not None and (slot.shape != (tokens,) or slot.dtype != torch.int64 or not slot.is_contiguous()):
+        raise ValueError(f"slot: contiguous int64 [{tokens}] expected, got {slot.dtype} {list(slot.shape)}")
     if capacity is not None:
         n_group = topk_group = 1
     if not 1 <= top_k <= topk_group * (experts // n_group) or experts % n_group:
@@ -409,7 +417,7 @@ def launch(h, weight, bias, top_k, n_group, topk_group, scale, capacity, block, 
     counts = None if at_once else new(groups, tile["GROUPS"] * tile["WIDTH"], dtype=torch.int32)
     run_kernel(
         _select_kernel, (groups,),
-        logits, bias, starts, out.ids, out.weights, counts, done, out.order, out.tiles, out.num_tiles,
+        logits, bias, starts, slot, out.ids, out.weights, counts, done, out.order, out.tiles, out.num_tiles,
         tokens, groups, scale,
         KEEP=topk_group, CAPACITY=capacity or 0, PARTS=len(logits),
         TILE_P=triton.next_power_of_2(pairs) if at_once else 0, **tile,

@@ -113,7 +113,7 @@ class MLP(nn.Module):
     def weights(self):
         return QuantTensor(self.gate_up.weight, self.gate_up.scale), QuantTensor(self.down.weight, self.down.scale)
 
-    def forward(self, x, block=None):
+    def forward(self, x, block=None, slot=None):
         return mlp(x, *self.weights, self.down.exact), None
 
 
@@ -130,8 +130,9 @@ class Router(NeverNarrower):
             config.routed_scaling_factor, config.expert_capacity,
         )  # fmt: skip
 
-    def forward(self, x, block):
-        return route(unquantised(x), self.weight, self.expert_bias, *self.rule, block, quantization=self.quantization)
+    def forward(self, x, block, slot=None):
+        own = {"quantization": self.quantization, "slot": slot}
+        return route(unquantised(x), self.weight, self.expert_bias, *self.rule, block, **own)
 
 
 class Experts(KeepsQuantized):
@@ -164,9 +165,10 @@ class MoE(nn.Module):
         shared = config.num_shared_experts * config.moe_intermediate_size
         self.shared_experts = MLP(config, shared, config.quantization, **kw) if shared else None
 
-    def forward(self, x, block=None):
+    def forward(self, x, block=None, slot=None):
+        """slot: of the tokens in the cache, negative where nobody reads what comes out; None: all are read."""
         assert self.complete, "routing names experts that others hold"
-        routing = self.router(x, block)
+        routing = self.router(x, block, slot)
         shared = None if self.shared_experts is None else self.shared_experts.weights
         return self.experts(x, routing, shared), routing.ids
 
@@ -191,4 +193,5 @@ class Layer(nn.Module):
         x, h = (x, self.input_layernorm(x)) if delta is None else self.input_layernorm.add(x, delta)
         attended = self.attention(h, angles, attend, pages)
         x, h = self.post_attention_layernorm.add(x if read is None else x[read], attended)
-        return x, *self.mlp(h, block)
+        slot = None if pages is None or read is not None else pages[2]
+        return x, *self.mlp(h, block, slot)

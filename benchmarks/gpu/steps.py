@@ -3,8 +3,8 @@
     step <model> <bf16|fp8|int4> b<batch> p<prefix> [carried [real]]
     profile mini <bf16|fp8|int4> b<batch> carried
 
-carried: with a place for an ended block to every four rows, as decoding replays it at every step; the places repeat the
-first row's block, as they usually do. real: as many rows begin their next block and carry the one that has ended along,
+carried: with a place for an ended block to every four rows, as decoding replays it at every step; the places are
+empty, as they usually are. real: as many rows begin their next block and carry the one that has ended along,
 as each row does once a block.
 
 Every row refines the block behind `prefix` cached tokens; keys and values of the prefix are random, its pages in random
@@ -107,7 +107,7 @@ class Step:
         counts = []
 
         def note(_module, _args, routing):
-            counts.append(routing.ids.unique().numel())
+            counts.append(routing.ids[routing.ids >= 0].unique().numel())
 
         routers = [layer.mlp.router for layer in self.model.layers if hasattr(layer.mlp, "router")]
         hooks = [router.register_forward_hook(note) for router in routers]

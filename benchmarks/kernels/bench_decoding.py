@@ -249,10 +249,12 @@ def plain_advance(state, bounds, page_table, flags, lane, repeat, carried, ids):
             prior_flags = state.prior_flags[row] | masked.int() * PRIOR_MASK
             state.reset_block(row, torch.full_like(position, ids.mask), kind.to(state.kind.dtype), start, prior_flags)
         active.append((row, start // length, state.tokens[row]))
-    rows, index, laid = zip(*active, *riding, *active[:1] * (carried - len(riding)), strict=True)
+    empty = [(-1, 0, torch.full_like(state.tokens[0], ids.mask))] * (carried - len(riding))
+    rows, index, laid = zip(*active, *riding, *empty, strict=True)
     rows, index = (torch.tensor(x, dtype=torch.int32, device=device) for x in (rows, index))
     offset, page = torch.arange(length, device=device), page_table[rows, index]
     position, slot = (first[:, None] * length + offset for first in (index, page))
+    slot[rows < 0] = -1
     own = (x[lane.long()] for x in (state.tokens, state.kind, state.frozen, flags))
     order = torch.stack(roles_ref(*own, ids.mask)).any(0).flatten().nonzero()[:, 0].int()
     return rows, index, torch.stack(laid), position, slot, order, order.new_full((1,), len(order))

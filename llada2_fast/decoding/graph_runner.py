@@ -3,8 +3,8 @@ head and refinement, replayed as a CUDA graph. The device knows by itself where 
 lanes that take part, and no more; it may launch a step before it has read what the last one did.
 
 Shapes: A active blocks, C places for carried (ended) blocks, L block_length, S lanes, P pages of a row. Entries of the
-plan that no row needs repeat the first one: they write the same keys and values to the same page and touch no further
-expert, so a graph of a larger size costs a smaller batch next to nothing and changes none of its bits.
+plan and places that no row needs are no row's blocks: they are written to no page and go to no expert, so a graph of a
+larger size costs a smaller batch little and changes none of its bits.
 """
 
 from functools import lru_cache

@@ -116,7 +116,10 @@ def test_the_rule(seed, count, carried, length):
     assert order[: int(number)].tolist() == read.flatten().nonzero()[:, 0].tolist()
     for at, (row, block) in enumerate(zip(rows.tolist(), blocks.tolist(), strict=True)):
         assert torch.equal(position[at], block * length + offset)
-        assert torch.equal(slot[at], pages[row, block] * length + offset)
+        if row < 0:
+            assert block == 0 and (slot[at] == -1).all() and (tokens[at] == MASK).all()
+        else:
+            assert torch.equal(slot[at], pages[row, block] * length + offset)
     used = 0
     for entry, lane in enumerate(lanes[repeat == 0].tolist()):
         block = int(before.block_start[lane]) // length
@@ -146,5 +149,5 @@ def test_the_rule(seed, count, carried, length):
             assert kind == there
     spare = [*range(int((repeat == 0).sum()), 8), *range(8 + used, 8 + carried)]
     for at in spare:
-        assert rows[at] == rows[0] and blocks[at] == blocks[0] and torch.equal(tokens[at], tokens[0])
+        assert rows[at] == -1 and blocks[at] == 0 and (tokens[at] == MASK).all() and (slot[at] == -1).all()
     untouched(state, before, sorted(set(range(count)) - set(lanes.tolist())))

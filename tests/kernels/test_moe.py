@@ -87,6 +87,31 @@ def test_route(name, kind, tokens, monkeypatch):
         check_route(run(router.route, *tensors, **rule, block=blocks), tensors, rule, blocks)
 
 
+@pytest.mark.parametrize("name", ["grouped", "three groups", "block"])
+@pytest.mark.parametrize("tokens", [1, 5, 32, 70, 129])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_tokens_of_no_page_go_to_no_expert(name, tokens, share):
+    """Wherever they stand and whatever they hold; the others are routed and placed as if all were."""
+    tensors, rule, blocks = route_inputs(ROUTES[name], tokens)
+    generator = torch.Generator().manual_seed(tokens)
+    slot = torch.randint(9, (tokens,), generator=generator)
+    gone = torch.rand(tokens, generator=generator) < share
+    if blocks is not None:  # a block of nobody's is one as a whole
+        gone = gone[blocks.starts][blocks.ids]
+    slot[gone] = -1
+    full = run(router.route, *tensors, **rule, block=blocks)
+    tensors[0][gone] = float("nan")
+    for at_once in (router.AT_ONCE, 0):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(router, "AT_ONCE", at_once)
+            got = run(router.route, *tensors, **rule, block=blocks, slot=slot)
+        assert torch.equal(got.ids, full.ids.masked_fill(gone[:, None], -1))
+        assert torch.equal(got.weights, full.weights.masked_fill(gone[:, None], 0.0))
+        order, tiles = listed(got.ids, len(tensors[1]), got.tile_m)
+        assert got.num_tiles.item() == len(tiles) and got.tiles[: len(tiles)].tolist() == tiles
+        assert got.order[: len(order)].tolist() == order
+
+
 @pytest.mark.parametrize("tokens", [64, 128, 129, 513])
 def test_route_of_few_and_of_many_tokens(tokens):
     tensors, rule, _ = route_inputs(ROUTES["grouped"], tokens)
