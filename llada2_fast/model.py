@@ -30,7 +30,7 @@ from .masks import whole_mask
 from .outputs import Output
 from .weights import checkpoint
 from .weights.conversion import OnOurDevices
-from .weights.shapes import WHOLE, Share, parameter_shapes
+from .weights.shapes import WHOLE, Share
 from .weights.special_tokens import save_special_ids, special_ids, special_ids_of
 
 
@@ -122,14 +122,14 @@ class LLaDA2Model(OnOurDevices):
     def products(self) -> dict[tuple[int, int, torch.dtype], Rows]:
         """{(N, K, dtype): kernels.product.Rows} of all products on this device with as many threads as now: how each is
         computed, and at which heights a row's bits are the same. Found by a probe, which takes milliseconds a shape."""
-        found, whole = {}, parameter_shapes(replace(self.config, quantization=None))
+        found = {}
         for name, weight in self.named_parameters():
             looked_up = "embeddings" in name and not self.config.tie_word_embeddings
             if weight.ndim < 2 or looked_up or name.endswith("scale"):
                 continue
-            if weight.dtype == WORDS:  # multiplied in the model's dtype, whole groups
-                rows, columns = whole[name][-2:]
-                weight = self.norm.weight.new_empty(1, 1).expand(rows, -(-columns // SCALE_GROUP) * SCALE_GROUP)
+            if weight.dtype == WORDS:  # [.., K / 128, N, 32], multiplied in the model's dtype, whole groups
+                groups, rows = weight.shape[-3:-1]
+                weight = self.norm.weight.new_empty(1, 1).expand(rows, groups * SCALE_GROUP)
             wide = ".router." in name or weight.dtype == FP8  # multiplied in float32
             dtype = torch.float32 if wide else weight.dtype
             found[(*weight.shape[-2:], dtype)] = rows_of(weight, dtype)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 import llada2_fast
+from llada2_fast import demo
 from llada2_fast.adapters.transformers import LLaDA2MoeConfig, LLaDA2MoeModelLM
 from llada2_fast.config import MODEL_TYPES, ModelConfig
 from llada2_fast.model import LLaDA2Model
@@ -72,6 +73,15 @@ def test_auto_model_has_the_weights_and_tokens_of_ours(checkpoint):
     assert torch.equal(auto.generate(inputs=ids, **kwargs), torch.cat([ids, answer], 1))
     assert torch.equal(LLaDA2Model.generate(auto, ids, **kwargs), answer)
     assert torch.equal(llada2_fast.generate(auto, ids, **kwargs), answer)
+
+
+@pytest.mark.parametrize("quantization", [None, "fp8", "int4"])
+def test_auto_model_says_what_holds_as_ours_does(tmp_path, quantization):
+    ours = LLaDA2Model.from_pretrained(demo.path(), progress=False, quantization=quantization)
+    ours.save_pretrained(tmp_path)
+    auto = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert auto.products() == ours.products() and auto.exact_rows == ours.exact_rows
+    assert auto.config.to_model_config().quantization == quantization
 
 
 @pytest.mark.parametrize("name", ["tiny", "group", "variant", "block22"])
