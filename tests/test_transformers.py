@@ -16,6 +16,7 @@ from llada2_fast import demo
 from llada2_fast.adapters.transformers import LLaDA2MoeConfig, LLaDA2MoeModelLM
 from llada2_fast.config import MODEL_TYPES, ModelConfig
 from llada2_fast.model import LLaDA2Model
+from tests.test_int4 import only_experts, same, write_gptq
 
 ROOT = Path(__file__).parent.parent
 REMOTE = "raise SystemExit('remote code was run')\n"
@@ -82,6 +83,21 @@ def test_auto_model_says_what_holds_as_ours_does(tmp_path, quantization):
     auto = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert auto.products() == ours.products() and auto.exact_rows == ours.exact_rows
     assert auto.config.to_model_config().quantization == quantization
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["config.json", "quantize_config.json"])
+def test_auto_model_of_a_gptq_folder(golden, tmp_path, beside):
+    write_gptq(golden / "tiny", tmp_path, only_experts, beside=beside)
+    ours = LLaDA2Model.from_pretrained(tmp_path, torch.float32, progress=False)
+    given = AutoConfig.from_pretrained(tmp_path)
+    for auto in (AutoModelForCausalLM.from_pretrained(tmp_path), LLaDA2MoeModelLM.from_pretrained(tmp_path)):
+        same(auto, ours)
+        assert auto.products() == ours.products() and auto.config.to_model_config() == ours.config
+        assert auto.config.quantization_config["quant_method"] == "gptq"
+    auto.save_pretrained(tmp_path / "saved")
+    same(AutoModel.from_pretrained(tmp_path / "saved", config=auto.config), ours)
+    LLaDA2MoeModelLM.from_pretrained(tmp_path, config=given)
+    assert hasattr(given, "quantization_config") != beside  # what is given stays as it is
 
 
 @pytest.mark.parametrize("name", ["tiny", "group", "variant", "block22"])

@@ -47,6 +47,9 @@ class LLaDA2MoeModelLM(LLaDA2GenerationMixin, LLaDA2Model):
 
             register()
             config = AutoConfig.from_pretrained(folder)
+        if own.quantization is not None and getattr(config, "quantization_config", None) is None:
+            config = copy.deepcopy(config)  # AutoConfig knows no quantize_config.json
+            config.quantization_config = own.to_hf()["quantization_config"]
         _check_same(config, own)
         model = super().from_pretrained(folder, dtype=dtype or config.dtype, device=device, progress=progress)
         said = (Path(folder) / "generation_config.json").is_file()
