@@ -15,6 +15,7 @@ from torch import nn
 
 from .cache import PagedKVCache
 from .config import ModelConfig, as_int, habits
+from .kernels import _triton
 from .kernels._ambient import isolated, lasting
 from .kernels.arrivals import counters_at_zero
 from .kernels.attention import BlockBatch, Span, block_attention, masked_attention, place_blocks, single_blocks
@@ -139,9 +140,9 @@ class LLaDA2Model(OnOurDevices):
     def exact_rows(self) -> bool:
         """Whether a token's bits do not depend on what else is in its batch: then tokens and trace of a request are
         those it gets alone. True on a CPU whose libraries round a row alike at some height, for each product with as
-        many threads as now; on a GPU if `exact`, or where all products are in fp8."""
+        many threads as now; on a GPU with Triton if `exact`, or where all products are in fp8."""
         if self.device.type != "cpu":
-            return self.exact or (self._fp8 and not self.config.tie_word_embeddings)
+            return _triton.HAS_TRITON and (self.exact or (self._fp8 and not self.config.tie_word_embeddings))
         return all(rows.least is not None for rows in self.products().values())
 
     @property

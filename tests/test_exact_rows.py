@@ -154,6 +154,16 @@ def test_a_network_that_is_on_no_cpu_is_exact_unless_told():
     assert not tied.exact_rows
 
 
+def test_nothing_is_promised_of_a_gpu_without_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None; from tests.test_exact_rows import LLaDA2Elsewhere, replace, rows; "
+        "kinds = (None, 'fp8', 'int4'); "
+        "print([LLaDA2Elsewhere(replace(rows.WIDE, quantization=kind)).exact_rows for kind in kinds])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.stdout == "[False, False, False]\n", run.stderr
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", rows.DTYPES, ids=str)
 def test_a_gpu_gives_a_prompt_the_tokens_and_trace_it_gets_alone(dtype):

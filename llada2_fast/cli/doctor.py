@@ -116,8 +116,9 @@ def _try_embedded_model(device):
 def _exactness(model):
     """Whether a request's tokens are those it gets alone, and how that is known."""
     if model.device.type != "cpu":
-        told = "yes: no product rounds a row by the rows beside it"
-        return told if model.exact_rows else "not promised: cuBLAS picks kernels by the number of rows"
+        if model.exact_rows:
+            return "yes: no product rounds a row by the rows beside it"
+        return "not promised: without Triton, or with cuBLAS's products, a row is rounded by the number of rows"
     products = model.products().values()
     if not model.exact_rows:
         none = sum(rows.least is None for rows in products)
