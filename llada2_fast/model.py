@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .cache import PagedKVCache
-from .config import ModelConfig, as_int, habits
+from .config import ModelConfig, as_flag, as_int, habits
 from .kernels import _triton
 from .kernels._ambient import isolated, lasting
 from .kernels.arrivals import counters_at_zero
@@ -156,7 +156,7 @@ class LLaDA2Model(OnOurDevices):
 
     @exact.setter
     def exact(self, value: bool):
-        self._exact = value
+        self._exact = as_flag("exact", value)
         for module in self.modules():
             if isinstance(module, Linear):
                 module.exact = value
@@ -192,7 +192,7 @@ class LLaDA2Model(OnOurDevices):
             nothing here (habits.LOADING).
         Raises CheckpointError naming file and tensor, ValueError naming an argument that cannot be honoured.
         """
-        hub = habits.loading(kwargs)
+        hub, exact = habits.loading(kwargs), as_flag("exact", exact)
         dtype, device = habits.find_dtype(dtype, torch_dtype), habits.find_place(device, device_map)
         folder = checkpoint.resolve(path, **hub)
         config = ModelConfig.from_hf(folder)

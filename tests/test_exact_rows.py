@@ -154,6 +154,17 @@ def test_a_network_that_is_on_no_cpu_is_exact_unless_told():
     assert not tied.exact_rows
 
 
+@pytest.mark.parametrize("value", ["no", None, 0])
+def test_exact_is_a_flag(value):
+    message = f"^exact={value!r}: expected true or false$"
+    with pytest.raises(ValueError, match=message):
+        LLaDA2Elsewhere.from_pretrained("no such folder", exact=value)  # before the folder is looked for
+    model = LLaDA2Elsewhere(rows.WIDE)
+    with pytest.raises(ValueError, match=message):
+        model.exact = value
+    assert model.exact and model.lm_head.exact
+
+
 def test_nothing_is_promised_of_a_gpu_without_triton():
     code = (
         "import sys; sys.modules['triton'] = None; from tests.test_exact_rows import LLaDA2Elsewhere, replace, rows; "

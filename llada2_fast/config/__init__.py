@@ -4,7 +4,7 @@ Every default of the project lives here. A value that cannot be used is a `Value
 ``name=value: what is allowed``, raised before any weight is read or any forward is run.
 """
 
-from .checks import DTYPES, as_float, as_float32, as_ids, as_int, as_temperature, find_device, parse_json
+from .checks import DTYPES, as_flag, as_float, as_float32, as_ids, as_int, as_temperature, find_device, parse_json
 from .decoding import PRESETS, PROFILES, SAMPLING_METHODS, DecodeParams
 from .engine import EngineConfig
 from .hf import MODEL_TYPES
@@ -12,5 +12,6 @@ from .model import QUANTIZATIONS, ModelConfig
 
 __all__ = [
     "DTYPES", "MODEL_TYPES", "PRESETS", "PROFILES", "QUANTIZATIONS", "SAMPLING_METHODS", "DecodeParams", "EngineConfig",
-    "ModelConfig", "as_float", "as_float32", "as_ids", "as_int", "as_temperature", "find_device", "parse_json",
+    "ModelConfig", "as_flag", "as_float", "as_float32", "as_ids", "as_int", "as_temperature", "find_device",
+    "parse_json",
 ]  # fmt: skip
