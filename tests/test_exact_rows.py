@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from llada2_fast.adapters.lm_eval import LLaDA2LM
 from llada2_fast.config import DecodeParams, EngineConfig
 from llada2_fast.engine import Engine
 from llada2_fast.kernels import product
@@ -163,6 +164,15 @@ def test_exact_is_a_flag(value):
     with pytest.raises(ValueError, match=message):
         model.exact = value
     assert model.exact and model.lm_head.exact
+
+
+def test_lm_eval_can_ask_for_the_other_products():
+    settings = {"threshold": 0.9, "device": "cpu", "quantization": "int4"}
+    wide, narrow = LLaDA2LM(**settings), LLaDA2LM(**settings, exact=False)
+    assert wide.model.exact and not narrow.model.exact and not narrow.model.lm_head.exact
+    assert narrow.get_model_info()["llada2_fast"]["exact"] is False
+    with pytest.raises(ValueError, match="exact='no'"):
+        LLaDA2LM(**settings, exact="no")
 
 
 def test_nothing_is_promised_of_a_gpu_without_triton():

@@ -90,7 +90,7 @@ class LLaDA2LM:
     revision: of a hub id.
     dtype: "auto" = the checkpoint's (embedded model: float32).
     device: None = the GPU if there is one.
-    quantization: as of LLaDA2Model.from_pretrained.
+    quantization, exact: as of LLaDA2Model.from_pretrained.
     batch_size: rows decoded together, "auto" = EngineConfig's, or max_batch_size.
     max_batch_size: what "auto" is.
     cache_tokens: of the engine's cache; None = what that many of the largest requests need.
@@ -104,8 +104,8 @@ class LLaDA2LM:
     """
 
     def __init__(
-        self, pretrained=None, revision=None, dtype="auto", device=None, quantization=None, batch_size="auto",
-        max_batch_size=None, cache_tokens=None, graphs=False, mc_num=128, mc_seed=0, preset=None,
+        self, pretrained=None, revision=None, dtype="auto", device=None, quantization=None, exact=True,
+        batch_size="auto", max_batch_size=None, cache_tokens=None, graphs=False, mc_num=128, mc_seed=0, preset=None,
         trust_remote_code=False, **decode,
     ):  # fmt: skip
         super().__init__()
@@ -130,8 +130,9 @@ class LLaDA2LM:
         folder = checkpoint.resolve(self.pretrained, revision)
         self.tokenizer = load_tokenizer(folder)
         self.model = LLaDA2Model.from_pretrained(
-            folder, DTYPES.get(own if dtype in (None, "auto") else dtype), self._device, quantization=quantization
-        )
+            folder, DTYPES.get(own if dtype in (None, "auto") else dtype), self._device, quantization=quantization,
+            exact=exact,
+        )  # fmt: skip
         self.mask_id, self.eos_ids, _ = resolve_ids(self.model, self.params)
         self.tokens = self.forwards = 0
 
@@ -184,6 +185,7 @@ class LLaDA2LM:
                 "device": str(self.model.device),
                 "pretrained": str(self.pretrained),
                 "quantization": self.quantization,
+                "exact": self.model.exact,
                 "batch_size": self.batch_size,
                 "decode_params": asdict(self.params) | {"eos_ids": self.eos_ids, "mask_id": self.mask_id},
                 "likelihood": {"is": "block-diffusion bound", "mc_num": self.mc_num, "mc_seed": self.mc_seed},
