@@ -83,7 +83,26 @@ def test_no_more_threads_than_processors():
 
 
 def test_doctor_says_what_was_found():
-    said = run("from llada2_fast.cli import main; main(['doctor', '--json'])", OMP_NUM_THREADS="1")
+    code = """
+from contextlib import redirect_stdout
+from io import StringIO
+from llada2_fast.cli import main
+with redirect_stdout(StringIO()) as out:
+    main(["doctor", "--json"])
+from llada2_fast import LLaDA2Model, demo
+model = LLaDA2Model.from_pretrained(demo.path(), "float32", "auto", progress=False)
+print(json.dumps([json.loads(out.getvalue()), [[rows.library, rows.least] for rows in model.products().values()]]))
+"""
+    said, products = run(code, OMP_NUM_THREADS="1")
     assert said["this process"]["OMP_WAIT_POLICY"] == "passive"
     assert said["this process"]["OMP_NUM_THREADS"] == "1"
-    assert said["embedded model"]["exact rows"].startswith(("yes: ", "no: ", "not promised: "))
+    libraries, heights = ({*found} for found in zip(*products, strict=True))
+    if "ops on cuda" in said:
+        wanted = "yes: no product rounds a row by the rows beside it"
+    elif None in heights:
+        failed = sum(height is None for _, height in products)
+        wanted = f"no: {failed} of {len(products)} products round a row by the rows beside it, at any height"
+    else:
+        names = ", ".join(sorted(libraries))
+        wanted = f"yes: products round a row alike from a height of {max(heights)} on ({names})"
+    assert said["embedded model"]["exact rows"] == wanted
