@@ -183,9 +183,6 @@ def fake_cuda():
             mock.patch.object(StepGraph, "replay", StepGraph.run),
             mock.patch.object(torch.cuda, "graph_pool_handle", lambda: None),
             mock.patch.object(torch.cuda, "get_device_name", lambda device: "fake"),
-            mock.patch.object(
-                torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=2)
-            ),
             mock.patch.object(torch.cuda, "get_device_capability", lambda device: (8, 0)),
             mock.patch.object(torch.cuda, "get_device_properties", lambda device: CARD),
             mock.patch.object(torch.cuda, "device_of", device_of),
