@@ -107,6 +107,7 @@ def test_raw_prompts_get_no_chat_template(call):
     (["--dtype", "bfloat16", "--device", "cpu"], 36, "eos"),
     (["--dtype", "torch.bfloat16"], 36, "eos"),
     (["--quantization", "fp8"], 36, "eos"),
+    (["--quantization", "int4"], 36, "eos"),
 ])  # fmt: skip
 def test_options_reach_generate(call, options, tokens, reason):
     code, out, _ = call("generate", QUESTION, "--json", QUIET, *options)
@@ -118,7 +119,9 @@ def test_options_reach_the_model():
     parser = argparse.ArgumentParser()
     options.add_model_options(parser)
     model, _ = options.load_model(parser.parse_args(["--quantization", "fp8", "--dtype", "bfloat16", QUIET]))
-    assert (model.config.quantization, model.dtype) == ("fp8", torch.bfloat16)
+    assert (model.config.quantization, model.dtype, model.exact) == ("fp8", torch.bfloat16, True)
+    model, _ = options.load_model(parser.parse_args(["--quantization", "int4", "--no-exact", QUIET]))
+    assert (model.config.quantization, model.exact, model.lm_head.exact) == ("int4", False, False)
 
 
 def test_sampling_is_repeatable_by_seed(call):

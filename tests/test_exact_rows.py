@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from llada2_fast.adapters.lm_eval import LLaDA2LM
+from llada2_fast.cli import doctor
 from llada2_fast.config import DecodeParams, EngineConfig
 from llada2_fast.engine import Engine
 from llada2_fast.kernels import product
@@ -153,6 +154,23 @@ def test_a_network_that_is_on_no_cpu_is_exact_unless_told():
     assert tied.exact_rows
     tied.exact = False
     assert not tied.exact_rows
+
+
+def test_a_copy_keeps_what_was_told():
+    model = rows.LLaDA2Model(rows.WIDE)
+    model.exact = False
+    twin = copy.deepcopy(model).to(torch.bfloat16)
+    assert not twin.exact and not twin.lm_head.exact
+    twin.exact = True
+    assert not model.exact and not model.lm_head.exact
+
+
+def test_doctor_says_what_holds_on_no_cpu():
+    model = LLaDA2Elsewhere(rows.WIDE)
+    assert doctor._exactness(model) == "yes: no product rounds a row by the rows beside it"
+    model.exact = False
+    wanted = "not promised: without Triton, or with cuBLAS's products, a row is rounded by the number of rows"
+    assert doctor._exactness(model) == wanted
 
 
 @pytest.mark.parametrize("value", ["no", None, 0])
