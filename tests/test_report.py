@@ -192,6 +192,34 @@ def test_full_runs_go_before_quick_ones_and_newer_before_older():
     assert report_tables.newest([old, full], "decode", "cost") == [full]
 
 
+def test_quantised_lines_stand_beside_the_plain_one():
+    def line(day, accuracy, **kind):
+        point = {"threshold": 0.9, "editing": "off", "block_length": 16, "steps": 32, "accuracy": accuracy, "tpf": 8.5,
+                 "tok_s": 1500.0, "tasks": {"a": {"accuracy": accuracy - 0.125}, "b": {"accuracy": 1.0}}}  # fmt: skip
+        head = {"benchmark": "quality", "quick": False, **CARD, "time": f"2026-01-0{day}T00:00:00+00:00"}
+        return report_tables.Line("quality.jsonl", head | point | {"settings": [point], "prompts_per_task": 120} | kind)
+
+    plain, fp8, int4 = line(1, 0.75), line(2, 0.25, quantization="fp8"), line(3, 0.5, quantization="int4")
+    lines = [plain, fp8, int4]
+    assert report_tables.newest(lines, "quality") == [int4, fp8, plain]
+    for shown in (lines, [plain]):
+        settings = report.BLOCKS["quality-settings"](shown)
+        assert settings.splitlines()[4:] == ["| 0.9 | off | 16 | 32 | 0.750 | 0.625 | 8.50 | 1500 |"]
+        assert "exact match | 0.750 at TPF 8.50, 1500 tok/s | [1] |" in report.BLOCKS["numbers"](shown)
+        assert plots.quality_data(shown)["settings"] == plain.data["settings"]
+    for shown in (lines, [line(0, 0.125, quantization="int4"), *lines]):
+        head, rows = report.BLOCKS["quality-quantization"](shown).split("| weights |")
+        assert "by `python -m benchmarks.quality --quantization int4 --save`" in head
+        assert head.count("`quality.jsonl`") == 3 and "quality --save`" in head
+        assert rows.splitlines()[2:] == [
+            "| as they are | 0.750 | 0.625 | 8.50 |",
+            "| fp8 | 0.250 | 0.125 | 8.50 |",
+            "| int4 | 0.500 | 0.375 | 8.50 |",
+        ]
+    assert "Not measured yet" in report.BLOCKS["quality-quantization"]([plain])
+    assert "Not measured yet" in report.BLOCKS["quality-settings"]([int4])
+
+
 def test_plots_are_drawn_anew_only_where_their_data_changed(root):
     report.main([], root)
     folder, lines = root / "benchmarks" / "plots", report_tables.read(root / "benchmarks" / "results")

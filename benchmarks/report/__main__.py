@@ -3,8 +3,9 @@
     python -m benchmarks.report [--check]
 
 A file has its tables between `<!-- report:NAME -->` and `<!-- /report -->`; what stands there is replaced. Lines are
-those of benchmarks/results/*.jsonl: of each benchmark and machine (device and threads) the newest, a full run before a
-quick one. README's short table and the plots take the machine that ran last; benchmarks/README.md has all of them.
+those of benchmarks/results/*.jsonl: of each benchmark, machine (device and threads) and quantisation the newest, a full
+run before a quick one. README's short table and the plots take the machine that ran last, its weights as they are;
+benchmarks/README.md has all of them.
 Plots are SVG files in benchmarks/plots/, drawn anew where their data or their code has changed; that needs matplotlib.
 
 --check writes nothing and exits 1 where a table, a plot or a number typed by hand differs from what the lines give.

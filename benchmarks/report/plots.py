@@ -6,14 +6,14 @@ import json
 
 from ..harness import drawing
 from ..quality import draw as draw_quality
-from .tables import card, gpu_lines, newest, threads
+from .tables import card, gpu_lines, newest_plain, threads
 
 # What is drawn, taken from the lines (None where they have it not), and how.
 
 
 def first(lines, benchmark, key):
-    """The data of the line with `key` of the machine that ran last, or None."""
-    return next((line.data for line in newest(lines, benchmark, key)[:1]), None)
+    """The data of the plain line with `key` of the machine that ran last, or None."""
+    return next((line.data for line in newest_plain(lines, benchmark, key)[:1]), None)
 
 
 def peers_data(lines):

@@ -32,6 +32,8 @@ class Line(NamedTuple):
         """What a table says of where its numbers come from."""
         d = self.data
         command = f"python -m benchmarks.{command_of(d['benchmark'])}" + " --quick" * d.get("quick", False)
+        if d.get("quantization"):
+            command += f" --quantization {d['quantization']}"
         torch = d.get("versions", {}).get("torch")
         return (
             f"`{self.file}`, {d['time']}, commit {d['commit']}, by `{command} --save` on {d['device']}, {threads(d)}, "
@@ -57,15 +59,21 @@ def read(folder):
 
 
 def newest(lines, benchmark, having=None):
-    """The benchmark's newest line of each machine, full runs before quick ones; the machine that ran last first.
+    """The benchmark's newest line of each machine and quantisation, full runs before quick ones; what ran last first.
 
     lines: in order of time. having: only lines with something under this key count.
     """
-    machines = {}  # -> their lines, the newest first
+    kinds = {}  # -> their lines, the newest first
     for line in reversed(lines):
-        if line.data["benchmark"] == benchmark and (not having or line.data.get(having)):
-            machines.setdefault((line.data["device"], line.data["threads"]), []).append(line)
-    return [min(own, key=lambda line: line.data["quick"]) for own in machines.values()]
+        d = line.data
+        if d["benchmark"] == benchmark and (not having or d.get(having)):
+            kinds.setdefault((d["device"], d["threads"], d.get("quantization")), []).append(line)
+    return [min(own, key=lambda line: line.data["quick"]) for own in kinds.values()]
+
+
+def newest_plain(lines, benchmark, having=None):
+    """Of `newest` those that were not asked for a quantisation."""
+    return [line for line in newest(lines, benchmark, having) if not line.data.get("quantization")]
 
 
 # Cells and tables. A form is a text with fields of a point, as str.format has them, or a function of the point that
@@ -103,19 +111,43 @@ def megabytes(key, digits=1):
     return lambda point: f"{point[key] / 1e6:.{digits}f}" if point.get(key) is not None else ""
 
 
-def each_machine(benchmark, key, columns, also=()):
+def each_machine(benchmark, key, columns, also=(), chosen=newest):
     """A block: of each machine's line that has something under `key`, a table of the points there, and of those under
-    the keys `also`, headed by the line. A line that has no list there is a point itself."""
+    the keys `also`, headed by the line. A line that has no list there is a point itself.
+
+    chosen: newest or newest_plain, which choose the lines.
+    """
 
     def block(lines):
         parts = []
-        for line in newest(lines, benchmark, key):
+        for line in chosen(lines, benchmark, key):
             found = [line.data[name] for name in (key, *also)]
             points = [point for part in found for point in part] if isinstance(found[0], list) else [line.data]
             parts.append(f"{line}\n\n{table(columns, points)}")
         return "\n\n".join(parts) or NOT_MEASURED.format(f"{command_of(benchmark)} --save")
 
     return block
+
+
+def quality_by_quantization(lines):
+    """A table for each machine: how the embedded model answers by the default rule, plain and quantised."""
+    machines = {}
+    for line in newest(lines, "quality", "settings"):
+        machines.setdefault((line.data["device"], line.data["threads"]), []).append(line)
+    columns = [
+        ("weights", lambda data: data.get("quantization") or "as they are"), "exact match {accuracy:.3f}",
+        ("worst task", worst_task), "TPF {tpf:.2f}",
+    ]  # fmt: skip
+    parts = []
+    for own in machines.values():
+        own = sorted(own, key=lambda line: line.data.get("quantization") or "")
+        if len(own) > 1:
+            parts += [*map(str, own), table(columns, [line.data for line in own])]
+    return "\n\n".join(parts) or NOT_MEASURED.format("quality --quantization int4 --save")
+
+
+def worst_task(point):
+    return f"{min(task['accuracy'] for task in point['tasks'].values()):.3f}"
 
 
 # README's short table: of a line's data, the points, and of each what it is and its result, as forms of cells.
@@ -187,7 +219,7 @@ def short_table(lines):
     """README's table: what, result, and the number of the result line, which are listed below."""
     rows, sources = [], []
     for benchmark, results_of in SHORT.items():
-        for line in newest(lines, benchmark)[:1]:
+        for line in newest_plain(lines, benchmark)[:1]:
             sources.append(f"{len(sources) + 1}. {line}")
             for point, what, result in results_of(line.data):
                 rows.append({"what": cell(what, point), "result": cell(result, point), "line": len(sources)})
@@ -390,9 +422,9 @@ BLOCKS = {
     "latency": each_machine("latency", "iterations", WAITS),
     "quality-settings": each_machine("quality", "settings", [
         "threshold {threshold:g}", "editing", "block length {block_length}", "steps", "exact match {accuracy:.3f}",
-        ("worst task", lambda point: f"{min(task['accuracy'] for task in point['tasks'].values()):.3f}"),
-        "TPF {tpf:.2f}", "tok/s {tok_s:.0f}",
-    ]),
+        ("worst task", worst_task), "TPF {tpf:.2f}", "tok/s {tok_s:.0f}",
+    ], chosen=newest_plain),
+    "quality-quantization": quality_by_quantization,
     "sampling": each_machine("sampling", "draws", [
         "model", ("draw", sampling.draw_of),
         *(column for rule, title in sampling.TITLES.items() for column in (
