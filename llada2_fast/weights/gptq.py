@@ -58,6 +58,7 @@ def widen(digits: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 def check(role: str, tensor: torch.Tensor, what):
     """CheckpointError if qzeros or g_idx (`role`) are not those of a symmetric weight with its groups in order.
 
+    With sym the zero is 8; writers store it as 7 or 8, so that both are taken whatever the config calls the format.
     what: the tensor, for messages."""
     if role == "qzeros" and not any(bool((tensor == value).all()) for value in ZEROS):
         raise CheckpointError(f"{what} is not of a symmetric weight: expected 7 (or 8, in gptq_v2) in all digits")
