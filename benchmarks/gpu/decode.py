@@ -106,9 +106,7 @@ def points():
     found = []
     for kind, quantization in QUANTIZATIONS.items():
         for batch in (1, 32):
-            measure, later = (
-                partial(time_decode, quantization=quantization, batch=batch),
-                kind == "int4" or (kind == "fp8" and batch > 1),
-            )
+            measure = partial(time_decode, quantization=quantization, batch=batch)
+            later = kind == "int4" or (kind == "fp8" and batch > 1)
             found.append(Point(f"decode mini {kind} b{batch}", "decode", 16, measure, later))
     return [*found, Point("decode diffusers", "decode", 12, time_diffusers, later=True)]
