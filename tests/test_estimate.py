@@ -16,7 +16,7 @@ def saved():
     return {name: lines_of(harness.RESULTS / f"{name}.jsonl") for name in ("counts", "gpu")}
 
 
-@pytest.mark.parametrize("quantization", [None, "fp8"])
+@pytest.mark.parametrize("quantization", [None, "fp8", "int4"])
 def test_a_step_reads_the_weights_that_the_floor_counts(quantization):
     """And some activations; scales of fp8 the floor leaves out."""
     found = {work.kernel: work for work in launches.works(quantization, 1)}
@@ -37,11 +37,13 @@ def test_what_is_left_of_pytorchs_operators_beside_products():
     assert left == {"aten::embedding": 1, "aten::new_zeros": 1}
 
 
-def test_the_estimate_of_the_profiled_tree_is_near_what_was_measured(saved):
-    named = {"before": estimate.before_and_after(saved["counts"])["before"]}
-    rows = estimate.residuals(named, saved["gpu"])
-    assert len({(row["card"], row["point"]) for row in rows}) == len(rows) == 12
-    assert all(abs(row["off"]) < (0.05 if row["card"] == "h100" else 0.1) for row in rows), rows
+def test_the_estimates_are_near_what_was_measured(saved):
+    rows = estimate.residuals(estimate.before_and_after(saved["counts"]), saved["gpu"])
+    before = [row for row in rows if row["line"] == "before"]
+    assert len({(row["card"], row["point"]) for row in before}) == len(before) == 12
+    after = [row for row in rows if row["line"] == "after" and " bf16 " in row["point"]]
+    assert {row["point"].split()[3] for row in after if row["card"] == "h100"} == {"b1", "b8", "b32"}
+    assert all(abs(row["off"]) < (0.05 if row["card"] == "h100" else 0.1) for row in before + after), before + after
 
 
 @given(st.builds(Work, st.just("k"), st.integers(1, 99), st.integers(0, 10**10), st.integers(0, 10**12)))
