@@ -10,7 +10,8 @@ operations of that, are counted (benchmarks.counts, part kernels). A launch take
 or their sum, and GAP until the next one begins. The figures of a Rate are fitted to two sizes, 64 and 1280 tokens, of
 the H100's profiles of the tree at BEFORE (results/gpu.jsonl). Other sizes and the H200 are held against what they give:
 `residuals` has measured steps beside their estimates. On the H200 fp8 takes longer than that, as nobody has tuned its
-tiles there. SINCE has the rates of kernels that are others since BEFORE, fitted to its profiles of them.
+tiles there. SINCE has the rates of kernels that are others since BEFORE, fitted to its profiles of them. They
+were taken of a tree that quantised attention's output within attention and had the default tiles in int4.
 """
 
 from typing import NamedTuple
