@@ -119,6 +119,14 @@ def test_the_committed_texts_and_plots_are_what_the_lines_give():
     assert report.faults(ROOT, report_tables.read(ROOT / "benchmarks" / "results")) == []
 
 
+def test_int4_stands_beside_the_weights_as_they_are():
+    sizes = {"weight_bytes": 3_000_000, "wide_weight_bytes": 9_040_000}
+    line = report_tables.Line("decode.jsonl", DECODE | {"int4": {"tok_s": 216.2, "ratio": 0.5} | sizes})
+    assert report.BLOCKS["decode-int4"]([line]).splitlines()[4:] == ["| 216 | 0.50x | 3.0 | 9.0 |"]
+    older = report_tables.Line("decode.jsonl", DECODE)
+    assert report.BLOCKS["decode-int4"]([older]).startswith("Not measured yet: `python -m benchmarks.bench_decode")
+
+
 def test_both_rules_of_drawn_tokens_stand_side_by_side():
     line = report_tables.Line("sampling.jsonl", SAMPLING)
     assert report.BLOCKS["sampling"]([line]).splitlines()[4:] == [

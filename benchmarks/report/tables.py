@@ -402,6 +402,11 @@ BLOCKS = {
         "without", "tok/s {tok_s:.0f}", "forwards", ("peak MB", megabytes("peak_bytes")),
         "whole / without {ratio:.2f}x",
     ]),
+    "decode-int4": each_machine("decode", "int4", [
+        "tok/s in int4 {int4[tok_s]:.0f}", "int4 / as they are {int4[ratio]:.2f}x",
+        ("MB of weights in int4", lambda data: megabytes("weight_bytes")(data["int4"])),
+        ("MB as they are", lambda data: megabytes("wide_weight_bytes")(data["int4"])),
+    ]),
     "decode-cost": each_machine("decode", "cost", [
         "who", ("prefix", lambda cost: ", ".join(map(str, cost["prefix"]))),
         ("ms per block", lambda cost: ", ".join(f"{ms:.1f}" for ms in cost["ms_per_block"])),
