@@ -228,6 +228,17 @@ def test_quantised_lines_stand_beside_the_plain_one():
     assert "Not measured yet" in report.BLOCKS["quality-settings"]([int4])
 
 
+def test_readme_says_of_quantised_weights_what_the_lines_say():
+    lines = report_tables.newest(report_tables.read(ROOT / "benchmarks" / "results"), "quality", "settings")
+    right = {line.data.get("quantization"): f"{line.data['accuracy']:.1%}".replace("%", " %") for line in lines}
+    count = {5 * line.data["prompts_per_task"] for line in lines}
+    assert count == {600} and right[None] == right["int4"]
+    said = (
+        f"Of 600 prompts the embedded model answers {right[None]} right in float32 and in int4, {right['fp8']} in fp8"
+    )
+    assert said in " ".join((ROOT / "README.md").read_text("utf-8").split())
+
+
 def test_plots_are_drawn_anew_only_where_their_data_changed(root):
     report.main([], root)
     folder, lines = root / "benchmarks" / "plots", report_tables.read(root / "benchmarks" / "results")
