@@ -29,11 +29,17 @@ def tiles(device, rows, columns, gated, tokens, quantization=None):
 
 def default_tiles(rows, gated, tokens, quantization=None):
     """Too few programs would read a small matrix in large tiles; a gated product has no registers for 128 tokens, and
-    none that widens its weights."""
+    none that widens its weights. In 16 bits few tokens are best cut into many programs, as an H100 has it."""
     tile_m = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
     if quantization == "int4":
         return {"tile_m": tile_m, "tile_n": 64, "num_warps": 4, "num_stages": 4}
-    tile_n = 128 if gated or rows > 8192 else 64
+    large = rows > 8192
+    if quantization is None and not gated and tokens <= 64:
+        tile = {"tile_m": min(tile_m, 32), "tile_n": 128} if large else {"tile_m": 16, "tile_n": 64}
+        return tile | {"tile_k": 128, "num_warps": 4, "num_stages": 3 if large else 4}
+    if quantization is None and not gated and triton.cdiv(tokens, 128) * triton.cdiv(rows, 128) >= PROGRAMS // 2:
+        return {"tile_m": 128, "tile_n": 128, "num_warps": 8, "num_stages": 3}
+    tile_n = 128 if gated or large else 64
     if tokens > 64 and not gated and triton.cdiv(tokens, 128) * triton.cdiv(rows, tile_n) >= PROGRAMS:
         tile_m = 128
     warps, stages = 8 if tile_m * tile_n >= 8192 else 4, 3 if gated else 4

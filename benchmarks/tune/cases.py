@@ -192,6 +192,7 @@ MANY += every(tile_m=(128,), tile_n=(128,), num_warps=(8, 16), num_stages=(4, 3,
 TALL = every(tile_m=(128,), tile_n=(128,), tile_k=(64,), num_warps=(8,), num_stages=(3, 4))
 TALL += every(tile_m=(256,), tile_n=(128,), tile_k=(64,), num_warps=(8,), num_stages=(2, 3, 4))
 DEEPER = every(tile_n=(64,), tile_k=(128,), num_warps=(4,), num_stages=(2, 3, 4))
+DEEPER_LARGE = every(tile_n=(128,), tile_k=(128,), num_warps=(4,), num_stages=(3, 4))
 
 
 def fp8_products(machine):
@@ -318,11 +319,16 @@ def matrices(config):
     }
 
 
+def dense_defaults(rows, gated, tokens, kind):
+    return dense.default_tiles(rows, gated, tokens, None if kind == "bf16" else kind)
+
+
 def dense_tries(rows, gated, tokens, kind):
     """Heights as far as there are tokens; a gated product has no registers for 128."""
     if tokens > FEW and not gated:
         return MANY + TALL * (kind == "bf16")
-    widths = GATED if gated else LARGE if rows > 8192 else NARROW + DEEPER * (kind == "bf16")
+    deeper = () if kind == "fp8" or gated else DEEPER_LARGE if rows > 8192 else DEEPER
+    widths = (GATED if gated else LARGE if rows > 8192 else NARROW) + [*deeper]
     heights = [height for height in (64, 32, 16) if height <= tokens and (tokens <= FEW or height > 16)]
     return [{"tile_m": height} | width for height in heights for width in widths]
 
@@ -337,7 +343,7 @@ def _matrix(machine, rows, columns, gated, tokens, kind):
         x, weight = QuantTensor(h), QuantTensor(weight)
     parts, copies = [part for part in weight if part is not None], machine.copies(weight.values.nbytes)
     copies = [QuantTensor(*(part.clone() for part in parts)) for _ in range(copies - 1)]
-    defaults = dense.default_tiles(rows, gated, tokens)
+    defaults = dense_defaults(rows, gated, tokens, kind)
 
     def call(weight, parameters):
         return [part for part in dense.dense(x, weight, gated, h, parameters or defaults) if part is not None]
@@ -352,7 +358,7 @@ def dense_groups(machine, models=("mini",)):
     for kind, model, (matrix, tokens) in itertools.product(kinds, models, MATRICES[: machine.size(len(MATRICES), 1)]):
         rows, columns, gated = matrices(machine.config(model))[matrix]
         shape = {"rows": rows, "columns": columns, "gated": gated, "tokens": tokens}
-        tries, defaults = dense_tries(rows, gated, tokens, kind), dense.default_tiles(rows, gated, tokens)
+        tries, defaults = dense_tries(rows, gated, tokens, kind), dense_defaults(rows, gated, tokens, kind)
         build = partial(_matrix, **shape, kind=kind)
         found.append(Group(f"dense {model} {kind} {matrix} m{tokens}", "dense", shape, kind, tries, build, defaults))
     return found

@@ -99,7 +99,7 @@ def test_tiles_of_a_product_with_one_matrix(monkeypatch):
 
     assert [tile_m(tokens) for tokens in (7, 8, 64, 65, 320, 321)] == [16, 1, 1, 2, 2, 64]
     assert [tile_m(64, rows=2048), tile_m(64, columns=1024), tile_m(64, gated=True)] == [64] * 3
-    assert tile_m(64, kind=None) == 64
+    assert tile_m(64, kind=None) == 16
 
 
 def expert_tiles(device, name, monkeypatch, entries):
@@ -335,7 +335,7 @@ def test_every_dense_product_that_was_measured_has_an_entry(machine):
     }  # fmt: skip
     head, qkv = tune.entries(groups, lines, "X")["dense"]
     assert head == {"device": "X"} | groups[0].shape | {"fp8": {"tile_m": 7}}
-    assert qkv == {"device": "X"} | groups[1].shape | {"fp8": dense.default_tiles(3072, False, 64)}
+    assert qkv == {"device": "X"} | groups[1].shape | {"fp8": dense.default_tiles(3072, False, 64, "fp8")}
     assert qkv["rows"] == 3072 and qkv["columns"] == 2048 and qkv["tokens"] == 64 and qkv["gated"] is False
 
 
@@ -344,7 +344,8 @@ def test_dense_tries_suit_their_tokens():
     for group in cases.dense_groups(tune.Shapes()):
         rows, _, gated, tokens = group.shape.values()
         heights = {parameters["tile_m"] for parameters in group.tries}
-        assert max(heights) <= tokens and len(heights) > 1 and dense.default_tiles(rows, gated, tokens) in group.tries
+        defaults = cases.dense_defaults(rows, gated, tokens, group.part)
+        assert max(heights) <= tokens and len(heights) > 1 and defaults in group.tries
         assert (128 in heights) == (tokens > 64 and not gated)
 
 
