@@ -441,7 +441,7 @@ def test_a_step_does_all_its_work_and_can_be_repeated(machine):
 
 
 @pytest.mark.parametrize("variant, real", [("carried", 0), ("carried real", 2)])
-def test_carried_places_repeat_a_block_or_take_ended_ones_along(machine, variant, real, monkeypatch):
+def test_carried_places_are_empty_or_take_ended_blocks_along(machine, variant, real, monkeypatch):
     step = Step(machine, machine.network("mini"), batch=6, prefix=64, variant=variant)
     begun, forward = [], step.model.forward_blocks
 
@@ -452,7 +452,7 @@ def test_carried_places_repeat_a_block_or_take_ended_ones_along(machine, variant
     monkeypatch.setattr(step.model, "forward_blocks", noted)
     step.check()
     for rows, blocks, tokens in begun:
-        assert rows == [*range(6), *(range(2) if real else [0, 0])] and blocks == [2] * 6 + [1 if real else 2] * 2
+        assert rows == [*range(6), *(range(2) if real else [-1, -1])] and blocks == [2] * 6 + [1 if real else 0] * 2
         assert (tokens == step.mask_id).all(1).tolist() == [True] * real + [False] * (6 - real)
     assert step.carried == real and len(begun) == 2
     step.reset()
