@@ -1,17 +1,30 @@
-"""Frozen, checked settings: `ModelConfig` (what the network is), `DecodeParams` (how one call decodes), `EngineConfig`.
+"""Frozen, checked settings: `ModelConfig` (what the network is), `DecodeParams` (how one call decodes), `EngineConfig`,
+`RequestOptions`.
 
 Every default of the project lives here. A value that cannot be used is a `ValueError` of the form
 ``name=value: what is allowed``, raised before any weight is read or any forward is run.
 """
 
-from .checks import DTYPES, as_flag, as_float, as_float32, as_ids, as_int, as_temperature, find_device, parse_json
+from .checks import (
+    DTYPES,
+    as_flag,
+    as_float,
+    as_float32,
+    as_ids,
+    as_int,
+    as_temperature,
+    choice,
+    find_device,
+    parse_json,
+)
 from .decoding import PRESETS, PROFILES, SAMPLING_METHODS, DecodeParams
 from .engine import EngineConfig
 from .hf import MODEL_TYPES
 from .model import QUANTIZATIONS, ModelConfig
+from .request import RequestOptions
 
 __all__ = [
     "DTYPES", "MODEL_TYPES", "PRESETS", "PROFILES", "QUANTIZATIONS", "SAMPLING_METHODS", "DecodeParams", "EngineConfig",
-    "ModelConfig", "as_flag", "as_float", "as_float32", "as_ids", "as_int", "as_temperature", "find_device",
-    "parse_json",
+    "ModelConfig", "RequestOptions", "as_flag", "as_float", "as_float32", "as_ids", "as_int", "as_temperature",
+    "choice", "find_device", "parse_json",
 ]  # fmt: skip

@@ -4,6 +4,7 @@ import json
 import math
 import numbers
 import warnings
+from dataclasses import field, fields
 from functools import wraps
 
 import torch
@@ -90,6 +91,18 @@ def check(owner, name, check, *args):
     put(owner, name, check(name, getattr(owner, name), *args))
 
 
+def doc(default, text):
+    """A dataclass's field and what it means: the text of help, docs and schemas."""
+    return field(default=default, metadata={"help": text})
+
+
+def described(cls):
+    """Decorates a dataclass: its docstring ends with what its fields mean."""
+    lines = [f"    {one.name}: {one.metadata['help']}." for one in fields(cls)]
+    cls.__doc__ = "\n".join([(cls.__doc__ or "").rstrip(), "", *lines, "    "])
+    return cls
+
+
 def parse_json(data: bytes, source) -> dict:
     """The JSON object in `data`. ValueError naming `source` for anything else: syntax errors, duplicate keys (where
     json.loads silently keeps the last), NaN and Infinity, nesting too deep to parse."""
@@ -114,10 +127,12 @@ def parse_json(data: bytes, source) -> dict:
     return parsed
 
 
-def as_ids(name, value):
-    """A tuple of ints from one int or a sequence, set, array or tensor of them."""
+def as_ids(name, value, most=INT_MAX):
+    """A tuple of ints, at most so many, from one int or a sequence, set, array or tensor of them."""
     value = value.tolist() if hasattr(value, "tolist") else value
     values = value if isinstance(value, (tuple, list, set, frozenset)) else (value,)
+    if len(values) > most:
+        raise bad(name, value, f"at most {most} ids")
     return tuple(as_int(name, v, -INT64, INT64 - 1) for v in values)
 
 

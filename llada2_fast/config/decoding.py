@@ -1,6 +1,6 @@
 """DecodeParams: how one request is decoded."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from .checks import (
@@ -15,6 +15,8 @@ from .checks import (
     bad,
     check,
     choice,
+    described,
+    doc,
     put,
 )
 
@@ -56,19 +58,7 @@ PRESETS = {  # the modes of the LLaDA2.1 model card
 }
 
 
-def _field(default, text):
-    """A field and what it means: the text of help, docs and schemas."""
-    return field(default=default, metadata={"help": text})
-
-
-def _described(cls):
-    """Decorates a dataclass: its docstring ends with what its fields mean."""
-    lines = [f"    {one.name}: {one.metadata['help']}." for one in fields(cls)]
-    cls.__doc__ = "\n".join([(cls.__doc__ or "").rstrip(), "", *lines, "    "])
-    return cls
-
-
-@_described
+@described
 @dataclass(frozen=True)
 class DecodeParams:
     """How one request is decoded; ValueError naming field, value and what is allowed.
@@ -80,31 +70,31 @@ class DecodeParams:
     filters, where whole blocks are committed at once.
     """
 
-    gen_length: int = _field(2048, "most tokens to generate")
-    block_length: int | None = _field(None, "tokens of a diffusion block; the checkpoint's unless given")
-    steps: int = _field(32, "steps over which a block's quota of commits is spread; not read under the sglang profiles")
-    temperature: float = _field(0.0, "of the draws; 0 = greedy")
-    top_k: int | None = _field(None, "draw among the k likeliest tokens; off unless given, or 0")
-    top_p: float | None = _field(None, "draw among the likeliest tokens of this mass; off unless given, or from 1 on")
-    sampling_method: str = _field("auto", "auto, greedy (whatever the temperature) or multinomial")
-    threshold: float = _field(0.95, "commit tokens with a confidence above this; above 1 by quota alone")
-    editing_threshold: float | None = _field(
+    gen_length: int = doc(2048, "most tokens to generate")
+    block_length: int | None = doc(None, "tokens of a diffusion block; the checkpoint's unless given")
+    steps: int = doc(32, "steps over which a block's quota of commits is spread; not read under the sglang profiles")
+    temperature: float = doc(0.0, "of the draws; 0 = greedy")
+    top_k: int | None = doc(None, "draw among the k likeliest tokens; off unless given, or 0")
+    top_p: float | None = doc(None, "draw among the likeliest tokens of this mass; off unless given, or from 1 on")
+    sampling_method: str = doc("auto", "auto, greedy (whatever the temperature) or multinomial")
+    threshold: float = doc(0.95, "commit tokens with a confidence above this; above 1 by quota alone")
+    editing_threshold: float | None = doc(
         None,
         "replace committed tokens by others with a confidence above this; off unless given, but 0.9 under hf-2.1 and "
         "0.0 under sglang-joint",
     )
-    max_post_steps: int = _field(16, "most editing steps of a block without masks")
-    minimal_topk: int = _field(1, "least tokens to commit per step; not read under the sglang profiles")
-    num_to_transfer: int = _field(1, "least tokens to commit per step under profile hf-2.1, and of no use elsewhere")
-    eos_early_stop: bool = _field(False, "stop at the first end token")
-    eos_ids: tuple[int, ...] | None = _field(
+    max_post_steps: int = doc(16, "most editing steps of a block without masks")
+    minimal_topk: int = doc(1, "least tokens to commit per step; not read under the sglang profiles")
+    num_to_transfer: int = doc(1, "least tokens to commit per step under profile hf-2.1, and of no use elsewhere")
+    eos_early_stop: bool = doc(False, "stop at the first end token")
+    eos_ids: tuple[int, ...] | None = doc(
         None, "end tokens, several or none; the checkpoint's unless given; an id outside the vocabulary never occurs"
     )
-    mask_id: int | None = _field(None, "the mask token; the checkpoint's unless given")
-    pad_id: int | None = _field(None, "the padding token; the checkpoint's unless given")
-    seed: int | None = _field(None, "of the draws, an int64; drawn itself unless given")
-    attend_tail: bool = _field(True, "denoise the last block whole, also behind gen_length")
-    profile: str = _field("default", "whose rules: default, hf-2.0, hf-2.1, sglang-lowconf, sglang-joint or diffusers")
+    mask_id: int | None = doc(None, "the mask token; the checkpoint's unless given")
+    pad_id: int | None = doc(None, "the padding token; the checkpoint's unless given")
+    seed: int | None = doc(None, "of the draws, an int64; drawn itself unless given")
+    attend_tail: bool = doc(True, "denoise the last block whole, also behind gen_length")
+    profile: str = doc("default", "whose rules: default, hf-2.0, hf-2.1, sglang-lowconf, sglang-joint or diffusers")
 
     def __post_init__(self):
         for name in ("gen_length", "steps", "minimal_topk", "num_to_transfer"):
