@@ -15,18 +15,20 @@ import torch
 from .kernels._ambient import lasting
 
 
-def block_hashes(tokens: list[int], block_length: int, known: list[bytes] = ()) -> list[bytes]:
-    """The hashes of a row's full blocks, each of a block's tokens and the hash of the block before.
+def block_hashes(tokens: list[int], block_length: int, known: list[bytes] = (), salt: bytes = b"") -> list[bytes]:
+    """The hashes of a row's full blocks behind the known ones, each of a block's tokens and the hash before it.
 
     tokens: from position 0 on.
     block_length: L.
     known: hashes of the leading blocks.
+    salt: what stands before the first block: rows of different salts have no hash in common.
     """
-    hashes = list(known)
-    for at in range(len(hashes) * block_length, len(tokens) - block_length + 1, block_length):
-        before = hashes[-1] if hashes else b""
-        block = array("q", tokens[at : at + block_length]).tobytes()
-        hashes.append(hashlib.blake2b(before + block, digest_size=16).digest())
+    before = known[-1] if known else hashlib.blake2b(salt, digest_size=16).digest()
+    hashes, begin = [], len(known) * block_length
+    data, size = array("q", tokens[begin:]).tobytes(), block_length * 8
+    for at in range(0, len(data) - size + 1, size):
+        before = hashlib.blake2b(before + data[at : at + size], digest_size=16).digest()
+        hashes.append(before)
     return hashes
 
 
@@ -36,7 +38,7 @@ class _BlankPages:
 
     def __init__(self, count):
         self.count = count
-        self._end, self._begin = {0: count}, {count: 0}
+        self._end, self._begin = ({0: count}, {count: 0}) if count else ({}, {})
 
     def take(self, count):
         """So many pages, a list: the lowest that stand side by side, else the lowest."""
@@ -72,23 +74,35 @@ class PagedKVCache:
     dtype, device: of k and v.
     kv_heads: how many a layer holds; None = the config's.
 
-    k, v: [layers, P, L, kv_heads, head_dim]. num_evicted: entered pages given out again so far.
+    k, v: [layers, P, L, kv_heads, head_dim]. num_evicted: entered pages given out again so far. epoch: how often all
+    were forgotten; K/V computed before that must not be entered any more.
     """
 
-    @lasting
     def __init__(self, config, num_pages: int, block_length: int, dtype, device, kv_heads: int | None = None):
         kv_heads = config.num_key_value_heads if kv_heads is None else kv_heads
         shape = (config.num_hidden_layers, num_pages, block_length, kv_heads, config.head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self._like = shape, dtype, device
+        self.take()
         self.num_pages = num_pages
-        self.num_evicted = 0
+        self.num_evicted = self.epoch = 0
         self.block_length = block_length
         self._count = [0] * num_pages
         self._blank = _BlankPages(num_pages)
         self._page = {}  # hash -> the page entered under it
         self._hash = {}  # entered page -> its hash
         self._idle = {}  # entered pages nobody holds, least recently used first (values unused)
+
+    @lasting
+    def take(self):
+        """Take the memory of all pages, zeros."""
+        shape, dtype, device = self._like
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+
+    def drop(self):
+        """Free the memory, and forget what was in it, until take()."""
+        self.clear()
+        self.k = self.v = None
 
     @property
     def num_free(self) -> int:
@@ -150,10 +164,21 @@ class PagedKVCache:
         return tuple(pages)
 
     def clear(self):
-        """Forget the content of all entered pages."""
+        """Forget the content of all entered pages, as after a change of the weights."""
+        self.epoch += 1
         for page in list(self._idle):
             self._evict(page)
         self._page, self._hash = {}, {}
+
+    def reclaim(self):
+        """Take all pages back, whatever an exception has left half done; those entered can still be matched."""
+        self._hash = {page: one for one, page in self._page.items() if self._hash.get(page) == one}
+        self._page = {one: page for page, one in self._hash.items()}
+        self._idle = dict.fromkeys(reversed(self._hash))
+        self._count, self._blank = [0] * self.num_pages, _BlankPages(0)
+        for page in range(self.num_pages):
+            if page not in self._hash:
+                self._blank.give(page)
 
     def _evict(self, page):
         del self._page[self._hash.pop(page)], self._idle[page]

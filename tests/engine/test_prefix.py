@@ -25,7 +25,9 @@ def cache_of(pages):
 def test_a_key_names_a_block_and_all_before_it():
     keys = block_hashes(list(range(11)), 4)
     assert len(keys) == 2 and block_hashes(list(range(16)), 4)[:2] == keys
-    assert block_hashes(list(range(16)), 4, keys[:1]) == block_hashes(list(range(16)), 4)
+    assert block_hashes(list(range(16)), 4, keys[:1]) == block_hashes(list(range(16)), 4)[1:]
+    salted = [block_hashes(list(range(11)), 4, salt=salt) for salt in (b"", b"a", b"b")]
+    assert salted[0] == keys and len({key for one in salted for key in one}) == 6
     other = block_hashes([9, *range(1, 11)], 4)
     assert other[0] != keys[0] and other[1] != keys[1]  # the second block's tokens are equal
     assert block_hashes(list(range(8)), 8)[0] not in keys and block_hashes([1, 2], 4) == []
