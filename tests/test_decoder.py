@@ -259,7 +259,7 @@ def test_the_trace_of_an_answer_has_the_commits_behind_its_end():
     params = replace(params, eos_early_stop=True)
     (row,) = finished(load(), [(prompt, params, seed, (tokens[end],))]).rows
     trace = Trace.of(row, len(row.answer()))
-    assert len(row.answer()) == end + 1 < len(trace.commits()) == row.counters.commits == 8
+    assert len(row.answer()) == end + 1 < len(trace.first_commits()) == row.counters.commits == 8
 
 
 def test_a_plan_has_filters_as_long_as_any_of_its_rows_draws_with_them():
@@ -461,13 +461,16 @@ def test_a_row_opened_late_equals_one_opened_early():
 def test_a_suspended_row_gets_the_tokens_it_would_have_got(steps):
     """Out of its lane and its pages, then in again: nothing of the open block's steps is counted."""
     made = start(load(), MIXED)
+    row = made.rows[5]
+    mark, at = row.mark(), row.block
     for _ in range(steps):
         made.step(made.running())
-    row = made.rows[5]
+        if row.block_ended:
+            mark, at = row.mark(), row.block + 1
     assert row.running
     made.close(row)
-    row.suspend()
-    assert (row.phase, row.lane, row.num_final_blocks) == (Phase.WAITING, None, 0)
+    row.resume(mark)
+    assert (row.phase, row.lane, row.num_final_blocks, row.block) == (Phase.WAITING, None, 0, at)
     made.open(row)
     made.run()
     counted = row.counters.prefill_forwards

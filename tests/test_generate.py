@@ -161,7 +161,7 @@ def test_return_dict():
     for row, counters, trace, prompt in zip(got.sequences, got.counters, got.trace, prompts, strict=True):
         assert sum(counters.forwards_per_block) == counters.denoise_forwards
         assert counters.prefill_forwards == len(prompt) // 8 and counters.settle_forwards == 0
-        commits = trace.commits()
+        commits = trace.first_commits()
         blocks = -(-(len(prompt) + 12) // 8)
         assert sorted(commits) == list(range(len(prompt), 8 * blocks)) and len(commits) == counters.commits
         assert [commits[len(prompt) + i].token for i in range(12)] == row.tolist()
@@ -190,7 +190,7 @@ def test_an_eos_in_the_prompt_or_the_tail_ends_nothing(editing):
         prompt = prompt_of(5, fill)
         full = generate(load(), prompt, eos_id=-1, **rules)
         row = full.sequences[0].tolist()
-        tail = [full.trace[0].commits()[at].token for at in range(11, 16)]
+        tail = [full.trace[0].first_commits()[at].token for at in range(11, 16)]
         tails += len(set(tail) - set(row))
         for eos in {prompt[0], prompt[4], *tail} - set(row):
             got = generate(load(), prompt, eos_id=eos, eos_early_stop=True, **rules)
@@ -458,7 +458,7 @@ def test_confidences_are_the_model_s_own_probabilities(rules):
 def test_under_the_profiles_confidences_are_those_of_the_draw(profile):
     how = dict(eos_id=-1, seed=1, profile=profile, return_dict=True, trace=True)
     out = generate(load(), prompt_of(8), temperature=1.0, top_k=1, **SHORT | dict(threshold=0.9) | how)
-    commits = out.trace[0].commits().values()
+    commits = out.trace[0].first_commits().values()
     assert {event.confidence for event in commits} == {1.0} and len({event.step for event in commits}) == 2
 
 

@@ -59,6 +59,12 @@ class BlockDecoder:
             if sequence in sequences:
                 sequences.remove(sequence)
 
+    def clear(self):
+        """Take all sequences out, whatever an exception has left half done. Steps that were launched are nobody's."""
+        self._launched.clear()
+        self.sequences = [None] * self.lanes.count
+        self.lanes.close_all()
+
     def running(self) -> list[Sequence]:
         """Those with a block to be refined, by lane."""
         return [sequence for sequence in self.sequences if sequence is not None and sequence.running]

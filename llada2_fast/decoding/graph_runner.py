@@ -38,7 +38,12 @@ class GraphRunner:
     def __init__(self, model, cache, lanes, capture=True):
         self.model, self.cache, self.lanes, self.capture = model, cache, lanes, capture
         self.prefill = CachedForward(model, cache).prefill
-        self.pool = torch.cuda.graph_pool_handle() if capture and lanes.device.type == "cuda" else None
+        self.forget()
+
+    def forget(self):
+        """Hold no graph, nor its memory, and no address of the cache."""
+        captures = self.capture and self.lanes.device.type == "cuda"
+        self.pool = torch.cuda.graph_pool_handle() if captures else None
         self._graphs = {}
 
     def execute(self, plan: Plan) -> StepResult:
@@ -86,6 +91,7 @@ class StepGraph:
     def load(self, lanes, filters):
         """Plan a step. lanes: the ints of those that take part, at least one; filters: some row has top_k or top_p."""
         if lanes != self.planned:
+            self.planned = None  # until all of it is there
             entry = [-1] * self._sizes[-1]
             for i, lane in enumerate(lanes):
                 entry[lane] = i

@@ -1,6 +1,7 @@
 """What a face is given -> what a decoder takes: prompts, special ids, seeds; all checks that need the model."""
 
 import math
+from array import array
 from collections.abc import Sequence
 from numbers import Integral
 
@@ -68,6 +69,11 @@ def _row(what, ids):
         return row
     if not _is_list(ids):
         raise ValueError(f"{what}: a list of token ids expected, got {type(ids).__name__}")
+    if set(map(type, ids)) <= {int}:  # 32,000 of them in 1 ms, where the loop takes 6
+        try:
+            return torch.from_numpy(np.array(array("q", ids)))
+        except OverflowError:
+            pass  # one is no int64: the loop says which
     for at, value in enumerate(ids):
         if not (type(value) is int or _is_integer(value)) or not -(2**63) <= int(value) < 2**63:
             raise ValueError(f"{what}: an integer token id expected at {at}, got {value!r:.40}")
@@ -110,20 +116,21 @@ def _first(*values):
     return next((value for value in values if value is not None), None)
 
 
-def check_fit(config, prompts, params):
-    """ValueError if a prompt does not fit the model: ids outside the vocabulary, too many positions, 2.2 decoding."""
+def check_fit(config, prompts, params, first=0):
+    """ValueError if a prompt does not fit the model: ids outside the vocabulary, too many positions, 2.2 decoding.
+    first: the number of the first prompt."""
     edits = [name for name in ("delete_token_id", "split_token_id") if getattr(config, name) is not None]
     if edits and not PROFILES[params.profile].levenshtein:
         raise ValueError(
             f"profile={params.profile!r}: the checkpoint has {' and '.join(edits)} (LLaDA2.2), whose Levenshtein "
             "editing is not there yet; expected 'hf-2.1', which decodes it as a plain LLaDA2.1 checkpoint"
         )
-    check_prompts(prompts, params.gen_length, config.vocab_size, config.max_position_embeddings)
+    check_prompts(prompts, params.gen_length, config.vocab_size, config.max_position_embeddings, first=first)
 
 
-def check_prompts(prompts, gen_length, vocab_size, max_positions, name="inputs"):
+def check_prompts(prompts, gen_length, vocab_size, max_positions, name="inputs", first=0):
     """ValueError if a prompt has ids outside the vocabulary or needs too many positions (None: nothing is known)."""
-    for i, prompt in enumerate(prompts):
+    for i, prompt in enumerate(prompts, first):
         if vocab_size is not None:
             check_vocabulary(f"{name}: prompt {i} has", prompt, vocab_size)
         if max_positions is not None and len(prompt) + gen_length > max_positions:

@@ -39,7 +39,7 @@ class Lanes:
             self._new((count, block_length), ids.mask, torch.int64), self._new((count, block_length), 0, torch.int8),
             self._new(count, 0, torch.int64),
         )  # fmt: skip
-        self.state.frozen.fill_(refine.FINISHED)
+        self.close_all()
         # a row's numbers are entered by the column, which is one copy
         self._whole = self._new((len(WHOLE), count), 0, torch.int32)
         self._real = self._new((len(REAL), count), 0, torch.float32)
@@ -98,6 +98,10 @@ class Lanes:
     def close(self, lane: int):
         """Nothing happens to a closed lane."""
         self.state.frozen[lane] = refine.FINISHED
+
+    def close_all(self):
+        """Nothing happens to any lane."""
+        self.state.frozen.fill_(refine.FINISHED)
 
     def needed(self) -> torch.Tensor:
         """bool [S, L]: the positions whose logits a step reads."""

@@ -122,6 +122,9 @@ class EagerRunner:
         logits, index = self.forward(plan, lanes.state, needed)
         return StepResult(lanes.step(logits, index, plan.filters))
 
+    def forget(self):
+        """Hold nothing that can be made again: there is nothing."""
+
     def _everything(self):
         state = self.lanes.state
         return (state.kind != refine.PADDING) & (state.frozen == 0)[:, None]

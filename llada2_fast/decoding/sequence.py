@@ -10,6 +10,7 @@ three times, because the three need not move together:
 
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import NamedTuple
 
 from ..config import DecodeParams
 from ..kernels import refine
@@ -39,8 +40,20 @@ class Counters:
     forwards_per_block: list[int] = field(default_factory=list)
     prefill_s: float = 0.0
 
-    def copy(self):
-        return replace(self, forwards_per_block=self.forwards_per_block.copy())
+
+class Mark(NamedTuple):
+    """Where a sequence stood between two blocks.
+
+    block: the next one.
+    num_delivered: generated tokens that somebody had been given.
+    num_events: how many events there were.
+    counters: what it had cost; of its blocks' forwards there are as many as blocks before.
+    """
+
+    block: int
+    num_delivered: int
+    num_events: int
+    counters: Counters
 
 
 class Sequence:
@@ -54,6 +67,8 @@ class Sequence:
     mask_id: what stands where nothing has been written.
     trace: keep every commit and edit.
     detailed: keep the confidence and the step of every token.
+    min_tokens: an EOS among so many of the first generated tokens does not end the answer; above 0 no EOS ends the
+        decoding.
 
     watched: the active block is looked at after every step, not only when it has ended; anybody may set it.
 
@@ -71,11 +86,12 @@ class Sequence:
 
     def __init__(
         self, prompt: list[int], params: DecodeParams, seed: int, eos_ids: tuple[int, ...], block_length: int,
-        mask_id: int, trace: bool = False, detailed: bool = False,
+        mask_id: int, trace: bool = False, detailed: bool = False, min_tokens: int = 0,
+        top_logprobs: int = 0,
     ):  # fmt: skip
         self.prompt, self.params, self.seed, self.eos_ids = prompt, params, seed, eos_ids
-        self.block_length, self.mask_id = block_length, mask_id
-        self.rule = row_rule(params, block_length)
+        self.block_length, self.mask_id, self.min_tokens = block_length, mask_id, min_tokens
+        self.rule = row_rule(replace(params, eos_early_stop=False) if min_tokens else params, block_length)
         self.gen_length = params.gen_length
         self.prompt_length = len(prompt)
         self.total = self.prompt_length + params.gen_length
@@ -96,6 +112,7 @@ class Sequence:
         self.watched = trace
         self.token_steps: list[int] = []
         self.token_confidences: list[float] = []
+        self.token_top: list[list[tuple[int, float]]] = []
         self.events: list[Event] | None = [] if trace else None
 
     # where things lie
@@ -131,12 +148,12 @@ class Sequence:
         return known + [self.mask_id] * (self.num_blocks * self.block_length - len(known))
 
     def answer(self) -> list[int]:
-        """The generated ids, cut after the first EOS of the first gen_length of them.
+        """The generated ids, cut after the first EOS of the first gen_length of them that is not among min_tokens.
 
         Under hf-2.0 an early return is cut where that model card cuts it: at the first EOS of prompt and tail, too.
         """
         whole = self.params.traits.cuts_canvas and self.eos_position is not None
-        begin, canvas = 0 if whole else self.prompt_length, self.canvas
+        begin, canvas = 0 if whole else self.prompt_length + self.min_tokens, self.canvas
         end = len(canvas) if whole else self.prompt_length + self.gen_length
         end = next((at + 1 for at in range(begin, end) if canvas[at] in self.eos_ids), end)
         return canvas[self.prompt_length : end]
@@ -186,7 +203,7 @@ class Sequence:
         self.begin()
 
     def _begin_block(self):
-        self._mark = self.counters.copy(), len(self.events or ())
+        self._forwards_before, self._events_before = self.counters.denoise_forwards, len(self.events or ())
         self._steps = self._post_steps = 0  # of the active block, as far as they were read
         self.counters.forwards_per_block.append(0)
         begun = self.block_prompt
@@ -238,12 +255,12 @@ class Sequence:
 
     def row_steps(self) -> list[int]:
         """`steps` counted from the sequence's first denoise forward on; -1 where nothing has been written."""
-        before = self._mark[0].denoise_forwards
+        before = self._forwards_before
         return [step + before if step >= 0 else -1 for step in self.steps]
 
     def block_events(self) -> list[Event]:
         """The events of the active block so far."""
-        return (self.events or [])[self._mark[1] :]
+        return (self.events or [])[self._events_before :]
 
     def _record(self, before):
         """Keep what the last step has written over `before`, by rising position: commits first, then edits."""
@@ -289,14 +306,22 @@ class Sequence:
         self.phase, self.finish_reason, self.eos_position = Phase.DECODE, None, None
         self._end(flags)
 
-    def suspend(self):
-        """Take it out of its lane and its pages. It resumes behind its last finished block; the steps of the open one
-        are not counted, and it gets the tokens it would have got."""
-        if self.phase is Phase.BLOCK_END:
-            self.block += 1
-        elif self.phase is Phase.DECODE:
-            self.counters, events = self._mark
-            if self.events is not None:
-                del self.events[events:]
+    def mark(self) -> Mark:
+        """Where it stands, between two blocks: before its first one, or when the active one has ended."""
+        block = self.block + self.block_ended
+        return Mark(block, self.num_delivered, len(self.events or ()), replace(self.counters, forwards_per_block=[]))
+
+    def resume(self, mark: Mark):
+        """Take it out of its lane and its pages, back to a mark of its own, whatever has become of it since; it gets
+        the tokens it would have got."""
+        self.block, self.num_delivered, num_events, counters = mark
+        per_block = self.counters.forwards_per_block[: self.block - self.first_block]
+        self.counters = replace(counters, forwards_per_block=per_block)
+        del self.ids[self.block_start :]
+        generated = max(0, self.block_start - self.prompt_length)
+        del self.token_steps[generated:], self.token_confidences[generated:]
+        if self.events is not None:
+            del self.events[num_events:]
+        self.finish_reason = self.error = self.eos_position = None
         self.phase, self.lane, self.pages = Phase.WAITING, None, ()
         self.rewind(0)

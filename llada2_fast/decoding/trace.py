@@ -35,16 +35,16 @@ class Trace:
         return cls(sequence.prompt_length, sequence.block_length, tuple(events))
 
     def commits(self):
-        """{position: its commit event}."""
-        return {event.position: event for event in self.events if event.kind == "commit"}
-
-    def writes(self):
-        """{position: the last event there, which put its token there}."""
+        """{position: the event that put its token there: its commit, or the last edit}."""
         return {event.position: event for event in self.events}
 
-    def logprobs(self, commits=False):
-        """{position: log-probability of its token when it was written}; commits: of what was committed there first."""
-        events = self.commits() if commits else self.writes()
+    def first_commits(self):
+        """{position: its commit, whatever has replaced the token since}."""
+        return {event.position: event for event in self.events if event.kind == "commit"}
+
+    def logprobs(self, first=False):
+        """{position: log-probability of its token when it was written}; first: of what was committed there first."""
+        events = self.first_commits() if first else self.commits()
         return {at: math.log(max(event.confidence, 1e-45)) for at, event in events.items()}
 
 
