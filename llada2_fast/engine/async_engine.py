@@ -6,49 +6,39 @@ next, and what is committed is bounded by the request's budget.
 """
 
 import asyncio
-import queue
-import threading
-from collections import deque
-from concurrent.futures import Future
-from contextlib import aclosing
-from typing import NamedTuple
+import os
+import warnings
+from dataclasses import replace
 
-from .request import DEFAULTS, Request, check_params
-
-
-class Call(NamedTuple):
-    """function() for the engine's thread, its result for whoever waits for `future`."""
-
-    future: Future
-    function: object
-    wait: bool = False  # until there is room in the engine's queue
-
-    def run(self):
-        if self.future.set_running_or_notify_cancel():
-            try:
-                self.future.set_result(self.function())
-            except BaseException as error:  # whatever a caller's function raises is that caller's
-                self.future.set_exception(error)
-
-    def refuse(self):
-        if self.future.set_running_or_notify_cancel():
-            self.future.set_exception(RuntimeError("the engine is closed"))
+from ..config import RequestOptions, as_int
+from ..decoding.inputs import row_seed
+from .engine import Engine
+from .request import DEFAULTS, check_params
+from .worker import Reader, Worker
 
 
 class AsyncEngine:
-    """For `async with`, or closed by `aclose()`, which cancels what is not finished.
+    """For `async with` or `with`, or closed by `aclose()` or `close()`, which cancel what is not finished.
 
-    engine: an Engine that nobody else uses from now on: it steps in a thread of its own.
+    engine: an Engine that nobody else uses from now on: it steps in a thread of its own. RuntimeError if somebody does.
+
+    One that is dropped ends its thread and frees its engine, with a ResourceWarning. In a forked child every call is a
+    RuntimeError.
     """
 
-    def __init__(self, engine):
+    def __init__(self, engine: Engine):
         self.engine = engine
-        self._calls = queue.SimpleQueue()  # of Call, or None to stop
-        self._waiting: deque[Call] = deque()
-        self._readers: dict[Request, tuple[asyncio.AbstractEventLoop, asyncio.Event]] = {}
-        self._lock, self._closed = threading.Lock(), False
-        self._thread = threading.Thread(target=self._work, name="llada2-engine", daemon=True)
-        self._thread.start()
+        self._worker = Worker(engine)
+
+    @property
+    def _thread(self):
+        return self._worker.thread
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
 
     async def __aenter__(self):
         return self
@@ -56,110 +46,100 @@ class AsyncEngine:
     async def __aexit__(self, *_):
         await self.aclose()
 
+    def __del__(self):
+        worker = vars(self).get("_worker")
+        if worker is not None and not worker.closed and worker.process == os.getpid():
+            worker.stop()
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+
     async def stream(self, prompt_ids, params=DEFAULTS, *, drafts=False, wait=False, **options):
         """Events of a new request as they come, the last one "finish". Arguments and errors: Engine.add_request.
 
         drafts: whether "draft" events, the open block as it stands, are among them.
-        wait: where too many requests wait, suspend the caller until there is room instead of raising QueueFull.
+        wait: where too many requests wait, suspend the caller until there is room, the highest priority first, instead
+            of raising QueueFull.
         Leaving the iteration, or cancelling its task, cancels the request.
         """
-        check_params(params)
-        loop, news, opened = asyncio.get_running_loop(), asyncio.Event(), []
-
-        def open_request():
-            request = self.engine.add_request(prompt_ids, params, **options)
-            request.drafts = drafts
-            self._readers[request] = loop, news
-            opened.append(request)
-
+        opened = []
         try:
-            await self._call(open_request, wait)
+            request, news = await self._open(opened, prompt_ids, params, options, wait, drafts)
             while True:
                 news.clear()
-                while (event := opened[0].next_event()) is not None:
+                while (event := request.next_event()) is not None:
                     yield event
                     if event.kind == "finish":
                         return
-                if self._closed:
-                    raise RuntimeError("the engine's thread has ended before the request; its traceback says why")
-                await news.wait()
+                await self._wait(news)
         finally:
-            self._send(Call(Future(), lambda: [self._leave(request) for request in opened]))
+            self._worker.leave(opened)
 
-    async def generate(self, prompt_ids, params=DEFAULTS, **options):
-        """The RequestOutput of a new request; arguments as of `stream`."""
-        async with aclosing(self.stream(prompt_ids, params, **options)) as events:
-            async for event in events:
-                if event.output is not None:
-                    return event.output
+    async def generate(self, prompt_ids, params=DEFAULTS, *, n=None, wait=False, **options):
+        """The RequestOutput of a new request; arguments as of `stream`.
 
-    async def cancel(self, request_id):
+        n: the list of so many outputs of one prompt, whose seed is mixed with their number; None: one output.
+        """
+        if n is None:
+            return await self._generate(prompt_ids, params, wait, options)
+        check_params(params)
+        if as_int("n", n, 1) > 1 and options.get("request_id") is not None:
+            raise ValueError(f"request_id={options['request_id']!r:.80}: expected None for {n} requests")
+        seeds = [None if params.seed is None else row_seed(params.seed, i) for i in range(n)]
+        several = [self._generate(prompt_ids, replace(params, seed=seed), wait, options) for seed in seeds]
+        tasks = [asyncio.ensure_future(one) for one in several]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _generate(self, prompt_ids, params, wait, options):
+        opened = []
+        try:
+            request, news = await self._open(opened, prompt_ids, params, options, wait, until_end=True)
+            while request.output is None:
+                await self._wait(news)
+            return request.output
+        finally:
+            self._worker.leave(opened)
+
+    async def _open(self, opened, prompt_ids, params, options, wait, drafts=False, until_end=False):
+        """(handle, its news) of a new request, which is in `opened` from the moment on in which it exists."""
+        check_params(params)
+        options = RequestOptions(**options)
+        reader = Reader(asyncio.get_running_loop(), asyncio.Event(), until_end)
+
+        def open_request():
+            request = self.engine.submit(prompt_ids, params, options)
+            request.drafts, request.streamed = drafts, not until_end
+            self._worker.readers[request] = reader
+            opened.append(request)
+
+        await self._call(open_request, options.priority if wait else None)
+        return opened[0], reader.news
+
+    async def _wait(self, news):
+        if self._worker.ended:
+            raise RuntimeError("the engine's thread has ended before the request; its log says why")
+        await news.wait()
+
+    async def cancel(self, request_id) -> bool:
         """End a request; its stream gets the "finish" event. False if no such request is unfinished."""
         return await self._call(lambda: self.engine.cancel(request_id))
 
     async def call(self, function):
-        """function(engine) in the engine's thread, between two steps; returns what it returns."""
+        """function(engine) in the engine's thread, between two steps; returns what it returns. So
+        `await serving.call(Engine.pause)`, `resume`, `sleep`, `wake`, `weights_changed` and `update_weights`."""
         return await self._call(lambda: function(self.engine))
 
+    async def _call(self, function, priority=None):
+        return await asyncio.wrap_future(self._worker.send(function, priority))
+
+    def close(self):
+        """Cancel all requests, and wait until the thread has ended."""
+        self._worker.stop()
+        self._worker.join()
+
     async def aclose(self):
-        """Cancel all requests and end the thread."""
-        self._send(None)
-        await asyncio.to_thread(self._thread.join)
-
-    async def _call(self, function, wait=False):
-        call = Call(Future(), function, wait)
-        if not self._send(call):
-            raise RuntimeError("the engine is closed")
-        return await asyncio.wrap_future(call.future)
-
-    def _send(self, call):
-        with self._lock:
-            if not self._closed:
-                self._calls.put(call)
-            return not self._closed
-
-    def _leave(self, request):
-        self._readers.pop(request, None)
-        if self.engine.requests.get(request.request_id) is request:
-            self.engine.cancel(request.request_id)
-
-    def _work(self):
-        try:
-            while self._take_calls():
-                if self.engine.has_work:
-                    self.engine.step()
-                self._tell_readers()
-        finally:
-            with self._lock:
-                self._closed = True
-            while not self._calls.empty():
-                self._waiting.append(self._calls.get())
-            for call in filter(None, self._waiting):
-                call.refuse()
-            self._tell_readers(everybody=True)
-
-    def _take_calls(self):
-        """Run what has come in, and wait for it while there is nothing else to do. False: it is time to stop."""
-        scheduler = self.engine.scheduler
-        while self._waiting and scheduler.has_room:
-            self._waiting.popleft().run()
-        while not self._calls.empty() or not (self.engine.has_work or self._waiting):
-            if self._calls.empty():
-                self._tell_readers()  # of what calls have ended, before the thread sleeps
-            call = self._calls.get()
-            if call is None:  # in one go: who waits for room must not be let in by the requests that are cancelled
-                for name in list(self.engine.requests):
-                    self.engine.cancel(name)
-                return False
-            if call.wait and (self._waiting or not scheduler.has_room):
-                self._waiting.append(call)
-            else:
-                call.run()
-        return True
-
-    def _tell_readers(self, everybody=False):
-        for request, (loop, news) in list(self._readers.items()):
-            if loop.is_closed():
-                self._leave(request)
-            elif everybody or request.events or request.draft:
-                loop.call_soon_threadsafe(news.set)
+        """close(), without holding up the event loop."""
+        self._worker.stop()
+        await asyncio.to_thread(self._worker.join)

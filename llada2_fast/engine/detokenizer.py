@@ -14,14 +14,32 @@ class IncrementalDetokenizer:
 
     tokenizer: object
     stop: tuple[str, ...] = ()
+    include_stop: bool = False
+    skip_special_tokens: bool = True
     text: str = ""
     sent: int = 0  # characters taken
     window: list[int] = field(default_factory=list)  # the last tokens: what follows is decoded behind them
     read: int = 0  # characters of the window's text that are in `text`
 
-    def push(self, ids):
+    def copy(self):
+        return replace(self)
+
+    def tail(self):
+        taken = self.text[self.sent :]
+        self.sent = len(self.text)
+        return taken
+
+    def find_stop(self, ids):
+        count = self.tokens_to_stop(ids)
+        if count is None:
+            return None
+        trial = self.copy()
+        trial._append(ids)
+        return count, next(s for s in self.stop if s in trial.text)
+
+    def push(self, ids, stops=True):
         """The next tokens, a list of ints. If they complete a stop string the text ends where it begins."""
-        at = self._stopped(ids)
+        at = self._stopped(ids) if stops else None
         self._append(ids)
         if at is not None:
             self.text, self.window, self.read = self.text[:at], [], 0

@@ -1,36 +1,58 @@
-"""Engine: add requests, step, read events. All requests share one BlockDecoder, the refinement loop of the project."""
+"""Engine: add requests, step, read events. All requests share one BlockDecoder, the refinement loop of the project.
 
+What goes wrong hurts whose it is. A step may be cut short at any line, by a fault or by Ctrl-C: what counts of it are
+the entries of the requests' logs, everything else is made again from them (`_recover`).
+"""
+
+import heapq
 import itertools
 import logging
-import math
+import sys
+import threading
 import time
-from collections import Counter
-from collections.abc import Sequence as SequenceOf
+from collections import Counter, deque
 from contextlib import contextmanager
-from dataclasses import replace
+from functools import wraps
 
-from ..config import DecodeParams, EngineConfig, as_float, as_ids
+from tqdm.auto import tqdm
+
+from ..config import DecodeParams, EngineConfig, RequestOptions, choice
 from ..decoding.decoder import BlockDecoder
 from ..decoding.graph_runner import GraphRunner
-from ..decoding.inputs import check_fit, resolve_ids, row_seed, row_seeds, split_prompts
 from ..decoding.lanes import Lanes
-from ..decoding.rules import row_rule
 from ..decoding.runner import CachedForward, EagerRunner
-from ..decoding.sequence import Sequence
+from ..decoding.sequence import Phase
 from ..kernels.refine import SpecialIds
-from .detokenizer import IncrementalDetokenizer
-from .output_processor import make_output, process
+from .gate import Gate, is_callers
+from .intake import Intake
+from .output_processor import draft, finish, process
 from .request import DEFAULTS, Event, Request, check_params
 from .scheduler import Scheduler
 from .stats import EngineStats
+from .weights import prepare
 
-# What a forward may raise: all requests in it fail, the engine goes on. AssertionErrors are bugs of ours and raised.
-FAULTS = (ArithmeticError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
+ON_CHANGE = ("finish", "recompute", "restart", "fail")  # what becomes of requests that have begun under other weights
 _logger = logging.getLogger(__name__)
 
 
+def _call(method):
+    """A public method that changes an engine: one at a time, on an engine that is whole, which it leaves whole."""
+
+    @wraps(method)
+    def call(self, *args, **kwargs):
+        self._gate.enter(sys._getframe())
+        try:
+            self._mend()
+            return method(self, *args, **kwargs)
+        finally:
+            self._mend()
+            self._gate.leave()
+
+    return call
+
+
 class Engine:
-    """Continuous batching of block diffusion over a shared paged cache. Not for use from several threads.
+    """Continuous batching of block diffusion over a shared paged cache. Used by one thread at a time, which is checked.
 
     model: LLaDA2Model.
     config: places, pages and how steps are run; None = EngineConfig()'s.
@@ -40,6 +62,11 @@ class Engine:
 
     Tokens, confidences and traces of a request are those of `generate()` with its prompt, parameters and seed, whatever
     else is running; on a float32 CPU bit for bit where block_length is a multiple of 4.
+
+    What a request brings ends that request alone, with finish_reason "error": its tokenizer, NaN in its logits, no
+    memory for it. A forward that raises ends the requests in it. Faults are logged with their traceback. Ctrl-C,
+    TimeoutError and what a signal handler raises reach the caller at whatever line they come: requests of generate()
+    are cancelled then, others go on from their last finished block.
     """
 
     def __init__(self, model, config: EngineConfig | None = None, tokenizer=None, clock=time.perf_counter):
@@ -47,12 +74,12 @@ class Engine:
         self.config = config = config or EngineConfig()
         if config.graphs and config.capture and model.device.type != "cuda":
             raise ValueError(f"graphs=True: expected a model on a GPU, not on {model.device}")
-        self.block_length = length = config.block_length or model.block_length
-        self.mask_id = resolve_ids(model, DecodeParams(mask_id=config.mask_id, eos_ids=()))[0]
+        length = config.block_length or model.block_length
         pages = max(1, config.cache_tokens // length)
         widest = min(pages, -(-model.config.max_position_embeddings // length))
         self.cache = model.new_cache(pages, length)
-        ids, table = SpecialIds(self.mask_id), widest if config.graphs else 0
+        self.intake = Intake(model, config, tokenizer, clock, pages)
+        ids, table = SpecialIds(self.intake.mask_id), widest if config.graphs else 0
         lanes = Lanes(config.max_num_seqs, length, ids, model.device, config.max_eos_ids, table)
         if config.graphs:
             self.decoder = BlockDecoder(GraphRunner(model, self.cache, lanes, config.capture), int(config.overlap))
@@ -62,76 +89,104 @@ class Engine:
         self.requests: dict[str, Request] = {}  # the unfinished ones
         self.finished = Counter()  # how many requests ended for which reason
         self.num_steps = 0
+        self.paused = self.asleep = False
+        self.interruptible = True  # exceptions may come from outside; not in a thread that nobody else knows
         self._totals = Counter()  # of finished requests; see EngineStats
-        self._arrivals = 0
+        self._deadlines: list[tuple[float, int, Request]] = []  # a heap
+        self._gate = Gate()
+        self._cut = False  # a change has begun and is not over
+        self._orphans: deque[Request] = deque()  # who ends with the call that is under way
+        self._strikes = 0  # faults in a row that are no request's
 
     @property
     def has_work(self) -> bool:
         """Some request is not finished."""
         return bool(self.requests)
 
-    def add_request(
-        self, prompt_ids, params: DecodeParams = DEFAULTS, *, request_id=None, priority=0, stop=(), stop_token_ids=(),
-        trace: bool | None = None,
-    ) -> Request:  # fmt: skip
+    @property
+    def idle(self) -> bool:
+        """A step would do nothing: no request, or it is paused or asleep."""
+        return self.paused or self.asleep or not self.requests
+
+    @property
+    def next_deadline(self) -> float | None:
+        """When, on the clock, a request has to end as it stands; None if none has to."""
+        return self._deadlines[0][0] if self._deadlines else None
+
+    # requests
+
+    def add_request(self, prompt_ids, params: DecodeParams = DEFAULTS, **options) -> Request:
         """Let a request wait for its turn; returns its handle.
 
         prompt_ids: ints, or a tensor or array [n] of them.
         params: how it is decoded.
-        request_id: a name that no unfinished request has; made up unless given.
-        priority: a finite number, higher goes first.
-        stop: a string or several that end the text, not part of it. Stops count as soon as they are committed and no
-            mask is left before them; with editing on, when their block ends.
-        stop_token_ids: ids that end the tokens, part of them.
-        trace: keep every commit and edit; None = as the engine's config says.
+        options: fields of RequestOptions.
         Raises ValueError for what can never be done, QueueFull if too many requests wait.
         """
+        return self.submit(prompt_ids, params, RequestOptions(**options))
+
+    @_call
+    def submit(self, prompt_ids, params: DecodeParams, options: RequestOptions) -> Request:
+        """add_request with its options in one."""
         check_params(params)
-        as_float("priority", priority, "that is finite", math.isfinite)
-        stop_token_ids = () if stop_token_ids is None else as_ids("stop_token_ids", stop_token_ids)
-        self._arrivals += 1
-        if request_id is None:
-            names = (f"request-{number}" for number in itertools.count(self._arrivals))
-            request_id = next(name for name in names if name not in self.requests)
-        if request_id in self.requests:
-            raise ValueError(f"request_id={request_id!r:.80}: expected another id than those of unfinished requests")
-        prompt = self._check_prompt(prompt_ids, params)
-        mask_id, eos_ids, _ = resolve_ids(self.model, params)
-        for name, value, own in (
-            ("block_length", params.block_length, self.block_length), ("mask_id", mask_id, self.mask_id),
-        ):  # fmt: skip
-            if value not in (None, own):
-                raise ValueError(f"{name}={value!r:.80}: expected {own}, the engine's, or None")
-        if len(eos_ids) > self.config.max_eos_ids:
-            raise ValueError(f"eos_ids={eos_ids!r:.80}: expected at most max_eos_ids={self.config.max_eos_ids} ids")
-        if row_rule(params, self.block_length).max_steps == 0:
-            raise ValueError(
-                f"minimal_topk={params.minimal_topk}: expected at most gen_length={params.gen_length} under "
-                f"profile='hf-2.0', which takes no step otherwise"
-            )
-        traced = self.config.trace if trace is None else trace
-        seed = row_seeds(params.seed, None, 1, params.draws)[0]
-        sequence = Sequence(prompt, params, seed, eos_ids, self.block_length, self.mask_id, traced, detailed=True)
-        if sequence.num_blocks > self.cache.num_pages:
-            raise ValueError(
-                f"gen_length={params.gen_length}: with {len(prompt)} prompt tokens {sequence.num_blocks} pages of "
-                f"{self.block_length} tokens are needed, the whole cache has {self.cache.num_pages} (cache_tokens)"
-            )
-        now = self.clock()
-        request = Request(
-            request_id, sequence, priority, (now - priority * self.config.priority_s, self._arrivals), now,
-            frozenset(stop_token_ids), self._detokenizer(stop),
-        )  # fmt: skip
-        self.scheduler.add(request)
-        self.requests[request_id] = request
+        self.scheduler.check_room()  # before the work that a long prompt is
+        request = self.intake.request(self.intake.prompt(prompt_ids, params), params, options)
+        self._queue(request)
         return request
 
+    def _queue(self, request):
+        name = request.request_id
+        if request.options.request_id is None:  # made up, and maybe somebody else's by now
+            names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(1)))
+            request.request_id = next(one for one in names if one not in self.requests)
+        elif name in self.requests:
+            raise ValueError(f"request_id={name!r:.80}: expected another id than those of unfinished requests")
+        with self._change():
+            self.scheduler.add(request)
+            self.requests[request.request_id] = request
+            if request.options.deadline_s is not None:
+                self._await_deadline(request)
+
+    def _await_deadline(self, request):
+        if len(self._deadlines) > 2 * len(self.requests) + 64:  # most of them have ended before
+            self._deadlines = [entry for entry in self._deadlines if entry[2].output is None]
+            heapq.heapify(self._deadlines)
+        heapq.heappush(self._deadlines, (request.arrived + request.options.deadline_s, request.order[1], request))
+
+    @_call
+    def cancel(self, request_id) -> bool:
+        """End a request now: its pages are free when this returns. False if no such request is unfinished.
+
+        request_id: its name. ValueError for what is none.
+        """
+        if not isinstance(request_id, str):
+            raise ValueError(f"request_id={request_id!r:.80}: expected a string")
+        request = self.requests.get(request_id)
+        if request is not None:
+            self._end(request, "cancelled", [])
+        return request is not None
+
+    # steps
+
+    @_call
     def step(self) -> list[Event]:
         """Schedule, one forward for all, deliver. Returns the events of this step."""
-        work, events, result = self.scheduler.schedule(), [], None
-        with self._failing(work.requests(), events):
-            result = self.forward(work)
-        return events + self._deliver(result)
+        return self._step()
+
+    def _step(self):
+        events = []
+        try:
+            with self._change():
+                self._end_overdue(events)
+                if not self.idle:
+                    self._deliver(self.forward(self.scheduler.schedule()), events)
+                self.scheduler.turn = []
+            self._strikes = 0
+        except BaseException as error:
+            if self._is_callers(error):
+                raise
+            self._fault(error, events)
+        return events
 
     def forward(self, work):
         """A step's work done. Returns the result of the step whose results have come, None if none has."""
@@ -139,33 +194,135 @@ class Engine:
         prefill = [(request.sequence, blocks) for request, blocks in work.prefill]
         return self.decoder.step([request.sequence for request in work.denoise], prefill)
 
-    def _deliver(self, result):
-        """Events of the requests whose step has been read."""
+    def _end_overdue(self, events):
+        while self._deadlines and self._deadlines[0][0] <= self.clock():
+            request = self._deadlines[0][2]
+            self.scheduler.turn = [request]
+            if request.output is None:
+                self._end(request, "deadline", events)
+            heapq.heappop(self._deadlines)
+
+    def _deliver(self, result, events):
+        """Give the requests whose step has been read what it gives them."""
+        self.scheduler.turn = []
         if result is None:
-            return []
-        now, events, refined = self.clock(), [], set(result.sequences)
+            return
+        now, refined = self.clock(), set(result.sequences)
         for request in [request for request in self.scheduler.running if request.sequence in refined]:
+            self.scheduler.turn = [request]
             request.prefilled = now if request.prefilled is None else request.prefilled
             if request.sequence.error:
-                events.append(self._fail(request, request.sequence.error))
-                continue
-            with self._failing([request], events):
-                fresh, reason = process(request, now)
-                self.scheduler.insert(request)
-                events += fresh
-                if reason:
-                    events.append(self._finish(request, reason))
-        return events
+                self._end(request, "error", events, request.sequence.error)
+            else:
+                self._give(request, now, events)
+
+    def _give(self, request, now, events):
+        try:
+            entries = process(request, now)
+        except BaseException as error:  # of its tokenizer: nothing has been changed yet
+            if self._is_callers(error):
+                raise
+            _logger.error("request %s ends by a fault", request.request_id, exc_info=error)
+            self._end(request, "error", events, describe(error))
+            return
+        self.scheduler.insert(request)
+        request.log.extend(entries)  # in one go: an exception comes before or after
+        request.sequence.num_delivered = request.log[-1].mark.num_delivered
+        request.draft = None if entries else draft(request, now)
+        events += [entry.event for entry in entries if entry.event] or ([request.draft] if request.draft else [])
+        if request.output is not None:
+            self._forget(request)
+
+    def _end(self, request, reason, events, error=None):
+        """End an unfinished request where it stands. error: what happened."""
+        with self._change():
+            now, last = self.clock(), request.log[-1]
+            what = None if error is None else f"request {request.request_id}: {error}"
+            try:
+                entry = finish(request, last, reason, now, error=what)
+            except BaseException as fault:  # of its tokenizer, which an error's end does not ask
+                if self._is_callers(fault):
+                    raise
+                _logger.error("request %s ends by a fault", request.request_id, exc_info=fault)
+                entry = finish(request, last, "error", now, error=f"request {request.request_id}: {describe(fault)}")
+            request.log.append(entry)
+            request.draft = None
+            events.append(entry.event)
+            self._forget(request)
+
+    def _forget(self, request):
+        """A request that has ended leaves the engine."""
+        self.scheduler.remove(request)
+        del self.requests[request.request_id]
+        self._count(request.output)
+
+    def _count(self, output):
+        self.finished[output.finish_reason] += 1
+        self._totals.update(
+            prompt=output.prompt_length, generated=len(output.token_ids), shared=output.shared_tokens,
+            forwards=output.counters.denoise_forwards,
+        )  # fmt: skip
+
+    # what goes wrong
 
     @contextmanager
-    def _failing(self, requests, events):
-        """What goes wrong inside ends these requests, and no others."""
-        try:
-            yield
-        except FAULTS as error:
-            _logger.exception("a step failed: %d requests end", len(requests))
-            what = f"{type(error).__name__}: {error}"
-            events += [self._fail(request, what) for request in requests if request.output is None]
+    def _change(self):
+        """Around what must not be left half done: if an exception comes out of it, `_mend` has to recover."""
+        outer, self._cut = self._cut, True
+        yield
+        self._cut = outer
+
+    def _mend(self):
+        """Make whole what an exception has cut short, and end those nobody waits for any more."""
+        if self._cut:
+            self._recover()
+        while self._orphans:
+            if self.requests.get(self._orphans[0].request_id) is self._orphans[0]:
+                self._end(self._orphans[0], "cancelled", [])
+            self._orphans.popleft()
+
+    def _recover(self):
+        """Make everything again from the requests' logs: all lanes and pages are free, all unfinished requests wait and
+        go on from their last finished block, which they find in the cache if it was entered there."""
+        self.decoder.clear()
+        self.cache.reclaim()
+        for name, request in list(self.requests.items()):
+            if request.output is None:
+                request.rewind()
+            else:
+                del self.requests[name]
+                self._count(request.output)
+        self.scheduler.restart(list(self.requests.values()))
+        self._cut = False
+
+    def _is_callers(self, error):
+        return self.interruptible and is_callers(error)
+
+    def _fault(self, error, events):
+        """A step has failed: those whose work was being done end. If it was nobody's, it is tried once more, and then
+        everybody ends."""
+        theirs = [request for request in self.scheduler.turn if request.output is None]
+        if not theirs:
+            self._strikes += 1
+            theirs = list(self.requests.values()) if self._strikes > 1 else []
+        _logger.error("a step failed: %d requests end", len(theirs), exc_info=error)
+        self._recover()
+        for request in theirs:
+            self._end(request, "error", events, describe(error))
+
+    @_call
+    def check_integrity(self):
+        """Assert that every page, lane and request is where it belongs."""
+        running, waiting = self.scheduler.running, self.scheduler.waiting
+        self.cache.check_integrity([request.sequence.pages for request in running])
+        assert {id(r) for r in self.requests.values()} == {id(r) for r in running + waiting}
+        in_lanes = [request.sequence for request in running if request.sequence.lane is not None]
+        assert [s for s in self.decoder.sequences if s is not None] == sorted(in_lanes, key=lambda s: s.lane)
+        assert waiting == sorted(waiting, key=lambda r: r.order)
+        for request in waiting:
+            assert request.sequence.lane is None and not request.sequence.pages
+
+    # faces
 
     def stats(self) -> EngineStats:
         """What the engine has done and holds."""
@@ -181,101 +338,161 @@ class Engine:
     def stream(self, request, drafts=True):
         """Events of a request as they come; the engine steps while there are none. Closing the iterator cancels it.
 
-        request: a handle of add_request.
+        request: a handle of add_request. ValueError if it is another engine's.
         drafts: whether "draft" events, the open block as it stands, are among them.
+        Raises RuntimeError where the engine is paused or asleep and has nothing to tell.
         """
+        if getattr(request, "home", None) is not self.intake.home:
+            raise ValueError(f"request={request!r:.80}: expected a handle of this engine's add_request")
+        request.streamed = True
+        return self._events(request, drafts)
+
+    def _events(self, request, drafts):
         request.drafts = drafts
         try:
-            while request.events or request.output is None:
+            while request.has_news or request.output is None:
                 event = request.next_event()
-                if event is None:
-                    self.step()
-                else:
+                if event is not None:
                     yield event
+                elif request.output is None:
+                    self._check_awake()
+                    self.step()
         finally:
             if request.output is None:
-                self.cancel(request.request_id)
+                self._leave(request)
 
-    def generate(self, prompts, params=DEFAULTS, **options):
+    def _leave(self, request):
+        """Its reader has gone, maybe in the middle of a call, when the garbage collector found it."""
+        self._orphans.append(request)
+        if self._gate.is_free:
+            self._settle()
+
+    @_call
+    def _settle(self):
+        """Nothing more than what every call does."""
+
+    @contextmanager
+    def owned(self):
+        """While it lasts this thread alone may use the engine, and nobody else knows it: no exception comes from
+        outside."""
+        self._gate.owner, self.interruptible = threading.get_ident(), False
+        try:
+            yield
+        finally:
+            self._gate.owner, self.interruptible = None, True
+
+    def _check_awake(self):
+        if self.paused or self.asleep:
+            raise RuntimeError(f"the engine is {'asleep: wake() it' if self.asleep else 'paused: resume() it'} first")
+
+    @_call
+    def generate(self, prompts, params=DEFAULTS, *, n=1, progress=False, stop=(), stop_token_ids=(), **options):
         """RequestOutputs of several prompts, in their order; one that failed has its `error` set.
 
-        prompts: a list of what add_request takes, a tensor or array [B, n], or one prompt of either kind.
-        params: one DecodeParams for all, whose seed each prompt but the first mixes with its number, or one for each;
-        options: as of add_request. More prompts than may wait are added as there is room.
+        prompts: a list of what add_request takes, a tensor or array [B, P], or one prompt of either kind.
+        params: one DecodeParams for all, whose seed each prompt but the first mixes with its number, or one for each.
+        n: answers to each prompt, side by side in what is returned; a seed is mixed with their number.
+        progress: show a bar over answers.
+        stop, stop_token_ids: as of RequestOptions, or a list with those of each prompt.
+        options: further fields of RequestOptions, for all.
+        More prompts than may wait are added as there is room. Everything is checked before anything is begun:
+        ValueError names the prompt.
         """
-        if not (isinstance(prompts, (list, tuple)) and not prompts):
-            prompts = split_prompts(prompts, name="prompts")
-        each = self._params_of_each(params, len(prompts))
-        handles = []
+        self._check_awake()
+        requests = self.intake.batch(prompts, params, n, stop, stop_token_ids, options)
+        self._orphans.extend(requests)
+        ahead, begun = deque(requests), deque()
+        with tqdm(total=len(requests), desc="Answers", unit="answer", disable=not progress) as bar:
+            while ahead or begun:
+                while ahead and self.scheduler.has_room:
+                    self._queue(ahead[0])
+                    begun.append(ahead.popleft())
+                self._step()
+                while begun and begun[0].output is not None:
+                    begun.popleft()
+                    bar.update()
+        return [request.output for request in requests]
+
+    # weights and memory
+
+    @_call
+    def pause(self):
+        """Steps do nothing until resume(); requests keep their places, and further ones may wait."""
+        self.paused = True
+
+    @_call
+    def resume(self):
+        """Go on after pause()."""
+        self.paused = False
+
+    @_call
+    def weights_changed(self, running: str = "recompute"):
+        """To be called between two steps when somebody has changed the model's weights: nothing that was computed under
+        the old ones is found in the cache after it.
+
+        running: what becomes of requests that have begun. "finish": they go on with the K/V they have. "recompute":
+            they go on from their last finished block, with K/V made again. "restart": they begin again; those whose
+            tokens may have been read, as a stream's, fail. "fail": they all do.
+        """
+        choice("running", running, ON_CHANGE)
+        with self._change():
+            self.cache.clear()
+            begun = [r for r in self.requests.values() if r.sequence.phase is not Phase.WAITING or len(r.log) > 1]
+            for request in begun:
+                self._carry_on(request, running)
+
+    def _carry_on(self, request, how):
+        if how == "fail" or (how == "restart" and (request.streamed or request.num_read > 1)):
+            self._end(request, "error", [], "the weights have been changed while it ran")
+        elif how != "finish":
+            if request.sequence.phase is not Phase.WAITING:
+                self.scheduler.suspend(request)
+            if how == "restart":
+                del request.log[1:]
+                request.rewind()
+
+    @_call
+    def update_weights(self, weights, running: str = "recompute"):
+        """Give the model other weights, in place, and do as weights_changed(running).
+
+        weights: the folder of a checkpoint of the same architecture, or {name: tensor} of some or all of
+            model.state_dict(), of any float dtype.
+        Raises ValueError or CheckpointError before anything is changed where names, shapes or values do not fit. If a
+        file turns out to be broken half way all requests that have begun fail, and the engine is paused.
+        """
+        choice("running", running, ON_CHANGE)
+        prepared = prepare(self.model, weights)
         try:
-            while len(handles) < len(prompts) or any(handle.output is None for handle in handles):
-                while len(handles) < len(prompts) and self.scheduler.has_room:
-                    handles.append(self.add_request(prompts[len(handles)], each[len(handles)], **options))
-                self.step()
-        finally:
-            for handle in handles:
-                if handle.output is None:
-                    self.cancel(handle.request_id)
-        return [handle.output for handle in handles]
+            prepared()
+        except BaseException:
+            self.weights_changed.__wrapped__(self, "fail")
+            self.paused = True
+            raise
+        self.weights_changed.__wrapped__(self, running)
 
-    def cancel(self, request_id):
-        """End a request now: its pages are free when this returns. False if no such request is unfinished."""
-        request = self.requests.get(request_id)
-        if request is not None:
-            self._finish(request, "cancelled")
-        return request is not None
+    @_call
+    def sleep(self):
+        """Free the cache's memory, and that of captured graphs, until wake(). Requests wait meanwhile; those that have
+        begun go on from their last finished block."""
+        with self._change():
+            for request in list(self.scheduler.running):
+                self.scheduler.suspend(request)
+            self.asleep = True
+            self.decoder.runner.forget()
+            self.cache.drop()
 
-    def check_integrity(self):
-        """Assert that every page, lane and request is where it belongs."""
-        running, waiting = self.scheduler.running, self.scheduler.waiting
-        self.cache.check_integrity([request.sequence.pages for request in running])
-        assert {id(r) for r in self.requests.values()} == {id(r) for r in running + waiting}
-        in_lanes = [request.sequence for request in running if request.sequence.lane is not None]
-        assert [s for s in self.decoder.sequences if s is not None] == sorted(in_lanes, key=lambda s: s.lane)
-        assert waiting == sorted(waiting, key=lambda r: r.order)
-        for request in waiting:
-            assert request.sequence.lane is None and not request.sequence.pages
+    @_call
+    def wake(self):
+        """Take the memory back after sleep(). An error, e.g. of memory that is not there, leaves it asleep."""
+        if self.asleep:
+            self.cache.take()
+            self.asleep = False
 
-    def _fail(self, request, what):
-        return self._finish(request, "error", f"request {request.request_id}: {what}")
 
-    def _finish(self, request, reason, error=None):
-        now, tail = self.clock(), request.detokenizer.take(final=True) if request.detokenizer else ""
-        self.scheduler.remove(request)
-        output = request.output = make_output(request, reason, error, now)
-        del self.requests[request.request_id]
-        request.draft = None
-        self.finished[reason] += 1
-        self._totals.update(
-            prompt=output.prompt_length, generated=len(output.token_ids), shared=output.shared_tokens,
-            forwards=output.counters.denoise_forwards,
-        )  # fmt: skip
-        event = Event(request.request_id, "finish", now, text=tail, output=output)
-        request.events.append(event)
-        return event
-
-    @staticmethod
-    def _params_of_each(params, count):
-        several = isinstance(params, (list, tuple))
-        each = list(params) if several else [params] * count
-        if len(each) != count or not all(isinstance(one, DecodeParams) for one in each):
-            raise ValueError(f"params={params!r:.80}: expected DecodeParams, or one for each of {count} prompts")
-        if several or params.seed is None:
-            return each
-        return [replace(params, seed=row_seed(params.seed, i)) for i in range(count)]
-
-    def _check_prompt(self, prompt_ids, params):
-        prompts = split_prompts([prompt_ids] if isinstance(prompt_ids, SequenceOf) else prompt_ids, name="prompt_ids")
-        if len(prompts) != 1:
-            raise ValueError(f"prompt_ids: one prompt expected, got {len(prompts)}")
-        check_fit(self.model.config, prompts, params)
-        return prompts[0].tolist()
-
-    def _detokenizer(self, stop):
-        stop = () if stop is None else (stop,) if isinstance(stop, str) else stop
-        several = isinstance(stop, (list, tuple, set, frozenset))
-        if not several or not all(isinstance(text, str) and text for text in stop):
-            raise ValueError(f"stop={stop!r:.80}: expected strings that are not empty")
-        if stop and self.tokenizer is None:
-            raise ValueError(f"stop={stop!r:.80}: stop strings need an Engine with a tokenizer")
-        return None if self.tokenizer is None else IncrementalDetokenizer(self.tokenizer, tuple(stop))
+def describe(error: BaseException) -> str:
+    """An exception as an output's `error` tells it."""
+    try:
+        text = str(error)
+    except Exception:  # its own __str__ may be what is broken
+        text = "no text can be made of it"
+    return f"{type(error).__name__}: {text:.500}"

@@ -1,39 +1,73 @@
-"""What a step did to requests -> events and outputs. Host side only: lists of ints, no tensors."""
+"""What a step did to requests -> entries of their logs and outputs. Host side only: lists of ints, no tensors."""
 
 from itertools import takewhile
 
 from ..decoding.trace import Trace, until
-from .request import Event, Request, RequestOutput
+from .request import Entry, Event, Request, RequestOutput
 
 
-def process(request: Request, now: float) -> tuple[list[Event], str | None]:
-    """The events of a request whose sequence a step has refined, and why it ends, None if it goes on.
+def process(request: Request, now: float) -> list[Entry]:
+    """What a step gives to a request that it refined: nothing while the block goes on, else its tokens, and the last
+    entry if it ends. Nothing of it counts before the entries are in the log.
 
     now: on the engine's clock.
     """
     sequence = request.sequence
-    over = sequence.block_ended
-    if not over and _stops_inside(request):
+    if not sequence.block_ended:
+        if not _stops_inside(request):
+            return []
         sequence.keep_block()
-        over = True
-    if over:
-        event, stopped = _commit_block(request, now)
-        request.draft = None
-        request.events.extend(event)
-        return event, "stop" if stopped else sequence.finish_reason
-    if request.drafts and not request.closed:
-        request.draft = _draft_block(request, now)
-        return [request.draft], None
-    return [], None
+    fresh, reason = _fresh_tokens(request), sequence.finish_reason
+    count, stop = request.stops(fresh) or (len(fresh), None)
+    if stop is not None and not (count == len(fresh) and reason == "eos"):
+        reason = "stop" if stop in (*request.options.stop, *request.options.stop_token_ids) else "eos"
+    entry = _entry(request, fresh[:count], now)
+    return [entry, finish(request, entry, reason, now, stop if reason == "stop" else None)] if reason else [entry]
+
+
+def draft(request: Request, now: float) -> Event | None:
+    """The event that shows the open block as it stands; None where nobody wants it, or an EOS was given out before."""
+    sequence = request.sequence
+    if not request.drafts or _closed(request):
+        return None
+    where = sequence.generated
+    start = sequence.block_start + where.start - sequence.prompt_length
+    return Event(
+        request.request_id, "draft", now, start, sequence.tokens[where], sequence.confidences[where],
+        sequence.row_steps()[where], edits=_edits(sequence, sequence.gen_length),
+    )  # fmt: skip
+
+
+def _ends(sequence, ids, start):
+    """How many of the generated ids from number `start` on come before the end that an EOS makes, itself among them."""
+    skip = max(0, sequence.min_tokens - start)
+    return next((i + 1 for i in range(skip, len(ids)) if ids[i] in sequence.eos_ids), len(ids))
+
+
+def _closed(request):
+    """An EOS was given out: what comes after it is not."""
+    sequence, given = request.sequence, request.sequence.num_delivered
+    last = sequence.ids[sequence.prompt_length + given - 1 : sequence.prompt_length + given] if given else []
+    return given > sequence.min_tokens and last[0] in sequence.eos_ids
 
 
 def _fresh_tokens(request):
-    """The generated tokens of the active block, up to the first EOS of the request; none if there was one before."""
-    if request.closed:
+    """The tokens to be given out now: of an answer that is over all that are left, else the active block's."""
+    sequence, given = request.sequence, request.sequence.num_delivered
+    if sequence.finished:
+        return sequence.answer()[given:]
+    if _closed(request) or _is_held(sequence):
         return []
-    sequence = request.sequence
     ids = sequence.tokens[sequence.generated]
-    return ids[: next((i + 1 for i, token in enumerate(ids) if token in sequence.eos_ids), len(ids))]
+    return ids[: _ends(sequence, ids, given)]
+
+
+def _is_held(sequence):
+    """Whether nothing can be given out before the end: an early return under hf-2.0 is cut at the first EOS of the
+    prompt, and nobody knows yet whether it will be one."""
+    params = sequence.params
+    may_return_early = params.traits.cuts_canvas and params.eos_early_stop and not sequence.min_tokens
+    return may_return_early and not {*sequence.eos_ids}.isdisjoint(sequence.prompt)
 
 
 def _stops_inside(request):
@@ -45,38 +79,24 @@ def _stops_inside(request):
     return request.stops(list(resolved)) is not None
 
 
-def _commit_block(request, now):
-    """Give out the active block of a request, which has ended or holds a stop. Returns (its event in a list, or none if
-    it adds no tokens; whether a stop ends the request)."""
-    sequence, fresh = request.sequence, _fresh_tokens(request)
-    stop = request.stops(fresh)
-    stopped = stop is not None and not (stop == len(fresh) and sequence.finish_reason == "eos")
-    fresh = fresh[:stop]
-    request.closed = request.closed or bool(fresh and fresh[-1] in sequence.eos_ids)
-    if not fresh:
-        return [], stopped
-    text = ""
-    if request.detokenizer:
-        request.detokenizer.push(fresh)
-        text = request.detokenizer.take()
+def _entry(request, fresh, now):
+    """The entry that gives these tokens out."""
+    sequence, detokenizer = request.sequence, request.detokenizer
     start = sequence.num_delivered
-    end = sequence.num_delivered = start + len(fresh)
-    event = Event(
-        request.request_id, "commit", now, start, fresh, sequence.token_confidences[start:end],
-        sequence.token_steps[start:end], _edits(sequence, end), text,
-    )  # fmt: skip
-    return [event], stopped
-
-
-def _draft_block(request, now):
-    """The event that shows the open block as it stands."""
-    sequence = request.sequence
-    where = sequence.generated
-    start = sequence.block_start + where.start - sequence.prompt_length
-    return Event(
-        request.request_id, "draft", now, start, sequence.tokens[where], sequence.confidences[where],
-        sequence.row_steps()[where], _edits(sequence, sequence.gen_length),
-    )  # fmt: skip
+    end, text, event = start + len(fresh), "", None
+    if fresh and detokenizer:
+        detokenizer = detokenizer.copy()
+        early = max(0, min(request.options.min_tokens - start, len(fresh)))
+        if early:
+            detokenizer.push(fresh[:early], stops=False)
+        detokenizer.push(fresh[early:])
+        text = detokenizer.take()
+    if fresh:
+        event = Event(
+            request.request_id, "commit", now, start, fresh, sequence.token_confidences[start:end],
+            sequence.token_steps[start:end], sequence.token_top[start:end], _edits(sequence, end), text,
+        )  # fmt: skip
+    return Entry(event, sequence.mark()._replace(num_delivered=end), detokenizer)
 
 
 def _edits(sequence, num_tokens):
@@ -85,24 +105,33 @@ def _edits(sequence, num_tokens):
     return [event for event in events if event.kind == "edit"]
 
 
-def make_output(request: Request, reason: str, error: str | None, now: float) -> RequestOutput:
-    """The output of a request that ends for this reason; error: what happened, where it is "error"."""
-    sequence, n, count = request.sequence, request.sequence.prompt_length, request.sequence.num_delivered
-    text = request.detokenizer.text if request.detokenizer else None
-    if reason in ("eos", "length") and count != len(sequence.answer()):
-        count = len(sequence.answer())  # a model card's own rule where to cut
-        ids = sequence.ids[n : n + count]
-        text = text and request.detokenizer.tokenizer.decode(ids, skip_special_tokens=True)
+def finish(request: Request, last: Entry, reason: str, now: float, stop=None, error: str | None = None) -> Entry:
+    """The last entry of a request, behind `last`.
+
+    reason: why it ends; stop: which stop has matched; error: what happened.
+    """
+    tail, detokenizer = "", last.detokenizer
+    if detokenizer:
+        detokenizer = detokenizer.copy()
+        tail = detokenizer.tail() if reason in ("cancelled", "error") else detokenizer.take(final=True)
+    output = _output(request, last.mark.num_delivered, detokenizer, reason, now, stop, error)
+    return Entry(Event(request.request_id, "finish", now, text=tail, output=output), last.mark, detokenizer)
+
+
+def _output(request, count, detokenizer, reason, now, stop, error):
+    sequence, n = request.sequence, request.sequence.prompt_length
     admitted = now if request.admitted is None else request.admitted
     prefilled = now if request.prefilled is None else request.prefilled
     return RequestOutput(
         request_id=request.request_id,
         token_ids=sequence.ids[n : n + count],
-        text=text,
+        text=detokenizer.text if detokenizer else None,
         finish_reason=reason,
+        stop_reason=stop,
         error=error,
         confidences=sequence.token_confidences[:count],
         steps=sequence.token_steps[:count],
+        top_logprobs=sequence.token_top[:count] if request.options.top_logprobs else None,
         trace=None if sequence.events is None else Trace.of(sequence, count),
         counters=sequence.counters,
         prompt_length=n,

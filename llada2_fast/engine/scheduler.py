@@ -1,10 +1,11 @@
 """Who runs: admission by pages, preemption, and what goes into the next step. Pages are taken and given here alone.
 
 Every request reserves the pages of its prompt and its whole budget before it runs, so nothing runs out of memory half
-way. Waiting requests are admitted in order, nobody overtakes the first. A request's place in the order is fixed when it
-arrives: its arrival, less `priority_s` seconds per unit of priority; so a higher priority goes first and a lower one
-does not wait for ever. A request that does not fit preempts running ones of lower priority that stand behind it in the
-order: they lose their pages and the open block, and go on from their last finished block later.
+way. Waiting requests are admitted in order. A request's place in the order is fixed when it arrives: its arrival, less
+`priority_s` seconds per unit of priority; so a higher priority goes first and a lower one does not wait for ever. A
+request that does not fit preempts running ones of lower priority that stand behind it in the order: they lose their
+pages and the open block, and go on from their last finished block later. While the first waits for pages, later ones
+that fit may pass it, MAX_PASSES in all; of those behind it the first MAX_LOOKED_AT are looked at.
 """
 
 from bisect import insort
@@ -13,7 +14,10 @@ from typing import NamedTuple
 
 from ..cache import block_hashes
 from ..decoding.sequence import Phase
-from .request import WAITING, QueueFull, Request
+from .request import QueueFull, Request
+
+MAX_PASSES = 16
+MAX_LOOKED_AT = 16
 
 
 class Work(NamedTuple):
@@ -24,6 +28,10 @@ class Work(NamedTuple):
 
     def requests(self):
         return [*self.denoise, *(request for request, _ in self.prefill)]
+
+
+def _order(request):
+    return request.order
 
 
 class Scheduler:
@@ -41,26 +49,39 @@ class Scheduler:
         self.running: list[Request] = []
         self.prefill_blocks = max(1, config.max_num_batched_tokens // cache.block_length)
         self.preemptions = 0
-        self._stuck = False  # the first waiting request does not fit, and nothing has changed since
+        self.turn: list[Request] = []  # whose work is being done: what goes wrong now is theirs
+        self._stuck = False  # nobody who waits fits, and nothing has changed since
 
     @property
     def has_room(self) -> bool:
         """One more request may wait."""
         return len(self.waiting) < self.config.max_waiting
 
-    def add(self, request: Request):
-        """Let a request wait. QueueFull if too many do already."""
+    def check_room(self):
+        """QueueFull if as many wait as may."""
         if not self.has_room:
-            raise QueueFull(
-                f"request {request.request_id}: {len(self.waiting)} requests are waiting and "
-                f"max_waiting={self.config.max_waiting} may"
-            )
+            raise QueueFull(f"{len(self.waiting)} requests are waiting and max_waiting={self.config.max_waiting} may")
+
+    def add(self, request: Request):
+        """Let a request wait."""
         self._hash(request)
+        self._enqueue(request)
+
+    def restart(self, requests: list[Request]):
+        """These requests wait, and nothing else is known."""
+        self.running, self.waiting, self.turn = [], sorted(requests, key=_order), []
+        self._stuck = False
+
+    def suspend(self, request: Request):
+        """Take a running request's lane and pages; it waits, and goes on from its last finished block."""
+        self.running.remove(request)
+        self._take_away(request)
+        request.rewind()
         self._enqueue(request)
 
     def remove(self, request: Request):
         """Drop a waiting or running request; its lane and pages are free at once."""
-        if request.status == WAITING:
+        if request.sequence.phase is Phase.WAITING:
             self.waiting.remove(request)
         else:
             self.running.remove(request)
@@ -72,7 +93,7 @@ class Scheduler:
         self._admit()
         work, room = Work([], []), self.prefill_blocks
         for request in self.running:
-            sequence = request.sequence
+            self.turn, sequence = [request], request.sequence
             if sequence.phase is Phase.PREFILL:
                 self._share(request)
                 pending = sequence.block - sequence.num_final_blocks
@@ -84,13 +105,15 @@ class Scheduler:
                     room = 0
             if sequence.running:
                 work.denoise.append(request)
+        self.turn = work.requests()
         return work
 
     def insert(self, request: Request):
         """Let others match the blocks whose K/V are final. A denoise step without NaN has proved them all finite."""
         sequence = request.sequence
         whole = min(sequence.num_final_blocks, sequence.limit // sequence.block_length)
-        if self.config.enable_prefix_caching and request.num_inserted < whole:
+        own = request.epoch == self.cache.epoch  # else they were computed before the cache was cleared
+        if self.config.enable_prefix_caching and own and request.num_inserted < whole:
             self._hash(request)
             for block in range(request.num_inserted, whole):
                 self.cache.insert(sequence.pages[block], request.block_hashes[block])
@@ -99,23 +122,38 @@ class Scheduler:
     def _hash(self, request):
         sequence = request.sequence
         if self.config.enable_prefix_caching:
-            request.block_hashes = block_hashes(sequence.ids, sequence.block_length, request.block_hashes)
+            salt = (request.options.cache_salt or "").encode()
+            request.block_hashes += block_hashes(sequence.ids, sequence.block_length, request.block_hashes, salt)
 
     def _enqueue(self, request):
-        insort(self.waiting, request, key=lambda waiting: waiting.order)
+        insort(self.waiting, request, key=_order)
         self._stuck = False
 
     def _admit(self):
         while self.waiting and not self._stuck:
-            request = self.waiting[0]
-            victims = [] if self._fits(request, []) else self._victims(request)
-            if victims is None:
+            first = self.waiting[0]
+            self.turn = [first]
+            victims = [] if self._fits(first, []) else self._victims(first)
+            request = first if victims is not None else self._passing(first)
+            if request is None:
                 self._stuck = True
                 return
-            self.waiting.pop(0)
-            for victim in victims:
-                self._preempt(victim)
+            for victim in victims or ():
+                self.suspend(victim)
+                victim.preemptions += 1
+                self.preemptions += 1
+            self.waiting.remove(request)
+            self.turn = [request]
             self._place(request)
+
+    def _passing(self, first):
+        """A request behind the first one that fits where it does not; None: nobody does, or it was passed too often."""
+        if first.num_passed == MAX_PASSES or len(self.running) >= self.config.max_num_seqs:
+            return None
+        later = self.waiting[1 : 1 + MAX_LOOKED_AT]
+        request = next((request for request in later if self._fits(request, [])), None)
+        first.num_passed += request is not None
+        return request
 
     def _fits(self, request, gone):
         """Would there be a lane and pages for the request if the requests in `gone` had left?"""
@@ -136,14 +174,6 @@ class Scheduler:
         lower.sort(key=lambda r: (r.priority, -r.order[0], -r.order[1]))
         return next((lower[:n] for n in range(1, len(lower) + 1) if self._fits(request, lower[:n])), None)
 
-    def _preempt(self, request):
-        self.running.remove(request)
-        self._take_away(request)
-        request.sequence.suspend()
-        request.preemptions += 1
-        self.preemptions += 1
-        self._enqueue(request)
-
     def _take_away(self, request):
         """Free a request's lane and pages."""
         sequence = request.sequence
@@ -156,6 +186,7 @@ class Scheduler:
         sequence = request.sequence
         request.admitted = self.clock() if request.admitted is None else request.admitted
         found = self.cache.match_prefix(request.block_hashes)
+        request.epoch = self.cache.epoch
         self.cache.incref(found)
         sequence.pages = found + self.cache.allocate(sequence.num_blocks - len(found))
         sequence.phase = Phase.PREFILL
