@@ -90,7 +90,7 @@ def assert_as_alone(output, model, prompt, params, traced=True):
     assert output.trace == (wanted.trace[0] if traced else None)
     for name in ("denoise_forwards", "commits", "edits", "forwards_per_block"):
         assert getattr(counters, name) == getattr(wanted.counters[0], name), name
-    writes = wanted.trace[0].writes()
+    writes = wanted.trace[0].commits()
     told = [writes[len(prompt) + i] for i in range(len(output.token_ids))]
     assert output.token_ids == [event.token for event in told]
     assert output.steps == [event.step for event in told]

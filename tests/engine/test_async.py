@@ -337,16 +337,19 @@ def test_a_fault_hits_the_requests_of_the_step_and_serving_goes_on():
     with_engine(test, model=failing_model(3, RuntimeError("boom")))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_broken_invariant_ends_the_thread_and_every_caller_hears_of_it():
-    engine = small_engine(model=failing_model(3, AssertionError("ours")), cache_tokens=2048)
+def test_an_engine_that_cannot_recover_closes_and_every_caller_hears_of_it(caplog):
+    engine = small_engine(model=unhurried_model(), cache_tokens=2048)
 
     async def main():
         serving = AsyncEngine(engine)
         tasks = [asyncio.create_task(serving.generate(prompt_of(n), LONG)) for n in (5, 6)]
+        await until(lambda: len(engine.requests) == 2)
+        await serving.call(lambda engine: setattr(engine, "cache", None))
+        await serving.call(lambda engine: setattr(engine.scheduler, "cache", None))
         for task in tasks:
             with pytest.raises(RuntimeError, match="closed|thread has ended"):
                 await task
+        assert "the engine's thread ends" in caplog.text
         with pytest.raises(RuntimeError, match="closed"):
             await serving.generate([1], SLOW)
         await serving.aclose()

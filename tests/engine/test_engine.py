@@ -181,10 +181,10 @@ def test_events_add_up_to_the_output():
     edits = [edit for event in commits for edit in event.edits]
     assert edits == output.edits == [event for event in output.trace.events if event.kind == "edit"] and edits
     assert all(0 <= edit.position - output.prompt_length < len(output.token_ids) for edit in edits)
-    writes, logprobs = output.trace.writes(), output.trace.logprobs()
+    writes, logprobs = output.trace.commits(), output.trace.logprobs()
     for i, token in enumerate(output.token_ids, output.prompt_length):
         assert token == writes[i].token and output.logprobs[i - output.prompt_length] == pytest.approx(logprobs[i])
-    firsts, edited = output.trace.logprobs(commits=True), {edit.position for edit in edits}
+    firsts, edited = output.trace.logprobs(first=True), {edit.position for edit in edits}
     assert all((firsts[i] == logprobs[i]) == (i not in edited) for i in writes)
     assert output.tokens_per_forward == len(output.token_ids) / output.counters.denoise_forwards
     assert all(a.time <= b.time for a, b in zip(events, events[1:], strict=False))
@@ -235,7 +235,7 @@ def test_drafts_show_the_open_block():
     prompt, params = prompt_of(6), DecodeParams(gen_length=9, threshold=2.0, steps=4)
     events = list(engine.stream(engine.add_request(prompt, params)))
     drafts = [event for event in events if event.kind == "draft"]
-    commits = alone(random_model(), prompt, params).trace[0].commits()
+    commits = alone(random_model(), prompt, params).trace[0].first_commits()
     assert len(drafts) == (1 + 3 + 3)  # every step but a block's last; the first block has two prompt tokens
     at = 0
     for event in events[:-1]:
@@ -260,7 +260,7 @@ def test_a_draft_nobody_read_gives_way_to_the_next():
     while engine.has_work:
         engine.step()
         seen += request.draft is not None
-    assert seen > 10 and request.draft is None and len(request.events) == 8 + 1  # blocks, finish
+    assert seen > 10 and request.draft is None and len(request.log) == 1 + 8 + 1  # its begin, blocks, finish
 
 
 def test_no_draft_comes_behind_the_finish():
@@ -308,7 +308,7 @@ def test_stop_ids(editing, kept):
         engine = small_engine(trace=kept)
         output = engine.generate([prompt], params, stop_token_ids=[stop])[0]
         assert (output.token_ids, output.finish_reason) == (tokens[:end], "stop")
-        resolved = max(event.step for event in trace.commits().values() if event.position < len(prompt) + end)
+        resolved = max(event.step for event in trace.first_commits().values() if event.position < len(prompt) + end)
         if editing is None:
             assert output.counters.denoise_forwards == resolved + 1
         else:
@@ -395,12 +395,13 @@ def test_a_stop_that_never_comes_changes_nothing():
         (torch.tensor(5), {}, {}, r"^prompt_ids: .*\[\]"),
         ([1], dict(pad_id=VOCAB), {}, f"pad_id={VOCAB}: expected an id in 0..23"),
         *[([1], {}, dict(priority=value), f"^priority={value!r}: expected a number that is finite")
-          for value in ("x", None, True, float("nan"), float("inf"))],
+          for value in ("x", True, float("nan"), float("inf"))],
         ([1], {}, dict(stop_token_ids="x"), "^stop_token_ids='x'"),
         ([1], {}, dict(stop_token_ids=[1, 1.5]), "^stop_token_ids=1.5"),
         ([1], {}, dict(stop=5), "^stop=5: expected strings"),
         ([1], {}, dict(stop=[5]), r"^stop=\[5\]: expected strings"),
-        ([*[1] * 5000, 1.5], {}, {}, "an integer token id expected at 5000, got 1.5$"),
+        ([*[1] * 500, 1.5], {}, {}, "an integer token id expected at 500, got 1.5$"),
+        ([1.5] * 505, {}, {}, "gen_length=8: 505 prompt tokens, but the model has 512 positions"),
         ([1], dict(gen_length=600), {}, "512 positions"),
         ([1], dict(gen_length=300), {}, "76 pages of 4 tokens are needed, the whole cache has 64"),
         ([1], dict(block_length=8), {}, "block_length=8: expected 4"),
@@ -485,9 +486,9 @@ def test_what_is_no_prompt_is_refused_by_name(prompts):
 
 def test_arguments_that_say_nothing_and_priorities_of_every_kind():
     engine = small_engine()
-    for priority in (0, -2, 0.5, np.int64(3), np.float32(1)):
+    for priority in (None, 0, -2, 0.5, np.int64(3), np.float32(1)):
         request = engine.add_request([4, 5], PARAMS[0], priority=priority, stop=None, stop_token_ids=None)
-        assert request.priority == priority and not request.has_stops
+        assert request.priority == (priority or 0) and not request.has_stops
     assert engine.add_request([4, 5], PARAMS[0], stop_token_ids=np.array([7])).stop_ids == {7}
     assert engine.add_request([4, 5], PARAMS[0], stop_token_ids={7, 8}).stop_ids == {7, 8}
 

@@ -4,6 +4,7 @@ import pytest
 
 from llada2_fast.config import DecodeParams
 from llada2_fast.engine import QueueFull
+from llada2_fast.engine.scheduler import MAX_PASSES
 from tests.engine.common import (
     LENGTH,
     PARAMS,
@@ -60,20 +61,19 @@ def test_a_higher_priority_goes_first_until_the_other_has_waited_long_enough():
     run_out(engine)
 
 
-def test_a_request_waits_for_pages_and_nobody_overtakes_it():
-    """64 pages: 40 are taken, the next needs 30, the third 1. The third could run at once, but waits behind."""
-    engine = small_engine(enable_prefix_caching=False)
-    first = engine.add_request(prompt_of(150), DecodeParams(gen_length=10, threshold=0.0, eos_ids=()))
+def test_small_requests_pass_a_big_one_that_waits_for_pages_but_only_so_often():
+    """64 pages: 40 are taken for long, the next needs 30, each of the others 1, one after another."""
+    engine = small_engine(enable_prefix_caching=False, max_num_seqs=2)
+    first = engine.add_request(prompt_of(100), DecodeParams(gen_length=60, threshold=2.0, steps=4, eos_ids=()))
     second = engine.add_request(prompt_of(100), DecodeParams(gen_length=20, threshold=0.0, eos_ids=()))
-    third = engine.add_request([1], DecodeParams(gen_length=2, threshold=0.0))
-    engine.step()
-    assert (first.status, second.status, third.status) == ("running", "waiting", "waiting")
-    assert engine.cache.num_free == 24
+    small = [engine.add_request([1], DecodeParams(gen_length=2, threshold=0.0)) for _ in range(MAX_PASSES + 3)]
     while first.output is None:
+        assert second.status == "waiting"
         engine.step()
         engine.check_integrity()
+    assert [request.output is not None for request in small] == [True] * MAX_PASSES + [False] * 3
     engine.step()
-    assert second.status == third.status == "running" or third.output is not None
+    assert second.status == "running"
     run_out(engine)
     assert_empty(engine)
 
@@ -128,7 +128,7 @@ def test_the_queue_is_bounded():
     engine.step()
     engine.add_request([2], SLOW)
     engine.add_request([3], SLOW)
-    with pytest.raises(QueueFull, match="request d: 2 requests are waiting and max_waiting=2"):
+    with pytest.raises(QueueFull, match="2 requests are waiting and max_waiting=2"):
         engine.add_request([4], SLOW, request_id="d")
     run_out(engine)
     assert engine.finished == {"length": 3}
