@@ -4,7 +4,8 @@
 
 SGLang calls `register` in each of its processes (entry point group sglang.srt.plugins; SGLANG_PLUGINS=llada2_fast loads
 no other) and keeps its network, its cache and its scheduler; both its loops work: first-done-first-out, its default,
-and synchronous (--no-dllm-fdfo). Written against SGLang 0.5.23. x.yaml, where each key may be left out:
+and synchronous (--no-dllm-fdfo). Written against SGLang 0.5.23; any other version stays as it is and logs one line.
+x.yaml, where each key may be left out:
 
     profile: sglang-joint       # or sglang-lowconf, the default where no key of editing is given, or default
     threshold: 0.5              # in sglang-joint; 0.95 elsewhere
@@ -39,8 +40,10 @@ from ..config import DecodeParams
 from ..decoding.rules import batch_params, row_rule
 from ..kernels import refine
 from ..kernels.refine import BlockState, SpecialIds, refine_step
+from .versions import Host
 
 NAME = "LLaDA2Fast"
+HOST = Host("SGLang", "0.5.23")
 _logger = logging.getLogger(__name__)
 
 # SGLang's spelling of DecodeParams' fields; both are accepted.
@@ -239,8 +242,26 @@ def _deterministic():
 
 
 def register():
-    """Make --dllm-algorithm know LLaDA2Fast; doing it again is harmless."""
-    from sglang.srt.dllm.algorithm import algo_name_to_cls
-    from sglang.srt.dllm.algorithm.base import DllmAlgorithm
+    """Make --dllm-algorithm know LLaDA2Fast; doing it again is harmless.
 
+    Beside another version it logs one line, changes nothing and raises nothing. Another version is one that says so, or
+    one whose own files raise any Exception while what is needed of them is looked up. What a version served raises
+    after that is our fault: raised.
+    """
+    version = "of an unknown version"
+    try:
+        from sglang.version import __version__
+
+        version = str(__version__)
+        if not HOST.serves(version):
+            HOST.stand_back(version)
+            return
+        from sglang.srt.dllm.algorithm import algo_name_to_cls
+        from sglang.srt.dllm.algorithm.base import DllmAlgorithm
+
+        if not isinstance(algo_name_to_cls, dict):
+            raise TypeError(f"algo_name_to_cls={algo_name_to_cls!r:.80}: expected a dict")
+    except Exception as error:  # only SGLang's own code runs in here, and another version's may raise anything
+        HOST.stand_back(version, error)
+        return
     algo_name_to_cls.setdefault(NAME, type(NAME, (Refinement, DllmAlgorithm), {"__doc__": Refinement.__doc__}))
