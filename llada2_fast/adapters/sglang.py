@@ -259,8 +259,8 @@ def register():
         from sglang.srt.dllm.algorithm import algo_name_to_cls
         from sglang.srt.dllm.algorithm.base import DllmAlgorithm
 
-        if not isinstance(algo_name_to_cls, dict):
-            raise TypeError(f"algo_name_to_cls={algo_name_to_cls!r:.80}: expected a dict")
+        if not isinstance(algo_name_to_cls, dict) or not isinstance(DllmAlgorithm, type):
+            raise TypeError("algo_name_to_cls, DllmAlgorithm: expected a dict and a class")
     except Exception as error:  # only SGLang's own code runs in here, and another version's may raise anything
         HOST.stand_back(version, error)
         return

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -39,3 +40,12 @@ def download(requirement, folder):
         pytest.skip(f"{requirement}: no wheel to be had: {done.stderr.strip().splitlines()[-1]}")
     (wheel,) = folder.glob("*.whl")
     return wheel
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory):
+    """A folder with this package's metadata: on sys.path, its entry points are found as those of an installed one."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(folder)]
+    subprocess.run(command, cwd=Path(__file__).parents[2], check=True)
+    return folder

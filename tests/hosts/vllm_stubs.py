@@ -1,18 +1,22 @@
 """vLLM's real Python files, imported without what no CPU test machine has installed.
 
-`install(folder)` puts the unpacked wheel on the path and stands in for the packages in ABSENT, and for nothing else.
+`vllm(folder)` puts the unpacked wheel on the path and stands in for the packages in ABSENT, and for nothing else.
 A stand-in's attributes are classes that can be called, subclassed, subscripted and used as decorators; msgspec's Struct
 keeps its fields, since SamplingParams is one.
 """
 
+import contextlib
 import importlib.abc
 import importlib.machinery
 import sys
 import types
 
+import llada2_fast
+
 ABSENT = (
-    "aiohttp", "cachetools", "cbor2", "cloudpickle", "einops", "fastapi", "llguidance", "msgspec", "openai",
-    "openai_harmony", "partial_json_parser", "prometheus_client", "psutil", "pybase64", "uvloop", "xgrammar", "zmq",
+    "aiohttp", "blake3", "cachetools", "cbor2", "cloudpickle", "einops", "fastapi", "gguf", "llguidance", "msgspec",
+    "openai", "openai_harmony", "partial_json_parser", "prometheus_client", "psutil", "pybase64", "uvloop", "xgrammar",
+    "zmq",
 )  # fmt: skip
 
 
@@ -92,10 +96,25 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             module.Struct, module.field, module.UNSET = Struct, _Default, None
 
 
-def install(folder):
+_imported = {}  # what the last context left: vLLM can be imported only once, as it defines torch's operators
+
+
+@contextlib.contextmanager
+def vllm(folder):
+    """While it is open, `import vllm` gives the files of an unpacked wheel: the same one in all of a process."""
+    before, path, finders = set(sys.modules), list(sys.path), list(sys.meta_path)
+    sys.modules.update(_imported)
     sys.path.insert(0, str(folder))
     sys.meta_path.append(_Finder())  # last: an installed package is the real one
-    import vllm.platforms
-    from vllm.platforms.cpu import CpuPlatform
+    try:
+        import vllm.platforms
+        from vllm.platforms.cpu import CpuPlatform
 
-    vllm.platforms._current_platform = CpuPlatform()  # which the wheel, built for CUDA, would not find
+        vllm.platforms._current_platform = CpuPlatform()  # which the wheel, built for CUDA, would not find
+        yield folder
+    finally:
+        sys.path[:], sys.meta_path[:] = path, finders
+        for name in set(sys.modules) - before:
+            if name.partition(".")[0] in ("vllm", *ABSENT):
+                _imported[name] = sys.modules.pop(name)
+        llada2_fast.register()  # vLLM has entered its config classes in transformers' tables
