@@ -8,10 +8,16 @@ is the embedded model, and `--tasks llada2_demo` scores it on the prompts of `py
 
 Log-likelihoods are lower bounds under block diffusion (likelihood.py has the definition), the same for the same
 `mc_num` and `mc_seed`; a continuation counts as greedy if greedy decoding, by the rule of the model_args, writes it.
+
+Contexts too long for the model lose their left end, with lm-eval's warning, as they do with lm-eval's own models. What
+cannot fit even so, or not into `cache_tokens`, ends the run before its first forward, and all such requests are named.
+A request that fails later is named in a warning and counted in the results (`failed_requests`), and the others go on.
+Its answer is the one lm-eval takes where an API gives none, "", and as a likelihood -inf; --use_cache keeps that, too.
 """
 
+import logging
+import math
 import sys
-from collections import deque
 from dataclasses import asdict, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +27,7 @@ from tqdm.auto import tqdm
 
 from .. import demo
 from ..config import DTYPES, PRESETS, DecodeParams, EngineConfig, find_device
-from ..decoding.inputs import check_fit, resolve_ids
+from ..decoding.inputs import resolve_ids
 from ..engine import Engine
 from ..model import LLaDA2Model
 from ..weights import checkpoint
@@ -32,6 +38,7 @@ MODEL = "llada2_fast"
 TASKS = Path(__file__).parent / "lm_eval_tasks"  # found without --include_path
 DECODING = tuple(field.name for field in fields(DecodeParams))
 NEUTRAL = {"num_beams": 1}  # what tasks say of other models' decoding; any other value is an error
+_logger = logging.getLogger("llada2_fast.lm_eval")  # not __name__: of a command that is __main__
 
 
 def main():
@@ -118,7 +125,7 @@ class LLaDA2LM:
         self.batch_size = _batch_size(batch_size, max_batch_size)
         self.batch_sizes = {0: self.batch_size}  # lm-eval prints them with the results
         self.cache_tokens, self.graphs = cache_tokens, graphs
-        self._engine_config(1)  # its checks
+        self._engine_config(1, 1)  # its checks
         self.mc_num, self.mc_seed = _integer("mc_num", mc_num, 1), _integer("mc_seed", mc_seed, 0)
         if dtype not in (None, "auto", *DTYPES):
             raise ValueError(f"dtype={dtype!r:.80}: expected auto or one of {', '.join(DTYPES)}")
@@ -134,7 +141,7 @@ class LLaDA2LM:
             exact=exact,
         )  # fmt: skip
         self.mask_id, self.eos_ids, _ = resolve_ids(self.model, self.params)
-        self.tokens = self.forwards = 0
+        self.tokens = self.forwards = self.failed = 0
 
     # what lm-eval asks about
 
@@ -189,6 +196,7 @@ class LLaDA2LM:
                 "batch_size": self.batch_size,
                 "decode_params": asdict(self.params) | {"eos_ids": self.eos_ids, "mask_id": self.mask_id},
                 "likelihood": {"is": "block-diffusion bound", "mc_num": self.mc_num, "mc_seed": self.mc_seed},
+                "failed_requests": self.failed,
                 "generated_tokens": self.tokens,
                 "denoise_forwards": self.forwards,
                 "tokens_per_forward": self.tokens / max(1, self.forwards),
@@ -203,11 +211,15 @@ class LLaDA2LM:
         options: until, max_gen_toks and its other names, do_sample, temperature, and any of DecodeParams; what they do
         not say is the model_args'. do_sample without a temperature means the model_args', or 1. With a `seed`, the
         request's place in the list is added to it. A context too long for the model is cut on the left, with a warning.
-        Raises ValueError before the first forward, RuntimeError naming the request that failed.
+        The text of a request that failed is empty. Raises ValueError before the first forward.
         """
         work = [self._work(*request.args, place) for place, request in enumerate(requests)]
-        texts = [None] * len(work)
-        for place, output in self._run(work, "Running generate_until requests", disable_tqdm):
+        names = list(map(_document, requests))
+        texts = [""] * len(work)
+        for place, output in self._run(work, names, "Running generate_until requests", disable_tqdm):
+            if output.error:
+                self._report(output.error)
+                continue
             texts[place] = output.text
             self.tokens += len(output.token_ids)
             self.forwards += output.counters.denoise_forwards
@@ -231,85 +243,116 @@ class LLaDA2LM:
         params = replace(self.params, gen_length=length, **given)
         if params.seed is not None:
             params = replace(params, seed=params.seed + place)
-        prompt, _ = maybe_truncate(self.tok_encode(context), length, self.max_length)
+        prompt = self.tok_encode(context)
+        if length < self.max_length:  # else no context fits, which the engine refuses
+            prompt, _ = maybe_truncate(prompt, length, self.max_length)
         # special tokens are no part of the text, so that those among the stops are looked for as ids
         special = {added.content: i for i, added in self.tokenizer.added_tokens_decoder.items() if added.special}
         stops = {"stop": stop, "stop_token_ids": [special[text] for text in stop if text in special]}
         return prompt, params, stops
 
-    def _run(self, work, desc, disable_tqdm):
-        """Yields (place in `work`, RequestOutput) as the requests end, batch_size of them in flight."""
+    def _run(self, work, names, desc, disable_tqdm):
+        """Yields (place in `work`, RequestOutput) as the requests end, batch_size of them in flight.
+
+        names: of the requests, for errors. Raises ValueError before the first forward for all that can never be run.
+        """
         if not work:
             return
         length = self.params.block_length or self.model.block_length
-        blocks = sorted(-(-(len(prompt) + params.gen_length) // length) for prompt, params, _ in work)
-        engine = Engine(self.model, self._engine_config(sum(blocks[-self.batch_size :]) * length), self.tokenizer)
-        for prompt, params, _ in work:
-            check_fit(self.model.config, [torch.tensor(prompt, dtype=torch.int64, device="cpu")], params)
-        waiting = deque(enumerate(work))
-        with tqdm(total=len(work), desc=desc, disable=disable_tqdm) as bar:
-            while waiting or engine.has_work:
-                while waiting and engine.scheduler.has_room:
-                    place, (prompt, params, stops) = waiting.popleft()
-                    engine.add_request(prompt, params, request_id=place, **stops)
+        blocks = [-(-(len(prompt) + params.gen_length) // length) for prompt, params, _ in work]
+        fitting = sorted(count for count in blocks if count <= -(-self.max_length // length))
+        needed = max(1, sum(fitting[-self.batch_size :])) * length
+        engine = Engine(self.model, self._engine_config(needed, len(work)), self.tokenizer)
+        places, wrong = {f"{place} ({name})": place for place, name in enumerate(names)}, []
+        for request_id, (prompt, params, stops) in zip(places, work, strict=True):
+            try:
+                engine.add_request(prompt, params, request_id=request_id, **stops)
+            except ValueError as error:
+                wrong.append(f"request {request_id}: {error}")
+        if wrong:
+            raise ValueError(f"{len(wrong)} of {len(work)} requests can never be run: {'; '.join(wrong)}")
+        with tqdm(total=len(work), desc=desc, disable=disable_tqdm or self.rank != 0) as bar:
+            while engine.has_work:
                 for event in engine.step():
                     if event.kind == "finish":
-                        if event.output.error:
-                            raise RuntimeError(event.output.error)
-                        yield event.request_id, event.output
+                        yield places[event.request_id], event.output
                         bar.update()
 
-    def _engine_config(self, needed):
+    def _report(self, error):
+        """A request has failed: it is counted and named, and the others go on."""
+        self.failed += 1
+        _logger.warning("no answer, the others go on: %s", error)
+
+    def _engine_config(self, needed, requests):
         return EngineConfig(
             block_length=self.params.block_length, max_num_seqs=self.batch_size, trace=False, graphs=self.graphs,
             cache_tokens=needed if self.cache_tokens is None else self.cache_tokens, mask_id=self.params.mask_id,
-            max_eos_ids=max(EngineConfig.max_eos_ids, len(self.params.eos_ids or ())),
+            max_eos_ids=max(EngineConfig.max_eos_ids, len(self.params.eos_ids or ())), max_waiting=requests,
         )  # fmt: skip
 
     # likelihood
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **_):
         """[(bound, is greedy)] of ((context, continuation), context ids, continuation ids); TemplateLM.loglikelihood
-        makes these from texts. Contexts that are too long are cut on the left."""
-        pairs = [self._fit(context, continuation) for _, context, continuation in requests]
-        greedy = [False] * len(pairs)
+        makes these from texts. Contexts that are too long are cut on the left; (-inf, False) where there is no bound.
+        Raises ValueError before the first forward."""
+        from lm_eval.models.utils import maybe_truncate
+
+        lengths = [len(answer) for _, _, answer in requests]
+        wrong = [f"request {i} has {n}" for i, n in enumerate(lengths) if not 0 < n < self.max_length]
+        if wrong:
+            raise ValueError(f"continuation: expected 1..{self.max_length - 1} tokens, {', '.join(wrong)}")
+        pairs = [(maybe_truncate(context, len(answer), self.max_length)[0], answer) for _, context, answer in requests]
         work = [
             (prompt, replace(self.params, gen_length=len(answer), temperature=0.0, eos_early_stop=True), {})
             for prompt, answer in pairs
         ]
-        for place, output in self._run(work, "Decoding greedily", disable_tqdm):
-            greedy[place] = output.token_ids == pairs[place][1]
+        names, outputs = [repr("".join(key)[-60:]) for key, _, _ in requests], [None] * len(work)
+        for place, output in self._run(work, names, "Decoding greedily", disable_tqdm):
+            outputs[place] = output
         results = []
-        bar = tqdm(pairs, desc="Running loglikelihood requests", disable=disable_tqdm)
-        for (key, _, _), pair, is_greedy in zip(requests, bar, greedy, strict=True):
-            results.append((self._bound(*pair), is_greedy))
-            self.cache_hook.add_partial("loglikelihood", key, results[-1])
+        bar = tqdm(pairs, desc="Running loglikelihood requests", disable=disable_tqdm or self.rank != 0)
+        for place, (prompt, answer) in enumerate(bar):
+            bound, output = self._bound(prompt, answer), outputs[place]
+            error = output.error
+            if math.isnan(bound):
+                bound, error = -math.inf, f"request {place} ({names[place]}): the bound is NaN"
+            results.append((bound, error is None and output.token_ids == answer))
+            if error:
+                self._report(error)
+            else:
+                self.cache_hook.add_partial("loglikelihood", requests[place][0], results[-1])
         return results
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
-        """Bounds of whole texts, each behind an end token, in windows where they are longer than the model."""
+        """Bounds of whole texts, each behind an end token, in windows where they are longer than the model; -inf where
+        there is none."""
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
         results = []
-        for request in tqdm(requests, desc="Running loglikelihood_rolling requests", disable=disable_tqdm):
+        bar = tqdm(requests, desc="Running loglikelihood_rolling requests", disable=disable_tqdm or self.rank != 0)
+        for place, request in enumerate(bar):
             ids = self.tok_encode(request.args[0])
             windows = get_rolling_token_windows(ids, self.eot_token_id, self.max_length - 1, context_len=1)
-            results.append(sum((self._bound(*make_disjoint_window(window)) for window in windows), 0.0))
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, results[-1])
+            bound = sum((self._bound(*make_disjoint_window(window)) for window in windows), 0.0)
+            if math.isnan(bound):
+                self._report(f"request {place} ({_document(request)}): the bound is NaN")
+                results.append(-math.inf)
+                continue
+            results.append(bound)
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, bound)
         return results
-
-    def _fit(self, context, continuation):
-        from lm_eval.models.utils import maybe_truncate
-
-        if not 0 < len(continuation) < self.max_length:
-            raise ValueError(f"continuation: {len(continuation)} tokens, expected 1..{self.max_length - 1}")
-        return maybe_truncate(context, len(continuation), self.max_length)[0], continuation
 
     def _bound(self, prompt, continuation):
         return likelihood_bound(
             self.model, prompt, continuation, self.mask_id, self.params.block_length, self.mc_num, self.mc_seed,
             self.batch_size, self.params.attend_tail,
         )  # fmt: skip
+
+
+def _document(request):
+    """What lm-eval asks about, in words."""
+    return f"task {request.task_name}, document {request.doc_id}"
 
 
 def _known(what, given, allowed):

@@ -1,5 +1,6 @@
 """The real lm-eval 0.4.13 with our model in it: its command line, the shipped task, likelihoods, arguments."""
 
+import gc
 import itertools
 import json
 import math
@@ -15,12 +16,16 @@ from benchmarks import quality
 from llada2_fast import LLaDA2Model, demo
 from llada2_fast.adapters.likelihood import _masks, likelihood_bound
 from llada2_fast.demo import tasks
+from llada2_fast.engine import Engine
 from llada2_fast.weights.special_tokens import load_tokenizer
 
 pytestmark = pytest.mark.hosts
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm-eval: pip install lm-eval")
 
-from llada2_fast.adapters.lm_eval import register  # noqa: E402  (after the skip, as it is of no use without lm-eval)
+from lm_eval.api.instance import Instance  # noqa: E402  (after the skip, as it is of no use without lm-eval)
+from lm_eval.api.model import CacheHook  # noqa: E402
+
+from llada2_fast.adapters.lm_eval import register  # noqa: E402
 
 SETTINGS = {"threshold": 0.9, "gen_length": 64, "device": "cpu"}
 
@@ -54,7 +59,17 @@ def chat(lm, *texts):
 
 
 def requests(*arguments):
-    return [SimpleNamespace(args=each) for each in arguments]
+    """As lm-eval makes them of the documents 10, 11, ... of a task "own"."""
+    return [Instance("generate_until", {}, each, 0, ("own", 10 + i, 1)) for i, each in enumerate(arguments)]
+
+
+@pytest.fixture
+def poisoned():
+    """One whose logits are NaN behind the word "lamp"."""
+    lm = register()(**SETTINGS, mc_num=4)
+    (word,) = set(lm.tok_encode("Reverse lamp.")) - set(lm.tok_encode("Reverse moon."))
+    lm.model.word_embeddings.weight[word] = float("nan")
+    return lm
 
 
 # the command line and the shipped task
@@ -156,7 +171,12 @@ def test_wrong_model_arguments(arguments, message):
         ({"num_beams": 4}, "num_beams=4: expected 1"),
         ({"until": [3]}, "until=.3.: expected strings"),
         ({"max_gen_toks": 0}, "gen_length=0"),
-        ({"max_gen_toks": 10**6}, "gen_length=1000000: prompt 0 has"),
+        (
+            {"max_gen_toks": 10**6},
+            r"1 of 2 .* request 1 \(task own, document 11\): gen_length=1000000: .* 4096 positions",
+        ),
+        ({"max_gen_toks": 4096}, r"request 1 \(task own, document 11\): gen_length=4096: .* 4096 positions"),
+        ({"eos_ids": list(range(9))}, r"request 1 \(task own, document 11\): eos_ids=.*at most max_eos_ids=8"),
         ({"threshold": -1.0}, "threshold=-1.0"),
     ],
 )
@@ -264,6 +284,66 @@ def test_progress_and_cached_answers(lm, tmp_path, capfd):
     assert cached.generate_until(work) == first == ["7 is seven", "8 is eight"] and mine.forwards == spent > 0
 
 
+def test_one_process_shows_progress(capfd):
+    lm = register()(**SETTINGS, mc_num=1)
+    shown = []
+    for lm._rank in (1, 0):  # lm-eval's numbers of processes
+        capfd.readouterr()
+        lm.generate_until(requests(("Spell 7.", {})))
+        lm._loglikelihood_tokens([(("7", "8"), [7], [8])])
+        lm.loglikelihood_rolling(requests(("7",)))
+        shown.append(capfd.readouterr().err)
+    assert shown[0] == "" and shown[1].count(": 100%") == 4
+
+
+def test_what_the_cache_cannot_hold_is_told_before_any_forward():
+    lm = register()(**SETTINGS, cache_tokens=128)
+    short, long = chat(lm, "Spell 7."), chat(lm, "Spell " + "4071, " * 20 + "22.")
+    work = requests(*((context, {}) for context in (*short, *long, *short, *long)))
+    with pytest.raises(ValueError) as raised:
+        lm.generate_until(work, disable_tqdm=True)
+    head, tail = str(raised.value).split("; ")
+    assert head.startswith("2 of 4 requests can never be run: request 1 (task own, document 11): gen_length=64: ")
+    assert tail.startswith("request 3 (task own, document 13): gen_length=64: ")
+    assert all("pages of 16 tokens are needed, the whole cache has 8 (cache_tokens)" in text for text in (head, tail))
+    assert lm.forwards == 0 and lm.generate_until(work[::2], disable_tqdm=True) == ["7 is seven"] * 2
+
+
+def test_a_failed_request_is_reported_and_the_others_go_on(poisoned, caplog):
+    contexts = chat(poisoned, "Spell 7.", "Reverse lamp.", "Spell 8.")
+    kept = {}
+    poisoned.set_cache_hook(CacheHook(SimpleNamespace(dbdict=kept)))  # any dict is a database to it
+    work = requests(*((context, {}) for context in contexts))
+    assert poisoned.generate_until(work, disable_tqdm=True) == ["7 is seven", "", "8 is eight"]
+    (report,) = [record.message for record in caplog.records if record.name == "llada2_fast.lm_eval"]
+    assert "request 1 (task own, document 11): logits hold NaN" in report
+    assert poisoned.failed == 1 and sorted(kept.values()) == ["7 is seven", "8 is eight"]
+
+
+def test_the_engine_and_its_cache_go_when_the_call_ends(lm):
+    gc.collect()
+    gc.disable()  # memory of a GPU should not have to wait for it
+    try:
+        lm.generate_until(requests(("Spell 7.", {})), disable_tqdm=True)
+        assert not any(type(one) is Engine for one in gc.get_objects())
+    finally:
+        gc.enable()
+
+
+def test_failed_requests_are_counted_in_the_results(poisoned):
+    from datasets import Dataset
+
+    rows = [{"text": text, "right": right} for text, right in (("Spell 7.", "7 is seven"), ("Reverse lamp.", "lamp"))]
+    prompts = Dataset.from_list(rows)
+    task = {
+        "task": "own", "custom_dataset": lambda **_: {"test": prompts}, "test_split": "test", "doc_to_text": "text",
+        "doc_to_target": "right", "output_type": "generate_until", "metric_list": [{"metric": "exact_match"}],
+    }  # fmt: skip
+    results = lm_eval.simple_evaluate(model=poisoned, tasks=[task], apply_chat_template=True, bootstrap_iters=0)
+    assert results["results"]["own"]["exact_match,none"] == 0.5
+    assert results["config"]["llada2_fast"]["failed_requests"] == 1
+
+
 # likelihood
 
 
@@ -335,12 +415,25 @@ def test_likelihood_limits(lm):
     few = register()(**SETTINGS, mc_num=2)
     (long,) = few.loglikelihood(requests((context * 600, "7 is seven")), disable_tqdm=True)
     assert math.isfinite(long[0])
-    with pytest.raises(ValueError, match="continuation: .* tokens, expected 1.."):
-        few.loglikelihood(requests((context, "cow " * 4100)), disable_tqdm=True)
+    with pytest.raises(ValueError, match=r"continuation: expected 1..4095 tokens, request 1 has \d+, request 3 has 0$"):
+        answers = ("cow", "cow " * 4100, "moon", "")
+        few.loglikelihood(requests(*((context, answer) for answer in answers)), disable_tqdm=True)
     with pytest.raises(ValueError, match="continuation: expected at least one token"):
         likelihood_bound(few.model, [1, 2], [], 0)
     with pytest.raises(ValueError, match="some outside 0.."):
         likelihood_bound(few.model, [10**6], [1], 0)
+
+
+def test_failed_likelihoods_are_reported_and_the_others_go_on(poisoned, caplog):
+    (context,) = chat(poisoned, "Spell 7.")
+    work = requests((context, "7 is seven"), (context, "lamp lamp"), (context, "cow"))
+    scores = poisoned.loglikelihood(work, disable_tqdm=True)
+    assert scores[1] == (-math.inf, False) and scores[0][1] and math.isfinite(scores[0][0] + scores[2][0])
+    assert poisoned.loglikelihood_rolling(requests(("7",), ("7 lamp 7",)), disable_tqdm=True)[1] == -math.inf
+    reports = [record.message for record in caplog.records if record.name == "llada2_fast.lm_eval"]
+    assert poisoned.failed == len(reports) == 2
+    assert "request 1 (" in reports[0] and "lamp lamp" in reports[0]
+    assert "request 1 (task own, document 11)" in reports[1]
 
 
 def test_rolling_likelihood(lm):
@@ -349,7 +442,7 @@ def test_rolling_likelihood(lm):
     whole, nothing = few.loglikelihood_rolling(requests((text,), ("",)), disable_tqdm=True)
     eos = few.eot_token_id
     assert whole == few._bound([eos], few.tok_encode(text)) and nothing == 0.0
-    (bound,) = few.loglikelihood([SimpleNamespace(args=("", text))], disable_tqdm=True)
+    (bound,) = few.loglikelihood(requests(("", text)), disable_tqdm=True)
     assert bound[0] == whole
     one = register()(**SETTINGS, mc_num=1)
     ids = one.tok_encode(text * 1500)
