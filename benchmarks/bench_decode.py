@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from .harness import add_options, add_plot_option, drawing, finish, peak_bytes
+from .harness import add_options, add_plot_option, check_save, drawing, finish, peak_bytes
 from .models import ABLATIONS, AT_THE_BASE, BLOCK, PEERS, SMALL, Task, in_int4, ours, random_model
 from .report.plots import draw_cost
 
@@ -267,6 +267,7 @@ def main(argv=None):
     )
     add_plot_option(parser, "tokens/s against the prompt's length and the cost of a block")
     args = parser.parse_args(argv)
+    check_save(parser, args, "decode")
     if args.quick and args.full:
         parser.error("--quick and --full: expected one of them")
     plan = PLANS["quick" if args.quick else "full" if args.full else "default"]

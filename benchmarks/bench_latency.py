@@ -104,6 +104,7 @@ def main(argv=None):
     parser.add_argument("--num-iters", type=positive, metavar="N", help="timed calls (10, with --quick 3)")
     harness.add_plot_option(parser, "the time of each block of an answer")
     args = parser.parse_args(argv)
+    harness.check_save(parser, args, "latency")
     count = args.num_iters or (3 if args.quick else 10)
     work = Workload.of(args, 2 + count, args.batch_size)
     if args.graphs:

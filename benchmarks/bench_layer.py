@@ -73,6 +73,7 @@ def main(argv=None):
     parser.add_argument("--threads", type=int, default=1, metavar="N")
     harness.add_options(parser)
     options = parser.parse_args(argv)
+    harness.check_save(parser, options, "layer")
     torch.set_num_threads(options.threads)
     layers = [measure(DTYPES[name], 3 if options.quick else 15) for name in tqdm(DTYPES)]
     for p in layers:

@@ -306,6 +306,7 @@ def main(argv=None):
     harness.add_plot_option(parser, "the distribution of the latencies")
     add("--peers", action="store_true", help="against the same requests one by one and diffusers, random network")
     args = parser.parse_args(argv)
+    harness.check_save(parser, args, "engine" if args.peers else "throughput")
     if args.peers:
         harness.finish("engine", args, against_peers(args.quick))
         return

@@ -251,6 +251,7 @@ def main(argv=None):
     parser.add_argument("--check", action="store_true", help="exit 1 where a count has grown since the saved line")
     harness.add_options(parser)
     options = parser.parse_args(argv)
+    harness.check_save(parser, options, "counts")
     chosen = ["steps"] if options.quick else options.parts.split(",")
     if unknown := sorted(set(chosen) - set(PARTS)):
         parser.error(f"--parts {','.join(unknown)}: expected some of {', '.join(PARTS)}")

@@ -6,6 +6,7 @@ import os
 import platform
 import statistics
 import subprocess
+import tempfile
 import time
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -27,13 +28,30 @@ IN_CHECKOUT = (ROOT / "setup.py").is_file()
 
 
 def add_options(parser):
-    """The options that all benchmarks have. `save` is then the folder to append to, or None."""
+    """The options that all benchmarks have. `save` is then the folder to append to, or None; see check_save."""
     parser.add_argument("--quick", action="store_true", help="a smaller run of the same kind")
     parser.add_argument("--json", action="store_true", help="end with one JSON line")
     parser.add_argument(
         "--save", nargs="?", const="", type=_results_folder, metavar="FOLDER",
         help="append the JSON line to a file of this folder, in a checkout benchmarks/results/ unless given",
     )  # fmt: skip
+
+
+def check_save(parser, args, name):
+    """Ends with the parser's error, before anything is measured, if `finish` could not append under this name.
+
+    args: with `save` of add_options; its folder is made if it is missing.
+    """
+    if args.save is None:
+        return
+    path = args.save / f"{name}.jsonl"
+    try:
+        args.save.mkdir(parents=True, exist_ok=True)
+        # a file without a name, where this one is not there yet: another process may be about to make it
+        with open(path, "ab+") if path.exists() else tempfile.TemporaryFile(dir=args.save):
+            pass
+    except OSError as error:
+        parser.error(f"--save {args.save}: expected a folder where {path.name} can be written: {error}")
 
 
 def add_plot_option(parser, what, name="--plot", default=None):
@@ -178,7 +196,6 @@ def finish(name, args, results, device="cpu"):
     head = {"benchmark": name, "time": now, "quick": args.quick} | card(device)
     line = head | {"peak_memory_bytes": peak_memory(device)} | results
     if args.save:
-        args.save.mkdir(parents=True, exist_ok=True)
         append_line(args.save / f"{name}.jsonl", line)
     if args.json:
         print(json.dumps(line))

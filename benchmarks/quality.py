@@ -78,6 +78,7 @@ def main(argv=None):
     parser.add_argument("--device", default="cpu")
     harness.add_plot_option(parser, "accuracy against speed")
     options = parser.parse_args(argv)
+    harness.check_save(parser, options, "quality")
     model = LLaDA2Model.from_pretrained(
         options.model, torch.float32, options.device, progress=False, quantization=options.quantization
     )

@@ -55,6 +55,7 @@ def main(argv=None):
     quality.add_prompts_option(parser)
     parser.add_argument("--model", action="append", metavar="PATH", help="instead of both; may be repeated")
     options = parser.parse_args(argv)
+    harness.check_save(parser, options, "sampling")
     n = options.n or (24 if options.quick else tasks.PROMPTS)
     models = options.model or [demo.path(), *([str(SIBLING)] if harness.IN_CHECKOUT else [])]
     settings = [Setting(*draw, rule) for draw in (QUICK_DRAWS if options.quick else DRAWS) for rule in RULES]

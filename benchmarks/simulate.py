@@ -209,6 +209,7 @@ def main(argv=None):
     parser.add_argument("--requests", type=int, help="per load (10000; quick: 500)")
     parser.add_argument("--cost", choices=("cpu", "h200"), default="cpu")
     options = parser.parse_args(argv)
+    harness.check_save(parser, options, "simulate")
     count = options.requests or (500 if options.quick else 10_000)
     cost = measured_cost() if options.cost == "cpu" else roofline_cost()
     jobs = workload(count)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from types import SimpleNamespace
@@ -176,6 +177,44 @@ def test_help_is_that_of_the_benchmark(bench, name):
 def test_mistakes(bench, arguments, word):
     code, out, err = bench(*arguments, *(["--no-progress"] if len(arguments) > 1 else []))
     assert (code, out) == (2, "") and word in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", sorted(cli.BENCHMARKS))
+def test_where_nothing_can_be_saved_nothing_is_measured(bench, tmp_path, name):
+    (tmp_path / "taken").write_text("")
+    for folder in (tmp_path / "taken", tmp_path / "taken" / "results"):
+        code, out, err = bench(name, "--save", str(folder))
+        assert (code, out) == (2, "") and f"--save {folder}: expected a folder where " in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("file, arguments", [("throughput", []), ("engine", ["--peers"])])
+def test_a_file_that_cannot_be_appended_to_is_told_before_the_run(bench, tmp_path, file, arguments):
+    (tmp_path / f"{file}.jsonl").mkdir()
+    code, out, err = bench("throughput", *arguments, "--save", str(tmp_path))
+    assert (code, out) == (2, "") and f"{file}.jsonl can be written" in err.splitlines()[-1]
+
+
+def test_a_folder_to_save_in_is_made_and_its_files_are_left_alone(tmp_path):
+    options = argparse.Namespace(quick=True, json=False, save=tmp_path / "new" / "results")
+    harness.check_save(argparse.ArgumentParser(), options, "trial")
+    assert not any(options.save.iterdir())
+    for number in (1, 2):
+        harness.finish("trial", options, {"number": number})
+        kept = (options.save / "trial.jsonl").read_bytes()
+        harness.check_save(argparse.ArgumentParser(), options, "trial")
+        assert (options.save / "trial.jsonl").read_bytes() == kept
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+@pytest.mark.parametrize("locked", ["results", "results/trial.jsonl"])
+def test_what_is_read_only_is_told_before_the_run(tmp_path, capsys, locked):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "trial.jsonl").touch()
+    (tmp_path / locked).chmod(0o555)
+    options = argparse.Namespace(save=tmp_path / "results")
+    with pytest.raises(SystemExit):
+        harness.check_save(argparse.ArgumentParser(), options, "trial" if "trial" in locked else "other")
+    assert "Permission denied" in capsys.readouterr().err
 
 
 def test_a_model_without_chat_template_takes_random_prompts(bench, tmp_path):

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from ..harness import add_options, finish
+from ..harness import add_options, check_save, finish
 from . import bench_decoding, bench_model
 
 # By op: build(machine, *arguments) -> Case, {name of a case: its arguments}, the smallest first.
@@ -34,6 +34,7 @@ def main(argv=None):
     add_options(parser)
     parser.add_argument("--only", default=",".join(sorted(OPS)), metavar="OPS", help="comma-separated (default: all)")
     options = parser.parse_args(argv)
+    check_save(parser, options, "kernels")
     ops = options.only.split(",")
     if not set(ops) <= set(OPS):
         parser.error(f"--only {options.only}: expected some of {', '.join(sorted(OPS))}")

@@ -15,7 +15,7 @@ import torch
 from llada2_fast.kernels import refine
 
 from ..counts import launches, passes
-from ..harness import add_options, finish, timed_rounds
+from ..harness import add_options, check_save, finish, timed_rounds
 from ..roofline import BLOCK
 from .bench_decoding import MODES, STEPS, THRESHOLD, Step
 
@@ -106,6 +106,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add_options(parser)
     options = parser.parse_args(arguments)
+    check_save(parser, options, "bench_refine")
     torch.set_num_threads(1)
     sizes = [(1, 4096), (8, 32768)] if options.quick else [(1, 4096), (8, 4096), (1, 32768), (8, 32768), (1, 157184)]
     with torch.inference_mode():
