@@ -8,7 +8,8 @@ First the gate: what the engine gives the first requests, all of the warm-up in 
 each of them alone. Then rounds of new prompts each through the same engine; the figures are those of the round with the
 median throughput. Without --request-rate a request is sent as soon as another has ended, with it they arrive as a
 Poisson process and wait for their turn. Key names and meanings are those of `vllm bench`, tokens arrive block by block:
-ttft: until the first block; itl: from block to block; tpot: (e2el - ttft) / (tokens - 1); e2el: the whole request.
+ttft: until the first block; itl: from block to block; tpot: (e2el - ttft) / (tokens - 1); e2el: the whole request. An
+answer whose tokens came all at once, those of one block, has no tpot; `tpot_left_out` says how many these were.
 
 With --peers the small random network answers random requests by quota, 4 tokens a forward: 16 in flight against
 generate() one by one; those of one prompt length against lock-step batches of diffusers' LLaDA2Pipeline; latencies at 1
@@ -89,9 +90,10 @@ def serve(engine, jobs, in_flight=None, rate=None):
 
 
 def latencies(served):
-    """{name: seconds} of the requests that did not fail: ttft, tpot, itl, e2el, as lists."""
+    """{name: seconds} of the requests that did not fail: ttft, tpot, itl, e2el, as lists; tpot of those with tokens at
+    several times."""
     done = [one for one in served if one.output.error is None]
-    several = [one for one in done if len(one.output.token_ids) > 1]
+    several = [one for one in done if len(one.commits) > 1]
     return {
         "ttft": [at for one in done for at in one.commits[:1]],
         "tpot": [(one.seconds - one.commits[0]) / (len(one.output.token_ids) - 1) for one in several],
@@ -118,9 +120,10 @@ def summary(served, seconds):
         "steps_per_block": forwards / max(1, blocks),
         "shared_tokens": sum(output.shared_tokens for output in done),
     }
-    for name, values in latencies(served).items():
+    times = latencies(served)
+    for name, values in times.items():
         figures |= harness.spread(f"{name}_ms", [1e3 * value for value in values])
-    return figures
+    return figures | {"tpot_left_out": len(done) - len(times["tpot"])}
 
 
 def check(work, served, jobs):
@@ -331,6 +334,8 @@ def main(argv=None):
         f"{results['steps_per_block']:.2f} steps per block"
     )
     print_table(results, NAMES)
+    if results["tpot_left_out"]:
+        print(f"{NAMES['tpot_ms']}: without {results['tpot_left_out']} answers that came at once")
     if args.plot:
         plot(served, args.plot)
     head = {

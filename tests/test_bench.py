@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -86,6 +87,27 @@ def test_arrivals_at_a_rate_wait_for_their_turn(bench):
     line = line_of(bench("throughput", *few, "--json", *SMALL))
     assert line["request_rate"] == 1e6 and line["completed"] == 4
     assert line["p99_ttft_ms"] > line["p10_e2el_ms"]  # the last has waited until the first was done
+
+
+def test_an_answer_of_one_block_has_no_time_per_token(bench):
+    few = ["throughput", "--num-prompts", "3", "--num-rounds", "1", "--input-len", "16", "--json", *SMALL]
+    result = bench(*few, "--gen-length", "16")
+    line = line_of(result)
+    assert line["total_output_tokens"] == 48 and line["tpot_left_out"] == 3
+    assert {line[f"{which}_tpot_ms"] for which in ("mean", "median", "std", "p10", "p90", "p99")} == {None}
+    assert line["median_itl_ms"] is None and "without 3 answers that came at once" in result[1]
+
+
+def test_the_time_per_token_is_that_of_the_answers_of_several_blocks():
+    work = work_of("--input-len", "16", count=1, size=4)
+    params = options.params(work.decoding)
+    lengths = (1, 16, 17, 48)
+    jobs = [(prompt, replace(params, gen_length=n)) for prompt, n in zip(work.batches[0], lengths, strict=True)]
+    served = bench_throughput.serve(bench_throughput.new_engine(work, 8), jobs, 4)
+    assert [len(one.commits) for one in served] == [1, 1, 2, 3]
+    wanted = [(one.seconds - one.commits[0]) / (n - 1) for one, n in zip(served[2:], lengths[2:], strict=True)]
+    figures = bench_throughput.summary(served, 1.0)
+    assert figures["mean_tpot_ms"] == pytest.approx(500 * sum(wanted)) and figures["tpot_left_out"] == 2
 
 
 def test_random_prompts_are_answered_to_their_full_length(bench):
