@@ -7,9 +7,10 @@
 First the gate: what the engine gives the first requests, all of the warm-up in flight, must be what generate() gives
 each of them alone. Then rounds of new prompts each through the same engine; the figures are those of the round with the
 median throughput. Without --request-rate a request is sent as soon as another has ended, with it they arrive as a
-Poisson process and wait for their turn. Key names and meanings are those of `vllm bench`, tokens arrive block by block:
-ttft: until the first block; itl: from block to block; tpot: (e2el - ttft) / (tokens - 1); e2el: the whole request. An
-answer whose tokens came all at once, those of one block, has no tpot; `tpot_left_out` says how many these were.
+Poisson process, at `inf` all at once, and wait for their turn. Key names and meanings are those of `vllm bench`, tokens
+arrive block by block: ttft: until the first block; itl: from block to block; tpot: (e2el - ttft) / (tokens - 1); e2el:
+the whole request. An answer whose tokens came all at once, those of one block, has no tpot; `tpot_left_out` says how
+many these were.
 
 With --peers the small random network answers random requests by quota, 4 tokens a forward: 16 in flight against
 generate() one by one; those of one prompt length against lock-step batches of diffusers' LLaDA2Pipeline; latencies at 1
@@ -18,6 +19,7 @@ and refinement. All tokens of the engine must be those of generate() before anyt
 """
 
 import argparse
+import math
 import random
 import statistics
 import time
@@ -68,7 +70,8 @@ class Served(NamedTuple):
 
 
 def serve(engine, jobs, in_flight=None, rate=None):
-    """Run (prompt, DecodeParams) pairs, `in_flight` at a time or arriving at `rate` per second; a list of Served.
+    """Run (prompt, DecodeParams) pairs, `in_flight` at a time or arriving at `rate` per second, where inf means all at
+    once; a list of Served.
 
     The engine's clock must be time.perf_counter. With a rate a request has arrived when it was due, also if the engine
     was in the middle of a step then.
@@ -305,7 +308,7 @@ def main(argv=None):
     add("--num-prompts", type=positive, metavar="N", help="requests per round (64, with --quick 16)")
     add("--num-rounds", type=positive, metavar="N", help="timed rounds (3, with --quick 1)")
     add("--max-concurrency", type=positive, default=16, metavar="N", help="requests in flight at most (16)")
-    add("--request-rate", type=float, metavar="R", help="arrivals per second; else as fast as others end")
+    add("--request-rate", type=float, metavar="R", help="arrivals per second, inf: all at once; else as others end")
     harness.add_plot_option(parser, "the distribution of the latencies")
     add("--peers", action="store_true", help="against the same requests one by one and diffusers, random network")
     args = parser.parse_args(argv)
@@ -313,8 +316,8 @@ def main(argv=None):
     if args.peers:
         harness.finish("engine", args, against_peers(args.quick))
         return
-    if args.request_rate is not None and not 0 < args.request_rate < float("inf"):
-        parser.error(f"--request-rate {args.request_rate}: expected a number above 0")
+    if args.request_rate is not None and not args.request_rate > 0:
+        parser.error(f"--request-rate {args.request_rate}: expected a number above 0, or inf")
     size, rounds = args.num_prompts or (16 if args.quick else 64), args.num_rounds or (1 if args.quick else 3)
     work = Workload.of(args, 1 + rounds, size)
     params = options.params(work.decoding)
@@ -338,8 +341,9 @@ def main(argv=None):
         print(f"{NAMES['tpot_ms']}: without {results['tpot_left_out']} answers that came at once")
     if args.plot:
         plot(served, args.plot)
+    rate = "inf" if args.request_rate == math.inf else args.request_rate  # JSON has no such number
     head = {
-        "max_concurrency": args.max_concurrency, "request_rate": args.request_rate, "equal_tokens": share,
+        "max_concurrency": args.max_concurrency, "request_rate": rate, "equal_tokens": share,
         "output_throughput_rounds": [round["output_throughput"] for round, _ in figures],
     }  # fmt: skip
     harness.finish("throughput", args, work.facts | head | results, work.model.device)

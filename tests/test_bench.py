@@ -89,6 +89,17 @@ def test_arrivals_at_a_rate_wait_for_their_turn(bench):
     assert line["p99_ttft_ms"] > line["p10_e2el_ms"]  # the last has waited until the first was done
 
 
+def test_at_an_infinite_rate_all_arrive_at_once(bench):
+    few = ["--num-prompts", "4", "--num-rounds", "1", "--max-concurrency", "1", "--request-rate", "inf"]
+    line = line_of(bench("throughput", *few, "--json", *SMALL))
+    assert line["request_rate"] == "inf" and line["completed"] == 4
+    assert line["p99_ttft_ms"] > line["p10_e2el_ms"]  # the last has waited until the first was done
+    work = work_of("--input-len", "3", count=1, size=6)
+    jobs = [(prompt, options.params(work.decoding)) for prompt in work.batches[0]]
+    served = bench_throughput.serve(bench_throughput.new_engine(work, 2), jobs, rate=float("inf"))
+    assert len({one.arrived for one in served}) == 1 and all(one.output.error is None for one in served)
+
+
 def test_an_answer_of_one_block_has_no_time_per_token(bench):
     few = ["throughput", "--num-prompts", "3", "--num-rounds", "1", "--input-len", "16", "--json", *SMALL]
     result = bench(*few, "--gen-length", "16")
@@ -193,7 +204,7 @@ def test_help_is_that_of_the_benchmark(bench, name):
     (["latency", "--plot", "no/such/folder/x.png"], "no/such/folder"),
     (["latency", "--graphs"], "graphs=True"),
     (["throughput", "--graphs"], "graphs=True"),
-    (["throughput", "--request-rate", "0"], "--request-rate"),
+    *((["throughput", "--request-rate", rate], f"--request-rate {rate}: expected") for rate in ("0.0", "-1.0", "nan")),
     (["throughput", "--quantization", "int3"], "quantization='int3'"),
 ])  # fmt: skip
 def test_mistakes(bench, arguments, word):
