@@ -86,7 +86,7 @@ aot: $(VENV)/.installed-test
 
 # This machine's numbers: lines are added to benchmarks/results/, README's tables and plots are made from them.
 bench: $(VENV)/.installed-test
-	@for name in decode layer throughput "throughput --peers" latency kernels quality refine; do \
+	@for name in decode layer throughput "throughput --peers" latency host kernels quality refine; do \
 		echo "llada2-fast bench $$name"; \
 		$(BIN)/llada2-fast bench $$name --save $(BENCH_ARGS) || exit 1; \
 	done

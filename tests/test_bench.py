@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import bench_latency, bench_throughput, harness, workload
+from benchmarks import bench_host, bench_latency, bench_throughput, harness, workload
 from llada2_fast import demo
+from llada2_fast.cache import PagedKVCache
 from llada2_fast.cli import commands as cli
 from llada2_fast.cli import options
 from llada2_fast.decoding.runner import CachedForward
@@ -177,6 +178,58 @@ def test_what_a_benchmark_returns_is_the_exit_code(bench, monkeypatch, returned,
 def test_quality(bench):
     line = line_of(bench("quality", "--quick", "--n", "1", "--json"))
     assert line["benchmark"] == "quality" and 0 <= line["accuracy"] <= 1
+
+
+def test_host(bench, tmp_path):
+    line = line_of(bench("host", "--quick", "--json", "--save", str(tmp_path)))
+    assert json.loads((tmp_path / "host.jsonl").read_text("utf-8")) == line
+    assert line["equal_tokens"] == 1.0
+    kinds = [(point["kind"], point["prompt"]) for point in line["admission"]]
+    assert kinds == [(kind, size) for kind in ("cold", "cached", "queued") for size in (64, 512, 4096)]
+    assert all(point["median_ms"] > 0 for point in line["admission"] + line["head"])
+    assert [point["max_num_seqs"] for point in line["steps"]] == [1, 16] and line["steps"][0]["over_fewest"] == 1
+    alone, beside = line["serving"]
+    assert alone["steps_s"] > alone["polls_s"] == alone["refusals_s"] == 0
+    assert beside["polls_s"] > 0 < beside["refusals_s"]
+    assert alone["median_ratio_vs_alone"] == 1 and line["crowd"]["median_arriving_gap_ms"] > 0
+
+
+def test_host_work_is_what_is_spent_outside_of_the_network(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(bench_host, "time", SimpleNamespace(thread_time=lambda: clock.now))
+
+    def spend(seconds):
+        clock.now += seconds
+
+    network = bench_host.Network(SimpleNamespace(lm_logits=spend, block_length=4))
+    assert network.block_length == 4
+    assert network.host_ms(lambda: (spend(0.25), network.lm_logits(1.0), spend(0.5))) == 750.0
+    assert network.seconds == 1.0
+
+
+def test_a_gap_reaches_from_the_window_to_its_first_step_and_from_the_last_to_its_end():
+    network = bench_host.Network(None)
+    network.forwards = [0.0]  # before the window: no step of it
+    window = bench_host.Window(network)
+    network.forwards += [window.begun, window.begun]
+    window.close()
+    assert window.steps == 2 and window.gap_ms == pytest.approx(1e3 * window.seconds)
+    late = bench_host.Window(network)
+    network.forwards.append(late.begun + 5)
+    late.close()
+    assert late.gap_ms == pytest.approx(5000)
+    silent = bench_host.Window(network)
+    silent.close()
+    assert silent.steps == 0 and silent.gap_ms == pytest.approx(1e3 * silent.seconds)
+
+
+def test_a_wrong_page_ends_the_host_benchmark_before_it_has_timed_anything(bench, monkeypatch):
+    def mixed_up(self, hashes, match=PagedKVCache.match_prefix):
+        return match(self, hashes)[::-1]
+
+    monkeypatch.setattr(PagedKVCache, "match_prefix", mixed_up)
+    code, out, err = bench("host", "--quick", "--json")
+    assert (code, out) == (1, "") and "of the tokens are equal, expected all of them; nothing is timed" in err
 
 
 def test_kernels(bench):

@@ -16,6 +16,7 @@ COMMANDS = {  # benchmark -> the module that makes its lines, unless that has th
     "engine": "bench_throughput --peers",
     "throughput": "bench_throughput",
     "latency": "bench_latency",
+    "host": "bench_host",
     "bench_refine": "kernels.bench_refine",
 }
 UNSEEN = "{} unseen prompts for each of five tasks"
@@ -425,6 +426,24 @@ BLOCKS = {
     ], also=["rates"]),
     "throughput": each_machine("throughput", "output_throughput", WAITS),
     "latency": each_machine("latency", "iterations", WAITS),
+    "host-admission": each_machine("host", "admission", [
+        "request {kind}", "waiting", "prompt", "ms {median_ms:.2f}", "µs per further token {us_per_token:.3f}",
+    ]),
+    "host-head": each_machine("host", "head", [
+        "prompt that waits {prompt}", "ms {median_ms:.2f}", "ms with nobody waiting {without_ms:.2f}",
+        "µs per token {us_per_token:.4f}",
+    ]),
+    "host-steps": each_machine("host", "steps", [
+        "max_num_seqs", "µs of a step of one row {median_us:.0f}", "over the first {over_fewest:.2f}x",
+    ]),
+    "host-serving": each_machine("host", "serving", [
+        "beside {load}", "steps/s {steps_s:.0f}", "of alone {median_ratio_vs_alone:.2f}x",
+        "longest gap, ms {median_gap_ms:.0f}", "refusals/s {refusals_s:.0f}", "polls/s {polls_s:.0f}",
+    ]),
+    "host-crowd": each_machine("host", "crowd", [
+        "calls that wait {crowd[size]}", "longest gap while they come, ms {crowd[median_arriving_gap_ms]:.0f}",
+        "longest gap while they go, ms {crowd[median_leaving_gap_ms]:.0f}",
+    ]),
     "quality-settings": each_machine("quality", "settings", [
         "threshold {threshold:g}", "editing", "block length {block_length}", "steps", "exact match {accuracy:.3f}",
         ("worst task", worst_task), "TPF {tpf:.2f}", "tok/s {tok_s:.0f}",
