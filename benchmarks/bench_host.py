@@ -108,7 +108,7 @@ def check(network):
     alone = []
     for prompt in prompts:
         told = network.generate([prompt], gen_length=CHECKED, eos_id=(), trace=True, return_dict=True, **QUOTA)
-        writes = told.trace[0].writes()
+        writes = told.trace[0].commits()
         alone.append([(writes[at].token, writes[at].confidence) for at in range(len(prompt), len(prompt) + CHECKED)])
     engine = new_engine(network)
     outputs = [engine.generate([prompt], params)[0] for prompt in prompts[:2]]
