@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from .request import Request
 
-CALLS_PER_ROUND = 4  # at most: answering them costs their threads time, too, which a step does not get
+CALLS_PER_ROUND = 2  # at most: answering them costs their threads time, too, which a step does not get
 ATTEMPTS = 3  # steps in a row that may raise: the engine has recovered from everything else
 EXIT_S = 60.0  # how long the interpreter's exit waits for a step
 _logger = logging.getLogger(__name__)
@@ -106,6 +106,7 @@ class Worker:
             if self.closed:
                 raise RuntimeError("the engine is closed")
             self._calls.put(call)
+        time.sleep(0)  # gives the interpreter's lock away, which a step asks for at each operation and else gets in 5 ms
         return call.future
 
     def leave(self, requests: list[Request]):
@@ -113,6 +114,7 @@ class Worker:
         if os.getpid() == self.process:
             self._leaving.append(requests)
             self._calls.put(None)
+            time.sleep(0)  # as in send
 
     def stop(self):
         """End the thread after the step that it is in; unfinished requests are cancelled."""
