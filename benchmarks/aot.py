@@ -33,7 +33,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.cache import triton_key
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from llada2_fast.kernels import advance, attention, candidates, refine, rope
+from llada2_fast.kernels import advance, attention, candidates, refine, rope, top_logprobs
 from llada2_fast.kernels._ambient import settle_key
 from llada2_fast.kernels._triton import force_ops
 from llada2_fast.kernels.combine import summed
@@ -152,6 +152,10 @@ def _candidates(dtype, runner_up, filters):
     candidates.launch(_meta(8, 32, VOCAB, dtype=dtype), long, whole, params, IDS, whole, None, filters, runner_up)
 
 
+def _top_logprobs(dtype, k, vocab=VOCAB):
+    top_logprobs.launch(_meta(64, vocab, dtype=dtype), _int64(2, 32), _int32(2), IDS.mask, k)
+
+
 def _attention(dtype, heads, kv_heads=4, dim=128, length=32, pages=64, rows=40):
     cache, q = _meta(3, pages, length, kv_heads, dim, dtype=dtype)[1], _meta(rows * length, heads, dim, dtype=dtype)
     blocks = attention.BlockBatch(_int32(rows), _int32(rows), _int32(rows, pages), _int32(rows))
@@ -215,6 +219,8 @@ SCENARIOS = {
     "refine bf16 transposed": partial(_refine, BF16, transposed=True, filters=True),
     "candidates bf16": partial(_candidates, BF16, runner_up=False, filters=False),
     "candidates bf16 runner-up filters": partial(_candidates, BF16, runner_up=True, filters=True),
+    **{f"top log-probabilities {name}": partial(_top_logprobs, dtype, 20) for name, dtype in TYPES.items()},
+    "top log-probabilities bf16 V=2^18": partial(_top_logprobs, BF16, 20, 2**18),
     **{f"advance A={a} C={c}": partial(_advance, a, c) for a, c in ((1, 0), (1, 1), (32, 8), (256, 64))},
     "advance L=128": partial(_advance, 64, 16, length=128),
     **{f"attention mini {name} B={n}": partial(_attention, TYPES[name], 16, rows=n) for name in TYPES for n in ROWS},
