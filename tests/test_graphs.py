@@ -50,13 +50,13 @@ class Watched(GraphRunner):
         return result
 
 
-def decoder_of(model, lengths, params, overlap=None, capture=False, trace=False):
+def decoder_of(model, lengths, params, overlap=None, capture=False, trace=False, top=0):
     """(a decoder, its admitted sequences); overlap: None = the eager runner, else graphs with this overlap."""
     params = DecodeParams(gen_length=19, block_length=8, **params)
     rows = []
     for n in lengths:
         prompt = torch.randint(0, 250, (n,), generator=torch.Generator().manual_seed(n)).tolist()
-        rows.append(Sequence(prompt, params, n, (252,), 8, 255, trace))
+        rows.append(Sequence(prompt, params, n, (252,), 8, 255, trace, top_logprobs=top))
     cache = PagedKVCache(model.config, sum(row.num_blocks for row in rows), 8, model.dtype, model.device)
     lanes = Lanes(len(rows), 8, SpecialIds(255), model.device, pages=max(row.num_blocks for row in rows))
     if overlap is None:

@@ -103,7 +103,8 @@ class BlockDecoder:
                 carried = 0
         else:
             steps = [_lane_step(sequence) for sequence in sequences]
-        return Plan(lanes, steps, parts, any(s.params.filters for s in sequences), carried)
+        top = {s.lane: s.top_logprobs for s in sequences if s.top_logprobs}
+        return Plan(lanes, steps, parts, any(s.params.filters for s in sequences), carried, top)
 
     def _note(self, sequences, prefill):
         """What the forwards of a step have settled, whatever its refinement does."""
@@ -134,7 +135,8 @@ class BlockDecoder:
         left = self._read(refined, result)
         for sequence in refined:
             status = result.status[sequence.lane]
-            sequence.take_step(status, left.get(sequence.lane))
+            k = sequence.top_logprobs
+            sequence.take_step(status, left.get(sequence.lane), result.read_top(sequence.lane, k) if k else None)
             if cached and not sequence.error:
                 sequence.num_computed_blocks = sequence.block + 1
                 if status[refine.FLAGS] & (refine.BLOCK_DONE | refine.CHANGED) == refine.BLOCK_DONE:
@@ -146,7 +148,7 @@ class BlockDecoder:
     def _read(sequences, result):
         """By lane, what the step has left of the blocks that have ended and of those whose details are kept."""
         ended = refine.BLOCK_DONE | refine.FINISHED
-        wanted = [s for s in sequences if s.watched or result.status[s.lane][refine.FLAGS] & ended]
+        wanted = [s for s in sequences if s.watched or s.top_logprobs or result.status[s.lane][refine.FLAGS] & ended]
         details = any(s.detailed for s in wanted)
         lanes = [s.lane for s in wanted]
         return dict(zip(lanes, result.read(lanes, details), strict=True))

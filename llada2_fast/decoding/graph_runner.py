@@ -14,7 +14,8 @@ import torch
 from ..kernels._ambient import lasting
 from ..kernels.attention import BlockBatch, pinned
 from ..kernels.gemm import Wanted
-from .runner import CachedForward, Plan, StepResult
+from .runner import Alternatives, CachedForward, Plan, StepResult
+from .sequence import MAX_TOP_LOGPROBS
 
 
 def power_of_two(n):
@@ -50,8 +51,9 @@ class GraphRunner:
         if plan.prefill:
             self.prefill(plan.prefill)
         graph = self.graph(*self._size(plan))
-        graph.load(plan.lanes, plan.filters)
-        return StepResult(graph.replay() if self.capture else graph.run())
+        graph.load(plan.lanes, plan.filters, bool(plan.top))
+        output = graph.replay() if self.capture else graph.run()
+        return StepResult(output, Alternatives(plan.lanes, *graph.top) if plan.top else None)
 
     def graph(self, active: int, carried: int) -> "StepGraph":
         """The step of one size."""
@@ -72,15 +74,18 @@ class StepGraph:
 
     pool: memory that several graphs share, as no two run at a time and what one returns is read before the next runs.
     What the lanes hold is read at replay, at the addresses it had at capture.
+
+    top: where the plan asks for them, the MAX_TOP_LOGPROBS likeliest ids [A, L, k] at the entries' positions and their
+        log-probabilities, as of the last step.
     """
 
     @lasting
     def __init__(self, model, cache, lanes, active, carried, pool=None):
         self.model, self.cache, self.lanes = model, cache, lanes
         self.active, self.carried, self.pool = active, carried, pool
-        self.graph = self.results = self.planned = None
-        self.filters = False
-        self.stale = True  # not captured yet, or without the launch that top-k and top-p need
+        self.planned = self.top = None
+        self.filters = self.lists = False  # which variant of the step it is
+        self._captured = {}  # by variant: the graph, what run() returned and `top`
         # the plan: each entry's lane, whether it repeats entry 0; each lane's entry or -1
         self._sizes = [active, active, lanes.count]
         self._plan = torch.zeros(sum(self._sizes), dtype=torch.int32, device=lanes.device)
@@ -88,8 +93,9 @@ class StepGraph:
         # each position's row of the logits; negative in lanes without an entry
         self._index = torch.empty((lanes.count, cache.block_length), dtype=torch.int64, device=lanes.device)
 
-    def load(self, lanes, filters):
-        """Plan a step. lanes: the ints of those that take part, at least one; filters: some row has top_k or top_p."""
+    def load(self, lanes, filters, lists=False):
+        """Plan a step. lanes: the ints of those that take part, at least one; filters: some row has top_k or top_p;
+        lists: some row wants the likeliest ids."""
         if lanes != self.planned:
             self.planned = None  # until all of it is there
             entry = [-1] * self._sizes[-1]
@@ -101,8 +107,7 @@ class StepGraph:
             entry = self._plan.split(self._sizes)[2]
             torch.add(self._offsets, entry[:, None], alpha=len(self._offsets), out=self._index)
             self.planned = list(lanes)
-        if filters and not self.filters:
-            self.filters = self.stale = True
+        self.filters, self.lists = filters, lists
 
     def run(self):
         """The step on whatever device; returns RefineOutput. No host sync, no allocation that depends on data."""
@@ -113,18 +118,27 @@ class StepGraph:
         blocks = BlockBatch(row, block, lanes.page_table, lanes.bounds.limit)
         hidden = self.model.forward_blocks(tokens, positions, blocks, self.cache, slots=slots)
         logits = self.model.lm_logits(hidden[: self.active * self.cache.block_length], Wanted(order, count))
+        self.top = self._list(logits, lane.long(), repeat) if self.lists else None
         return lanes.step(logits, self._index, self.filters, only_needed=True)
 
+    def _list(self, logits, lane, repeat):
+        needed = self.lanes.needed()[lane] & (repeat == 0)[:, None]  # other logits may be anything
+        index = torch.where(needed, self._index[lane], -1)
+        return self.lanes.top_logprobs(logits, index, lane, MAX_TOP_LOGPROBS)
+
     def replay(self):
-        """run(), captured once and replayed; what it returns stays at its address and is overwritten by the next."""
+        """run(), captured once per variant and replayed; what it returns stays at its address and is overwritten by the
+        next."""
+        variant = self.filters, self.lists
         with torch.cuda.device_of(self._plan):
-            if self.stale:
-                self._capture()
-            self.graph.replay()
-        return self.results
+            if variant not in self._captured:
+                self._captured[variant] = self._capture()
+            graph, results, self.top = self._captured[variant]
+            graph.replay()
+        return results
 
     def _capture(self):
-        """Compile and warm up, with the state put back afterwards, then capture."""
+        """Compile and warm up, with the state put back afterwards, then capture. Returns the graph and its results."""
         kept = [(x, x.clone()) for x in vars(self.lanes.state).values()]
         graph = torch.cuda.CUDAGraph()
         stream = _capture_stream(self._plan.device)
@@ -137,8 +151,7 @@ class StepGraph:
             tensor.copy_(before)
         with torch.cuda.stream(torch.cuda.current_stream()), capture:  # a capture that fails leaves its stream current
             results = self.run()
-        # the old graph goes only now: nothing can be captured into a pool that no graph holds any more
-        self.graph, self.results, self.stale = graph, results, False
+        return graph, results, self.top
 
 
 @lru_cache

@@ -17,6 +17,7 @@ from ..kernels.advance import RowBounds, advance, begin_next
 from ..kernels.attention import pinned
 from ..kernels.commit import judge_ref
 from ..kernels.refine import BlockState, RefineOutput, RefineParams, SpecialIds, needed_positions, refine_step
+from ..kernels.top_logprobs import top_logprobs
 from .rules import REAL, WHOLE, Rule
 
 
@@ -110,6 +111,15 @@ class Lanes:
     def step(self, logits, index=None, filters: bool = True, only_needed: bool = False) -> RefineOutput:
         """One refinement step of all lanes; arguments as of kernels.refine.refine_step."""
         return refine_step(logits, self.state, self.params, self.ids, index, filters, only_needed)
+
+    def top_logprobs(self, logits, index, lanes: torch.Tensor, k: int):
+        """The k likeliest ids at the positions of some lanes' blocks, as of kernels.top_logprobs.
+
+        logits: [M, V] of a step.
+        index: int64 [n, L], each position's row of them, -1 for none.
+        lanes: int64 [n].
+        """
+        return top_logprobs(logits, index, self.params.flags[lanes], self.mask_id, k)
 
     def judge(self, lanes: list[int], earlier: list[list[int]], output: RefineOutput) -> list[int]:
         """Decide again what is over in lanes whose tokens somebody has rewritten after a step.

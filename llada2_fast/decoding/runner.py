@@ -5,7 +5,9 @@ A plan names lanes, blocks, pages and tokens; it has no tensors, so that it coul
 logits: CachedForward over our own network, or those of other people's models (adapters/diffusers/foreign.py).
 """
 
+from collections.abc import Mapping
 from itertools import accumulate
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -56,6 +58,7 @@ class Plan(NamedTuple):
     prefill: what is forwarded ahead of it, or with it.
     filters: some row draws with top-k or top-p.
     carried: how many lanes have to carry the block that has ended with its next one, None = some may, nobody knows yet.
+    top: by lane, how many of the likeliest ids a row wants for each token, at most MAX_TOP_LOGPROBS; empty = none does.
     """
 
     lanes: list[int]
@@ -63,20 +66,34 @@ class Plan(NamedTuple):
     prefill: list[Prefill]
     filters: bool = False
     carried: int | None = None
+    top: Mapping[int, int] = MappingProxyType({})
+
+
+class Alternatives(NamedTuple):
+    """The likeliest ids at the positions of some lanes' blocks, as of kernels.top_logprobs: [n, L, k] of n lanes, or of
+    more, of which the first n count."""
+
+    lanes: list[int]
+    ids: torch.Tensor
+    logprobs: torch.Tensor
 
 
 class StepResult:
     """What a step did to the lanes; reading it waits for this step alone, not for steps launched since.
 
+    alternatives: Alternatives of the rows that want them.
     output: RefineOutput, on the device. After wait(): status, a list of 8 ints for each lane (kernels.refine.FLAGS ..
     MASKS_BEFORE); blocks, for each lane the number of the block that was refined; sequences, whose step it was, which
     the decoder enters.
     """
 
-    def __init__(self, output):
+    def __init__(self, output, alternatives: Alternatives | None = None):
         report = output.report
         self.output, self.sequences, self._arrived = output, [], None
         self._report = report.to("cpu", non_blocking=True).numpy()  # on its way while further steps are launched
+        lanes, *lists = alternatives or ((),)
+        self._listed = {lane: entry for entry, lane in enumerate(lanes)}
+        self._lists = [part.to("cpu", non_blocking=True).numpy() for part in lists]
         if report.is_cuda:
             self._arrived = torch.cuda.Event()
             self._arrived.record(torch.cuda.current_stream(report.device))
@@ -97,6 +114,12 @@ class StepResult:
         columns[2] = columns[2].view(np.float32)
         lists = [column.tolist() for column in columns[: 3 if details else 1]]  # sync: on the host already
         return [(*row, *[None] * (3 - len(lists))) for row in zip(*lists, strict=True)]
+
+    def read_top(self, lane: int, k: int):
+        """(ids, log-probabilities) of the k likeliest ids at the positions of a lane's block, lists [L] of k each; -1
+        and -inf where there are fewer. What the step has not written is undefined."""
+        entry = self._listed[lane]
+        return tuple(part[entry, :, :k].tolist() for part in self._lists)  # sync: on the host already
 
 
 class EagerRunner:
@@ -120,7 +143,12 @@ class EagerRunner:
         lanes.begin_next([step.lane for step in plan.steps if step.begins])
         needed = self._everything() if self.all_logits else lanes.needed()
         logits, index = self.forward(plan, lanes.state, needed)
-        return StepResult(lanes.step(logits, index, plan.filters))
+        alternatives = self._alternatives(plan.top, logits, index) if plan.top else None
+        return StepResult(lanes.step(logits, index, plan.filters), alternatives)
+
+    def _alternatives(self, top, logits, index):
+        at = torch.tensor(list(top), **_ON_CPU).to(index.device)
+        return Alternatives(list(top), *self.lanes.top_logprobs(logits, index[at], at, max(top.values())))
 
     def forget(self):
         """Hold nothing that can be made again: there is nothing."""

@@ -17,6 +17,8 @@ from ..kernels import refine
 from .rules import row_rule
 from .trace import Event
 
+MAX_TOP_LOGPROBS = 20  # OpenAI's limit
+
 
 class Phase(Enum):
     """Where a sequence stands."""
@@ -69,6 +71,8 @@ class Sequence:
     detailed: keep the confidence and the step of every token.
     min_tokens: an EOS among so many of the first generated tokens does not end the answer; above 0 no EOS ends the
         decoding.
+    top_logprobs: how many of the likeliest ids to keep for every token, at most MAX_TOP_LOGPROBS; above 0 confidences
+        and steps are kept, too.
 
     watched: the active block is looked at after every step, not only when it has ended; anybody may set it.
 
@@ -81,14 +85,20 @@ class Sequence:
     ids: the tokens of all blocks before it, its own as well once it has ended.
     tokens, steps, confidences: of the active block, as the last step that was read left it (where details are kept).
     token_steps, token_confidences: of the generated tokens in ids (likewise).
+    top: of the active block, and token_top: of the generated tokens in ids, where they are kept: for each position the
+        likeliest (id, log-probability), best first and lowest id on ties, at the write that put its token there; fewer
+        than asked for where the vocabulary or the logits above -inf are fewer. The distribution is the logits' softmax
+        at temperature 1 over all ids, the mask id not listed where the profile never writes it. So a token's own
+        log-probability is the logarithm of its confidence, but for tokens drawn under other profiles than the default
+        one: these need not be listed, and their confidence is of the tempered and filtered distribution.
     finish_reason: "eos" or "length"; error; counters; events.
     """
 
     def __init__(
         self, prompt: list[int], params: DecodeParams, seed: int, eos_ids: tuple[int, ...], block_length: int,
-        mask_id: int, trace: bool = False, detailed: bool = False, min_tokens: int = 0,
-        top_logprobs: int = 0,
+        mask_id: int, trace: bool = False, detailed: bool = False, min_tokens: int = 0, top_logprobs: int = 0,
     ):  # fmt: skip
+        assert 0 <= top_logprobs <= MAX_TOP_LOGPROBS, "refused by name where it comes from"
         self.prompt, self.params, self.seed, self.eos_ids = prompt, params, seed, eos_ids
         self.block_length, self.mask_id, self.min_tokens = block_length, mask_id, min_tokens
         self.rule = row_rule(replace(params, eos_early_stop=False) if min_tokens else params, block_length)
@@ -108,7 +118,8 @@ class Sequence:
         self.error: str | None = None
         self.eos_position: int | None = None
         self.counters = Counters()
-        self.detailed = detailed or trace
+        self.top_logprobs = top_logprobs
+        self.detailed = detailed or trace or top_logprobs > 0
         self.watched = trace
         self.token_steps: list[int] = []
         self.token_confidences: list[float] = []
@@ -209,12 +220,17 @@ class Sequence:
         begun = self.block_prompt
         self.tokens = begun + [self.mask_id] * (self.block_length - len(begun))
         self.steps, self.confidences = [-1] * self.block_length, [0.0] * self.block_length
+        self.top: list[list[tuple[int, float]]] = [[] for _ in self.steps]
 
-    def take_step(self, status: list[int], block: tuple[list[int], list[int], list[float]] | None):
+    def take_step(
+        self, status: list[int], block: tuple[list[int], list[int], list[float]] | None,
+        top: tuple[list[list[int]], list[list[float]]] | None = None,
+    ):  # fmt: skip
         """A step has refined the active block.
 
         status: the row's columns of RefineOutput.status.
         block: its tokens, steps and confidences, where the step has ended it or details are kept.
+        top: the likeliest ids at its positions and their log-probabilities, where they are kept.
         """
         flags, counters = status[refine.FLAGS], self.counters
         self._steps, self._post_steps = status[refine.STEP], status[refine.POST_STEPS]
@@ -229,6 +245,8 @@ class Sequence:
         if block is not None:
             before, (self.tokens, self.steps, self.confidences) = self.tokens, block
             self._record(before)
+            if top is not None:
+                self._keep_top(*top)
         self._end(flags)
         if flags & refine.FINISHED and status[refine.EOS_AT] >= 0:
             self.eos_position = self.block_start + status[refine.EOS_AT]
@@ -252,6 +270,8 @@ class Sequence:
             at = self.block_start + begin - self.prompt_length
             self.token_steps[at:] = self.row_steps()[begin:]
             self.token_confidences[at:] = self.confidences[begin:]
+        if self.top_logprobs:
+            self.token_top[at:] = self.top[begin:]
 
     def row_steps(self) -> list[int]:
         """`steps` counted from the sequence's first denoise forward on; -1 where nothing has been written."""
@@ -267,8 +287,7 @@ class Sequence:
         if self.events is None:
             return
         now = self.counters.denoise_forwards - 1
-        own = self.counters.forwards_per_block[-1] - 1
-        written = [at for at, step in enumerate(self.steps) if step == own]
+        written = self._written()
         for kind, masked in (("commit", True), ("edit", False)):
             for at in written:
                 if (before[at] == self.mask_id) == masked:
@@ -276,6 +295,16 @@ class Sequence:
                     self.events.append(
                         Event(now, self.block, position, kind, self.tokens[at], self.confidences[at], before[at])
                     )
+
+    def _keep_top(self, ids, logprobs):
+        for at in self._written():
+            listed = zip(ids[at], logprobs[at], strict=True)
+            self.top[at] = [(token, logprob) for token, logprob in listed if token >= 0]
+
+    def _written(self):
+        """Where in the active block the last step has written."""
+        own = self.counters.forwards_per_block[-1] - 1
+        return [at for at, step in enumerate(self.steps) if step == own]
 
     def finish(self, reason: str):
         """It goes on no further. reason: "eos" or "length"."""
@@ -319,7 +348,7 @@ class Sequence:
         self.counters = replace(counters, forwards_per_block=per_block)
         del self.ids[self.block_start :]
         generated = max(0, self.block_start - self.prompt_length)
-        del self.token_steps[generated:], self.token_confidences[generated:]
+        del self.token_steps[generated:], self.token_confidences[generated:], self.token_top[generated:]
         if self.events is not None:
             del self.events[num_events:]
         self.finish_reason = self.error = self.eos_position = None
