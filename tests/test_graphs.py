@@ -1,12 +1,15 @@
 """The step as fixed-shape work: without a GPU run eagerly, it must give what the cached forward gives."""
 
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 
 from llada2_fast.cache import PagedKVCache
 from llada2_fast.config import DecodeParams
+from llada2_fast.decoding import decoder as decoder_module
 from llada2_fast.decoding import graph_runner as graphs
 from llada2_fast.decoding.decoder import BlockDecoder, decode_all, prefill_all
 from llada2_fast.decoding.graph_runner import GraphRunner, StepGraph
@@ -50,15 +53,16 @@ class Watched(GraphRunner):
         return result
 
 
-def decoder_of(model, lengths, params, overlap=None, capture=False, trace=False, top=0):
-    """(a decoder, its admitted sequences); overlap: None = the eager runner, else graphs with this overlap."""
+def decoder_of(model, lengths, params, overlap=None, capture=False, trace=False, top=0, free=0):
+    """(a decoder, its admitted sequences); overlap: None = the eager runner, else graphs with this overlap; free: lanes
+    beside theirs."""
     params = DecodeParams(gen_length=19, block_length=8, **params)
     rows = []
     for n in lengths:
         prompt = torch.randint(0, 250, (n,), generator=torch.Generator().manual_seed(n)).tolist()
         rows.append(Sequence(prompt, params, n, (252,), 8, 255, trace, top_logprobs=top))
     cache = PagedKVCache(model.config, sum(row.num_blocks for row in rows), 8, model.dtype, model.device)
-    lanes = Lanes(len(rows), 8, SpecialIds(255), model.device, pages=max(row.num_blocks for row in rows))
+    lanes = Lanes(len(rows) + free, 8, SpecialIds(255), model.device, pages=max(row.num_blocks for row in rows))
     if overlap is None:
         decoder = BlockDecoder(EagerRunner(CachedForward(model, cache), lanes))
     else:
@@ -137,6 +141,40 @@ def test_the_step_a_row_waits_for_settles_its_block(model):
                 waited.add(row)
                 assert row.num_final_blocks == row.block + 1
     assert len(waited) == 3
+
+
+def opcodes_of(call):
+    """How many instructions of ours Python takes for a call."""
+    count, root = 0, str(Path(decoder_module.__file__).parents[2])
+
+    def trace(frame, event, argument):
+        nonlocal count
+        if not frame.f_code.co_filename.startswith(root):
+            return None
+        frame.f_trace_opcodes = True
+        count += event == "opcode"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+@pytest.mark.parametrize("overlap", [None, 0, 1])
+def test_a_steps_work_on_the_host_does_not_grow_with_the_free_lanes(model, overlap):
+    counts = []
+    for free in (0, 0, 300):  # the first one makes what is made once
+        decoder, rows = decoder_of(model, [21, 3], {"threshold": 1.0}, overlap, free=free)
+        for _ in range(3):
+            decoder.step(decoder.running())
+        counts.append(opcodes_of(lambda decoder=decoder: decoder.step(decoder.running())))
+        result = decoder.step(decoder.running())
+        assert sorted(result.rows) == [row.lane for row in rows]
+    assert counts[1] == counts[2] > 1000
 
 
 def test_steps_are_launched_before_the_last_one_is_read(model):

@@ -24,15 +24,18 @@ class BlockDecoder:
 
     runner: an EagerRunner or a GraphRunner.
     overlap: how many steps are launched before the first of them is read; above 0, GraphRunner only.
-
-    sequences: by lane, None where it is free.
     """
 
     def __init__(self, runner, overlap: int = 0):
         assert runner.carries or not overlap, "the eager runner's plans say what the last step did"
         self.runner, self.lanes, self.overlap = runner, runner.lanes, overlap
-        self.sequences: list[Sequence | None] = [None] * self.lanes.count
+        self._by_lane: dict[int, Sequence] = {}  # a step must not grow with the lanes that are free
         self._launched: deque[tuple[list[Sequence], StepResult]] = deque()
+
+    @property
+    def sequences(self) -> list[Sequence | None]:
+        """By lane, None where it is free."""
+        return [self._by_lane.get(lane) for lane in range(self.lanes.count)]
 
     def admit(self, sequence: Sequence):
         """Lay its active block out in a free lane. It has its pages, where the runner keeps K/V."""
@@ -40,8 +43,8 @@ class BlockDecoder:
         if rule.max_steps == 0:  # hf-2.0, gen_length < minimal_topk: no step is taken
             sequence.finish("length")
             return
-        lane = sequence.lane = self.sequences.index(None)
-        self.sequences[lane] = sequence
+        lane = sequence.lane = next(lane for lane in range(self.lanes.count) if lane not in self._by_lane)
+        self._by_lane[lane] = sequence
         self.lanes.open(
             lane, sequence.block_start, sequence.block_prompt, sequence.total, sequence.limit, rule, sequence.seed,
             sequence.eos_ids, sequence.prior_flags, sequence.pages,
@@ -53,7 +56,7 @@ class BlockDecoder:
         else does."""
         if sequence.lane is not None:
             self.lanes.close(sequence.lane)
-            self.sequences[sequence.lane] = None
+            del self._by_lane[sequence.lane]
             sequence.lane = None
         for sequences, _ in self._launched:
             if sequence in sequences:
@@ -67,7 +70,7 @@ class BlockDecoder:
 
     def running(self) -> list[Sequence]:
         """Those with a block to be refined, by lane."""
-        return [sequence for sequence in self.sequences if sequence is not None and sequence.running]
+        return [sequence for _, sequence in sorted(self._by_lane.items()) if sequence.running]
 
     def step(self, sequences: list[Sequence], prefill: list[tuple[Sequence, int]] = ()) -> StepResult | None:
         """One refinement step.
@@ -87,7 +90,7 @@ class BlockDecoder:
 
     def _check_left_out(self, sequences):
         chosen = set(sequences)
-        left_out = [s for s in self.sequences if s is not None and s not in chosen and s.running] if sequences else ()
+        left_out = [s for s in self.running() if s not in chosen] if sequences else ()
         assert not (left_out and self.overlap), "what is left out may be in the middle of a block by now"
         assert all(s.phase is Phase.BLOCK_END for s in left_out), "a row in the middle of a block is left out"
 
@@ -119,11 +122,11 @@ class BlockDecoder:
     def _apply(self, sequences, result):
         """Let the sequences of a step know what it did; those it did nothing for leave `sequences`."""
         result.wait()
-        cached, blocks, refined = self.runner.cached, result.blocks, []
+        cached, refined = self.runner.cached, []
         for sequence in sequences:
             if sequence.phase is Phase.FINISHED:  # which is known only since the step was launched
                 continue
-            if blocks[sequence.lane] > sequence.block:
+            if result.rows[sequence.lane][refine.NUM_STATUS] > sequence.block:
                 sequence.begin_next()
                 if cached:
                     sequence.settle(sequence.block)
@@ -134,7 +137,7 @@ class BlockDecoder:
                 refined.append(sequence)
         left = self._read(refined, result)
         for sequence in refined:
-            status = result.status[sequence.lane]
+            status = result.rows[sequence.lane]
             k = sequence.top_logprobs
             sequence.take_step(status, left.get(sequence.lane), result.read_top(sequence.lane, k) if k else None)
             if cached and not sequence.error:
@@ -148,7 +151,7 @@ class BlockDecoder:
     def _read(sequences, result):
         """By lane, what the step has left of the blocks that have ended and of those whose details are kept."""
         ended = refine.BLOCK_DONE | refine.FINISHED
-        wanted = [s for s in sequences if s.watched or s.top_logprobs or result.status[s.lane][refine.FLAGS] & ended]
+        wanted = [s for s in sequences if s.watched or s.top_logprobs or result.rows[s.lane][refine.FLAGS] & ended]
         details = any(s.detailed for s in wanted)
         lanes = [s.lane for s in wanted]
         return dict(zip(lanes, result.read(lanes, details), strict=True))

@@ -53,7 +53,7 @@ class GraphRunner:
         graph = self.graph(*self._size(plan))
         graph.load(plan.lanes, plan.filters, bool(plan.top))
         output = graph.replay() if self.capture else graph.run()
-        return StepResult(output, Alternatives(plan.lanes, *graph.top) if plan.top else None)
+        return StepResult(output, plan.lanes, Alternatives(plan.lanes, *graph.top) if plan.top else None)
 
     def graph(self, active: int, carried: int) -> "StepGraph":
         """The step of one size."""

@@ -81,18 +81,18 @@ class Alternatives(NamedTuple):
 class StepResult:
     """What a step did to the lanes; reading it waits for this step alone, not for steps launched since.
 
-    alternatives: Alternatives of the rows that want them.
-    output: RefineOutput, on the device. After wait(): status, a list of 8 ints for each lane (kernels.refine.FLAGS ..
-    MASKS_BEFORE); blocks, for each lane the number of the block that was refined; sequences, whose step it was, which
-    the decoder enters.
+    lanes: those of its plan; alternatives: Alternatives of the rows that want them.
+    output: RefineOutput, on the device. After wait(): status, NumPy's int32 [S, 8] (kernels.refine.FLAGS ..
+    MASKS_BEFORE) of all lanes; rows, by lane of the plan a list of these 8 and the number of the block that was
+    refined; sequences, whose step it was, which the decoder enters.
     """
 
-    def __init__(self, output, alternatives: Alternatives | None = None):
+    def __init__(self, output, lanes: list[int], alternatives: Alternatives | None = None):
         report = output.report
-        self.output, self.sequences, self._arrived = output, [], None
+        self.output, self.lanes, self.sequences, self._arrived = output, lanes, [], None
         self._report = report.to("cpu", non_blocking=True).numpy()  # on its way while further steps are launched
-        lanes, *lists = alternatives or ((),)
-        self._listed = {lane: entry for entry, lane in enumerate(lanes)}
+        listed, *lists = alternatives or ((),)
+        self._listed = {lane: entry for entry, lane in enumerate(listed)}
         self._lists = [part.to("cpu", non_blocking=True).numpy() for part in lists]
         if report.is_cuda:
             self._arrived = torch.cuda.Event()
@@ -102,8 +102,9 @@ class StepResult:
         """Until it is here."""
         if self._arrived is not None:
             self._arrived.synchronize()  # the one wait of a step
-        numbers = self._report[:, : refine.NUM_STATUS + 1].tolist()  # sync: on the host already
-        self.status, self.blocks = [row[:-1] for row in numbers], [row[-1] for row in numbers]
+        self.status = self._report[:, : refine.NUM_STATUS]
+        numbers = self._report[self.lanes, : refine.NUM_STATUS + 1].tolist()  # sync: on the host already
+        self.rows = dict(zip(self.lanes, numbers, strict=True))
 
     def read(self, lanes: list[int], details: bool = True):
         """[(tokens, steps, confidences)] of the blocks in some lanes, lists of L numbers each; without details the last
@@ -144,7 +145,7 @@ class EagerRunner:
         needed = self._everything() if self.all_logits else lanes.needed()
         logits, index = self.forward(plan, lanes.state, needed)
         alternatives = self._alternatives(plan.top, logits, index) if plan.top else None
-        return StepResult(lanes.step(logits, index, plan.filters), alternatives)
+        return StepResult(lanes.step(logits, index, plan.filters), plan.lanes, alternatives)
 
     def _alternatives(self, top, logits, index):
         at = torch.tensor(list(top), **_ON_CPU).to(index.device)

@@ -228,7 +228,7 @@ class Sequence:
     ):  # fmt: skip
         """A step has refined the active block.
 
-        status: the row's columns of RefineOutput.status.
+        status: the row's columns of RefineOutput.status, and whatever is behind them.
         block: its tokens, steps and confidences, where the step has ended it or details are kept.
         top: the likeliest ids at its positions and their log-probabilities, where they are kept.
         """
