@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from llada2_fast.cache import PagedKVCache
 from llada2_fast.config import DecodeParams
@@ -14,6 +16,7 @@ from llada2_fast.decoding import graph_runner as graphs
 from llada2_fast.decoding.decoder import BlockDecoder, decode_all, prefill_all
 from llada2_fast.decoding.graph_runner import GraphRunner, StepGraph
 from llada2_fast.decoding.lanes import Lanes
+from llada2_fast.decoding.rules import row_rule
 from llada2_fast.decoding.runner import CachedForward, EagerRunner
 from llada2_fast.decoding.sequence import Sequence
 from llada2_fast.kernels.refine import SpecialIds
@@ -141,6 +144,40 @@ def test_the_step_a_row_waits_for_settles_its_block(model):
                 waited.add(row)
                 assert row.num_final_blocks == row.block + 1
     assert len(waited) == 3
+
+
+class Numbers(TorchDispatchMode):
+    """Counts the numbers that operators of PyTorch give."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.count += sum(x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor))
+        return result
+
+
+def test_a_steps_tensors_do_not_grow_with_the_free_lanes(model):
+    """Those of the eager runner; on a GPU a frozen lane's program ends at once."""
+    counts = []
+    for free in (0, 1, 2, 300):
+        decoder, rows = decoder_of(model, [21, 3, 9], PARAMS["editing"], free=free)
+        decoder.step(decoder.running())
+        with Numbers() as numbers:
+            decoder.step(decoder.running())
+        counts.append(numbers.count)
+    assert counts[0] < counts[1] == counts[2] == counts[3]  # three lanes, four
+
+
+def test_lanes_that_a_step_leaves_out_are_those_behind_the_last_open_one():
+    lanes = Lanes(300, 8, SpecialIds(255))
+    assert lanes.in_use == 1
+    for lane, used in ((0, 1), (1, 2), (5, 8), (7, 8), (8, 16), (299, 300)):
+        lanes.open(lane, 0, [1], 8, 8, row_rule(DecodeParams(), 8))
+        assert lanes.in_use == used and lanes.needed().shape == (used, 8) and lanes.needed()[lane].sum() == 7
+    for lane, used in ((8, 300), (299, 8), (5, 8), (7, 2), (0, 2), (1, 1)):
+        lanes.close(lane)
+        assert lanes.in_use == used and lanes.needed().shape == (used, 8)
 
 
 def opcodes_of(call):

@@ -14,6 +14,7 @@ import torch
 from ..kernels._ambient import lasting
 from ..kernels.attention import BlockBatch, pinned
 from ..kernels.gemm import Wanted
+from ..kernels.roles import needed_ref
 from .runner import Alternatives, CachedForward, Plan, StepResult
 from .sequence import MAX_TOP_LOGPROBS
 
@@ -122,7 +123,9 @@ class StepGraph:
         return lanes.step(logits, self._index, self.filters, only_needed=True)
 
     def _list(self, logits, lane, repeat):
-        needed = self.lanes.needed()[lane] & (repeat == 0)[:, None]  # other logits may be anything
+        state, flags = self.lanes.state, self.lanes.params.flags
+        needed = needed_ref(state.tokens[lane], state.kind[lane], state.frozen[lane], flags[lane], self.lanes.mask_id)
+        needed &= (repeat == 0)[:, None]  # other logits may be anything
         index = torch.where(needed, self._index[lane], -1)
         return self.lanes.top_logprobs(logits, index, lane, MAX_TOP_LOGPROBS)
 

@@ -53,6 +53,8 @@ class Lanes:
         )
         self.bounds = RowBounds(*self._bounds.unbind())
         self.page_table = self._new((count, pages), 0, torch.int32)
+        self._open: set[int] = set()
+        self._leading = {count: (self.state, self.params)}  # views of the first n lanes, as they are asked for
 
     def _new(self, shape, value, dtype):
         return torch.full((shape,) if isinstance(shape, int) else shape, value, dtype=dtype, device=self.device)
@@ -64,6 +66,19 @@ class Lanes:
     @property
     def max_eos(self) -> int:
         return self.params.eos_ids.shape[1]
+
+    @property
+    def in_use(self) -> int:
+        """A power of two, or all: the open lanes are among the first so many, and nothing happens to the others."""
+        return min(self.count, 1 << max(self._open, default=0).bit_length())
+
+    @lasting
+    def leading(self, count: int) -> tuple[BlockState, RefineParams]:
+        """State and parameters of the first lanes, views."""
+        if count not in self._leading:
+            whole = (self.state, self.params)
+            self._leading[count] = tuple(type(part)(*(x[:count] for x in vars(part).values())) for part in whole)
+        return self._leading[count]
 
     def open(
         self, lane: int, block_start: int, prompt: list[int], total: int, limit: int, rule: Rule, seed: int = 0,
@@ -80,6 +95,7 @@ class Lanes:
         prior_flags: what is known of what comes before the block.
         pages: of the row's K/V from position 0 on, where runners read them here.
         """
+        self._open.add(lane)
         length = self.block_length
         text, tail = (min(max(end - block_start, len(prompt)), length) for end in (total, limit))
         tokens = prompt + [self.mask_id] * (length - len(prompt))
@@ -99,18 +115,21 @@ class Lanes:
     def close(self, lane: int):
         """Nothing happens to a closed lane."""
         self.state.frozen[lane] = refine.FINISHED
+        self._open.discard(lane)
 
     def close_all(self):
         """Nothing happens to any lane."""
         self.state.frozen.fill_(refine.FINISHED)
 
     def needed(self) -> torch.Tensor:
-        """bool [S, L]: the positions whose logits a step reads."""
-        return needed_positions(self.state, self.params, self.ids)
+        """bool [n, L]: the positions of the lanes in use whose logits a step reads."""
+        return needed_positions(*self.leading(self.in_use), self.ids)
 
     def step(self, logits, index=None, filters: bool = True, only_needed: bool = False) -> RefineOutput:
-        """One refinement step of all lanes; arguments as of kernels.refine.refine_step."""
-        return refine_step(logits, self.state, self.params, self.ids, index, filters, only_needed)
+        """One refinement step of all lanes, or of the leading ones that `index` has; arguments as of
+        kernels.refine.refine_step."""
+        state, params = self.leading(self.count if index is None else len(index))
+        return refine_step(logits, state, params, self.ids, index, filters, only_needed)
 
     def top_logprobs(self, logits, index, lanes: torch.Tensor, k: int):
         """The k likeliest ids at the positions of some lanes' blocks, as of kernels.top_logprobs.

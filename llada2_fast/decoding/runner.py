@@ -83,7 +83,7 @@ class StepResult:
 
     lanes: those of its plan; alternatives: Alternatives of the rows that want them.
     output: RefineOutput, on the device. After wait(): status, NumPy's int32 [S, 8] (kernels.refine.FLAGS ..
-    MASKS_BEFORE) of all lanes; rows, by lane of the plan a list of these 8 and the number of the block that was
+    MASKS_BEFORE) of all lanes in use; rows, by lane of the plan a list of these 8 and the number of the block that was
     refined; sequences, whose step it was, which the decoder enters.
     """
 
@@ -124,11 +124,11 @@ class StepResult:
 
 
 class EagerRunner:
-    """Steps launch by launch.
+    """Steps launch by launch, of the leading lanes that are in use.
 
     forward: called as forward(plan, state, needed) -> logits of the needed positions, [M, V] in the model's dtype, and
-        index int64 [S, L] into them or -1; forward.cached says whether it keeps K/V, forward.prefill(list of Prefill)
-        makes them.
+        index int64 into them or -1, of the shape of `needed`; forward.cached says whether it keeps K/V,
+        forward.prefill(list of Prefill) makes them.
     lanes: Lanes.
     all_logits: candidates for every position of a row's block, not only where its rule needs them.
     """
@@ -155,7 +155,7 @@ class EagerRunner:
         """Hold nothing that can be made again: there is nothing."""
 
     def _everything(self):
-        state = self.lanes.state
+        state, _ = self.lanes.leading(self.lanes.in_use)
         return (state.kind != refine.PADDING) & (state.frozen == 0)[:, None]
 
 
