@@ -38,26 +38,28 @@ def top_logprobs_ref(
     ban = ((flags & BAN_MASK) != 0)[at // length]
     size = _slab_rows(logits)
     for part, source, hidden in zip(at.split(size), index.flatten()[at].split(size), ban.split(size), strict=True):
-        best, logprob = _list_ref(logits[source].float(), hidden, mask_id, min(k, logits.shape[1]))
-        ids.view(rows * length, k)[part, : best.shape[1]] = best.int()
-        logprobs.view(rows * length, k)[part, : best.shape[1]] = logprob
+        row, rank, token, logprob = _list_ref(logits[source].float(), hidden, mask_id, k)
+        ids.view(rows * length, k)[part[row], rank] = token.int()
+        logprobs.view(rows * length, k)[part[row], rank] = logprob
     return ids, logprobs
 
 
 def _list_ref(x, hidden, mask_id, k):
-    """The lists of logits x float32 [N, V], which it changes: ids int64 and log-probabilities [N, k]; hidden [N]: the
-    mask id is not listed."""
-    vocab = x.shape[1]
+    """What is listed of logits x float32 [N, V], which it changes: row, place in its list, id and log-probability of
+    each entry; hidden [N]: the mask id is not listed."""
     top = x.amax(-1, keepdim=True)
-    mass = x.sub(top).exp_().sum(-1, keepdim=True)
-    if 0 <= mask_id < vocab:
+    mass = x.sub(top).exp_().sum(-1, keepdim=True).log_()
+    if 0 <= mask_id < x.shape[1]:
         x[:, mask_id].masked_fill_(hidden, float("-inf"))
-    bits = (x + 0.0).view(torch.int32)  # -0.0 is 0.0
-    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # in the order of the logits
-    key = bits * 2**32 + torch.arange(vocab - 1, -1, -1, device=x.device)  # and against that of the ids
-    ids = vocab - 1 - (key.topk(k, -1).values & 0xFFFFFFFF)  # [N, V] -> [N, k]
-    logits = x.gather(1, ids)
-    return ids.masked_fill(logits == float("-inf"), -1), logits - top - mass.log()
+    least = x.topk(min(k, x.shape[1]), -1).values[:, -1:]
+    row, token = torch.where((x >= least) & (x > float("-inf")))  # by rising id; more than k where logits tie
+    logit = x[row, token]
+    order = logit.argsort(descending=True, stable=True)
+    order = order[row[order].argsort(stable=True)]
+    row, token, logit = row[order], token[order], logit[order]
+    rank = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)
+    row, rank, token, logit = (part[rank < k] for part in (row, rank, token, logit))
+    return row, rank, token, logit - top[row, 0] - mass[row, 0]
 
 
 @triton.jit
