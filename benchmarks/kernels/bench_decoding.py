@@ -1,4 +1,5 @@
-"""Ops of decoding: candidates without and with filters, random draws, the refinement step, rows that begin a new block.
+"""Ops of decoding: candidates without and with filters, the likeliest ids, random draws, the refinement step, rows that
+begin a new block.
 
 Each case_of_<op>(machine, ...) builds a Case; OPS names them and their arguments. B rows, V ids.
 """
@@ -8,7 +9,7 @@ from functools import partial
 import torch
 
 from llada2_fast.decoding.rules import NEVER, Rule, batch_params
-from llada2_fast.kernels import advance, candidates, refine
+from llada2_fast.kernels import advance, candidates, refine, top_logprobs
 from llada2_fast.kernels._triton import tl, triton
 from llada2_fast.kernels.philox import _uniform, uniform_ref
 from llada2_fast.kernels.refine import BLOCK_DONE, PRIOR_MASK, BlockState, SpecialIds
@@ -232,6 +233,30 @@ def case_of_philox(machine, count):
     return Case(ours, plain, "torch.rand", machine.rotated(make, size), size, 100.0 * count, check)
 
 
+def case_of_top_logprobs(machine, rows, vocab, k):
+    """The k likeliest ids of all positions of `rows` blocks. The peer's are in any order where logits tie."""
+    index = torch.arange(rows * BLOCK, device=machine.device).view(rows, BLOCK)
+    flags = torch.zeros(rows, dtype=torch.int32, device=machine.device)
+
+    def make():
+        logits = torch.randn(rows * BLOCK, vocab, device=machine.device)
+        return logits.to(machine.dtype), index, flags, vocab - 289, k
+
+    def plain(logits, *_):
+        return torch.log_softmax(logits.float(), -1).topk(k)
+
+    size = rows * BLOCK * vocab * machine.dtype.itemsize
+    buffers = machine.rotated(make, size)
+
+    def check():
+        logits = buffers[0][0]
+        ids, logprobs = (part.flatten(0, 1) for part in top_logprobs.top_logprobs(*buffers[0]))
+        listed = torch.log_softmax(logits.float(), -1).gather(1, ids.long().clamp(0, vocab - 1))
+        agree("top_logprobs", (logprobs, listed), (plain(logits).values, logprobs))
+
+    return Case(top_logprobs.top_logprobs, plain, "log_softmax, topk", buffers, size, check=check)
+
+
 def plain_advance(state, bounds, page_table, flags, lane, repeat, carried, ids):
     device, length = lane.device, state.tokens.shape[1]
     active, riding = [], []
@@ -308,6 +333,10 @@ OPS = {
     "candidates": (case_of_candidates, _CANDIDATES),
     "filters": (case_of_candidates, _FILTERS),
     "refine": (case_of_refine, {f"b{b} v{v}": (b, v) for b, v in ((1, 4096), (8, 32768), (1, 157184))}),
+    "top_logprobs": (
+        case_of_top_logprobs,
+        {f"b{b} v{v} k{k}": (b, v, k) for b, v, k in ((1, 4096, 5), (8, 32768, 20), (1, 157184, 20))},
+    ),
     "philox": (case_of_philox, {f"n{count}": (count,) for count in (256, 2**18)}),
     "advance": (case_of_advance, {f"rows {rows}": (rows,) for rows in (8, 128)}),
 }

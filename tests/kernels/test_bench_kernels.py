@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.kernels import __main__ as kernels
 from benchmarks.kernels import bench_decoding, bench_model, cases
-from llada2_fast.kernels import advance, attention, candidates, fp8, moe, norm, rope, router
+from llada2_fast.kernels import advance, attention, candidates, fp8, moe, norm, rope, router, top_logprobs
 from llada2_fast.kernels._triton import force_ops
 from tests.kernels.interpreter import interpreted
 
@@ -61,6 +61,7 @@ WRONG = [  # op, where the benchmark finds it, or its peer
     ("refine", bench_decoding, "plain_refine"),
     ("rope", rope, "qk_norm_rope_write"),
     ("router", router, "route"),
+    ("top_logprobs", top_logprobs, "top_logprobs"),
 ]
 
 
