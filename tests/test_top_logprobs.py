@@ -132,12 +132,14 @@ def test_a_step_of_graphs_lists_only_while_somebody_asks(model):
 def test_of_an_open_block_nothing_stays_when_a_row_is_suspended(model, runner):
     (wanted,) = decode(model, [21], PARAMS["editing"], runner, top=2)
     decoder, (row,) = decoder_of(model, [21], PARAMS["editing"], runner, top=2)
+    mark = row.mark()
     while not (row.block > row.first_block and any(row.top)):
         decoder.step([row])
+        mark = row.mark() if row.block_ended else mark
     assert row.phase is Phase.DECODE and len(row.token_top) == row.block_start - 21
     decoder.release(row)
     pages = row.pages
-    row.suspend()
+    row.resume(mark)
     assert len(row.token_top) == len(row.ids) - 21
     row.pages = pages
     prefill_all(decoder, [row])

@@ -65,7 +65,7 @@ class BlockDecoder:
     def clear(self):
         """Take all sequences out, whatever an exception has left half done. Steps that were launched are nobody's."""
         self._launched.clear()
-        self.sequences = [None] * self.lanes.count
+        self._by_lane.clear()
         self.lanes.close_all()
 
     def running(self) -> list[Sequence]:

@@ -40,6 +40,7 @@ class Lanes:
             self._new((count, block_length), ids.mask, torch.int64), self._new((count, block_length), 0, torch.int8),
             self._new(count, 0, torch.int64),
         )  # fmt: skip
+        self._open: set[int] = set()
         self.close_all()
         # a row's numbers are entered by the column, which is one copy
         self._whole = self._new((len(WHOLE), count), 0, torch.int32)
@@ -53,7 +54,6 @@ class Lanes:
         )
         self.bounds = RowBounds(*self._bounds.unbind())
         self.page_table = self._new((count, pages), 0, torch.int32)
-        self._open: set[int] = set()
         self._leading = {count: (self.state, self.params)}  # views of the first n lanes, as they are asked for
 
     def _new(self, shape, value, dtype):
@@ -120,6 +120,7 @@ class Lanes:
     def close_all(self):
         """Nothing happens to any lane."""
         self.state.frozen.fill_(refine.FINISHED)
+        self._open.clear()
 
     def needed(self) -> torch.Tensor:
         """bool [n, L]: the positions of the lanes in use whose logits a step reads."""
