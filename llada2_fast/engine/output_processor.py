@@ -114,6 +114,8 @@ def finish(request: Request, last: Entry, reason: str, now: float, stop=None, er
     if detokenizer:
         detokenizer = detokenizer.copy()
         tail = detokenizer.tail() if reason in ("cancelled", "error") else detokenizer.take(final=True)
+        if stop is None and detokenizer.stopped is not None:  # in what was incomplete until now
+            reason, stop = "stop", detokenizer.stopped
     output = _output(request, last.mark.num_delivered, detokenizer, reason, now, stop, error)
     return Entry(Event(request.request_id, "finish", now, text=tail, output=output), last.mark, detokenizer)
 

@@ -106,7 +106,7 @@ class Worker:
             if self.closed:
                 raise RuntimeError("the engine is closed")
             self._calls.put(call)
-        time.sleep(0)  # gives the interpreter's lock away, which a step asks for at each operation and else gets in 5 ms
+        time.sleep(0)  # gives the interpreter's lock away: a step wants it at each operation, and else waits for 5 ms
         return call.future
 
     def leave(self, requests: list[Request]):
