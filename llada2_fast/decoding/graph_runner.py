@@ -11,12 +11,12 @@ from functools import lru_cache
 
 import torch
 
+from ..config import MAX_TOP_LOGPROBS
 from ..kernels._ambient import lasting
 from ..kernels.attention import BlockBatch, pinned
 from ..kernels.gemm import Wanted
 from ..kernels.roles import needed_ref
 from .runner import Alternatives, CachedForward, Plan, StepResult
-from .sequence import MAX_TOP_LOGPROBS
 
 
 def power_of_two(n):

@@ -12,12 +12,10 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import NamedTuple
 
-from ..config import DecodeParams
+from ..config import MAX_TOP_LOGPROBS, DecodeParams
 from ..kernels import refine
 from .rules import row_rule
 from .trace import Event
-
-MAX_TOP_LOGPROBS = 20  # OpenAI's limit
 
 
 class Phase(Enum):

@@ -18,6 +18,7 @@ from .request import QueueFull, Request
 
 MAX_PASSES = 16
 MAX_LOOKED_AT = 16
+WORTH_WAITING = 4  # blocks of a prompt that somebody ahead is making: it waits a step or two rather than make them, too
 
 
 class Work(NamedTuple):
@@ -92,17 +93,23 @@ class Scheduler:
         """Admit and preempt; returns the next step's work, empty lists if there is nothing to do."""
         self._admit()
         work, room = Work([], []), self.prefill_blocks
+        made = set()  # hashes of blocks that will soon be there to share
         for request in self.running:
             self.turn, sequence = [request], request.sequence
             if sequence.phase is Phase.PREFILL:
                 self._share(request)
                 pending = sequence.block - sequence.num_final_blocks
+                ahead = request.block_hashes[sequence.num_final_blocks :][:WORTH_WAITING]
+                if len(ahead) == WORTH_WAITING and made.issuperset(ahead):
+                    continue
                 if pending <= room:  # what is left of the prompt is carried along with the first denoise forward
                     self.decoder.admit(sequence)
                     room -= pending
                 elif room:
                     work.prefill.append((request, room))
                     room = 0
+            if request.epoch == self.cache.epoch and request.num_inserted < sequence.first_block:
+                made.update(request.block_hashes[request.num_inserted : sequence.first_block])
             if sequence.running:
                 work.denoise.append(request)
         self.turn = work.requests()
