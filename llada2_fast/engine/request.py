@@ -163,7 +163,7 @@ class Request:
     stop_ids: frozenset[int]  # that end it, EOS ids among them if min_tokens says how early they may
     log: list[Entry]
     home: object  # of the engine it was made by
-    num_read: int = 0  # entries of the log that were read
+    num_read: int = 1  # entries of the log that were read; the first is where it began
     streamed: bool = False  # somebody reads the events as they come
     block_hashes: list[bytes] = field(default_factory=list)  # of the leading blocks
     num_inserted: int = 0  # leading blocks whose pages others can match, or that are somebody else's

@@ -19,7 +19,7 @@ def prepare(model, weights):
     """
     if isinstance(weights, Mapping):
         params = dict(model.named_parameters())
-        return partial(_copy, [(params[name], _fitting(params, name, value)) for name, value in weights.items()])
+        return partial(_copy, [_fitting(params, name, value) for name, value in weights.items()])
     folder, config = checkpoint.resolve(weights), model.config
     theirs = replace(ModelConfig.from_hf(folder), dtype=config.dtype, quantization=config.quantization)
     if theirs != config:
@@ -29,7 +29,7 @@ def prepare(model, weights):
 
 
 def _fitting(params, name, value):
-    """A tensor that the parameter of this name can take."""
+    """The parameter of a name, and the tensor that it can take."""
     if name not in params:
         raise ValueError(f"weights: {name!r:.80} is none of the model's parameters")
     param = params[name]
@@ -41,7 +41,7 @@ def _fitting(params, name, value):
         raise ValueError(f"weights: {name}: expected {param.dtype}, got {value.dtype}")
     if wide and not value.to(param.dtype).isfinite().all():
         raise ValueError(f"weights: {name}: expected numbers that are finite in {param.dtype}")
-    return value
+    return param, value
 
 
 @torch.no_grad()
