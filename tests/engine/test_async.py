@@ -7,12 +7,15 @@ import math
 import threading
 import time
 import weakref
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 
 from llada2_fast.config import DecodeParams
+from llada2_fast.decoding.inputs import row_seed
 from llada2_fast.engine import AsyncEngine, QueueFull
+from llada2_fast.engine.worker import CALLS_PER_ROUND
 from llada2_fast.model import LLaDA2Model
 from tests.engine.common import PARAMS, assert_as_alone, assert_empty, prompt_of, random_model, small_engine
 from tests.engine.test_faults import SLOW, failing_model
@@ -312,6 +315,94 @@ def test_who_has_waited_longest_is_next_when_a_call_makes_room():
         assert ended == [("queued", "cancelled"), ("running", "cancelled"), ("patient", "length"), ("late", "length")]
 
     with_engine(test, model=unhurried_model(), max_num_seqs=1, max_waiting=1)
+
+
+def test_the_highest_priority_is_let_in_first():
+    async def test(serving):
+        ended = []
+
+        async def ask(name, params=SLOW, priority=0):
+            await serving.generate([1], params, wait=True, request_id=name, priority=priority)
+            ended.append(name)
+
+        tasks = [asyncio.create_task(ask("running", LONG))]
+        await until(lambda: serving.engine.scheduler.running)
+        asked = [("queued", 3), ("low", 0), ("lower", -1), ("high", 1), ("late", 0), ("highest", 2)]
+        tasks += [asyncio.create_task(ask(name, priority=priority)) for name, priority in asked]
+        await until(lambda: len(serving._worker._waiting) == 5)
+        await serving.cancel("running")
+        await asyncio.gather(*tasks)
+        assert ended == ["running", "queued", "highest", "high", "low", "late", "lower"]
+
+    with_engine(test, model=unhurried_model(), max_num_seqs=1, max_waiting=1)
+
+
+class Untouchable(list):
+    """A prompt that tells when it is looked at."""
+
+    def __iter__(self):
+        raise AssertionError("looked at")
+
+    __getitem__ = __len__ = __iter__
+
+
+def test_a_full_queue_refuses_before_it_looks_at_a_prompt():
+    async def test(serving):
+        running = asyncio.create_task(serving.generate([1], LONG))
+        await until(lambda: serving.engine.scheduler.running)
+        waiting = asyncio.create_task(serving.generate([1], SLOW))
+        await until(lambda: serving.engine.scheduler.waiting)
+        with pytest.raises(QueueFull):
+            await serving.generate(Untouchable(), SLOW)
+        running.cancel()
+        await waiting
+
+    with_engine(test, model=unhurried_model(), max_num_seqs=1, max_waiting=1)
+
+
+def test_calls_between_two_steps_are_few_however_many_come():
+    """Pollers, refused requests and such that leave; but requests for which there is a place all come in at once."""
+
+    async def test(serving):
+        at = []
+        running = asyncio.create_task(serving.generate([1], LONG))
+        await until(lambda: serving.engine.num_steps)
+
+        async def poll():
+            while not running.done():
+                await serving.call(lambda engine: at.append(engine.num_steps))
+
+        pollers = [asyncio.create_task(poll()) for _ in range(50)]
+        await until(lambda: len(at) > 200)
+        running.cancel()
+        await asyncio.gather(*pollers)
+        most = Counter(at[:200]).most_common(1)[0][1]
+        assert most <= CALLS_PER_ROUND
+
+        several = [asyncio.create_task(serving.generate([n], LONG)) for n in range(1, 4)]
+        await until(lambda: len(serving.engine.scheduler.running) == 3)
+        assert serving.engine.num_steps - max(at) < 10
+        for task in several:
+            task.cancel()
+
+    with_engine(test, model=unhurried_model(), max_waiting=8)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_samples_of_one_prompt(n):
+    async def test(serving):
+        params = replace(PARAMS[3], seed=4)
+        outputs = await serving.generate(prompt_of(21), params, n=n)
+        for number, output in enumerate(outputs):
+            assert_as_alone(output, random_model(), prompt_of(21), replace(params, seed=row_seed(4, number)))
+        assert len(outputs) == n
+        with pytest.raises(ValueError, match="^n=0"):
+            await serving.generate([1], params, n=0)
+        with pytest.raises(ValueError, match="stop_token_ids"):
+            await serving.generate([1], params, n=3, stop_token_ids=[99])
+        await until(lambda: not serving.engine.has_work)
+
+    with_engine(test)
 
 
 def test_a_reader_that_is_slow_misses_drafts_but_no_commit():
