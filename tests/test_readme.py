@@ -22,6 +22,7 @@ WORDS = {  # a call of each block -> a word of its output
     "pipe(": "spell",
     "theirs(": "The answer is 943.",
     "writer(": "The answer is 943.",
+    "AsyncEngine(": "The answer is 943.",
     "Engine(": "The answer is 943.",
     "Lanes": "The answer is 943.",
 }

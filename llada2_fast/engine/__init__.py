@@ -8,10 +8,11 @@
         output.token_ids, output.text, output.finish_reason
         output.logprobs                 # of each token when it was written, by a commit or an edit
         output.steps                    # the denoise forward that wrote it
+        output.first_logprobs           # of what was committed first at its place
         output.edits                    # tokens that replaced others: position, old, new, step, confidence
         output.counters.denoise_forwards, output.tokens_per_forward
     engine.stats()                      # running, waiting, finished, pages, tokens per forward
-    engine.cache.clear()                # after the weights have changed
+    engine.update_weights(state)        # or weights_changed(): nothing old is found in the cache after it
 """
 
 from .async_engine import AsyncEngine
