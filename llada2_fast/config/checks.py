@@ -129,7 +129,11 @@ def parse_json(data: bytes, source) -> dict:
 
 def as_ids(name, value, most=INT_MAX):
     """A tuple of ints, at most so many, from one int or a sequence, set, array or tensor of them."""
-    value = value.tolist() if hasattr(value, "tolist") else value
+    if hasattr(value, "tolist"):
+        try:
+            value = value.tolist()
+        except RuntimeError:  # a tensor on the meta device, or a sparse one
+            raise bad(name, value, "ids, or a dense tensor that has values") from None
     values = value if isinstance(value, (tuple, list, set, frozenset)) else (value,)
     if len(values) > most:
         raise bad(name, value, f"at most {most} ids")

@@ -151,6 +151,8 @@ def token_ids(name, ids):
     if not isinstance(ids, (torch.Tensor, np.ndarray)) or not holds_ids(ids):
         got = getattr(ids, "dtype", type(ids).__name__)
         raise ValueError(f"{name}: int64 token ids expected, or integers that it holds, got {got}")
+    if isinstance(ids, torch.Tensor) and (ids.is_meta or ids.layout is not torch.strided):
+        raise ValueError(f"{name}: a dense tensor that has values expected, got {ids.layout} on {ids.device}")
     return ids.long() if isinstance(ids, torch.Tensor) else torch.from_numpy(ids.astype(np.int64))
 
 
