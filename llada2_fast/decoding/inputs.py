@@ -55,7 +55,7 @@ def padding_mask(mask, shape):
 
 def _is_list(value):
     """Of any type, e.g. a range or array.array, but no text."""
-    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, memoryview))
 
 
 def _row(what, ids):
