@@ -129,7 +129,7 @@ class Scheduler:
     def _hash(self, request):
         sequence = request.sequence
         if self.config.enable_prefix_caching:
-            salt = (request.options.cache_salt or "").encode()
+            salt = (request.options.cache_salt or "").encode(errors="surrogatepass")
             request.block_hashes += block_hashes(sequence.ids, sequence.block_length, request.block_hashes, salt)
 
     def _enqueue(self, request):
