@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from os import PathLike
 
 import torch
 
@@ -20,6 +21,8 @@ def prepare(model, weights):
     if isinstance(weights, Mapping):
         params = dict(model.named_parameters())
         return partial(_copy, [_fitting(params, name, value) for name, value in weights.items()])
+    if not isinstance(weights, (str, PathLike)):
+        raise ValueError(f"weights={weights!r:.80}: expected a checkpoint's folder or {{name: tensor}}")
     folder, config = checkpoint.resolve(weights), model.config
     theirs = replace(ModelConfig.from_hf(folder), dtype=config.dtype, quantization=config.quantization)
     if theirs != config:
