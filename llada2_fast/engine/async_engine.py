@@ -10,7 +10,7 @@ import os
 import warnings
 from dataclasses import replace
 
-from ..config import RequestOptions, as_int
+from ..config import RequestOptions, as_flag, as_int
 from ..decoding.inputs import row_seed
 from .engine import Engine
 from .request import DEFAULTS, check_params
@@ -60,6 +60,7 @@ class AsyncEngine:
             of raising QueueFull.
         Leaving the iteration, or cancelling its task, cancels the request.
         """
+        as_flag("drafts", drafts)
         opened = []
         try:
             request, news = await self._open(opened, prompt_ids, params, options, wait, drafts)
@@ -105,6 +106,7 @@ class AsyncEngine:
     async def _open(self, opened, prompt_ids, params, options, wait, drafts=False, until_end=False):
         """(handle, its news) of a new request, which is in `opened` from the moment on in which it exists."""
         check_params(params)
+        as_flag("wait", wait)
         options = RequestOptions(**options)
         reader = Reader(asyncio.get_running_loop(), asyncio.Event(), until_end)
 

@@ -16,7 +16,7 @@ from functools import wraps
 
 from tqdm.auto import tqdm
 
-from ..config import DecodeParams, EngineConfig, RequestOptions, choice
+from ..config import DecodeParams, EngineConfig, RequestOptions, as_flag, choice
 from ..decoding.decoder import BlockDecoder
 from ..decoding.graph_runner import GraphRunner
 from ..decoding.lanes import Lanes
@@ -344,6 +344,7 @@ class Engine:
         """
         if getattr(request, "home", None) is not self.intake.home:
             raise ValueError(f"request={request!r:.80}: expected a handle of this engine's add_request")
+        as_flag("drafts", drafts)
         request.streamed = True
         return self._events(request, drafts)
 
