@@ -1,5 +1,6 @@
 """What a request brings -> a Request that nothing has been done for yet, or an error that names what cannot be."""
 
+import math
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 
@@ -30,7 +31,7 @@ class Intake:
 
     def prompt(self, prompt_ids, params):
         """A prompt in any accepted form as int64 [n]. What is too long is refused before it is copied."""
-        size = len(prompt_ids) if isinstance(prompt_ids, SequenceOf) else 0
+        size = len(prompt_ids) if isinstance(prompt_ids, SequenceOf) else math.prod(getattr(prompt_ids, "shape", (0,)))
         most = self.model.config.max_position_embeddings
         if size + params.gen_length > most:
             raise ValueError(
