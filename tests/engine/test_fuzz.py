@@ -406,7 +406,10 @@ THROWN = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("error", THROWN, ids=lambda error: type(error).__name__)
+THROWN_TO_CALLERS = [one for one in THROWN if not isinstance(one, GeneratorExit)]  # which no await passes on
+
+
+@pytest.mark.parametrize("error", THROWN_TO_CALLERS, ids=lambda error: type(error).__name__)
 def test_what_a_called_function_raises_is_its_caller_s(error):
     def throw(engine):
         raise error
