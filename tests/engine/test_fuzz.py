@@ -374,7 +374,7 @@ def test_every_field_of_the_async_engine(name, face):
                 try:
                     output = await asyncio.wait_for(call if face == "generate" else read(call), 60)
                 except BaseException as error:
-                    assert not isinstance(error, TimeoutError), "no answer"
+                    assert not isinstance(error, asyncio.TimeoutError), "no answer"
                     assert_refused(error, name, value)
                 else:
                     assert all(one.error is None for one in (output if isinstance(output, list) else [output]))
@@ -393,7 +393,7 @@ def test_every_value_cancelled_and_called():
                     try:
                         await asyncio.wait_for(call(value), 60)
                     except BaseException as error:
-                        assert not isinstance(error, TimeoutError), "no answer"
+                        assert not isinstance(error, asyncio.TimeoutError), "no answer"
                         assert isinstance(error, (ValueError, TypeError, Mine)), type(error)
 
     serve(test)
