@@ -82,7 +82,6 @@ class PagedKVCache:
         kv_heads = config.num_key_value_heads if kv_heads is None else kv_heads
         shape = (config.num_hidden_layers, num_pages, block_length, kv_heads, config.head_dim)
         self._like = shape, dtype, device
-        self.take()
         self.num_pages = num_pages
         self.num_evicted = self.epoch = 0
         self.block_length = block_length
@@ -91,16 +90,18 @@ class PagedKVCache:
         self._page = {}  # hash -> the page entered under it
         self._hash = {}  # entered page -> its hash
         self._idle = {}  # entered pages nobody holds, least recently used first (values unused)
+        self.take()
 
     @lasting
     def take(self):
-        """Take the memory of all pages, zeros."""
+        """Take the memory of all pages, zeros; nothing is known of what was in them."""
+        self.clear()
         shape, dtype, device = self._like
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
 
     def drop(self):
-        """Free the memory, and forget what was in it, until take()."""
+        """Free the memory until take(), and forget what was in it."""
         self.clear()
         self.k = self.v = None
 
@@ -164,21 +165,23 @@ class PagedKVCache:
         return tuple(pages)
 
     def clear(self):
-        """Forget the content of all entered pages, as after a change of the weights."""
-        self.epoch += 1
-        for page in list(self._idle):
-            self._evict(page)
-        self._page, self._hash = {}, {}
+        """Forget the content of all entered pages, as ahead of a change of the weights."""
+        self.epoch, self._page = self.epoch + 1, {}  # from here on nothing is found, even if an exception comes now
+        self._take_over(self._count, {})
 
     def reclaim(self):
         """Take all pages back, whatever an exception has left half done; those entered can still be matched."""
-        self._hash = {page: one for one, page in self._page.items() if self._hash.get(page) == one}
-        self._page = {one: page for page, one in self._hash.items()}
-        self._idle = dict.fromkeys(reversed(self._hash))
-        self._count, self._blank = [0] * self.num_pages, _BlankPages(0)
+        entered = {page: one for one, page in self._page.items() if self._hash.get(page) == one}
+        self._take_over([0] * self.num_pages, entered)
+
+    def _take_over(self, count, entered):
+        """How often each page is held, and hashes by the pages entered under them: all of it at once."""
+        idle, blank = {page: None for page in entered if count[page] == 0}, _BlankPages(0)
         for page in range(self.num_pages):
-            if page not in self._hash:
-                self._blank.give(page)
+            if count[page] == 0 and page not in entered:
+                blank.give(page)
+        pages = {one: page for page, one in entered.items()}
+        self._count, self._hash, self._page, self._idle, self._blank = count, entered, pages, idle, blank
 
     def _evict(self, page):
         del self._page[self._hash.pop(page)], self._idle[page]

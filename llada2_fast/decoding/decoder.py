@@ -47,7 +47,7 @@ class BlockDecoder:
         self._by_lane[lane] = sequence
         self.lanes.open(
             lane, sequence.block_start, sequence.block_prompt, sequence.total, sequence.limit, rule, sequence.seed,
-            sequence.eos_ids, sequence.prior_flags, sequence.pages,
+            sequence.ending_ids, sequence.prior_flags, sequence.pages,
         )  # fmt: skip
         sequence.begin()
 

@@ -99,7 +99,8 @@ class Sequence:
         assert 0 <= top_logprobs <= MAX_TOP_LOGPROBS, "refused by name where it comes from"
         self.prompt, self.params, self.seed, self.eos_ids = prompt, params, seed, eos_ids
         self.block_length, self.mask_id, self.min_tokens = block_length, mask_id, min_tokens
-        self.rule = row_rule(replace(params, eos_early_stop=False) if min_tokens else params, block_length)
+        self.ending_ids = () if min_tokens else eos_ids  # what the device is told of them
+        self.rule = row_rule(params, block_length)
         self.gen_length = params.gen_length
         self.prompt_length = len(prompt)
         self.total = self.prompt_length + params.gen_length
@@ -147,7 +148,7 @@ class Sequence:
     def prior_flags(self) -> int:
         """PRIOR_MASK | PRIOR_EOS, of what comes before the active block."""
         masked = self.mask_id in self.ids[self.prompt_length : self.block_start]
-        ends = any(eos in self.prompt for eos in self.eos_ids)
+        ends = any(eos in self.prompt for eos in self.ending_ids)
         return refine.PRIOR_MASK * masked | refine.PRIOR_EOS * ends
 
     @property

@@ -112,7 +112,7 @@ class AsyncEngine:
 
         def open_request():
             request = self.engine.submit(prompt_ids, params, options)
-            request.drafts, request.streamed = drafts, not until_end
+            request.drafts, request.awaited = drafts, until_end
             self._worker.readers[request] = reader
             opened.append(request)
 

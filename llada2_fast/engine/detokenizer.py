@@ -71,11 +71,11 @@ class IncrementalDetokenizer:
             marks += ((len(full.text), len(shown.text)),)
         self._go_on(shown, full, marks, stops)
 
-    def take(self, final: bool = False) -> str:
-        """The text that may be shown now and was not taken before; final: nothing more will come."""
+    def take(self, final: bool = False, stops: bool = True) -> str:
+        """The text that may be shown now and was not taken before; final: nothing more will come; stops: as of push."""
         if final and self.stopped is None:
             shown, full = self._shown.finish(), self._full.finish()
-            self._go_on(shown, full, (*self._marks, (len(full.text), len(shown.text))))
+            self._go_on(shown, full, (*self._marks, (len(full.text), len(shown.text))), stops)
         end = len(self.text)
         if not final and self.stopped is None:
             in_full = self._in_shown(len(self._full.text) - _begun(self._full.text, self._stop_in_full), self._marks)
@@ -108,10 +108,9 @@ class IncrementalDetokenizer:
     def _go_on(self, shown, full, marks, stops=True):
         """Take over what has been decoded, up to the first stop string in it."""
         longest = max(map(len, self.stop), default=1) - 1
-        begin, in_full = max(0, len(self._shown.text) - longest), max(0, len(self._full.text) - longest)
-        found = [(shown.text.find(stop, begin), stop) for stop in self.stop if stops]
+        found = [(_find(stop, self._shown.text, shown.text), stop) for stop in self.stop if stops]
         for stop in self._stop_in_full if stops else ():
-            at = full.text.find(stop, in_full)
+            at = _find(stop, self._full.text, full.text)
             found.append((at if at < 0 else self._in_shown(at, marks), stop))
         at, _, stop = min(((at, len(stop), stop) for at, stop in found if at >= 0), default=(None, 0, None))
         keep = bisect_right(marks, len(full.text) - longest, key=lambda mark: mark[0]) - 1
@@ -232,6 +231,11 @@ def _special_tokens(tokenizer):
     added = getattr(tokenizer, "added_tokens_decoder", {})
     named = zip(getattr(tokenizer, "all_special_ids", ()), getattr(tokenizer, "all_special_tokens", ()), strict=True)
     return {**{i: token.content for i, token in added.items() if token.special}, **dict(named)}
+
+
+def _find(stop, before, text):
+    """Where in the text, which was `before` until now, a stop string is that is complete only now; -1: nowhere."""
+    return text.find(stop, max(0, len(before) - len(stop) + 1))
 
 
 def _begun(text, stops):

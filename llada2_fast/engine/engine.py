@@ -29,6 +29,7 @@ from .output_processor import draft, finish, process
 from .request import DEFAULTS, Event, Request, check_params
 from .scheduler import Scheduler
 from .stats import EngineStats
+from .stream import Stream
 from .weights import prepare
 
 ON_CHANGE = ("finish", "recompute", "restart", "fail")  # what becomes of requests that have begun under other weights
@@ -93,6 +94,8 @@ class Engine:
         self.interruptible = True  # exceptions may come from outside; not in a thread that nobody else knows
         self._totals = Counter()  # of finished requests; see EngineStats
         self._deadlines: list[tuple[float, int, Request]] = []  # a heap
+        self._untold: dict[Request, int] = {}  # by request, from where on step() has not told its log yet
+        self._drafts: list[Event] = []  # of the step that is under way
         self._gate = Gate()
         self._cut = False  # a change has begun and is not over
         self._orphans: deque[Request] = deque()  # who ends with the call that is under way
@@ -108,10 +111,15 @@ class Engine:
         """A step would do nothing: no request, or it is paused or asleep."""
         return self.paused or self.asleep or not self.requests
 
-    @property
     def next_deadline(self) -> float | None:
         """When, on the clock, a request has to end as it stands; None if none has to."""
+        while self._deadlines and not self._holds(self._deadlines[0][2]):
+            heapq.heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else None
+
+    def _holds(self, request):
+        """A request is one of the unfinished ones."""
+        return self.requests.get(request.request_id) is request
 
     # requests
 
@@ -129,6 +137,8 @@ class Engine:
     def submit(self, prompt_ids, params: DecodeParams, options: RequestOptions) -> Request:
         """add_request with its options in one."""
         check_params(params)
+        if not isinstance(options, RequestOptions):
+            raise ValueError(f"options={options!r:.80}: expected RequestOptions")
         self.scheduler.check_room()  # before the work that a long prompt is
         request = self.intake.request(self.intake.prompt(prompt_ids, params), params, options)
         self._queue(request)
@@ -141,11 +151,12 @@ class Engine:
             request.request_id = next(one for one in names if one not in self.requests)
         elif name in self.requests:
             raise ValueError(f"request_id={name!r:.80}: expected another id than those of unfinished requests")
+        self.scheduler.hash(request)  # a refusal must not cost the others a recovery
         with self._change():
-            self.scheduler.add(request)
-            self.requests[request.request_id] = request
             if request.options.deadline_s is not None:
                 self._await_deadline(request)
+            self.scheduler.add(request)
+            self.requests[request.request_id] = request
 
     def _await_deadline(self, request):
         if len(self._deadlines) > 2 * len(self.requests) + 64:  # most of them have ended before
@@ -163,30 +174,32 @@ class Engine:
             raise ValueError(f"request_id={request_id!r:.80}: expected a string")
         request = self.requests.get(request_id)
         if request is not None:
-            self._end(request, "cancelled", [])
+            self._end(request, "cancelled")
         return request is not None
 
     # steps
 
     @_call
     def step(self) -> list[Event]:
-        """Schedule, one forward for all, deliver. Returns the events of this step."""
+        """Schedule, one forward for all, deliver. Returns the events since the last step, each of them once."""
         return self._step()
 
     def _step(self):
-        events = []
+        self._drafts = []
         try:
             with self._change():
-                self._end_overdue(events)
+                self._end_overdue()
                 if not self.idle:
-                    self._deliver(self.forward(self.scheduler.schedule()), events)
+                    self._deliver(self.forward(self.scheduler.schedule()))
                 self.scheduler.turn = []
             self._strikes = 0
         except BaseException as error:
-            if self._is_callers(error):
+            if self._is_callers(error) or (self.interruptible and isinstance(error, TimeoutError)):
                 raise
-            self._fault(error, events)
-        return events
+            self._fault(error)
+        entries = [entry for request, begin in self._untold.items() for entry in request.log[begin:]]
+        self._untold = {}
+        return [entry.event for entry in entries if entry.event is not None] + self._drafts
 
     def forward(self, work):
         """A step's work done. Returns the result of the step whose results have come, None if none has."""
@@ -194,15 +207,13 @@ class Engine:
         prefill = [(request.sequence, blocks) for request, blocks in work.prefill]
         return self.decoder.step([request.sequence for request in work.denoise], prefill)
 
-    def _end_overdue(self, events):
-        while self._deadlines and self._deadlines[0][0] <= self.clock():
+    def _end_overdue(self):
+        while (due := self.next_deadline()) is not None and due <= self.clock():
             request = self._deadlines[0][2]
             self.scheduler.turn = [request]
-            if request.output is None:
-                self._end(request, "deadline", events)
-            heapq.heappop(self._deadlines)
+            self._end(request, "deadline")
 
-    def _deliver(self, result, events):
+    def _deliver(self, result):
         """Give the requests whose step has been read what it gives them."""
         self.scheduler.turn = []
         if result is None:
@@ -212,28 +223,37 @@ class Engine:
             self.scheduler.turn = [request]
             request.prefilled = now if request.prefilled is None else request.prefilled
             if request.sequence.error:
-                self._end(request, "error", events, request.sequence.error)
+                self._end(request, "error", request.sequence.error)
             else:
-                self._give(request, now, events)
+                self._give(request, now)
 
-    def _give(self, request, now, events):
+    def _give(self, request, now):
         try:
             entries = process(request, now)
         except BaseException as error:  # of its tokenizer: nothing has been changed yet
             if self._is_callers(error):
                 raise
             _logger.error("request %s ends by a fault", request.request_id, exc_info=error)
-            self._end(request, "error", events, describe(error))
+            self._end(request, "error", describe(error))
             return
         self.scheduler.insert(request)
-        request.log.extend(entries)  # in one go: an exception comes before or after
-        request.sequence.num_delivered = request.log[-1].mark.num_delivered
+        self._tell(request, entries)
         request.draft = None if entries else draft(request, now)
-        events += [entry.event for entry in entries if entry.event] or ([request.draft] if request.draft else [])
+        if request.draft is not None:
+            self._drafts.append(request.draft)
         if request.output is not None:
             self._forget(request)
 
-    def _end(self, request, reason, events, error=None):
+    def _tell(self, request, entries):
+        """Enter into a request's log what it is given: in one go, so that an exception comes before it or after."""
+        told = len(request.log)
+        self._untold.setdefault(request, told)
+        request.log.extend(entries)
+        request.sequence.num_delivered = request.log[-1].mark.num_delivered
+        for i in range(max(1, told - 1), len(request.log) - 1):  # a long text is held once
+            request.log[i] = request.log[i]._replace(detokenizer=None)
+
+    def _end(self, request, reason, error=None):
         """End an unfinished request where it stands. error: what happened."""
         with self._change():
             now, last = self.clock(), request.log[-1]
@@ -245,9 +265,8 @@ class Engine:
                     raise
                 _logger.error("request %s ends by a fault", request.request_id, exc_info=fault)
                 entry = finish(request, last, "error", now, error=f"request {request.request_id}: {describe(fault)}")
-            request.log.append(entry)
+            self._tell(request, [entry])
             request.draft = None
-            events.append(entry.event)
             self._forget(request)
 
     def _forget(self, request):
@@ -277,8 +296,8 @@ class Engine:
         if self._cut:
             self._recover()
         while self._orphans:
-            if self.requests.get(self._orphans[0].request_id) is self._orphans[0]:
-                self._end(self._orphans[0], "cancelled", [])
+            if self._holds(self._orphans[0]):
+                self._end(self._orphans[0], "cancelled")
             self._orphans.popleft()
 
     def _recover(self):
@@ -298,7 +317,7 @@ class Engine:
     def _is_callers(self, error):
         return self.interruptible and is_callers(error)
 
-    def _fault(self, error, events):
+    def _fault(self, error):
         """A step has failed: those whose work was being done end. If it was nobody's, it is tried once more, and then
         everybody ends."""
         theirs = [request for request in self.scheduler.turn if request.output is None]
@@ -308,7 +327,7 @@ class Engine:
         _logger.error("a step failed: %d requests end", len(theirs), exc_info=error)
         self._recover()
         for request in theirs:
-            self._end(request, "error", events, describe(error))
+            self._end(request, "error", describe(error))
 
     @_call
     def check_integrity(self):
@@ -335,8 +354,9 @@ class Engine:
             num_evicted_pages=self.cache.num_evicted,
         )  # fmt: skip
 
-    def stream(self, request, drafts=True):
-        """Events of a request as they come; the engine steps while there are none. Closing the iterator cancels it.
+    def stream(self, request, drafts=True) -> Stream:
+        """Events of a request as they come; the engine steps while there are none. Closing the iterator, or dropping
+        it, cancels the request.
 
         request: a handle of add_request. ValueError if it is another engine's.
         drafts: whether "draft" events, the open block as it stands, are among them.
@@ -345,25 +365,12 @@ class Engine:
         if getattr(request, "home", None) is not self.intake.home:
             raise ValueError(f"request={request!r:.80}: expected a handle of this engine's add_request")
         as_flag("drafts", drafts)
-        request.streamed = True
-        return self._events(request, drafts)
-
-    def _events(self, request, drafts):
         request.drafts = drafts
-        try:
-            while request.has_news or request.output is None:
-                event = request.next_event()
-                if event is not None:
-                    yield event
-                elif request.output is None:
-                    self._check_awake()
-                    self.step()
-        finally:
-            if request.output is None:
-                self._leave(request)
+        return Stream(self, request)
 
-    def _leave(self, request):
-        """Its reader has gone, maybe in the middle of a call, when the garbage collector found it."""
+    def leave(self, request):
+        """End a request whose reader has gone: at once, or, where the garbage collector has found that in the middle of
+        a call, when this is over."""
         self._orphans.append(request)
         if self._gate.is_free:
             self._settle()
@@ -382,7 +389,8 @@ class Engine:
         finally:
             self._gate.owner, self.interruptible = None, True
 
-    def _check_awake(self):
+    def check_awake(self):
+        """RuntimeError where steps do nothing."""
         if self.paused or self.asleep:
             raise RuntimeError(f"the engine is {'asleep: wake() it' if self.asleep else 'paused: resume() it'} first")
 
@@ -391,16 +399,19 @@ class Engine:
         """RequestOutputs of several prompts, in their order; one that failed has its `error` set.
 
         prompts: a list of what add_request takes, a tensor or array [B, P], or one prompt of either kind.
-        params: one DecodeParams for all, whose seed each prompt but the first mixes with its number, or one for each.
-        n: answers to each prompt, side by side in what is returned; a seed is mixed with their number.
+        params: one DecodeParams for all, whose seed each answer but the first mixes with its number, or one for each
+            prompt.
+        n: answers to each prompt, side by side in what is returned. Of a prompt's own seed they mix their number, too.
         progress: show a bar over answers.
         stop, stop_token_ids: as of RequestOptions, or a list with those of each prompt.
         options: further fields of RequestOptions, for all.
         More prompts than may wait are added as there is room. Everything is checked before anything is begun:
         ValueError names the prompt.
         """
-        self._check_awake()
+        self.check_awake()
         requests = self.intake.batch(prompts, params, n, stop, stop_token_ids, options)
+        for request in requests:
+            request.awaited = True
         self._orphans.extend(requests)
         ahead, begun = deque(requests), deque()
         with tqdm(total=len(requests), desc="Answers", unit="answer", disable=not progress) as bar:
@@ -432,23 +443,28 @@ class Engine:
         the old ones is found in the cache after it.
 
         running: what becomes of requests that have begun. "finish": they go on with the K/V they have. "recompute":
-            they go on from their last finished block, with K/V made again. "restart": they begin again; those whose
-            tokens may have been read, as a stream's, fail. "fail": they all do.
+            they go on from their last finished block, with K/V made again. "restart": they begin again; those that have
+            been given tokens fail, but for those of generate(), which nobody sees before the end. "fail": they all do.
         """
         choice("running", running, ON_CHANGE)
         with self._change():
             self.cache.clear()
-            begun = [r for r in self.requests.values() if r.sequence.phase is not Phase.WAITING or len(r.log) > 1]
-            for request in begun:
-                self._carry_on(request, running)
+            self._carry_on(running)
 
-    def _carry_on(self, request, how):
-        if how == "fail" or (how == "restart" and (request.streamed or request.num_read > 1)):
-            self._end(request, "error", [], "the weights have been changed while it ran")
+    def _carry_on(self, how):
+        for request in list(self.requests.values()):
+            if request.sequence.phase is not Phase.WAITING or len(request.log) > 1:  # it has begun
+                self._carry_on_with(request, how)
+
+    def _carry_on_with(self, request, how):
+        told = request.sequence.num_delivered > 0 and not request.awaited
+        if how == "fail" or (how == "restart" and told):
+            self._end(request, "error", "the weights have been changed while it ran")
         elif how != "finish":
             if request.sequence.phase is not Phase.WAITING:
                 self.scheduler.suspend(request)
             if how == "restart":
+                self._untold.pop(request, None)
                 del request.log[1:]
                 request.rewind()
 
@@ -458,18 +474,23 @@ class Engine:
 
         weights: the folder of a checkpoint of the same architecture, or {name: tensor} of some or all of
             model.state_dict(), of any float dtype.
-        Raises ValueError or CheckpointError before anything is changed where names, shapes or values do not fit. If a
-        file turns out to be broken half way all requests that have begun fail, and the engine is paused.
+        Raises ValueError or CheckpointError before anything is changed where names, shapes or values do not fit. If it
+        is cut short, as by a file that turns out to be broken half way, all requests that have begun fail, and the
+        engine is paused.
         """
         choice("running", running, ON_CHANGE)
-        prepared = prepare(self.model, weights)
-        try:
-            prepared()
-        except BaseException:
-            self.weights_changed.__wrapped__(self, "fail")
-            self.paused = True
-            raise
-        self.weights_changed.__wrapped__(self, running)
+        put = prepare(self.model, weights)
+        with self._change():
+            self.cache.clear()  # first: whatever comes now, nothing old is found
+            self.paused, paused = True, self.paused
+            try:
+                put()
+            except BaseException:
+                running = "fail"
+                raise
+            finally:
+                self._carry_on(running)
+            self.paused = paused
 
     @_call
     def sleep(self):
@@ -479,6 +500,7 @@ class Engine:
             for request in list(self.scheduler.running):
                 self.scheduler.suspend(request)
             self.asleep = True
+            self.decoder.clear()
             self.decoder.runner.forget()
             self.cache.drop()
 
@@ -486,6 +508,7 @@ class Engine:
     def wake(self):
         """Take the memory back after sleep(). An error, e.g. of memory that is not there, leaves it asleep."""
         if self.asleep:
+            self.decoder.runner.forget()  # again: sleep() may have been cut short
             self.cache.take()
             self.asleep = False
 

@@ -1,9 +1,10 @@
 """Who may change an engine: one call at a time, in the thread that owns it; and whose an exception is."""
 
-import signal
+import inspect
 import sys
 import threading
 import traceback
+from itertools import pairwise, starmap
 
 
 class Gate:
@@ -49,19 +50,18 @@ def _thread_of(frame):
 
 
 def is_callers(error: BaseException) -> bool:
-    """Whether an exception is for who called, no fault of what it has interrupted: Ctrl-C, exit, a deadline, whatever a
-    signal handler raises. A panic of a tokenizer in Rust is none, though no Exception either."""
+    """Whether an exception is for who called, no fault of what it has interrupted: Ctrl-C, exit, whatever a signal
+    handler raises. A panic of a tokenizer in Rust is none, though no Exception either."""
     if not isinstance(error, Exception):
         return type(error).__module__ != "pyo3_runtime"
-    if isinstance(error, TimeoutError):
-        return True
-    handlers = {_code_of(signal.getsignal(number)) for number in signal.valid_signals()} - {None}
-    return any(frame.f_code in handlers for frame, _ in traceback.walk_tb(error.__traceback__))
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(starmap(_handles, pairwise(frames)))
 
 
-def _code_of(handler):
-    function = getattr(handler, "func", handler)  # of a functools.partial
-    function = getattr(function, "__func__", function)  # of a bound method
-    if not hasattr(function, "__code__"):  # an object that can be called
-        function = vars(type(function)).get("__call__")
-    return getattr(function, "__code__", None)
+def _handles(interrupted, frame):
+    """Whether a frame is a signal handler's, which is called with a number and the frame that the signal came in."""
+    code, values = frame.f_code, frame.f_locals
+    given = [values.get(name) for name in code.co_varnames[: code.co_argcount]]
+    if code.co_flags & inspect.CO_VARARGS:
+        given += values.get(code.co_varnames[code.co_argcount + code.co_kwonlyargcount], ())
+    return any(isinstance(number, int) and at is interrupted for number, at in pairwise(given))

@@ -112,7 +112,8 @@ class Intake:
         requests = []
         for number, (prompt, own, stops, ids) in enumerate(each):
             checked = RequestOptions(stop=stops, stop_token_ids=ids, **options)
-            requests += [self.request(prompt, _sample(own, i), checked, number) for i in range(n)]
+            first = 0 if isinstance(params, (list, tuple)) else number * n
+            requests += [self.request(prompt, _sample(own, first + i), checked, number) for i in range(n)]
         return requests
 
     @staticmethod
@@ -121,7 +122,7 @@ class Intake:
         each = list(params) if several else [params] * count
         if len(each) != count or not all(isinstance(one, DecodeParams) for one in each):
             raise ValueError(f"params={params!r:.80}: expected DecodeParams, or one for each of {count} prompts")
-        return each if several else [_sample(params, i) for i in range(count)]
+        return each
 
 
 def _sample(params, number):

@@ -113,7 +113,8 @@ def finish(request: Request, last: Entry, reason: str, now: float, stop=None, er
     tail, detokenizer = "", last.detokenizer
     if detokenizer:
         detokenizer = detokenizer.copy()
-        tail = detokenizer.tail() if reason in ("cancelled", "error") else detokenizer.take(final=True)
+        stops = last.mark.num_delivered > request.options.min_tokens
+        tail = detokenizer.tail() if reason in ("cancelled", "error") else detokenizer.take(final=True, stops=stops)
         if stop is None and detokenizer.stopped is not None:  # in what was incomplete until now
             reason, stop = "stop", detokenizer.stopped
     output = _output(request, last.mark.num_delivered, detokenizer, reason, now, stop, error)

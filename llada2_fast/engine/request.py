@@ -92,7 +92,11 @@ class RequestOutput:
         if self.trace is None:
             return None
         commits, begin = self.trace.first_commits(), self.prompt_length
-        return [getattr(commits[begin + i], name) for i in range(len(self.token_ids))]
+        never = {"confidence": 0.0, "step": -1}  # of masks in an answer, which hf-2.0 leaves where steps are few
+        return [
+            getattr(commits[begin + i], name) if begin + i in commits else never.get(name, token)
+            for i, token in enumerate(self.token_ids)
+        ]
 
     @property
     def edits(self) -> list[TraceEvent]:
@@ -164,7 +168,7 @@ class Request:
     log: list[Entry]
     home: object  # of the engine it was made by
     num_read: int = 1  # entries of the log that were read; the first is where it began
-    streamed: bool = False  # somebody reads the events as they come
+    awaited: bool = False  # nobody is told anything before its end
     block_hashes: list[bytes] = field(default_factory=list)  # of the leading blocks
     num_inserted: int = 0  # leading blocks whose pages others can match, or that are somebody else's
     num_passed: int = 0  # later requests that were let in before it while it waited for pages

@@ -64,9 +64,9 @@ class Scheduler:
             raise QueueFull(f"{len(self.waiting)} requests are waiting and max_waiting={self.config.max_waiting} may")
 
     def add(self, request: Request):
-        """Let a request wait."""
-        self._hash(request)
-        self._enqueue(request)
+        """Let a request wait, whose blocks are hashed already."""
+        insort(self.waiting, request, key=_order)
+        self._stuck = False
 
     def restart(self, requests: list[Request]):
         """These requests wait, and nothing else is known."""
@@ -78,7 +78,7 @@ class Scheduler:
         self.running.remove(request)
         self._take_away(request)
         request.rewind()
-        self._enqueue(request)
+        self.add(request)
 
     def remove(self, request: Request):
         """Drop a waiting or running request; its lane and pages are free at once."""
@@ -121,20 +121,18 @@ class Scheduler:
         whole = min(sequence.num_final_blocks, sequence.limit // sequence.block_length)
         own = request.epoch == self.cache.epoch  # else they were computed before the cache was cleared
         if self.config.enable_prefix_caching and own and request.num_inserted < whole:
-            self._hash(request)
+            self.hash(request)
             for block in range(request.num_inserted, whole):
                 self.cache.insert(sequence.pages[block], request.block_hashes[block])
             request.num_inserted = whole
+            self._stuck = False
 
-    def _hash(self, request):
+    def hash(self, request: Request):
+        """Name the blocks of a request that are known by now."""
         sequence = request.sequence
         if self.config.enable_prefix_caching:
             salt = (request.options.cache_salt or "").encode(errors="surrogatepass")
             request.block_hashes += block_hashes(sequence.ids, sequence.block_length, request.block_hashes, salt)
-
-    def _enqueue(self, request):
-        insort(self.waiting, request, key=_order)
-        self._stuck = False
 
     def _admit(self):
         while self.waiting and not self._stuck:
@@ -217,4 +215,5 @@ class Scheduler:
         """Note that the blocks from `begin` on were found in the cache."""
         request.num_inserted = begin + len(pages)
         request.sequence.settle(begin + len(pages))
-        request.shared_tokens += len(pages) * request.sequence.block_length
+        if request.prefilled is None:  # later it may find its own
+            request.shared_tokens = (request.shared_tokens if begin else 0) + len(pages) * request.sequence.block_length

@@ -36,7 +36,7 @@ def _fitting(params, name, value):
     if name not in params:
         raise ValueError(f"weights: {name!r:.80} is none of the model's parameters")
     param = params[name]
-    if not isinstance(value, torch.Tensor) or value.shape != param.shape:
+    if not isinstance(value, torch.Tensor) or value.shape != param.shape or value.is_meta:
         shape = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
         raise ValueError(f"weights: {name}: expected a tensor {list(param.shape)}, got {shape}")
     wide = param.dtype in (torch.float32, torch.bfloat16, torch.float16)
@@ -44,7 +44,8 @@ def _fitting(params, name, value):
         raise ValueError(f"weights: {name}: expected {param.dtype}, got {value.dtype}")
     if wide and not value.to(param.dtype).isfinite().all():
         raise ValueError(f"weights: {name}: expected numbers that are finite in {param.dtype}")
-    return param, value
+    own = {one.untyped_storage().data_ptr() for one in params.values()}  # a swap must not read what it has written
+    return param, value.clone() if value.untyped_storage().data_ptr() in own else value
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from .request import Request
 
 CALLS_PER_ROUND = 2  # at most: answering them costs their threads time, too, which a step does not get
 ATTEMPTS = 3  # steps in a row that may raise: the engine has recovered from everything else
+MAX_SLEEP_S = 3600.0
 EXIT_S = 60.0  # how long the interpreter's exit waits for a step
 _logger = logging.getLogger(__name__)
 _ALL: "weakref.WeakSet[Worker]" = weakref.WeakSet()
@@ -106,7 +107,6 @@ class Worker:
             if self.closed:
                 raise RuntimeError("the engine is closed")
             self._calls.put(call)
-        time.sleep(0)  # gives the interpreter's lock away: a step wants it at each operation, and else waits for 5 ms
         return call.future
 
     def leave(self, requests: list[Request]):
@@ -114,7 +114,6 @@ class Worker:
         if os.getpid() == self.process:
             self._leaving.append(requests)
             self._calls.put(None)
-            time.sleep(0)  # as in send
 
     def stop(self):
         """End the thread after the step that it is in; unfinished requests are cancelled."""
@@ -217,8 +216,8 @@ class Worker:
                 return self._calls.get_nowait()
             if self._calls.empty():
                 self._tell()  # of what calls have ended, before the thread sleeps
-            due = engine.next_deadline
-            return self._calls.get(timeout=None if due is None else max(0.0, due - engine.clock()))
+            due = engine.next_deadline()
+            return self._calls.get(timeout=None if due is None else min(max(0.0, due - engine.clock()), MAX_SLEEP_S))
         except queue.Empty:
             return _NOTHING
 
