@@ -345,6 +345,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     harness.add_options(parser)
     args = parser.parse_args(argv)
+    harness.check_save(parser, args, "host")
     network = Network(random_model(TINY))
     share = check(network)
     sizes, queued = ((512, 4096), 100) if args.quick else ((512, 4096, 16384, 32000), 1000)

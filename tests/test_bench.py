@@ -180,6 +180,19 @@ def test_quality(bench):
     assert line["benchmark"] == "quality" and 0 <= line["accuracy"] <= 1
 
 
+def test_soak(bench, tmp_path):
+    line = line_of(bench("soak", "--quick", "--clients", "8", "--json", "--save", str(tmp_path)))
+    assert json.loads((tmp_path / "soak.jsonl").read_text("utf-8")) == line
+    assert line["wrong"] == 0 and line["clients"] == 8 and line["steps"] > 10
+    assert {"length", "cut off"} <= line["counts"].keys()
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf"])
+def test_a_soak_of_no_time_is_refused(bench, minutes):
+    code, _, err = bench("soak", "--minutes", minutes)
+    assert code == 2 and f"--minutes {float(minutes)}" in err.splitlines()[-1]
+
+
 def test_host(bench, tmp_path):
     line = line_of(bench("host", "--quick", "--json", "--save", str(tmp_path)))
     assert json.loads((tmp_path / "host.jsonl").read_text("utf-8")) == line

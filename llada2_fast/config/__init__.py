@@ -21,10 +21,10 @@ from .decoding import PRESETS, PROFILES, SAMPLING_METHODS, DecodeParams
 from .engine import EngineConfig
 from .hf import MODEL_TYPES
 from .model import QUANTIZATIONS, ModelConfig
-from .request import MAX_TOP_LOGPROBS, RequestOptions
+from .request import MAX_SAMPLES, MAX_TOP_LOGPROBS, RequestOptions
 
 __all__ = [
-    "DTYPES", "MAX_TOP_LOGPROBS", "MODEL_TYPES", "PRESETS", "PROFILES", "QUANTIZATIONS", "SAMPLING_METHODS",
-    "DecodeParams", "EngineConfig", "ModelConfig", "RequestOptions", "as_flag", "as_float",
+    "DTYPES", "MAX_SAMPLES", "MAX_TOP_LOGPROBS", "MODEL_TYPES", "PRESETS", "PROFILES", "QUANTIZATIONS",
+    "SAMPLING_METHODS", "DecodeParams", "EngineConfig", "ModelConfig", "RequestOptions", "as_flag", "as_float",
     "as_float32", "as_ids", "as_int", "as_temperature", "choice", "find_device", "parse_json",
 ]  # fmt: skip

@@ -10,11 +10,11 @@ import os
 import warnings
 from dataclasses import replace
 
-from ..config import RequestOptions, as_flag, as_int
+from ..config import MAX_SAMPLES, RequestOptions, as_flag, as_int
 from ..decoding.inputs import row_seed
 from .engine import Engine
 from .request import DEFAULTS, check_params
-from .worker import Reader, Worker
+from .worker import Kind, Reader, Worker
 
 
 class AsyncEngine:
@@ -57,7 +57,7 @@ class AsyncEngine:
 
         drafts: whether "draft" events, the open block as it stands, are among them.
         wait: where too many requests wait, suspend the caller until there is room, the highest priority first, instead
-            of raising QueueFull.
+            of raising QueueFull; TimeoutError if a deadline_s is over before that.
         Leaving the iteration, or cancelling its task, cancels the request.
         """
         as_flag("drafts", drafts)
@@ -70,7 +70,7 @@ class AsyncEngine:
                     yield event
                     if event.kind == "finish":
                         return
-                await self._wait(news)
+                await self._wait(news, lambda: request.has_news)
         finally:
             self._worker.leave(opened)
 
@@ -82,7 +82,7 @@ class AsyncEngine:
         if n is None:
             return await self._generate(prompt_ids, params, wait, options)
         check_params(params)
-        if as_int("n", n, 1) > 1 and options.get("request_id") is not None:
+        if as_int("n", n, 1, MAX_SAMPLES) > 1 and options.get("request_id") is not None:
             raise ValueError(f"request_id={options['request_id']!r:.80}: expected None for {n} requests")
         seeds = [None if params.seed is None else row_seed(params.seed, i) for i in range(n)]
         several = [self._generate(prompt_ids, replace(params, seed=seed), wait, options) for seed in seeds]
@@ -98,7 +98,8 @@ class AsyncEngine:
         try:
             request, news = await self._open(opened, prompt_ids, params, options, wait, until_end=True)
             while request.output is None:
-                await self._wait(news)
+                news.clear()
+                await self._wait(news, lambda: request.output is not None)
             return request.output
         finally:
             self._worker.leave(opened)
@@ -107,34 +108,37 @@ class AsyncEngine:
         """(handle, its news) of a new request, which is in `opened` from the moment on in which it exists."""
         check_params(params)
         as_flag("wait", wait)
-        options = RequestOptions(**options)
+        options, arrived = RequestOptions(**options), self.engine.clock()
         reader = Reader(asyncio.get_running_loop(), asyncio.Event(), until_end)
 
         def open_request():
-            request = self.engine.submit(prompt_ids, params, options)
+            request = self.engine.submit(prompt_ids, params, options, arrived)
             request.drafts, request.awaited = drafts, until_end
             self._worker.readers[request] = reader
             opened.append(request)
 
-        await self._call(open_request, options.priority if wait else None)
+        call = self._call(open_request, Kind.ROOM if wait else Kind.REQUEST, options.priority)
+        await asyncio.wait_for(call, options.deadline_s if wait else None)
         return opened[0], reader.news
 
-    async def _wait(self, news):
-        if self._worker.ended:
-            raise RuntimeError("the engine's thread has ended before the request; its log says why")
-        await news.wait()
+    async def _wait(self, news, is_told):
+        ended = self._worker.ended  # looked at before the log: what has been told until then is there
+        if not is_told():
+            if ended:
+                raise RuntimeError("the engine's thread has ended before the request; its log says why")
+            await news.wait()
 
     async def cancel(self, request_id) -> bool:
         """End a request; its stream gets the "finish" event. False if no such request is unfinished."""
-        return await self._call(lambda: self.engine.cancel(request_id))
+        return await self._call(lambda: self.engine.cancel(request_id), Kind.REQUEST)
 
     async def call(self, function):
         """function(engine) in the engine's thread, between two steps; returns what it returns. So
         `await serving.call(Engine.pause)`, `resume`, `sleep`, `wake`, `weights_changed` and `update_weights`."""
         return await self._call(lambda: function(self.engine))
 
-    async def _call(self, function, priority=None):
-        return await asyncio.wrap_future(self._worker.send(function, priority))
+    async def _call(self, function, kind=Kind.OTHER, priority=0.0):
+        return await asyncio.wrap_future(self._worker.send(function, kind, priority))
 
     def close(self):
         """Cancel all requests, and wait until the thread has ended."""

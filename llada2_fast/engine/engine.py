@@ -95,7 +95,8 @@ class Engine:
         self._totals = Counter()  # of finished requests; see EngineStats
         self._deadlines: list[tuple[float, int, Request]] = []  # a heap
         self._untold: dict[Request, int] = {}  # by request, from where on step() has not told its log yet
-        self._drafts: list[Event] = []  # of the step that is under way
+        self._drafts: list[Request] = []  # that have a new draft since the step that is under way began
+        self.told: list[Request] = []  # to whom the last step has given something
         self._gate = Gate()
         self._cut = False  # a change has begun and is not over
         self._orphans: deque[Request] = deque()  # who ends with the call that is under way
@@ -134,13 +135,15 @@ class Engine:
         return self.submit(prompt_ids, params, RequestOptions(**options))
 
     @_call
-    def submit(self, prompt_ids, params: DecodeParams, options: RequestOptions) -> Request:
-        """add_request with its options in one."""
+    def submit(
+        self, prompt_ids, params: DecodeParams, options: RequestOptions, arrived: float | None = None
+    ) -> Request:
+        """add_request with its options in one. arrived: when it did, on the clock, None = now."""
         check_params(params)
         if not isinstance(options, RequestOptions):
             raise ValueError(f"options={options!r:.80}: expected RequestOptions")
         self.scheduler.check_room()  # before the work that a long prompt is
-        request = self.intake.request(self.intake.prompt(prompt_ids, params), params, options)
+        request = self.intake.request(self.intake.prompt(prompt_ids, params), params, options, arrived=arrived)
         self._queue(request)
         return request
 
@@ -198,8 +201,9 @@ class Engine:
                 raise
             self._fault(error)
         entries = [entry for request, begin in self._untold.items() for entry in request.log[begin:]]
-        self._untold = {}
-        return [entry.event for entry in entries if entry.event is not None] + self._drafts
+        self.told, self._untold = [*self._untold, *self._drafts], {}
+        drafts = [request.draft for request in self._drafts if request.draft is not None]
+        return [entry.event for entry in entries if entry.event is not None] + drafts
 
     def forward(self, work):
         """A step's work done. Returns the result of the step whose results have come, None if none has."""
@@ -240,7 +244,7 @@ class Engine:
         self._tell(request, entries)
         request.draft = None if entries else draft(request, now)
         if request.draft is not None:
-            self._drafts.append(request.draft)
+            self._drafts.append(request)
         if request.output is not None:
             self._forget(request)
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 
-from ..config import DecodeParams, RequestOptions, as_int
+from ..config import MAX_SAMPLES, DecodeParams, RequestOptions, as_int
 from ..decoding.inputs import check_fit, resolve_ids, row_seed, row_seeds, split_prompts
 from ..decoding.rules import row_rule
 from ..decoding.sequence import Sequence
@@ -42,8 +42,13 @@ class Intake:
             raise ValueError(f"prompt_ids: one prompt expected, got {len(prompts)}")
         return prompts[0]
 
-    def request(self, prompt, params, options, number=0) -> Request:
-        """A request that nothing has been done for yet. prompt: int64 [n]; number: what errors call it by."""
+    def request(self, prompt, params, options, number=0, arrived=None) -> Request:
+        """A request that nothing has been done for yet.
+
+        prompt: int64 [n].
+        number: what errors call it by.
+        arrived: on the clock, None = now.
+        """
         check_fit(self.model.config, [prompt], params, number)
         mask_id, eos_ids, _ = resolve_ids(self.model, params)
         for name, value, own in (
@@ -72,12 +77,12 @@ class Intake:
                 f"{self.num_pages} (cache_tokens)"
             )
         self._arrivals += 1
-        now, name = self.clock(), options.request_id
+        name, arrived = options.request_id, self.clock() if arrived is None else arrived
         if name is None:
             name = f"request-{self._arrivals}"
         host_ends = options.min_tokens and params.eos_early_stop  # the device knows no least number of tokens
         return Request(
-            name, sequence, options, (now - options.priority * self.config.priority_s, self._arrivals), now,
+            name, sequence, options, (arrived - options.priority * self.config.priority_s, self._arrivals), arrived,
             frozenset((*options.stop_token_ids, *(eos_ids if host_ends else ()))),
             [Entry(None, sequence.mark(), self._detokenizer(options))], self.home,
         )  # fmt: skip
@@ -102,7 +107,7 @@ class Intake:
         """Arguments as of Engine.generate."""
         if not (isinstance(prompts, (list, tuple)) and not prompts):
             prompts = split_prompts(prompts, name="prompts")
-        count, n = len(prompts), as_int("n", n, 1)
+        count, n = len(prompts), as_int("n", n, 1, MAX_SAMPLES)
         each = zip(
             prompts, self._params_of_each(params, count), _of_each("stop", stop, count),
             _of_each("stop_token_ids", stop_token_ids, count), strict=True,

@@ -39,7 +39,7 @@ class RequestOutput:
     trace: every write, None unless asked for.
     counters: what it cost.
     prompt_length: in tokens.
-    shared_tokens: positions whose K/V were found in the cache.
+    shared_tokens: positions whose K/V were found in the cache when it got its place, the last one if it had several.
     preemptions: how often it had to give up its place.
     queue_s, prefill_s, decode_s: seconds until admission, from there until the step by which the prompt was in the
         cache, and from there to the end.
@@ -263,5 +263,6 @@ class Request:
             self.num_read += 1
             if event is not None:
                 return event
-        self.draft = None
+        if self.draft is draft:  # else there is a newer one by now
+            self.draft = None
         return draft

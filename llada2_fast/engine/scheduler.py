@@ -55,8 +55,9 @@ class Scheduler:
 
     @property
     def has_room(self) -> bool:
-        """One more request may wait."""
-        return len(self.waiting) < self.config.max_waiting
+        """One more request may wait; those for which a place is free do so until the next step only."""
+        places = self.config.max_num_seqs - len(self.running)
+        return len(self.waiting) < self.config.max_waiting + places
 
     def check_room(self):
         """QueueFull if as many wait as may."""
@@ -215,5 +216,5 @@ class Scheduler:
         """Note that the blocks from `begin` on were found in the cache."""
         request.num_inserted = begin + len(pages)
         request.sequence.settle(begin + len(pages))
-        if request.prefilled is None:  # later it may find its own
-            request.shared_tokens = (request.shared_tokens if begin else 0) + len(pages) * request.sequence.block_length
+        before = request.shared_tokens if begin else 0  # none of an earlier place
+        request.shared_tokens = before + len(pages) * request.sequence.block_length

@@ -14,7 +14,7 @@ import pytest
 
 from llada2_fast.config import DecodeParams
 from llada2_fast.decoding.inputs import row_seed
-from llada2_fast.engine import AsyncEngine, QueueFull
+from llada2_fast.engine import AsyncEngine, Engine, QueueFull
 from llada2_fast.engine.worker import CALLS_PER_ROUND
 from llada2_fast.model import LLaDA2Model
 from tests.engine.common import PARAMS, assert_as_alone, assert_empty, prompt_of, random_model, small_engine
@@ -403,6 +403,29 @@ def test_samples_of_one_prompt(n):
         await until(lambda: not serving.engine.has_work)
 
     with_engine(test)
+
+
+def test_a_deadline_of_ages_hence_and_one_of_a_request_that_has_ended():
+    """Neither ends the thread, nor keeps it busy when there is nothing to do."""
+    asked = []
+
+    def clock():
+        asked.append(None)
+        return time.perf_counter()
+
+    async def test(serving):
+        await serving.call(Engine.pause)
+        far = asyncio.create_task(serving.generate([1], SLOW, deadline_s=1e300))
+        await until(lambda: serving.engine.requests)
+        await serving.call(Engine.resume)
+        assert (await far).finish_reason == "length"
+        assert (await serving.generate([1], SLOW, deadline_s=0.5)).finish_reason == "length"
+        await asyncio.sleep(0.6)
+        before = len(asked)
+        await asyncio.sleep(0.2)
+        assert len(asked) - before < 5
+
+    with_engine(test, clock=clock)
 
 
 def test_a_reader_that_is_slow_misses_drafts_but_no_commit():

@@ -1,7 +1,9 @@
 """What goes wrong hits the request it belongs to, by name; others finish with unchanged tokens, the pages come back."""
 
 import asyncio
+import contextlib
 import math
+import signal
 
 import numpy as np
 import pytest
@@ -243,3 +245,93 @@ def test_stop_ids_in_any_form():
             engine.step()
         outputs.append((request.output.token_ids, request.output.finish_reason))
     assert outputs == [(plain[: plain.index(stop) + 1], "stop")] * 5
+
+
+class Watchdog:
+    """Puts the old handler back before it raises."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __call__(self, *_):
+        signal.signal(signal.SIGUSR1, self.before)
+        raise self.error
+
+    def __enter__(self):
+        self.before = signal.signal(signal.SIGUSR1, self)
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGUSR1, self.before)
+
+
+class Inherited(Watchdog):
+    pass
+
+
+class Signalling(LLaDA2Model):
+    forwards = 0
+
+    def forward_blocks(self, *args):
+        self.forwards += 1
+        if self.forwards == 3:
+            signal.raise_signal(signal.SIGUSR1)
+        return super().forward_blocks(*args)
+
+
+@pytest.mark.parametrize("kind", [Watchdog, Inherited])
+@pytest.mark.parametrize("error", [TimeoutError, RuntimeError, KeyError])
+def test_what_a_signal_handler_raises_is_the_caller_s(kind, error):
+    model = Signalling(random_model().config)
+    model.load_state_dict(random_model().state_dict())
+    engine = small_engine(model=model)
+    request = engine.add_request(prompt_of(5), SLOW)
+    with kind(error("watchdog")), pytest.raises(error, match="watchdog"):
+        while engine.has_work:
+            engine.step()
+    while engine.has_work:
+        engine.step()
+    assert_as_alone(request.output, random_model(), prompt_of(5), SLOW)
+    assert_empty(engine)
+
+
+class Late:
+    """A tokenizer that is not there in time."""
+
+    def decode(self, ids, skip_special_tokens=True):
+        raise TimeoutError("the tokenizer's")
+
+
+def test_a_tokenizer_s_own_timeout_is_its_request_s():
+    engine = small_engine(tokenizer=Late())
+    output = engine.generate([prompt_of(5)], SLOW)[0]
+    assert output.error == "request request-1: TimeoutError: the tokenizer's"
+    assert_empty(engine)
+
+
+def test_every_event_is_told_once_by_step_though_steps_are_cut_short():
+    """Also the "finish" of a request that is cancelled."""
+    for at in range(1, 12):
+        engine = small_engine(model=failing_model(at, KeyboardInterrupt()))
+        requests = [engine.add_request(prompt_of(n), SLOW) for n in (5, 6, 7)]
+        events = []
+        while engine.has_work:
+            with contextlib.suppress(KeyboardInterrupt):
+                events += engine.step()
+            if len(events) > 4 and requests[2].output is None:
+                engine.cancel(requests[2].request_id)
+        events += engine.step()
+        for request in requests:
+            own = [event for event in events if event.request_id == request.request_id and event.kind != "draft"]
+            assert [token for event in own for token in event.token_ids] == request.output.token_ids
+            assert [event.output for event in own][-1] is request.output
+
+
+@pytest.mark.parametrize("how", ["close", "drop"])
+def test_a_stream_that_was_never_read_cancels_its_request_too(how):
+    engine = small_engine()
+    request = engine.add_request(prompt_of(5), SLOW)
+    stream = engine.stream(request)
+    stream.close() if how == "close" else None
+    del stream
+    assert request.output.finish_reason == "cancelled"
+    assert_empty(engine)

@@ -283,3 +283,61 @@ def test_eos_is_told_apart_from_stops():
     assert (early.finish_reason, early.stop_reason) == ("eos", None)
     late = small_engine().generate([prompt_of(5)], replace(params, eos_early_stop=False), stop_token_ids=[EOS, 4, 9])[0]
     assert (late.finish_reason, late.stop_reason, late.token_ids) == ("stop", early.token_ids[-1], early.token_ids)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_min_tokens_under_the_model_cards_profiles(seed):
+    """Whatever a profile makes of an EOS: the first ones are tokens like others, and no mask is told."""
+    for profile in ("hf-2.0", "hf-2.1"):
+        params = DecodeParams(gen_length=10, profile=profile, threshold=0.3, eos_early_stop=True, eos_ids=(3, 7, 10))
+        whole = tokens_alone(random_model(), prompt_of(6 + seed, seed), replace(params, eos_ids=()))
+        output, _ = run(engine := small_engine(), engine.add_request(prompt_of(6 + seed, seed), params, min_tokens=4))
+        ends = [at + 1 for at, token in enumerate(whole) if at >= 4 and token in (3, 7, 10)]
+        assert output.token_ids == whole[: ends[0] if ends else None]
+
+
+def test_each_stop_string_counts_from_min_tokens_on_whatever_the_others_are():
+    whole = spoken()
+    first = whole.text[0]
+    assert spoken(stop=first, min_tokens=64).finish_reason == "length"
+    for stops in ((first,), (first, "never that long a text"), ("never that long a text", first)):
+        assert spoken(stop=stops, min_tokens=64).text == whole.text
+        assert spoken(stop=stops, min_tokens=3).text == spoken(stop=first, min_tokens=3).text != ""
+
+
+def test_samples_of_several_prompts_have_seeds_of_their_own():
+    params = DecodeParams(gen_length=12, temperature=1.5, seed=7, eos_ids=())
+    outputs = small_engine().generate([prompt_of(5)] * 3, params, n=2)
+    assert len({tuple(output.token_ids) for output in outputs}) == 6
+    own = small_engine().generate([prompt_of(5)] * 2, [params, replace(params, seed=8)], n=2)
+    for output, seed in zip(own, (7, row_seed(7, 1), 8, row_seed(8, 1)), strict=True):
+        assert_as_alone(output, random_model(), prompt_of(5), replace(params, seed=seed))
+
+
+def test_first_commits_of_an_answer_with_masks():
+    """Where hf-2.0 has too few steps masks stay in the answer."""
+    params = DecodeParams(gen_length=8, profile="hf-2.0", steps=1, minimal_topk=8, threshold=2.0, eos_ids=())
+    output = small_engine().generate([prompt_of(4)], params)[0]
+    masked = [at for at, step in enumerate(output.steps) if step < 0]
+    assert [output.first_steps[at] for at in masked] == [-1] * len(masked)
+    assert output.first_token_ids == output.token_ids and output.first_confidences == output.confidences
+
+
+def test_what_a_preempted_request_shares_is_counted_once():
+    engine = small_engine(max_num_seqs=1)
+    low = engine.add_request(prompt_of(40), PLAIN, priority=-1)
+    for n in range(3):
+        while low.sequence.num_delivered < 4 * (n + 1):
+            engine.step()
+        engine.generate([prompt_of(5, n + 1)], PARAMS[0], priority=n)
+    while engine.has_work:
+        engine.step()
+    assert low.output.preemptions == 3 and low.output.shared_tokens == 40 + 8
+
+
+def test_a_log_holds_a_text_once():
+    engine = Engine(demo_model(), tokenizer=tokenizer())
+    request = engine.add_request(chat(ADD), DecodeParams(gen_length=256, threshold=0.9, eos_ids=()))
+    while request.output is None:
+        engine.step()
+    assert len(request.log) > 8 and sum(entry.detokenizer is not None for entry in request.log) == 2

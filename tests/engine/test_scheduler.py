@@ -261,3 +261,14 @@ def test_times_are_told_by_the_clock():
     # admitted in the step after; two chunks of two blocks, the third rides with the first denoise forward
     assert (second.output.queue_s, second.output.prefill_s, second.output.decode_s) == (steps + 1, 2.0, 3.0)
     assert second.output.counters.prefill_forwards == 2
+
+
+def test_a_request_is_let_in_as_soon_as_its_prefix_can_be_shared():
+    """16 pages: 12 are taken, the next one needs 12, of which it will find 10."""
+    engine = small_engine(cache_tokens=64)
+    first = engine.add_request(prompt_of(40), DecodeParams(gen_length=8, threshold=2.0, steps=4, eos_ids=()))
+    second = engine.add_request(prompt_of(40), DecodeParams(gen_length=8, threshold=2.0, steps=4, eos_ids=()))
+    while second.status == "waiting":
+        assert first.output is None
+        engine.step()
+    run_out(engine)

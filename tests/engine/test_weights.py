@@ -1,6 +1,7 @@
 """Weights that change under an engine, and its memory given away for a while: nothing old is ever found again."""
 
 import asyncio
+import contextlib
 
 import pytest
 import torch
@@ -21,15 +22,24 @@ from tests.engine.common import (
     small_engine,
     tokens_alone,
 )
+from tests.engine.test_cuts import CONFIGS, Tracer
 
 LONG = DecodeParams(gen_length=40, threshold=2.0, steps=4, eos_ids=())
 NEW = random_model(1)
 
 
+def copy_of(model):
+    copy = LLaDA2Model(model.config)
+    copy.load_state_dict(model.state_dict())
+    return copy
+
+
 def old_model():
-    model = LLaDA2Model(random_model().config)
-    model.load_state_dict(random_model().state_dict())
-    return model
+    return copy_of(random_model())
+
+
+def interrupt():
+    raise KeyboardInterrupt
 
 
 def engine_at_work(**config):
@@ -124,6 +134,15 @@ def test_weights_that_do_not_fit_change_nothing(weights, message):
         assert_as_alone(request.output, random_model(), request.prompt, LONG)
 
 
+def test_a_swap_of_the_model_s_own_tensors():
+    engine = small_engine(model=old_model())
+    params = dict(engine.model.named_parameters())
+    names = [name for name in params if name.endswith("layernorm.weight") and params[name].shape == (16,)][:2]
+    before = [params[name].clone() for name in names]
+    engine.update_weights({names[0]: params[names[1]], names[1]: params[names[0]]})
+    assert torch.equal(params[names[0]], before[1]) and torch.equal(params[names[1]], before[0])
+
+
 def test_weights_of_another_dtype_or_some_of_them_will_do():
     engine = small_engine(model=old_model())
     engine.update_weights({name: weight.double() for name, weight in NEW.state_dict().items()})
@@ -188,6 +207,40 @@ def test_a_sleeping_engine_has_no_cache_and_goes_on_after_it(graphs):
     for request in (running, waiting):
         assert_as_alone(request.output, random_model(), request.prompt, LONG, traced=not graphs)
     assert_empty(engine)
+
+
+@pytest.mark.parametrize("config", ["eager", "graphs"])
+@pytest.mark.parametrize("change", ["update", "sleep", "wake"])
+def test_nothing_old_is_found_if_ctrl_c_comes_at_any_line_of_a_change(change, config):
+    """Whatever weights are there then: who comes next gets what they give."""
+
+    def act(engine):
+        if change == "update":
+            engine.update_weights(NEW.state_dict())
+        else:
+            engine.sleep()
+            if change == "wake":
+                engine.wake()
+
+    tracer = Tracer()
+    engine, *_ = engine_at_work(**CONFIGS[config])
+    with tracer():
+        act(engine)
+    for where in tracer.hits:
+        engine, running, waiting = engine_at_work(**CONFIGS[config])
+        tracer = Tracer((*where, 1), interrupt)
+        with contextlib.suppress(KeyboardInterrupt), tracer():
+            act(engine)
+        assert tracer.stack is not None
+        engine.check_integrity()
+        engine.wake()
+        engine.resume()
+        while engine.has_work:
+            engine.step()
+        model = copy_of(engine.model)
+        output = engine.generate([running.prompt], LONG)[0]
+        assert output.token_ids == tokens_alone(model, running.prompt, LONG), where
+        assert_empty(engine)
 
 
 def test_all_of_it_between_the_steps_of_a_served_engine():
