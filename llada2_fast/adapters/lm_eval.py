@@ -254,7 +254,8 @@ class LLaDA2LM:
     def _run(self, work, names, desc, disable_tqdm):
         """Yields (place in `work`, RequestOutput) as the requests end, batch_size of them in flight.
 
-        names: of the requests, for errors. Raises ValueError before the first forward for all that can never be run.
+        names: of the requests, for errors. Raises ValueError before the first forward for all that can never be run,
+        RuntimeError when several have failed and none has not.
         """
         if not work:
             return
@@ -271,10 +272,14 @@ class LLaDA2LM:
                 wrong.append(f"request {request_id}: {error}")
         if wrong:
             raise ValueError(f"{len(wrong)} of {len(work)} requests can never be run: {'; '.join(wrong)}")
+        failed = 0
         with tqdm(total=len(work), desc=desc, disable=disable_tqdm or self.rank != 0) as bar:
             while engine.has_work:
                 for event in engine.step():
                     if event.kind == "finish":
+                        failed += event.output.error is not None
+                        if failed == len(work) > 1:
+                            raise RuntimeError(f"all {failed} requests have failed, the last one: {event.output.error}")
                         yield places[event.request_id], event.output
                         bar.update()
 

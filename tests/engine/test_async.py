@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import math
+import sys
 import threading
 import time
 import weakref
@@ -15,7 +16,7 @@ import pytest
 from llada2_fast.config import DecodeParams
 from llada2_fast.decoding.inputs import row_seed
 from llada2_fast.engine import AsyncEngine, Engine, QueueFull
-from llada2_fast.engine.worker import CALLS_PER_ROUND
+from llada2_fast.engine.worker import CALLS_PER_ROUND, Worker
 from llada2_fast.model import LLaDA2Model
 from tests.engine.common import PARAMS, assert_as_alone, assert_empty, prompt_of, random_model, small_engine
 from tests.engine.test_faults import SLOW, failing_model
@@ -386,6 +387,81 @@ def test_calls_between_two_steps_are_few_however_many_come():
             task.cancel()
 
     with_engine(test, model=unhurried_model(), max_waiting=8)
+
+
+def test_kinds_of_calls_take_turns_and_those_that_nobody_waits_for_cost_nothing():
+    """A cancel and a request, which is refused, beside crowds of pollers, of callers that wait and of gone ones."""
+
+    async def test(serving):
+        engine = serving.engine
+        running = asyncio.create_task(serving.generate([1], LONG, request_id="running"))
+        await until(lambda: engine.num_steps)
+
+        async def poll():
+            while not running.done():
+                await serving.call(Engine.stats)
+
+        pollers = [asyncio.create_task(poll()) for _ in range(100)]
+        crowd = [asyncio.create_task(serving.generate([2], LONG, wait=True)) for _ in range(100)]
+        gone = [asyncio.create_task(serving.call(Engine.stats)) for _ in range(100)]
+        await until(lambda: len(serving._worker._waiting) > 90)
+        for task in gone:
+            task.cancel()
+        begin = engine.num_steps
+        assert await serving.cancel("nobody") is False
+        with pytest.raises(QueueFull):
+            await serving.generate([4], SLOW)
+        assert engine.num_steps - begin < 30
+        for task in crowd:
+            task.cancel()
+        await until(lambda: not serving._worker._waiting)
+        running.cancel()
+        await asyncio.gather(*pollers)
+
+    with_engine(test, model=unhurried_model(), max_num_seqs=1, max_waiting=1)
+
+
+def test_an_answer_for_a_call_that_a_fault_came_before():
+    """The fault is the worker's own: it is logged, the call is answered, and serving goes on."""
+    fault = []
+
+    class Faulty(Worker):
+        def _next(self):
+            call = super()._next()
+            if call is not None and fault:
+                self._call = call
+                raise fault.pop()
+            return call
+
+    async def main():
+        serving = AsyncEngine(small_engine(model=unhurried_model(), cache_tokens=2048))
+        serving.close()
+        serving._worker = Faulty(serving.engine)
+        async with serving:
+            for kind in (Engine.stats, Engine.pause):
+                fault.append(RuntimeError("ours"))
+                with pytest.raises(RuntimeError, match="came before the call"):
+                    await asyncio.wait_for(serving.call(kind), 30)
+            assert (await serving.generate([1], SLOW)).finish_reason == "length"
+
+    asyncio.run(asyncio.wait_for(main(), 100))
+
+
+def test_a_deadline_counts_while_the_caller_waits_for_room():
+    async def test(serving):
+        running = asyncio.create_task(serving.generate([1], LONG))
+        queued = asyncio.create_task(serving.generate([2], LONG))
+        await until(lambda: serving.engine.scheduler.waiting)
+        with pytest.raises(TimeoutError if sys.version_info >= (3, 11) else asyncio.TimeoutError):
+            await serving.generate([3], LONG, wait=True, deadline_s=0.1)
+        late = asyncio.create_task(serving.generate([4], LONG, wait=True, deadline_s=2.0))
+        await until(lambda: serving._worker._waiting)
+        running.cancel()
+        output = await late
+        assert output.finish_reason == "deadline" and output.queue_s <= 2.5
+        queued.cancel()
+
+    with_engine(test, model=unhurried_model(), max_num_seqs=1, max_waiting=1)
 
 
 @pytest.mark.parametrize("n", [1, 3])

@@ -143,11 +143,25 @@ def test_aclose_does_not_hold_up_the_event_loop():
 # dropped
 
 
-@pytest.mark.parametrize("used", [False, True])
+async def read(serving):
+    async for _ in serving.stream(PROMPT, PARAMS[0]):
+        pass
+
+
+USES = {
+    "not at all": None,
+    "generate": lambda serving: serving.generate(PROMPT, PARAMS[0]),
+    "stream": read,
+    "call": lambda serving: serving.call(Engine.stats),
+    "cancel": lambda serving: serving.cancel("nobody"),
+}
+
+
+@pytest.mark.parametrize("used", USES)
 def test_a_dropped_one_is_freed_with_a_warning(used):
     serving = AsyncEngine(small_engine())
-    if used:
-        asyncio.run(serving.generate(PROMPT, PARAMS[0]))
+    if USES[used] is not None:
+        asyncio.run(USES[used](serving))
     cache, (thread,) = weakref.ref(serving.engine.cache), threads()
     with pytest.warns(ResourceWarning, match="unclosed"):
         del serving
