@@ -170,7 +170,7 @@ class Client:
                 await task
             except asyncio.CancelledError:
                 self.tally.counts["cut off"] += 1
-            except QueueFull:
+            except (QueueFull, asyncio.TimeoutError):  # turned away, or its deadline came before there was room
                 self.tally.counts["turned away"] += 1
                 await asyncio.sleep(0.05)
 

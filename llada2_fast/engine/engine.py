@@ -184,7 +184,9 @@ class Engine:
 
     @_call
     def step(self) -> list[Event]:
-        """Schedule, one forward for all, deliver. Returns the events since the last step, each of them once."""
+        """Schedule, one forward for all, deliver. Returns the events since the last step, each of them once; none of
+        generate()'s requests.
+        """
         return self._step()
 
     def _step(self):
@@ -200,10 +202,11 @@ class Engine:
             if self._is_callers(error) or (self.interruptible and isinstance(error, TimeoutError)):
                 raise
             self._fault(error)
-        entries = [entry for request, begin in self._untold.items() for entry in request.log[begin:]]
+        told = [(request, begin) for request, begin in self._untold.items() if not request.awaited]
+        events = [entry.event for request, begin in told for entry in request.log[begin:] if entry.event is not None]
+        events += [request.draft for request in self._drafts if request.draft is not None]
         self.told, self._untold = [*self._untold, *self._drafts], {}
-        drafts = [request.draft for request in self._drafts if request.draft is not None]
-        return [entry.event for entry in entries if entry.event is not None] + drafts
+        return events
 
     def forward(self, work):
         """A step's work done. Returns the result of the step whose results have come, None if none has."""
@@ -470,6 +473,7 @@ class Engine:
             if how == "restart":
                 self._untold.pop(request, None)
                 del request.log[1:]
+                request.num_read = 1
                 request.rewind()
 
     @_call
