@@ -34,7 +34,7 @@ def top_logprobs_ref(
     ids, logprobs = _empty(index, k)
     ids.fill_(-1)
     logprobs.fill_(float("-inf"))
-    at = torch.where(index.flatten() >= 0)[0]  # sync: the reference alone
+    at = torch.where(index.flatten() >= 0)[0]  # its size is known to the host then: the reference alone
     ban = ((flags & BAN_MASK) != 0)[at // length]
     size = _slab_rows(logits)
     for part, source, hidden in zip(at.split(size), index.flatten()[at].split(size), ban.split(size), strict=True):

@@ -204,7 +204,7 @@ def opcodes_of(call):
 @pytest.mark.parametrize("overlap", [None, 0, 1])
 def test_a_steps_work_on_the_host_does_not_grow_with_the_free_lanes(model, overlap):
     counts = []
-    for free in (0, 0, 300):  # the first one makes what is made once
+    for free in (30, 30, 300):  # the first one makes what is made once
         decoder, rows = decoder_of(model, [21, 3], {"threshold": 1.0}, overlap, free=free)
         for _ in range(3):
             decoder.step(decoder.running())

@@ -54,7 +54,7 @@ class Lanes:
         )
         self.bounds = RowBounds(*self._bounds.unbind())
         self.page_table = self._new((count, pages), 0, torch.int32)
-        self._leading = {count: (self.state, self.params)}  # views of the first n lanes, as they are asked for
+        self._leading = {}  # views of the first n lanes, as they are asked for
 
     def _new(self, shape, value, dtype):
         return torch.full((shape,) if isinstance(shape, int) else shape, value, dtype=dtype, device=self.device)
@@ -75,6 +75,8 @@ class Lanes:
     @lasting
     def leading(self, count: int) -> tuple[BlockState, RefineParams]:
         """State and parameters of the first lanes, views."""
+        if count == self.count:
+            return self.state, self.params
         if count not in self._leading:
             whole = (self.state, self.params)
             self._leading[count] = tuple(type(part)(*(x[:count] for x in vars(part).values())) for part in whole)

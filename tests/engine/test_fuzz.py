@@ -285,6 +285,8 @@ def test_every_other_call(call, name):
     for value in HOSTILE:
         if isinstance(value, str) and call is Engine.update_weights:
             continue  # it may name something on the hub
+        if call is Engine.weights_changed and isinstance(value, str) and value == "restart":
+            continue  # the bystander has been told tokens, so that it would end
         beside.turn()
         with each(value):
             try:
@@ -447,7 +449,7 @@ def _panic():
     return error("index out of range")
 
 
-OF_REQUESTS = [error for error in THROWN if isinstance(error, Exception) and not isinstance(error, TimeoutError)]
+OF_REQUESTS = [error for error in THROWN if isinstance(error, Exception)]
 
 
 @pytest.mark.parametrize("error", [*OF_REQUESTS, _panic()], ids=lambda error: type(error).__name__)
@@ -468,9 +470,7 @@ def test_a_tokenizer_that_raises_ends_one_request(error, number):
     assert_empty(engine)
 
 
-@pytest.mark.parametrize(
-    "error", [KeyboardInterrupt(), SystemExit(3), TimeoutError("x")], ids=lambda e: type(e).__name__
-)
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3)], ids=lambda e: type(e).__name__)
 @pytest.mark.parametrize("number", [1, 2, 3, 5, 8])
 def test_an_interrupt_out_of_a_tokenizer_reaches_the_caller(error, number):
     engine = small_engine(tokenizer=Tokenizer(error, lambda calls, ids: calls == number))
