@@ -209,10 +209,9 @@ def test_a_sleeping_engine_has_no_cache_and_goes_on_after_it(graphs):
     assert_empty(engine)
 
 
-@pytest.mark.parametrize("config", ["eager", "graphs"])
-@pytest.mark.parametrize("change", ["update", "sleep", "wake"])
-def test_nothing_old_is_found_if_ctrl_c_comes_at_any_line_of_a_change(change, config):
-    """Whatever weights are there then: who comes next gets what they give."""
+@pytest.mark.parametrize("change, config", [("update", "eager"), ("sleep", "graphs"), ("wake", "eager")])
+def test_nothing_old_is_found_if_ctrl_c_comes_in_the_middle_of_a_change(change, config):
+    """At every third line of it: whatever weights are there then, who comes next gets what they give."""
 
     def act(engine):
         if change == "update":
@@ -226,7 +225,8 @@ def test_nothing_old_is_found_if_ctrl_c_comes_at_any_line_of_a_change(change, co
     engine, *_ = engine_at_work(**CONFIGS[config])
     with tracer():
         act(engine)
-    for where in tracer.hits:
+    own = [where for where in tracer.hits if where[0].endswith(("engine.py", "cache.py"))]
+    for where in own[::3]:
         engine, running, waiting = engine_at_work(**CONFIGS[config])
         tracer = Tracer((*where, 1), interrupt)
         with contextlib.suppress(KeyboardInterrupt), tracer():
