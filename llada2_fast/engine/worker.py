@@ -27,6 +27,7 @@ MAX_SLEEP_S = 3600.0
 EXIT_S = 60.0  # how long the interpreter's exit waits for a step
 _logger = logging.getLogger(__name__)
 _ALL: "weakref.WeakSet[Worker]" = weakref.WeakSet()
+_THREADS: set[threading.Thread] = set()  # that may not be over yet, whatever has become of their workers
 
 
 class StopIterationRaised(RuntimeError):
@@ -108,6 +109,8 @@ class Worker:
         begun = queue.SimpleQueue()  # None when the thread has the engine, else why it cannot
         self.thread = threading.Thread(target=self._run, args=(begun,), name="llada2-engine", daemon=True)
         _ALL.add(self)
+        _THREADS.difference_update([thread for thread in _THREADS if thread.ident and not thread.is_alive()])
+        _THREADS.add(self.thread)
         try:
             self.thread.start()
             refused = begun.get()
@@ -304,9 +307,9 @@ def _wake(readers):
 @atexit.register
 def _stop_all():
     """A thread that is in a step while the interpreter goes would abort the process."""
-    workers = [worker for worker in _ALL if worker.process == os.getpid()]
-    for worker in workers:
+    for worker in _ALL:
         worker.stop()
     end = time.monotonic() + EXIT_S
-    for worker in workers:
-        worker.join(max(0.0, end - time.monotonic()))
+    for thread in _THREADS:
+        if thread.is_alive():
+            thread.join(max(0.0, end - time.monotonic()))

@@ -251,6 +251,25 @@ def test_exit_in_the_middle_of_a_step():
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
+def test_exit_right_after_one_was_dropped():
+    """Its thread is on its way out then: the worker is gone, the thread is not. Six of eight aborted."""
+    script = """
+        import asyncio, warnings
+        from llada2_fast.engine import AsyncEngine
+        from tests.engine.common import *
+        warnings.simplefilter("ignore")
+        async def main():
+            serving = AsyncEngine(small_engine())
+            await serving.generate([1, 2, 3], PARAMS[0])
+        asyncio.run(main())
+    """
+    for _ in range(4):
+        ended = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, capture_output=True, text=True, timeout=300
+        )
+        assert (ended.returncode, ended.stderr) == (0, "")
+
+
 # fork
 
 
