@@ -8,11 +8,10 @@ next, and what is committed is bounded by the request's budget.
 import asyncio
 import os
 import warnings
-from dataclasses import replace
 
 from ..config import MAX_SAMPLES, RequestOptions, as_flag, as_int
-from ..decoding.inputs import row_seed
 from .engine import Engine
+from .intake import sample
 from .request import DEFAULTS, check_params
 from .worker import Kind, Reader, Worker
 
@@ -84,8 +83,7 @@ class AsyncEngine:
         check_params(params)
         if as_int("n", n, 1, MAX_SAMPLES) > 1 and options.get("request_id") is not None:
             raise ValueError(f"request_id={options['request_id']!r:.80}: expected None for {n} requests")
-        seeds = [None if params.seed is None else row_seed(params.seed, i) for i in range(n)]
-        several = [self._generate(prompt_ids, replace(params, seed=seed), wait, options) for seed in seeds]
+        several = [self._generate(prompt_ids, sample(params, i), wait, options) for i in range(n)]
         tasks = [asyncio.ensure_future(one) for one in several]
         try:
             return await asyncio.gather(*tasks)

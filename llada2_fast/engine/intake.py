@@ -118,7 +118,7 @@ class Intake:
         for number, (prompt, own, stops, ids) in enumerate(each):
             checked = RequestOptions(stop=stops, stop_token_ids=ids, **options)
             first = 0 if isinstance(params, (list, tuple)) else number * n
-            requests += [self.request(prompt, _sample(own, first + i), checked, number) for i in range(n)]
+            requests += [self.request(prompt, sample(own, first + i), checked, number) for i in range(n)]
         return requests
 
     @staticmethod
@@ -130,7 +130,7 @@ class Intake:
         return each
 
 
-def _sample(params, number):
+def sample(params, number):
     """The params of one of several requests: its seed is mixed with its number."""
     return params if params.seed is None or number == 0 else replace(params, seed=row_seed(params.seed, number))
 

@@ -20,7 +20,10 @@ def prepare(model, weights):
     """
     if isinstance(weights, Mapping):
         params = dict(model.named_parameters())
-        return partial(_copy, [_fitting(params, name, value) for name, value in weights.items()])
+        own = {param.untyped_storage().data_ptr() for param in params.values()}
+        pairs = [_fitting(params, name, value) for name, value in weights.items()]
+        # a swap must not read what it has written
+        return partial(_copy, [(p, x.clone() if x.untyped_storage().data_ptr() in own else x) for p, x in pairs])
     if not isinstance(weights, (str, PathLike)):
         raise ValueError(f"weights={weights!r:.80}: expected a checkpoint's folder or {{name: tensor}}")
     folder, config = checkpoint.resolve(weights), model.config
@@ -44,8 +47,7 @@ def _fitting(params, name, value):
         raise ValueError(f"weights: {name}: expected {param.dtype}, got {value.dtype}")
     if wide and not value.to(param.dtype).isfinite().all():
         raise ValueError(f"weights: {name}: expected numbers that are finite in {param.dtype}")
-    own = {one.untyped_storage().data_ptr() for one in params.values()}  # a swap must not read what it has written
-    return param, value.clone() if value.untyped_storage().data_ptr() in own else value
+    return param, value
 
 
 @torch.no_grad()

@@ -152,10 +152,10 @@ class Worker:
             self._stopping = True
             self._calls.put(None)
 
-    def join(self, timeout: float | None = None):
+    def join(self):
         """Wait until it has ended. RuntimeError in the thread itself."""
         if os.getpid() == self.process:
-            self.thread.join(timeout)
+            self.thread.join()
 
     # in the thread
 
