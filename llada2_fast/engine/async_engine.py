@@ -12,8 +12,69 @@ import warnings
 from ..config import MAX_SAMPLES, RequestOptions, as_flag, as_int
 from .engine import Engine
 from .intake import sample
-from .request import DEFAULTS, check_params
+from .request import DEFAULTS, Request, RequestOutput, check_params
 from .worker import Kind, Reader, Worker
+
+
+class Reading:
+    """A request of an AsyncEngine's and who reads it, for `async for`: its events as they come, the last one "finish".
+
+    request: its handle.
+
+    For `with`, or closed by `close()`, which cancels what is not finished.
+    """
+
+    def __init__(self, worker, until_end):
+        self._worker, self._opened, self._over = worker, [], False
+        self._reader = Reader(asyncio.get_running_loop(), asyncio.Event(), until_end)
+
+    def begin(self, request: Request):
+        """In the engine's thread, when the request exists."""
+        self._worker.readers[request] = self._reader
+        self._opened.append(request)
+
+    @property
+    def request(self) -> Request:
+        return self._opened[0]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        """Nobody reads it any more: it is cancelled unless it is finished."""
+        self._worker.leave(self._opened)
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        if self._over:
+            raise StopAsyncIteration
+        while (event := self._next()) is None:
+            await self._wait(lambda: self.request.has_news)
+        self._over = event.kind == "finish"
+        return event
+
+    async def output(self) -> RequestOutput:
+        """What it gave, when it has ended."""
+        while self.request.output is None:
+            self._reader.news.clear()
+            await self._wait(lambda: self.request.output is not None)
+        return self.request.output
+
+    def _next(self):
+        self._reader.news.clear()
+        return self.request.next_event()
+
+    async def _wait(self, is_told):
+        ended = self._worker.ended  # looked at before the log: what has been told until then is there
+        if not is_told():
+            if ended:
+                raise RuntimeError("the engine's thread has ended before the request; its log says why")
+            await self._reader.news.wait()
 
 
 class AsyncEngine:
@@ -59,19 +120,33 @@ class AsyncEngine:
             of raising QueueFull; TimeoutError if a deadline_s is over before that.
         Leaving the iteration, or cancelling its task, cancels the request.
         """
-        as_flag("drafts", drafts)
-        opened = []
+        with await self.open(prompt_ids, params, drafts=drafts, wait=wait, **options) as reading:
+            async for event in reading:
+                yield event
+
+    async def open(self, prompt_ids, params=DEFAULTS, *, drafts=False, wait=False, until_end=False, **options):
+        """The Reading of a new request, which the engine has taken when this returns. Arguments and errors: `stream`.
+
+        until_end: its reader is woken once, at its end.
+        """
+        check_params(params)
+        for name, flag in (("drafts", drafts), ("wait", wait), ("until_end", until_end)):
+            as_flag(name, flag)
+        options, arrived = RequestOptions(**options), self.engine.clock()
+        reading = Reading(self._worker, until_end)
+
+        def open_request():
+            request = self.engine.submit(prompt_ids, params, options, arrived)
+            request.drafts, request.awaited = drafts, until_end
+            reading.begin(request)
+
         try:
-            request, news = await self._open(opened, prompt_ids, params, options, wait, drafts)
-            while True:
-                news.clear()
-                while (event := request.next_event()) is not None:
-                    yield event
-                    if event.kind == "finish":
-                        return
-                await self._wait(news, lambda: request.has_news)
-        finally:
-            self._worker.leave(opened)
+            call = self._call(open_request, Kind.ROOM if wait else Kind.REQUEST, options.priority)
+            await asyncio.wait_for(call, options.deadline_s if wait else None)
+        except BaseException:
+            reading.close()
+            raise
+        return reading
 
     async def generate(self, prompt_ids, params=DEFAULTS, *, n=None, wait=False, **options):
         """The RequestOutput of a new request; arguments as of `stream`.
@@ -92,39 +167,13 @@ class AsyncEngine:
                 task.cancel()
 
     async def _generate(self, prompt_ids, params, wait, options):
-        opened = []
-        try:
-            request, news = await self._open(opened, prompt_ids, params, options, wait, until_end=True)
-            while request.output is None:
-                news.clear()
-                await self._wait(news, lambda: request.output is not None)
-            return request.output
-        finally:
-            self._worker.leave(opened)
+        with await self.open(prompt_ids, params, wait=wait, until_end=True, **options) as reading:
+            return await reading.output()
 
-    async def _open(self, opened, prompt_ids, params, options, wait, drafts=False, until_end=False):
-        """(handle, its news) of a new request, which is in `opened` from the moment on in which it exists."""
-        check_params(params)
-        as_flag("wait", wait)
-        options, arrived = RequestOptions(**options), self.engine.clock()
-        reader = Reader(asyncio.get_running_loop(), asyncio.Event(), until_end)
-
-        def open_request():
-            request = self.engine.submit(prompt_ids, params, options, arrived)
-            request.drafts, request.awaited = drafts, until_end
-            self._worker.readers[request] = reader
-            opened.append(request)
-
-        call = self._call(open_request, Kind.ROOM if wait else Kind.REQUEST, options.priority)
-        await asyncio.wait_for(call, options.deadline_s if wait else None)
-        return opened[0], reader.news
-
-    async def _wait(self, news, is_told):
-        ended = self._worker.ended  # looked at before the log: what has been told until then is there
-        if not is_told():
-            if ended:
-                raise RuntimeError("the engine's thread has ended before the request; its log says why")
-            await news.wait()
+    @property
+    def has_room(self) -> bool:
+        """A request that comes now need not be refused with QueueFull."""
+        return self.engine.scheduler.has_room
 
     async def cancel(self, request_id) -> bool:
         """End a request; its stream gets the "finish" event. False if no such request is unfinished."""
