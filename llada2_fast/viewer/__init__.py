@@ -1,0 +1,6 @@
+"""How an answer was written, step by step: the trace document, and the page that shows it."""
+
+from .document import trace_document
+from .pages import page
+
+__all__ = ["page", "trace_document"]
