@@ -45,7 +45,12 @@ class Trace:
     def logprobs(self, first=False):
         """{position: log-probability of its token when it was written}; first: of what was committed there first."""
         events = self.first_commits() if first else self.commits()
-        return {at: math.log(max(event.confidence, 1e-45)) for at, event in events.items()}
+        return {at: logprob(event.confidence) for at, event in events.items()}
+
+
+def logprob(confidence: float) -> float:
+    """Its logarithm, of the least float32 where it is 0."""
+    return math.log(max(confidence, 1e-45))
 
 
 def until(events, end):

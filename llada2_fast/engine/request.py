@@ -1,13 +1,12 @@
 """A request from its arrival to its output, and the events in between."""
 
-import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ..config import DecodeParams, RequestOptions
 from ..decoding.sequence import Counters, Mark, Phase, Sequence
 from ..decoding.trace import Event as TraceEvent
-from ..decoding.trace import Trace
+from ..decoding.trace import Trace, logprob
 from .detokenizer import IncrementalDetokenizer
 
 WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
@@ -110,7 +109,7 @@ class RequestOutput:
 
 
 def _logs(confidences):
-    return [math.log(max(p, 1e-45)) for p in confidences]
+    return [logprob(confidence) for confidence in confidences]
 
 
 @dataclass(frozen=True)
