@@ -38,10 +38,11 @@ class Help(argparse.HelpFormatter):
         return text if own is None else f"{text} ({own})"
 
 
-def add_model_options(parser):
-    """Add the groups "model" and "decoding" to an argparse parser."""
+def add_model_options(parser, named=True):
+    """Add the groups "model" and "decoding" to an argparse parser. named: --model says which."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model", metavar="PATH_OR_ID", help="checkpoint folder or hub id; else the embedded model")
+    if named:
+        group.add_argument("--model", metavar="PATH_OR_ID", help="checkpoint folder or hub id; else the embedded model")
     group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of the hub id; else its main branch")
     group.add_argument("--dtype", help="bfloat16, float16 or float32; else the checkpoint's (embedded model: float32)")
     group.add_argument("--quantization", metavar="NAME", help="fp8 or int4 weights; else the checkpoint's")
@@ -103,7 +104,9 @@ def load_model(args):
 
 
 def encode(tokenizer, messages):
-    """A conversation -> token ids of the prompt for its next turn. ValueError if the tokenizer has no chat template."""
+    """`encode_chat`, with an error that names the option which does without."""
+    from ..weights.special_tokens import encode_chat
+
     if tokenizer.chat_template is None:
         raise ValueError("the tokenizer has no chat template: expected --raw and prompts as the model saw them")
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    return encode_chat(tokenizer, messages)

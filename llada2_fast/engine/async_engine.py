@@ -171,6 +171,11 @@ class AsyncEngine:
             return await reading.output()
 
     @property
+    def is_alive(self) -> bool:
+        """Its thread has neither been closed nor ended by a fault."""
+        return self._thread.is_alive()
+
+    @property
     def has_room(self) -> bool:
         """A request that comes now need not be refused with QueueFull."""
         return self.engine.scheduler.has_room

@@ -143,6 +143,17 @@ def load_tokenizer(path: str | os.PathLike, *, padding_side: str | None = None, 
         return PreTrainedTokenizerFast.from_pretrained(folder, **asked)
 
 
+def encode_chat(tokenizer, messages: list[dict]) -> list[int]:
+    """The prompt for a conversation's next turn.
+
+    messages: dicts with "role" and "content".
+    Raises ValueError if the tokenizer has no chat template, jinja2.TemplateError where that refuses the messages.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError("the tokenizer has no chat template: expected prompts as the model saw them, without roles")
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+
 class _Naming:
     """Errors of tokenizer libraries, which raise a bare Exception or whatever comes, as a ValueError naming files."""
 
