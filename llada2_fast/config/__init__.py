@@ -1,5 +1,5 @@
 """Frozen, checked settings: `ModelConfig` (what the network is), `DecodeParams` (how one call decodes), `EngineConfig`,
-`RequestOptions`.
+`RequestOptions`, `ServerConfig`.
 
 Every default of the project lives here. A value that cannot be used is a `ValueError` of the form
 ``name=value: what is allowed``, raised before any weight is read or any forward is run.
@@ -22,9 +22,10 @@ from .engine import EngineConfig
 from .hf import MODEL_TYPES
 from .model import QUANTIZATIONS, ModelConfig
 from .request import MAX_SAMPLES, MAX_TOP_LOGPROBS, RequestOptions
+from .server import ServerConfig
 
 __all__ = [
     "DTYPES", "MAX_SAMPLES", "MAX_TOP_LOGPROBS", "MODEL_TYPES", "PRESETS", "PROFILES", "QUANTIZATIONS",
-    "SAMPLING_METHODS", "DecodeParams", "EngineConfig", "ModelConfig", "RequestOptions", "as_flag", "as_float",
-    "as_float32", "as_ids", "as_int", "as_temperature", "choice", "find_device", "parse_json",
+    "SAMPLING_METHODS", "DecodeParams", "EngineConfig", "ModelConfig", "RequestOptions", "ServerConfig", "as_flag",
+    "as_float", "as_float32", "as_ids", "as_int", "as_temperature", "choice", "find_device", "parse_json",
 ]  # fmt: skip
