@@ -1,0 +1,118 @@
+"""A request's body -> what the engine is asked for."""
+
+from dataclasses import dataclass, replace
+
+from ..config import PRESETS, DecodeParams, RequestOptions
+from ..engine.intake import sample
+from .errors import ApiError, refused
+from .schema import ChatRequest, CompletionRequest, Generation
+
+# Fields of a request that are DecodeParams' by the same name.
+DECODING = (
+    "block_length", "steps", "temperature", "top_p", "sampling_method", "threshold", "editing_threshold",
+    "max_post_steps", "minimal_topk", "num_to_transfer", "attend_tail", "profile", "seed",
+)  # fmt: skip
+COMPLETION_TOKENS = 16  # of /v1/completions where nothing is asked for, as everywhere
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a body asks for, but for its prompts.
+
+    params: of the decoding; gen_length is a default where max_tokens is None.
+    options: of the engine's requests.
+    max_tokens: as asked for.
+    n: answers to each prompt.
+    """
+
+    params: DecodeParams
+    options: RequestOptions
+    max_tokens: int | None
+    n: int
+
+    @classmethod
+    def of(cls, body: Generation, config, defaults: dict) -> "Job":
+        """config: ServerConfig; defaults: DecodeParams' fields for requests that do not say. ApiError naming the field
+        that cannot be honoured."""
+        _check(body, config)
+        given = {name: getattr(body, name) for name in DECODING if getattr(body, name) is not None}
+        if body.top_k is not None:
+            given["top_k"] = max(0, body.top_k)
+        if body.ignore_eos:
+            given["eos_ids"] = ()
+        preset = PRESETS[body.mode] if body.mode else {}
+        chat = isinstance(body, ChatRequest)
+        max_tokens = body.max_tokens
+        if chat and body.max_completion_tokens is not None:
+            if max_tokens not in (None, body.max_completion_tokens):
+                raise ApiError(400, "max_tokens: expected the same as max_completion_tokens, or neither", "max_tokens")
+            max_tokens = body.max_completion_tokens
+        usual = config.default_max_tokens if chat else COMPLETION_TOKENS
+        longest = config.request_timeout_s
+        deadline_s = longest if body.deadline_s is None else min(body.deadline_s, longest)
+        try:
+            params = DecodeParams(**{**defaults, **preset, **given, "gen_length": max_tokens or usual})
+            options = RequestOptions(
+                stop=body.stop, stop_token_ids=body.stop_token_ids, include_stop=bool(body.include_stop_str_in_output),
+                skip_special_tokens=body.skip_special_tokens is not False, min_tokens=body.min_tokens,
+                deadline_s=deadline_s, cache_salt=body.cache_salt, trace=bool(body.trace),
+                top_logprobs=_top_logprobs(body),
+            )  # fmt: skip
+        except ValueError as error:
+            raise refused(error) from error
+        return cls(params, options, max_tokens, body.n or 1)
+
+    def fit(self, prompts: list[list[int]], max_model_len: int, field: str) -> list[tuple[list[int], DecodeParams]]:
+        """(prompt, params) of each answer: n for each prompt. ApiError for a prompt that is empty or too long.
+
+        field: of the body, where the prompts are.
+        """
+        each = []
+        for prompt in prompts:
+            if not prompt:
+                raise ApiError(400, f"{field}: expected at least one token", field, "invalid_value")
+            room, asked = max_model_len - len(prompt), self.max_tokens or 1
+            if asked > room:
+                raise ApiError(
+                    400,
+                    f"This model's maximum context length is {max_model_len} tokens. However, you requested "
+                    f"{len(prompt) + asked} tokens ({len(prompt)} in the {field}, {asked} in the completion).",
+                    field, "context_length_exceeded",
+                )  # fmt: skip
+            params = replace(self.params, gen_length=min(self.params.gen_length, room))
+            each += [(prompt, sample(params, len(each) + i)) for i in range(self.n)]
+        return each
+
+
+def _check(body, config):
+    for wanted, name, why in (
+        (body.stream_options is not None and not body.stream, "stream_options", "is for streams"),
+        (body.draft and not body.stream, "draft", "is for streams"),
+        (body.n is not None and body.n > config.max_samples, "n", f"expected at most {config.max_samples}"),
+    ):
+        if wanted:
+            raise ApiError(400, f"{name}: {why}", name, "invalid_value")
+    if isinstance(body, ChatRequest):
+        if len(body.messages) > config.max_messages:
+            raise ApiError(400, f"messages: expected at most {config.max_messages}", "messages", "invalid_value")
+        if body.top_logprobs is not None and not body.logprobs:
+            raise ApiError(400, "top_logprobs: expected logprobs to be true, too", "top_logprobs", "invalid_value")
+
+
+def _top_logprobs(body):
+    """How many likeliest tokens are told beside each one; those of a trace are for whoever looks at it."""
+    asked = (body.logprobs if isinstance(body, CompletionRequest) else body.top_logprobs) or 0
+    return max(asked, ALTERNATIVES) if body.trace else asked
+
+
+ALTERNATIVES = 5
+
+
+def prompts_of(body: CompletionRequest, config) -> list[str] | list[list[int]]:
+    """The prompts of a completion: all texts, or all ids. ApiError if there are none, or too many."""
+    given = body.prompt
+    if isinstance(given, str) or (given and isinstance(given[0], int)):
+        given = [given]
+    if not 0 < len(given) <= config.max_prompts:
+        raise ApiError(400, f"prompt: expected 1..{config.max_prompts} prompts", "prompt", "invalid_value")
+    return given

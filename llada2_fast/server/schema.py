@@ -1,0 +1,141 @@
+"""What a client may send: OpenAI's fields, vLLM's names for what both have, and the model's own decoding."""
+
+from dataclasses import fields
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic_core import PydanticCustomError
+
+from ..config import MAX_SAMPLES, MAX_TOP_LOGPROBS, PRESETS, DecodeParams, RequestOptions
+
+INT32, INT64 = 2**31 - 1, 2**63 - 1
+Count = Annotated[int, Field(ge=1, le=INT32)]
+TokenId = Annotated[int, Field(ge=0, le=INT32)]
+
+
+def _characters(text: str) -> str:
+    if not text.isascii() and any("\ud800" <= one <= "\udfff" for one in text):
+        raise PydanticCustomError("surrogate", "text with half a surrogate pair is no text")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_characters)]
+
+# Fields of OpenAI's that this server has not, and values that ask for nothing; null always does.
+NOTHING_ASKED = {
+    "audio": (), "best_of": (1,), "chat_template": (), "echo": (False,), "frequency_penalty": (0,),
+    "function_call": ("none", "auto"), "functions": ([],), "guided_json": (), "guided_regex": (), "logit_bias": ({},),
+    "metadata": ({},), "modalities": (["text"],), "parallel_tool_calls": (True, False), "prediction": (),
+    "presence_penalty": (0,), "priority": (0,), "reasoning_effort": (), "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},), "service_tier": ("auto", "default"), "store": (False,), "suffix": ("",),
+    "tool_choice": ("none", "auto"), "tools": ([],), "verbosity": (), "web_search_options": (),
+}  # fmt: skip
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True, allow_inf_nan=False)
+
+
+def _described(owner, *names):
+    """Fields of a dataclass of ours as fields of a request, none of them set; its checks are those of the dataclass."""
+    return {
+        one.name: (one.type | None, Field(None, description=one.metadata["help"]))
+        for one in fields(owner)
+        if one.name in names
+    }
+
+
+Decoding = create_model(
+    "Decoding", __base__=Strict,
+    **_described(
+        DecodeParams, "block_length", "steps", "temperature", "top_p", "sampling_method", "threshold",
+        "editing_threshold", "max_post_steps", "minimal_topk", "num_to_transfer", "attend_tail", "profile",
+    ),
+)  # fmt: skip
+Options = create_model(
+    "Options", __base__=Strict,
+    **_described(RequestOptions, "min_tokens", "skip_special_tokens", "cache_salt", "deadline_s"),
+)  # fmt: skip
+
+
+class StreamOptions(Strict):
+    include_usage: bool | None = None
+
+
+class Generation(Decoding, Options):
+    """What both kinds of completions take."""
+
+    model: str | None = Field(None, description="one of the names of /v1/models")
+    max_tokens: Count | None = Field(None, description="most tokens to generate")
+    top_k: int | None = Field(None, ge=-1, le=INT32, description="draw among the k likeliest tokens; off = -1 or 0")
+    seed: int | None = Field(None, ge=-INT64 - 1, le=INT64, description="of the draws; drawn itself unless given")
+    n: int | None = Field(None, ge=1, le=MAX_SAMPLES, description="answers to each prompt; 1 unless given")
+    stop: Text | list[Text] | None = Field(None, description="strings that end the text, not part of it")
+    stop_token_ids: list[TokenId] | None = Field(None, description="ids that end the tokens, part of them")
+    include_stop_str_in_output: bool | None = Field(None, description="a stop string is part of the text it ends")
+    ignore_eos: bool | None = Field(None, description="no token is an end")
+    mode: Literal[tuple(PRESETS)] | None = Field(None, description="a preset of the fields that are not given")
+    policy: Literal["threshold"] | None = Field(None, description="by which rule tokens are committed")
+    stream: bool | None = Field(None, description="send blocks as they are committed, as server-sent events")
+    stream_options: StreamOptions | None = None
+    draft: bool | None = Field(None, description="of a stream: also the open block as it stands")
+    trace: bool | None = Field(None, description="tell every commit and edit at the end")
+    request_id: str | None = Field(
+        None, pattern=r"^[\w.:-]{1,64}$", description="a name to cancel it by; made up unless given"
+    )
+    user: str | None = Field(None, description="taken, and of no effect")
+    safety_identifier: str | None = Field(None, description="taken, and of no effect")
+    prompt_cache_key: str | None = Field(None, description="taken, and of no effect: prefixes are shared by content")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_asks_for_nothing(cls, data: Any):
+        if not isinstance(data, dict):
+            return data
+        kept = dict(data)
+        for name in NOTHING_ASKED.keys() & data.keys() - cls.model_fields.keys():
+            value = kept.pop(name)
+            if not (value is None or any(value == one for one in NOTHING_ASKED[name])):
+                raise PydanticCustomError("unsupported", "{name} is not supported by this server", {"name": name})
+        return kept
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: Text
+
+
+class Message(Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | list[TextPart]
+
+    def as_template_takes_it(self) -> dict:
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class ChatRequest(Generation):
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: Count | None = Field(None, description="most tokens to generate, as max_tokens")
+    logprobs: bool | None = Field(None, description="tell each token's log-probability when it was written")
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="likeliest tokens told beside each")
+
+
+class CompletionRequest(Generation):
+    prompt: Text | list[Text] | list[TokenId] | list[list[TokenId]] = Field(description="text or ids, one or several")
+    logprobs: int | None = Field(
+        None, ge=0, le=MAX_TOP_LOGPROBS, description="tell each token's log-probability, and so many likeliest tokens"
+    )
+
+
+class TokenizeRequest(Strict):
+    """Either a prompt, or messages."""
+
+    model: str | None = None
+    prompt: Text | None = None
+    messages: list[Message] | None = Field(None, min_length=1)
+
+
+class DetokenizeRequest(Strict):
+    model: str | None = None
+    tokens: list[TokenId]
