@@ -1,0 +1,213 @@
+"""The completions themselves: a checked body in, OpenAI's answer or stream out."""
+
+import asyncio
+import logging
+import uuid
+
+from starlette.responses import JSONResponse
+
+from ..engine import QueueFull
+from ..viewer import trace_document
+from .errors import ApiError, failed, refused, shutting_down, too_busy
+from .formats import ChatFormat, CompletionFormat, usage
+from .jobs import Job, prompts_of
+from .schema import ChatRequest
+from .stream import DONE, EventStream, event, unless_gone
+
+_logger = logging.getLogger(__name__)
+
+
+class Completions:
+    """What /v1/chat/completions and /v1/completions do.
+
+    serving: AsyncEngine.
+    texts: Texts.
+    config: ServerConfig.
+    names: the model's.
+    max_model_len: in tokens.
+    defaults: DecodeParams' fields for requests that do not say.
+    metrics: Metrics.
+    """
+
+    def __init__(self, serving, texts, config, names, max_model_len, defaults, metrics):
+        self.serving, self.texts, self.config, self.names = serving, texts, config, names
+        self.max_model_len, self.defaults, self.metrics = max_model_len, defaults, metrics
+        self.running: dict[str, list] = {}  # readings, by the request's id
+        self.draining = False
+
+    async def answer(self, body, http):
+        """The response to a ChatRequest or a CompletionRequest. http: starlette's Request."""
+        self.check_model(body.model)
+        job = Job.of(body, self.config, self.defaults)
+        kind = ChatFormat if isinstance(body, ChatRequest) else CompletionFormat
+        request_id = body.request_id or f"{kind.prefix}-{uuid.uuid4().hex}"
+        if request_id in self.running:
+            raise ApiError(400, "request_id: expected one that no running request has", "request_id", "invalid_value")
+        if not self.serving.has_room:
+            raise too_busy("too many requests are waiting")
+        form = kind(request_id, self.check_model(body.model), body, self.texts, self._trace)
+        answer = _Answer(self, body, form, http.state.told)
+        if body.stream:
+            await answer.begin(job)
+            return EventStream(
+                answer.events(), answer.end, self.config.client_timeout_s, {"X-Request-Id": request_id}
+            )  # fmt: skip
+        return await unless_gone(http.receive, answer.whole(job)) or JSONResponse({}, 499)
+
+    async def cancel(self, request_id: str) -> bool:
+        """End a running request of this id as it stands. Whether there is one."""
+        readings = self.running.get(request_id, ())
+        ended = [await self.serving.cancel(reading.request.request_id) for reading in readings]
+        return any(ended)
+
+    async def prompts(self, body) -> list[list[int]]:
+        """Token ids of a body's prompts."""
+        if isinstance(body, ChatRequest):
+            return [await self.texts.encode_chat([message.as_template_takes_it() for message in body.messages])]
+        given = prompts_of(body, self.config)
+        return await self.texts.encode(given) if isinstance(given[0], str) else given
+
+    def check_model(self, name):
+        """The model's name. ApiError if it is another model's."""
+        if name is not None and name not in self.names:
+            raise ApiError(404, "model: expected one that /v1/models names", "model", "model_not_found")
+        return name or self.names[0]
+
+    def _trace(self, body, request):
+        """The trace document of a finished request."""
+        said = body.messages[-1].as_template_takes_it()["content"] if isinstance(body, ChatRequest) else None
+        engine = self.serving.engine
+        return trace_document(
+            request.output, self.texts.tokenizer, model=self.names[0], prompt=said, params=request.params,
+            block_length=engine.intake.block_length, mask_id=engine.intake.mask_id,
+        )  # fmt: skip
+
+
+class _Answer:
+    """One request of a client's: as many of the engine's as it has choices."""
+
+    def __init__(self, service, body, form, told):
+        self.service, self.body, self.form, self.told = service, body, form, told
+        self.readings, self.num_prompt_tokens = [], 0
+        told["id"] = form.request_id
+
+    @property
+    def requests(self):
+        return [reading.request for reading in self.readings]
+
+    async def begin(self, job):
+        """The engine has taken all of it when this returns; ApiError, and it has none of it, where it cannot."""
+        service = self.service
+        prompts = await service.prompts(self.body)
+        self.num_prompt_tokens = sum(map(len, prompts))
+        each = job.fit(prompts, service.max_model_len, "messages" if isinstance(self.body, ChatRequest) else "prompt")
+        self.readings = [None] * len(each)
+
+        async def open_one(index, prompt, params):
+            name = self.form.request_id + (f"-{index}" if len(each) > 1 else "")
+            self.readings[index] = await service.serving.open(
+                prompt, params, drafts=bool(self.body.draft), until_end=not self.body.stream,
+                **vars(job.options) | {"request_id": name},
+            )  # fmt: skip
+
+        service.running[self.form.request_id] = self.readings
+        try:
+            await asyncio.gather(*(open_one(index, *one) for index, one in enumerate(each)))
+        except BaseException as error:
+            self.end()
+            if isinstance(error, QueueFull):
+                raise too_busy("too many requests are waiting") from error
+            if isinstance(error, ValueError):
+                raise refused(error) from error
+            raise
+
+    async def whole(self, job):
+        """The plain response."""
+        await self.begin(job)
+        try:
+            outputs = await asyncio.gather(*(reading.output() for reading in self.readings))
+            for problem in filter(None, map(self._problem, outputs)):
+                raise problem
+            answer = self.form.answer(self.requests, self.num_prompt_tokens)
+            return JSONResponse(answer, headers={"X-Request-Id": self.form.request_id})
+        finally:
+            self.end()
+
+    async def events(self):
+        """The stream, as bytes."""
+        extra = {"usage": None} if self._tells_usage else {}
+        for index in range(len(self.readings)):
+            choice = self.form.first(index)
+            if choice:
+                yield event(self.form.chunk([choice], **extra))
+        try:
+            async for index, happened in self._merged():
+                problem = happened.output and self._problem(happened.output)
+                if problem:
+                    yield event(problem.body())
+                    break
+                choice = self._choice(index, happened)
+                if choice:
+                    yield event(self.form.chunk([choice], **extra))
+            else:
+                if self._tells_usage:
+                    yield event(self.form.chunk([], usage=usage(self.requests, self.num_prompt_tokens)))
+        except RuntimeError:  # of the engine's thread, which has ended
+            _logger.exception("request %s is lost", self.form.request_id)
+            yield event(failed(self.form.request_id).body())
+        yield DONE
+
+    @property
+    def _tells_usage(self):
+        return bool(self.body.stream_options and self.body.stream_options.include_usage)
+
+    async def _merged(self):
+        """(index of the choice, event) as they come."""
+        waiting = {asyncio.ensure_future(anext(reading)): i for i, reading in enumerate(self.readings)}
+        try:
+            while waiting:
+                done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    index = waiting.pop(task)
+                    happened = task.result()
+                    if happened.kind != "finish":
+                        waiting[asyncio.ensure_future(anext(self.readings[index]))] = index
+                    yield index, happened
+        finally:
+            for task in waiting:
+                task.cancel()
+
+    def _choice(self, index, happened):
+        if happened.kind == "draft":
+            return self.form.draft(index, happened)
+        if happened.kind == "commit":
+            return self.form.commit(index, happened)
+        return self.form.last(index, self.readings[index].request, happened)
+
+    def _problem(self, output):
+        """What is told instead of an output that is none."""
+        if output.finish_reason == "error":
+            return failed(self.form.request_id)
+        if output.finish_reason == "cancelled" and self.service.draining:
+            return shutting_down()
+        return None
+
+    def end(self):
+        """Nobody waits for it any more: the engine ends what is unfinished."""
+        if self.service.running.get(self.form.request_id) is not self.readings:
+            return
+        del self.service.running[self.form.request_id]
+        opened = [reading for reading in self.readings if reading is not None]
+        for reading in opened:
+            reading.close()
+        ended = [reading.request for reading in opened if reading.request.output is not None]
+        for request in ended:
+            self.service.metrics.observe(request)
+        self.told["prompt_tokens"] = self.num_prompt_tokens
+        self.told["completion_tokens"] = sum(len(request.output.token_ids) for request in ended)
+        self.told["finish_reasons"] = [request.output.finish_reason for request in ended]
+        if len(ended) < len(opened):
+            self.told["cut_off"] = len(opened) - len(ended)
+        if self.service.config.log_prompts:
+            self.told["prompts"] = [request.prompt for request in ended]
+            self.told["answers"] = [request.output.text for request in ended]

@@ -1,0 +1,62 @@
+"""Server-sent events to a client that may be slow, or gone."""
+
+import asyncio
+import json
+
+from starlette.responses import Response
+
+DONE = b"data: [DONE]\n\n"
+
+
+def event(data: dict) -> bytes:
+    return b"data: %s\n\n" % json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+async def disconnected(receive):
+    """Returns when the client has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def unless_gone(receive, work):
+    """What the coroutine `work` gives; None if the client goes first, and work is cancelled then."""
+    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(disconnected(receive))
+    try:
+        await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        for task in (working, gone):
+            task.cancel()
+        await asyncio.gather(working, gone, return_exceptions=True)
+
+
+class EventStream(Response):
+    """events: an async generator of bytes, closed when the client goes, or leaves for client_timeout_s unread what was
+    sent; end: called then, and behind the last event."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events, end, client_timeout_s: float, headers=None):
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"} | (headers or {}))
+        del self.headers["content-length"]
+        self._events, self._end, self._timeout_s = events, end, client_timeout_s
+
+    async def __call__(self, scope, receive, send):
+        try:
+            await unless_gone(receive, self._send_all(scope, send))
+        finally:
+            self._end()
+
+    async def _send_all(self, scope, send):
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            async for data in self._events:
+                await self._send(send, data, more=True)
+            await self._send(send, b"", more=False)
+        except asyncio.TimeoutError:
+            scope["state"]["abort"]()  # what it has not read would keep the connection open
+        finally:
+            await self._events.aclose()
+
+    async def _send(self, send, data, more):
+        await asyncio.wait_for(send({"type": "http.response.body", "body": data, "more_body": more}), self._timeout_s)
