@@ -11,17 +11,21 @@ VERSION = re.search(r'^__version__ = "([^"]+)"$', (ROOT / "llada2_fast/__init__.
 DIFFUSERS = ["diffusers>=0.38"]
 EVAL = ["lm-eval>=0.4.13"]
 PLOT = ["matplotlib>=3.8"]
+SERVE = ["fastapi>=0.115", "uvicorn>=0.34", "prometheus-client>=0.21"]  # pydantic arrives with fastapi
 TEST = [
     *PLOT,
+    *SERVE,
     # the oracle of the drop-in tests: its exact behaviour is what they compare with
     "diffusers==0.42.1; python_version >= '3.11'",
     "diffusers==0.41.0; python_version < '3.11'",  # the last for Python 3.10
     "hypothesis>=6.100",
+    "openai>=2",
     "pytest>=8",
     "pytest-benchmark>=5",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
     "ruff>=0.15",
+    "schemathesis>=4",
     "setuptools>=70.1",  # test_packaging builds a wheel offline; 70.1 is the first that needs no `wheel` package
 ]
 # Root folders that ship inside the package: a top-level `kernels` would collide with Hugging Face's, `benchmarks` with
@@ -51,7 +55,7 @@ setup(
     # safetensors, tokenizers, huggingface_hub and tqdm arrive with transformers. The CPU build of torch does not
     # depend on triton, so it is listed; triton has wheels for Linux only, elsewhere the PyTorch path runs alone.
     install_requires=["torch>=2.11", "triton>=3.6; sys_platform == 'linux'", "transformers>=5.17", "numpy"],
-    extras_require={"diffusers": DIFFUSERS, "eval": EVAL, "plot": PLOT, "test": TEST},
+    extras_require={"diffusers": DIFFUSERS, "eval": EVAL, "plot": PLOT, "serve": SERVE, "test": TEST},
     entry_points={
         "console_scripts": ["llada2-fast = llada2_fast.cli:main"],
         "sglang.srt.plugins": ["llada2_fast = llada2_fast.adapters.sglang:register"],

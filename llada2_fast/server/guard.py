@@ -1,0 +1,126 @@
+"""What every request passes before any route sees it: keys, limits, one line in the log."""
+
+import asyncio
+import base64
+import hmac
+import re
+import time
+
+import numpy
+
+from .errors import ApiError, shutting_down
+from .log import log
+
+OPEN = ("/health",)  # asks for no key
+PAGES = ("/", "/playground")  # what a person opens: a browser then asks for the key
+_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"?', re.S)
+
+
+class Guard:
+    """ASGI middleware around an app.
+
+    config: ServerConfig.
+    metrics: Metrics.
+    is_draining: () -> bool.
+    """
+
+    def __init__(self, app, config, metrics, is_draining):
+        self.app, self.config, self.metrics, self.is_draining = app, config, metrics, is_draining
+        self._keys = [key.encode() for key in config.api_key]
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        scope.setdefault("state", {})["told"] = told = {}
+        began, status = time.perf_counter(), [499]
+
+        async def noting(message):
+            if message["type"] == "http.response.start":
+                status[0] = message["status"]
+            await send(message)
+
+        try:
+            receive = await self._admit(scope, receive)
+            await self.app(scope, receive, noting)
+        except ApiError as error:
+            await error.response()(scope, receive, noting)
+        except Exception:
+            status[0] = 500
+            raise
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            self.metrics.responses.labels(route, str(status[0])).inc()
+            if told or route not in ("/health", "/ready", "/metrics"):
+                took = round(1e3 * (time.perf_counter() - began), 1)
+                log("request", method=scope["method"], route=route, status=status[0], ms=took, **told)
+
+    async def _admit(self, scope, receive):
+        """`receive` for the app, of a request that may pass. ApiError for one that may not."""
+        headers = dict(scope["headers"])
+        if scope["path"] not in OPEN and self._keys and not self._knows(headers.get(b"authorization", b"")):
+            asked = "Basic" if scope["path"] in PAGES else "Bearer"
+            raise ApiError(
+                401, "expected an API key: Authorization: Bearer KEY", code="invalid_api_key",
+                headers={"WWW-Authenticate": f'{asked} realm="llada2-fast"'},
+            )  # fmt: skip
+        if scope["method"] not in ("POST", "PUT", "PATCH"):
+            return receive
+        if self.is_draining():
+            raise shutting_down()
+        body = await self._body(headers, receive)
+        # Other types need no leave of the server's to be sent by other sites' pages.
+        if body and headers.get(b"content-type", b"").partition(b";")[0].strip().lower() != b"application/json":
+            raise ApiError(415, "Content-Type: expected application/json", code="unsupported_media_type")
+        if depth(body) > self.config.max_depth:
+            raise ApiError(400, f"the body: expected nesting of at most {self.config.max_depth}", code="too_deep")
+        parts = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def again():
+            return next(parts, None) or await receive()
+
+        return again
+
+    def _knows(self, header):
+        """Is one of the keys in an Authorization header? All are compared, each in constant time."""
+        scheme, _, given = header.partition(b" ")
+        if scheme.lower() == b"basic":  # what browsers send
+            try:
+                given = base64.b64decode(given, validate=True).partition(b":")[2]
+            except ValueError:
+                return False
+        elif scheme.lower() != b"bearer":
+            return False
+        return any([hmac.compare_digest(given.strip(), key) for key in self._keys])
+
+    async def _body(self, headers, receive):
+        most = self.config.max_body_bytes
+        too_large = ApiError(413, f"the body: expected at most {most} bytes", code="request_too_large")
+        announced = headers.get(b"content-length", b"0")
+        if not announced.isdigit() or int(announced) > most:
+            raise too_large
+
+        async def read():
+            parts, size, more = [], 0, True
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ApiError(499, "the client has gone")
+                parts.append(message.get("body", b""))
+                more, size = message.get("more_body", False), size + len(parts[-1])
+                if size > most:
+                    raise too_large
+            return b"".join(parts)
+
+        try:
+            return await asyncio.wait_for(read(), self.config.body_timeout_s)
+        except asyncio.TimeoutError:
+            raise ApiError(408, "the body did not come in time", code="timeout") from None
+
+
+def depth(body: bytes) -> int:
+    """How deeply the brackets of a JSON text are nested, before anything parses it."""
+    signs = numpy.frombuffer(_STRINGS.sub(b"", body), numpy.uint8)
+    opening = (signs == ord("[")) | (signs == ord("{"))
+    closing = (signs == ord("]")) | (signs == ord("}"))
+    levels = numpy.cumsum(opening.astype(numpy.int32) - closing)
+    return int(levels.max(initial=0))

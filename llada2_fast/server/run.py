@@ -1,0 +1,90 @@
+"""A Server on a port, from its start to the end of its last stream."""
+
+import asyncio
+import logging
+import signal
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from .app import Server
+from .log import log
+
+MAX_HEADER_BYTES = 16384
+
+
+class _Connection(H11Protocol):
+    """One client's. It is cut off where it does not come up with a request's headers in time; scope["state"]["abort"]
+    cuts it off whatever it has not read. h11, for httptools takes headers of any size."""
+
+    max_connections = header_timeout_s = None  # set by _connections
+    _late = None
+
+    def connection_made(self, transport):
+        super().connection_made(transport)
+        self.app_state = {**self.app_state, "abort": transport.abort}
+        if len(self.connections) > self.max_connections:
+            transport.abort()
+        else:
+            self._late = self.loop.call_later(self.header_timeout_s, transport.abort)
+
+    def data_received(self, data):
+        super().data_received(data)
+        answered = self.cycle is None or self.cycle.response_complete
+        if not answered:
+            self._set_late(None)
+        elif self._late is None:
+            self._set_late(self.loop.call_later(self.header_timeout_s, self.transport.abort))
+
+    def connection_lost(self, exc):
+        self._set_late(None)
+        super().connection_lost(exc)
+
+    def _set_late(self, timer):
+        if self._late is not None:
+            self._late.cancel()
+        self._late = timer
+
+
+class _Uvicorn(uvicorn.Server):
+    def __init__(self, config, server: Server):
+        super().__init__(config)
+        self._server = server
+
+    async def startup(self, sockets=None):
+        await self._server.warm_up()
+        await super().startup(sockets)
+        if self.started:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            host = f"[{host}]" if ":" in host else host
+            log("serving", url=f"http://{host}:{port}", playground=f"http://{host}:{port}/playground")
+
+    async def shutdown(self, sockets=None):
+        """Streams end by themselves, or are ended when their time is over."""
+        running = len(self._server.completions.running)
+        log("draining", running=running, seconds=self._server.config.drain_s)
+        draining = asyncio.create_task(self._server.drain(self._server.config.drain_s))
+        await super().shutdown(sockets)
+        draining.cancel()
+        log("ended")
+
+
+def serve(server: Server) -> None:
+    """Serve until SIGTERM or SIGINT, and then until running requests have ended; a second SIGINT waits for nobody.
+
+    Raises OSError where it cannot listen.
+    """
+    config = server.config
+    connection = type(
+        "Connection", (_Connection,),
+        {"max_connections": config.max_connections, "header_timeout_s": config.body_timeout_s},
+    )  # fmt: skip
+    uvicorn_config = uvicorn.Config(
+        server.app, host=config.host, port=config.port, http=connection, ws="none", lifespan="on", log_config=None,
+        access_log=False, server_header=False, h11_max_incomplete_event_size=MAX_HEADER_BYTES, backlog=1024,
+        timeout_graceful_shutdown=int(config.drain_s) + 5,
+    )  # fmt: skip
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    for one in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises again, when all is over, what it was ended by
+        signal.signal(one, lambda *_: None)
+    _Uvicorn(uvicorn_config, server).run()
