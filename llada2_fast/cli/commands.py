@@ -1,4 +1,5 @@
-"""llada2-fast generate | chat | bench | doctor. Text goes to stdout; progress, statistics and errors go to stderr.
+"""llada2-fast generate | chat | serve | bench | doctor. Text goes to stdout; progress, statistics and errors
+go to stderr.
 
 Exit codes: 0 done; 1 failed while running; 2 a mistake in what was asked for, told in one line; 130 interrupted.
 torch and the model are imported when a command runs, so that mistakes in the arguments and --help answer at once.
@@ -18,6 +19,8 @@ from .. import __version__
 from .doctor import doctor
 from .machine import prepare
 from .options import Help, add_model_options, decoding, encode, fit, load_model
+from .serve import add_options as add_server_options
+from .serve import serve
 
 # The benchmarks by the names of `llada2-fast bench`: module of llada2_fast.benchmarks, what it measures.
 BENCHMARKS = {
@@ -52,7 +55,8 @@ def main(argv=None) -> int:
 
 def _run(argv):
     try:
-        args = _parser().parse_args(argv)
+        argv = sys.argv[1:] if argv is None else argv
+        args = _parser(argv).parse_args(argv)
         return args.run(args)
     except SystemExit as done:  # --help, --version, and what a benchmark says when it stops
         return _error(done.code, 1) if isinstance(done.code, str) else done.code or 0
@@ -109,15 +113,17 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(message if len(message) <= 200 else f"{message[:200]}...")  # it may quote a whole prompt
 
 
-def _parser():
+def _parser(argv):
+    """argv: only the options of the command in question are looked up where that imports torch."""
     parser = _Parser(prog="llada2-fast", description="Text from LLaDA2 diffusion language models.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"llada2-fast {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def command(run, name, text):
+    def command(run, name, text, prints_json=True):
         added = commands.add_parser(name, help=text, description=text, formatter_class=Help, allow_abbrev=False)
         added.set_defaults(run=run)
-        added.add_argument("--json", action="store_true", help="print JSON instead of text")
+        if prints_json:
+            added.add_argument("--json", action="store_true", help="print JSON instead of text")
         return added
 
     generate = command(_generate, "generate", "Answer prompts, all in one batch.")
@@ -127,6 +133,12 @@ def _parser():
     command(doctor, "doctor", "Say what is installed, what each op will run on, and whether the embedded model works.")
     for added in (generate, chat):
         add_model_options(added)
+    served = command(serve, "serve", "Serve a model over HTTP, as OpenAI's API, with a playground.", prints_json=False)
+    served.add_argument(
+        "model", nargs="?", metavar="MODEL", help="checkpoint folder or hub id; else the embedded model"
+    )
+    if argv[:1] == ["serve"]:
+        add_server_options(served)
     listed = "\n".join(f"  {name:<12}{what}" for name, (_, what) in BENCHMARKS.items())
     bench = commands.add_parser(
         "bench", help="Measure speed and quality.", description=f"benchmarks:\n{listed}",
