@@ -36,7 +36,9 @@ REFUSALS = {
         (503, "the server is shutting down, or its engine has ended"),
     )
 }  # fmt: skip
-STREAM = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+# Each event's data is a chunk of JSON; that of the last one is [DONE].
+EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+STREAM = {"content": {"text/event-stream": {"schema": EVENT}}}
 
 
 class Server:
@@ -191,7 +193,7 @@ class Server:
 
         live = page()
 
-        @app.get("/playground", response_class=HTMLResponse, responses=REFUSALS)
+        @app.get("/playground", include_in_schema=False)
         async def playground():
             """A page on which a person types a prompt and watches the blocks resolve."""
             return HTMLResponse(live, headers={"Content-Security-Policy": CSP, "X-Content-Type-Options": "nosniff"})
@@ -210,8 +212,10 @@ def _errors(app):
 
     @app.exception_handler(HTTPException)
     async def of_starlette(request, error):
-        names = {404: ("there is no such route", "not_found"), 405: ("the route has no such method", "method")}
-        message, code = names.get(error.status_code, ("the request cannot be read", "invalid_request"))
+        message, code = {
+            400: ("the body is not valid JSON", "invalid_json"), 404: ("there is no such route", "not_found"),
+            405: ("the route has no such method", "method_not_allowed"),
+        }.get(error.status_code, ("the request cannot be served", "invalid_request"))  # fmt: skip
         return ApiError(error.status_code, message, code=code, headers=error.headers).response()
 
     @app.exception_handler(Exception)

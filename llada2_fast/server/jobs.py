@@ -13,6 +13,7 @@ DECODING = (
     "max_post_steps", "minimal_topk", "num_to_transfer", "attend_tail", "profile", "seed",
 )  # fmt: skip
 COMPLETION_TOKENS = 16  # of /v1/completions where nothing is asked for, as everywhere
+ALTERNATIVES = 5  # likeliest tokens that a trace tells of each one
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Job:
         max_tokens = body.max_tokens
         if chat and body.max_completion_tokens is not None:
             if max_tokens not in (None, body.max_completion_tokens):
-                raise ApiError(400, "max_tokens: expected the same as max_completion_tokens, or neither", "max_tokens")
+                raise _invalid("max_tokens", "expected the same as max_completion_tokens, or neither")
             max_tokens = body.max_completion_tokens
         usual = config.default_max_tokens if chat else COMPLETION_TOKENS
         longest = config.request_timeout_s
@@ -70,7 +71,7 @@ class Job:
         each = []
         for prompt in prompts:
             if not prompt:
-                raise ApiError(400, f"{field}: expected at least one token", field, "invalid_value")
+                raise _invalid(field, "expected at least one token")
             room, asked = max_model_len - len(prompt), self.max_tokens or 1
             if asked > room:
                 raise ApiError(
@@ -91,12 +92,16 @@ def _check(body, config):
         (body.n is not None and body.n > config.max_samples, "n", f"expected at most {config.max_samples}"),
     ):
         if wanted:
-            raise ApiError(400, f"{name}: {why}", name, "invalid_value")
+            raise _invalid(name, why)
     if isinstance(body, ChatRequest):
         if len(body.messages) > config.max_messages:
-            raise ApiError(400, f"messages: expected at most {config.max_messages}", "messages", "invalid_value")
+            raise _invalid("messages", f"expected at most {config.max_messages}")
         if body.top_logprobs is not None and not body.logprobs:
-            raise ApiError(400, "top_logprobs: expected logprobs to be true, too", "top_logprobs", "invalid_value")
+            raise _invalid("top_logprobs", "expected logprobs to be true, too")
+
+
+def _invalid(name, why):
+    return ApiError(400, f"{name}: {why}", name, "invalid_value")
 
 
 def _top_logprobs(body):
@@ -105,14 +110,11 @@ def _top_logprobs(body):
     return max(asked, ALTERNATIVES) if body.trace else asked
 
 
-ALTERNATIVES = 5
-
-
 def prompts_of(body: CompletionRequest, config) -> list[str] | list[list[int]]:
     """The prompts of a completion: all texts, or all ids. ApiError if there are none, or too many."""
     given = body.prompt
     if isinstance(given, str) or (given and isinstance(given[0], int)):
         given = [given]
     if not 0 < len(given) <= config.max_prompts:
-        raise ApiError(400, f"prompt: expected 1..{config.max_prompts} prompts", "prompt", "invalid_value")
+        raise _invalid("prompt", f"expected 1..{config.max_prompts} prompts")
     return given

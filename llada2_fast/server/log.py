@@ -28,7 +28,12 @@ class Lines(logging.Formatter):
 
 
 def to_stderr():
-    """All logging of this process goes to stderr as such lines."""
+    """All logging of this process goes to stderr as such lines, warnings too, and what transformers has to say."""
+    from transformers.utils import logging as transformers
+
+    transformers.disable_default_handler()
+    transformers.enable_propagation()
+    logging.captureWarnings(True)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Lines())
     root = logging.getLogger()
