@@ -38,10 +38,10 @@ class Help(argparse.HelpFormatter):
         return text if own is None else f"{text} ({own})"
 
 
-def add_model_options(parser, named=True):
-    """Add the groups "model" and "decoding" to an argparse parser. named: --model says which."""
+def add_model_options(parser, without=()):
+    """Add the groups "model" and "decoding" to an argparse parser. without: names of some that it says otherwise."""
     group = parser.add_argument_group("model")
-    if named:
+    if "model" not in without:
         group.add_argument("--model", metavar="PATH_OR_ID", help="checkpoint folder or hub id; else the embedded model")
     group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of the hub id; else its main branch")
     group.add_argument("--dtype", help="bfloat16, float16 or float32; else the checkpoint's (embedded model: float32)")
@@ -51,6 +51,8 @@ def add_model_options(parser, named=True):
     group.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bars")
     group = parser.add_argument_group("decoding")
     for name, keywords in DECODING.items():
+        if name in without:
+            continue
         aliases = ["--max-tokens"] if name == "gen_length" else []
         flag = "--" + name.replace("_", "-")
         group.add_argument(flag, *aliases, dest=name, default=argparse.SUPPRESS, help=name, **keywords)

@@ -22,7 +22,7 @@ def add_options(parser):
     those of the model and of decoding, which are for requests that do not say themselves."""
     from ..config import EngineConfig, ServerConfig
 
-    add_model_options(parser, named=False)
+    add_model_options(parser, without=("model", "gen_length"))
     group = parser.add_argument_group("server")
     for one in fields(ServerConfig):
         _add(group, one, one.name.replace("_", "-"))
@@ -58,14 +58,14 @@ def serve(args):
     }
     EngineConfig(**engine_options | {"graphs": False})
     try:
-        from ..server import Server, log_to_stderr
+        from ..server import Server, bind
         from ..server import serve as run
     except ModuleNotFoundError as error:
         raise ValueError(f'{error}: serve needs pip install "llada2-fast[serve]"') from error
     from ..engine import AsyncEngine, Engine
     from ..weights.special_tokens import load_tokenizer
 
-    log_to_stderr()
+    port = bind(config)
     model, folder = load_model(args)
     engine_config = EngineConfig(**{"graphs": model.device.type == "cuda", **engine_options})
     engine = Engine(model, engine_config, load_tokenizer(folder))
@@ -73,7 +73,7 @@ def serve(args):
     defaults = {name: value for name, value in vars(params(asked)).items() if name in asked or name == "eos_ids"}
     server = Server(AsyncEngine(engine), config, names, defaults)
     try:
-        run(server)
+        run(server, port)
     finally:
         server.serving.close()
     return 0

@@ -95,13 +95,13 @@ class Server:
             title="llada2-fast", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
             redirect_slashes=False,
         )  # fmt: skip
-        if self.config.allowed_origins:
-            app.add_middleware(
-                CORSMiddleware, allow_origins=self.config.allowed_origins, allow_methods=["*"], allow_headers=["*"]
-            )
         app.add_middleware(
             Guard, config=self.config, metrics=self.metrics, is_draining=lambda: self.completions.draining
         )
+        if self.config.allowed_origins:  # outermost: a browser asks for leave without a key
+            app.add_middleware(
+                CORSMiddleware, allow_origins=self.config.allowed_origins, allow_methods=["*"], allow_headers=["*"]
+            )
         _errors(app)
         self._completions(app)
         self._models(app)

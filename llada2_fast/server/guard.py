@@ -94,7 +94,8 @@ class Guard:
 
     async def _body(self, headers, receive):
         most = self.config.max_body_bytes
-        too_large = ApiError(413, f"the body: expected at most {most} bytes", code="request_too_large")
+        close = {"Connection": "close"}  # what else may come of the body is not read
+        too_large = ApiError(413, f"the body: expected at most {most} bytes", None, "request_too_large", close)
         announced = headers.get(b"content-length", b"0")
         if not announced.isdigit() or int(announced) > most:
             raise too_large
@@ -114,7 +115,7 @@ class Guard:
         try:
             return await asyncio.wait_for(read(), self.config.body_timeout_s)
         except asyncio.TimeoutError:
-            raise ApiError(408, "the body did not come in time", code="timeout") from None
+            raise ApiError(408, "the body did not come in time", None, "timeout", close) from None
 
 
 def depth(body: bytes) -> int:

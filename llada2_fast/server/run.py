@@ -3,12 +3,14 @@
 import asyncio
 import logging
 import signal
+import socket
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from ..config import ServerConfig
 from .app import Server
-from .log import log
+from .log import log, to_stderr
 
 MAX_HEADER_BYTES = 16384
 
@@ -69,22 +71,36 @@ class _Uvicorn(uvicorn.Server):
         log("ended")
 
 
-def serve(server: Server) -> None:
-    """Serve until SIGTERM or SIGINT, and then until running requests have ended; a second SIGINT waits for nobody.
+def bind(config: ServerConfig) -> socket.socket:
+    """The port, before it takes long to find out what for. OSError where it cannot be had."""
+    bound = socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((config.host, config.port))
+    except OSError as error:
+        bound.close()
+        raise OSError(f"cannot listen at {config.host}:{config.port}: {error.strerror or error}") from error
+    return bound
 
-    Raises OSError where it cannot listen.
+
+def serve(server: Server, port: socket.socket) -> None:
+    """Serve until SIGTERM or SIGINT, and then until running requests have ended; a second SIGINT waits for nobody. All
+    logging of the process goes to stderr, as lines of JSON.
+
+    port: of `bind`.
     """
+    to_stderr()
     config = server.config
     connection = type(
         "Connection", (_Connection,),
         {"max_connections": config.max_connections, "header_timeout_s": config.body_timeout_s},
     )  # fmt: skip
     uvicorn_config = uvicorn.Config(
-        server.app, host=config.host, port=config.port, http=connection, ws="none", lifespan="on", log_config=None,
+        server.app, http=connection, ws="none", lifespan="on", log_config=None,
         access_log=False, server_header=False, h11_max_incomplete_event_size=MAX_HEADER_BYTES, backlog=1024,
         timeout_graceful_shutdown=int(config.drain_s) + 5,
     )  # fmt: skip
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     for one in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises again, when all is over, what it was ended by
         signal.signal(one, lambda *_: None)
-    _Uvicorn(uvicorn_config, server).run()
+    _Uvicorn(uvicorn_config, server).run(sockets=[port])

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import torch
 
@@ -41,6 +42,16 @@ class Process:
             if self.log[-1]["event"] == event:
                 return self.log[-1]
         assert event is None, self.log
+
+    def wait_for(self, **facts):
+        """The first line of its log with these facts, which may take a while to come here."""
+        end = time.monotonic() + 10
+        while time.monotonic() < end:
+            for line in list(self.log):
+                if facts.items() <= line.items():
+                    return line
+            time.sleep(0.01)
+        raise AssertionError(f"no line with {facts} in {self.log}")
 
     def __enter__(self):
         return self
