@@ -159,7 +159,7 @@ def test_the_log_has_no_prompts_and_tells_each_request(server):
     get(server, "/nowhere")
     line = server.wait_for(id=answer.id)
     assert line["event"] == "request" and line["status"] == 200 and line["ms"] > 0
-    assert line["completion_tokens"] == answer.usage.completion_tokens and line["finish_reasons"] == ["eos"]
+    assert line["completion_tokens"] == answer.usage.completion_tokens and line["finish_reasons"] == ["length"]
     line = server.wait_for(method="GET", route="other", status=401)
     assert line.keys() == {"time", "level", "event", "method", "route", "status", "ms"}
     assert "XYZZY" not in json.dumps(server.log) and "first" not in json.dumps(server.log)
