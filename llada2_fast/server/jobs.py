@@ -5,13 +5,8 @@ from dataclasses import dataclass, replace
 from ..config import PRESETS, DecodeParams, RequestOptions
 from ..engine.intake import sample
 from .errors import ApiError, refused
-from .schema import ChatRequest, CompletionRequest, Generation
+from .schema import DECODING, ChatRequest, CompletionRequest, Generation
 
-# Fields of a request that are DecodeParams' by the same name.
-DECODING = (
-    "block_length", "steps", "temperature", "top_p", "sampling_method", "threshold", "editing_threshold",
-    "max_post_steps", "minimal_topk", "num_to_transfer", "attend_tail", "profile", "seed",
-)  # fmt: skip
 COMPLETION_TOKENS = 16  # of /v1/completions where nothing is asked for, as everywhere
 ALTERNATIVES = 5  # likeliest tokens that a trace tells of each one
 
@@ -36,7 +31,7 @@ class Job:
         """config: ServerConfig; defaults: DecodeParams' fields for requests that do not say. ApiError naming the field
         that cannot be honoured."""
         _check(body, config)
-        given = {name: getattr(body, name) for name in DECODING if getattr(body, name) is not None}
+        given = {name: getattr(body, name) for name in (*DECODING, "seed") if getattr(body, name) is not None}
         if body.top_k is not None:
             given["top_k"] = max(0, body.top_k)
         if body.ignore_eos:

@@ -1,7 +1,7 @@
 """What a client may send: OpenAI's fields, vLLM's names for what both have, and the model's own decoding."""
 
 from dataclasses import fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, model_validator
 from pydantic_core import PydanticCustomError
@@ -21,6 +21,10 @@ def _characters(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(_characters)]
 
+DECODING = (  # DecodeParams' fields that a request may give by their own names
+    "block_length", "steps", "temperature", "top_p", "sampling_method", "threshold", "editing_threshold",
+    "max_post_steps", "minimal_topk", "num_to_transfer", "attend_tail", "profile",
+)  # fmt: skip
 # Fields of OpenAI's that this server has not, and values that ask for nothing; null always does.
 NOTHING_ASKED = {
     "audio": (), "best_of": (1,), "chat_template": (), "echo": (False,), "frequency_penalty": (0,),
@@ -32,8 +36,27 @@ NOTHING_ASKED = {
 }  # fmt: skip
 
 
+# The same of a message's: answers are sent back as they came.
+NOTHING_TOLD = {name: ([],) for name in ("annotations", "audio", "function_call", "name", "refusal", "tool_calls")}
+
+
 class Strict(BaseModel):
+    """nothing: fields that it does not have, and values of them that it takes all the same, null always."""
+
     model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True, allow_inf_nan=False)
+    nothing: ClassVar[dict[str, tuple]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_asks_for_nothing(cls, data: Any):
+        if not isinstance(data, dict):
+            return data
+        kept = dict(data)
+        for name in cls.nothing.keys() & data.keys() - cls.model_fields.keys():
+            value = kept.pop(name)
+            if not (value is None or any(value == one for one in cls.nothing[name])):
+                raise PydanticCustomError("unsupported", "{name} is not supported by this server", {"name": name})
+        return kept
 
 
 def _described(owner, *names):
@@ -46,12 +69,10 @@ def _described(owner, *names):
 
 
 Decoding = create_model(
-    "Decoding", __base__=Strict,
-    **_described(
-        DecodeParams, "block_length", "steps", "temperature", "top_p", "sampling_method", "threshold",
-        "editing_threshold", "max_post_steps", "minimal_topk", "num_to_transfer", "attend_tail", "profile",
-    ),
-)  # fmt: skip
+    "Decoding",
+    __base__=Strict,
+    **_described(DecodeParams, *DECODING),
+)
 Options = create_model(
     "Options", __base__=Strict,
     **_described(RequestOptions, "min_tokens", "skip_special_tokens", "cache_salt", "deadline_s"),
@@ -65,6 +86,7 @@ class StreamOptions(Strict):
 class Generation(Decoding, Options):
     """What both kinds of completions take."""
 
+    nothing = NOTHING_ASKED
     model: str | None = Field(None, description="one of the names of /v1/models")
     max_tokens: Count | None = Field(None, description="most tokens to generate")
     top_k: int | None = Field(None, ge=-1, le=INT32, description="draw among the k likeliest tokens; off = -1 or 0")
@@ -87,18 +109,6 @@ class Generation(Decoding, Options):
     safety_identifier: str | None = Field(None, description="taken, and of no effect")
     prompt_cache_key: str | None = Field(None, description="taken, and of no effect: prefixes are shared by content")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_what_asks_for_nothing(cls, data: Any):
-        if not isinstance(data, dict):
-            return data
-        kept = dict(data)
-        for name in NOTHING_ASKED.keys() & data.keys() - cls.model_fields.keys():
-            value = kept.pop(name)
-            if not (value is None or any(value == one for one in NOTHING_ASKED[name])):
-                raise PydanticCustomError("unsupported", "{name} is not supported by this server", {"name": name})
-        return kept
-
 
 class TextPart(Strict):
     type: Literal["text"]
@@ -106,6 +116,7 @@ class TextPart(Strict):
 
 
 class Message(Strict):
+    nothing = NOTHING_TOLD
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | list[TextPart]
 

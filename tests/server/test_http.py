@@ -2,17 +2,20 @@
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import openai
 import pytest
 
 from tests.server.common import MODEL, QUESTIONS, Process, alone, chat, prompt, tokenizer
 
+DOCS = Path(__file__).parents[2] / "docs"
 LONG = {"ignore_eos": True, "threshold": 2.0, "steps": 16}  # a token a step
 
 
@@ -161,6 +164,8 @@ def test_parts_and_roles(client):
     parts = [{"type": "text", "text": "Add 847"}, {"type": "text", "text": " and 96."}]
     got = ask(client, messages=[{"role": "user", "content": parts}])
     assert got.choices[0].message.content == alone(prompt(QUESTIONS[0]))[0].text
+    again = [*chat(QUESTIONS[0]), got.choices[0].message, *chat(QUESTIONS[1])]  # as it came
+    assert ask(client, messages=again).usage.prompt_tokens > got.usage.total_tokens
     with_system = [{"role": "developer", "content": "Be brief."}, *chat(QUESTIONS[0])]
     assert ask(client, messages=with_system).usage.prompt_tokens > got.usage.prompt_tokens
 
@@ -179,6 +184,11 @@ def test_parts_and_roles(client):
         ({"top_logprobs": 2}, "top_logprobs", "invalid_value"),
         ({"messages": []}, "messages", "invalid_value"),
         ({"messages": [{"role": "tool", "content": "1"}]}, "messages[0].role", "invalid_value"),
+        (
+            {"messages": [*chat("x"), {"role": "assistant", "content": "", "tool_calls": [{}]}]},
+            "tool_calls",
+            "unsupported_parameter",
+        ),
         ({"messages": [{"role": "user", "content": ""}] * 1025}, "messages", "invalid_value"),
         ({"max_tokens": 100_000}, "messages", "context_length_exceeded"),
         ({"messages": chat("7" * 5000)}, "messages", "context_length_exceeded"),
@@ -329,6 +339,21 @@ def test_metrics_count_what_was_done(server, client):
     length = more("vllm:diffusion_num_canvas_positions_total") / steps
     canvases = more("vllm:diffusion_num_committed_tokens_total") / length
     assert (length, canvases, steps - canvases) == (16, blocks, forwards)
+
+
+def test_the_dashboard_and_the_docs_name_what_there_is(server):
+    metrics(server)  # whose response is counted
+    told = {name.partition("{")[0] for name in metrics(server)}
+    boards = re.findall(r"llada2:\w+", (DOCS / "grafana.json").read_text("utf-8"))
+    assert len(boards) > 20 and set(boards) <= told
+    text = (DOCS / "operations.md").read_text("utf-8")
+    named = set(re.findall(r"(?:llada2|vllm):\w+", text))
+    assert {name for name in named if not any(one.startswith(name) for one in told)} == set()
+    with urllib.request.urlopen(f"{server.url}/openapi.json") as answer:
+        routes = set(json.load(answer)["paths"])
+    named = set(re.findall(r"`(?:GET|POST) (/[^`]*)`", text)) | set(re.findall(r", `(/\w+)`", text))
+    known = {re.sub(r"\{\w+\}", lambda m: {"{request_id}": "ID", "{name}": "NAME"}[m[0]], path) for path in routes}
+    assert {path for path in named if path.startswith("/v1") or path in known} == known
 
 
 def test_nothing_but_what_the_document_says(server):

@@ -4,12 +4,14 @@ import asyncio
 import base64
 import json
 import os
+import re
 import signal
 import socket
 import threading
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import openai
 import pytest
@@ -241,3 +243,10 @@ def test_help_says_what_every_option_is_by_default(capsys):
         "--max-queue N requests that may wait for a place (default: 1024)", "--api-key NAME", "--threshold X",
     ):  # fmt: skip
         assert words in text
+    docs = (Path(__file__).parents[2] / "docs" / "operations.md").read_text("utf-8")
+    of_others = {"--base-url", "--num-prompts", "--max-concurrency"}  # bench serve's
+    assert [
+        flag
+        for flag in re.findall(r"--[a-z][a-z-]+", docs)
+        if flag not in {*text.replace(",", " ").split(), *of_others}
+    ] == []
