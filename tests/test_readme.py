@@ -14,6 +14,7 @@ import pytest
 import llada2_fast
 from llada2_fast import demo
 from tests import hub
+from tests.server.common import Process
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
@@ -22,6 +23,7 @@ WORDS = {  # a call of each block -> a word of its output
     "pipe(": "spell",
     "theirs(": "The answer is 943.",
     "writer(": "The answer is 943.",
+    "OpenAI(": "The answer is 943.",
     "AsyncEngine(": "The answer is 943.",
     "Engine(": "The answer is 943.",
     "Lanes": "The answer is 943.",
@@ -52,9 +54,11 @@ def outputs(tmp_path_factory):
             block = block.replace(there, here)
         blocks.append(block.replace("gen_length=256", "gen_length=64"))
     env = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", RUN], cwd=ROOT, env=env, input=json.dumps(blocks), capture_output=True, text=True
-    )
+    with Process() as server:
+        blocks = [block.replace("http://127.0.0.1:8000", server.url) for block in blocks]
+        done = subprocess.run(
+            [sys.executable, "-c", RUN], cwd=ROOT, env=env, input=json.dumps(blocks), capture_output=True, text=True
+        )
     assert done.returncode == 0, done.stderr
     return dict(zip(NAMES, map(json.loads, done.stdout.splitlines()), strict=True))
 
