@@ -6,7 +6,7 @@
 #   docker run --rm --gpus all -p 127.0.0.1:8000:8000 -e LLADA2_FAST_API_KEY=... \
 #       -v /models/LLaDA2.1-mini:/model:ro llada2-fast /model
 #
-# A hub id instead of a folder is downloaded into /home/llada2/.cache/huggingface: mount a volume there to keep it.
+# A hub id instead of a folder is downloaded into /hub: mount a volume there to keep it.
 FROM python:3.12-slim
 
 # Triton compiles a small launcher for each kernel with the system's C compiler.
@@ -18,8 +18,9 @@ RUN pip install --no-cache-dir -c /src/constraints.txt ${TORCH_INDEX:+--index-ur
 COPY . /src
 RUN pip install --no-cache-dir -c /src/constraints.txt "/src[serve]" && rm -rf /src
 
-RUN useradd --create-home llada2
+RUN useradd --create-home llada2 && mkdir /hub && chown llada2 /hub
 USER llada2
+ENV HF_HOME=/hub
 EXPOSE 8000
 HEALTHCHECK --interval=10s --start-period=120s \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=5)"]
