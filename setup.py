@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "([^"]+)"$', (ROOT / "llada2_fast/__init__.py").read_text("utf-8"), re.M).group(1)
 
 DIFFUSERS = ["diffusers>=0.38"]
-EVAL = ["lm-eval>=0.4.13"]
+EVAL = ["lm-eval[api]>=0.4.13"]  # api: to score a server
 PLOT = ["matplotlib>=3.8"]
 SERVE = ["fastapi>=0.115", "uvicorn>=0.34", "prometheus-client>=0.21"]  # pydantic arrives with fastapi
 TEST = [

@@ -4,6 +4,7 @@ import gc
 import itertools
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -25,7 +26,8 @@ lm_eval = pytest.importorskip("lm_eval", reason="needs lm-eval: pip install lm-e
 from lm_eval.api.instance import Instance  # noqa: E402  (after the skip, as it is of no use without lm-eval)
 from lm_eval.api.model import CacheHook  # noqa: E402
 
-from llada2_fast.adapters.lm_eval import register  # noqa: E402
+from llada2_fast.adapters.lm_eval import TASKS, register  # noqa: E402
+from tests.server.common import MODEL, Process  # noqa: E402
 
 SETTINGS = {"threshold": 0.9, "gen_length": 64, "device": "cpu"}
 
@@ -123,6 +125,21 @@ def test_config_file_limit_samples_and_the_users_own_tasks(tmp_path):
     (file,) = (tmp_path / "out").rglob("samples_own*.jsonl")
     answers = [json.loads(line)["resps"] for line in file.read_text("utf-8").splitlines()]
     assert answers == [[["7"]], [["8"]]]  # "7 is seven", cut before the first space
+
+
+def test_lm_evals_own_client_scores_the_server(tmp_path):
+    """Chats over HTTP, eight at a time, as of any server of OpenAI's API."""
+    with Process() as server:
+        where = f"model={MODEL},base_url={server.url}/v1/chat/completions,num_concurrent=8,tokenized_requests=False"
+        whole = [
+            sys.executable, "-m", "lm_eval", "run", "--model", "local-chat-completions", "--model_args", where,
+            "--tasks", "llada2_demo", "--include_path", str(TASKS), "--apply_chat_template", "--limit", "10", "--output_path",
+            str(tmp_path),
+        ]  # fmt: skip
+        done = subprocess.run(whole, capture_output=True, text=True, env=os.environ | {"OPENAI_API_KEY": "none"})
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.rglob("results*.json")
+    assert json.loads(file.read_text("utf-8"))["results"]["llada2_demo"]["exact_match,none"] > 0.9
 
 
 def test_listing_knows_the_task():
