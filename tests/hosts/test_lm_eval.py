@@ -133,8 +133,8 @@ def test_lm_evals_own_client_scores_the_server(tmp_path):
         where = f"model={MODEL},base_url={server.url}/v1/chat/completions,num_concurrent=8,tokenized_requests=False"
         whole = [
             sys.executable, "-m", "lm_eval", "run", "--model", "local-chat-completions", "--model_args", where,
-            "--tasks", "llada2_demo", "--include_path", str(TASKS), "--apply_chat_template", "--limit", "10", "--output_path",
-            str(tmp_path),
+            "--tasks", "llada2_demo", "--include_path", str(TASKS), "--apply_chat_template", "--limit", "10",
+            "--output_path", str(tmp_path),
         ]  # fmt: skip
         done = subprocess.run(whole, capture_output=True, text=True, env=os.environ | {"OPENAI_API_KEY": "none"})
     assert done.returncode == 0, done.stderr
