@@ -128,10 +128,14 @@ class _Answer:
             outputs = await asyncio.gather(*(reading.output() for reading in self.readings))
             for problem in filter(None, map(self._problem, outputs)):
                 raise problem
-            answer = self.form.answer(self.requests, self.num_prompt_tokens)
-            return JSONResponse(answer, headers={"X-Request-Id": self.form.request_id})
+            told = sum(len(output.token_ids) * (1 + len((output.top_logprobs or [()])[0])) for output in outputs)
+            return await self.service.texts.run(told, self._response)
         finally:
             self.end()
+
+    def _response(self):
+        answer = self.form.answer(self.requests, self.num_prompt_tokens)
+        return JSONResponse(answer, headers={"X-Request-Id": self.form.request_id})
 
     async def events(self):
         """The stream, as bytes."""

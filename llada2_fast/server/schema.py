@@ -1,9 +1,9 @@
 """What a client may send: OpenAI's fields, vLLM's names for what both have, and the model's own decoding."""
 
 from dataclasses import fields
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
 from ..config import MAX_SAMPLES, MAX_TOP_LOGPROBS, PRESETS, DecodeParams, RequestOptions
@@ -11,6 +11,14 @@ from ..config import MAX_SAMPLES, MAX_TOP_LOGPROBS, PRESETS, DecodeParams, Reque
 INT32, INT64 = 2**31 - 1, 2**63 - 1
 Count = Annotated[int, Field(ge=1, le=INT32)]
 TokenId = Annotated[int, Field(ge=0, le=INT32)]
+
+
+class _FirstError(FailFast):
+    __hash__ = object.__hash__  # which unions ask for
+
+
+Item = TypeVar("Item")
+Several = Annotated[list[Item], _FirstError()]  # a long list that is wrong all through: one error will do
 
 
 def _characters(text: str) -> str:
@@ -92,8 +100,8 @@ class Generation(Decoding, Options):
     top_k: int | None = Field(None, ge=-1, le=INT32, description="draw among the k likeliest tokens; off = -1 or 0")
     seed: int | None = Field(None, ge=-INT64 - 1, le=INT64, description="of the draws; drawn itself unless given")
     n: int | None = Field(None, ge=1, le=MAX_SAMPLES, description="answers to each prompt; 1 unless given")
-    stop: Text | list[Text] | None = Field(None, description="strings that end the text, not part of it")
-    stop_token_ids: list[TokenId] | None = Field(None, description="ids that end the tokens, part of them")
+    stop: Text | Several[Text] | None = Field(None, description="strings that end the text, not part of it")
+    stop_token_ids: Several[TokenId] | None = Field(None, description="ids that end the tokens, part of them")
     include_stop_str_in_output: bool | None = Field(None, description="a stop string is part of the text it ends")
     ignore_eos: bool | None = Field(None, description="no token is an end")
     mode: Literal[tuple(PRESETS)] | None = Field(None, description="a preset of the fields that are not given")
@@ -118,7 +126,7 @@ class TextPart(Strict):
 class Message(Strict):
     nothing = NOTHING_TOLD
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: Text | Several[TextPart]
 
     def as_template_takes_it(self) -> dict:
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
@@ -126,14 +134,16 @@ class Message(Strict):
 
 
 class ChatRequest(Generation):
-    messages: list[Message] = Field(min_length=1)
+    messages: Several[Message] = Field(min_length=1)
     max_completion_tokens: Count | None = Field(None, description="most tokens to generate, as max_tokens")
     logprobs: bool | None = Field(None, description="tell each token's log-probability when it was written")
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="likeliest tokens told beside each")
 
 
 class CompletionRequest(Generation):
-    prompt: Text | list[Text] | list[TokenId] | list[list[TokenId]] = Field(description="text or ids, one or several")
+    prompt: Text | Several[Text] | Several[TokenId] | Several[Several[TokenId]] = Field(
+        description="text or ids, one or several"
+    )
     logprobs: int | None = Field(
         None, ge=0, le=MAX_TOP_LOGPROBS, description="tell each token's log-probability, and so many likeliest tokens"
     )
@@ -144,9 +154,9 @@ class TokenizeRequest(Strict):
 
     model: str | None = None
     prompt: Text | None = None
-    messages: list[Message] | None = Field(None, min_length=1)
+    messages: Several[Message] | None = Field(None, min_length=1)
 
 
 class DetokenizeRequest(Strict):
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Several[TokenId]

@@ -1,4 +1,4 @@
-"""Text to tokens and back, off the event loop where it takes long, and never for longer than allowed."""
+"""Text to tokens and back; off the event loop where it takes long, and a chat's for no longer than allowed."""
 
 import asyncio
 import sys
@@ -9,7 +9,7 @@ from functools import lru_cache
 from ..weights.special_tokens import encode_chat
 from .errors import ApiError
 
-SHORT = 8192  # characters that are encoded at once: a change of threads costs more, where an engine is busy
+SHORT = 8192  # characters, or tokens, that are seen to at once: a change of threads costs more beside a busy engine
 THREADS = 2
 
 
@@ -35,7 +35,7 @@ class Texts:
     async def encode_chat(self, messages: list[dict]) -> list[int]:
         """A chat's prompt. ApiError if there is no template, or if it raises or takes too long."""
         size = sum(len(message["content"]) for message in messages)
-        return await self._run(size, self._render, messages)
+        return await self.run(size, self._render, messages)
 
     async def encode(self, texts: list[str], special: bool = True) -> list[list[int]]:
         """The ids of each text; special: with the tokens that the tokenizer puts around a text."""
@@ -43,12 +43,13 @@ class Texts:
         def encode():
             return self.tokenizer(texts, add_special_tokens=special)["input_ids"]
 
-        return await self._run(sum(map(len, texts)), encode)
+        return await self.run(sum(map(len, texts)), encode)
 
     async def decode(self, ids: list[int]) -> str:
-        return await self._run(len(ids), self.tokenizer.decode, ids)
+        return await self.run(len(ids), self.tokenizer.decode, ids)
 
-    async def _run(self, size, function, *args):
+    async def run(self, size: int, function, *args):
+        """function(*args), which takes a time that grows with `size`, so that nobody else has to wait for it."""
         if size <= SHORT:
             return function(*args)
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)

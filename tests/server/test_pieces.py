@@ -7,11 +7,13 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from llada2_fast import load_tokenizer
 from llada2_fast.demo import path
-from llada2_fast.server.errors import ApiError, refused
+from llada2_fast.server.errors import ApiError, invalid, refused
 from llada2_fast.server.guard import depth
+from llada2_fast.server.schema import CompletionRequest
 from llada2_fast.server.stream import EventStream, event
 from llada2_fast.server.text import Texts
 
@@ -41,6 +43,15 @@ def test_nesting_takes_no_time():
     assert depth(b'{"":[' * 200_000) == 400_000 and depth(b'["[[[",' * 150_000) == 150_000
     assert depth(b'"' + b"[" * 1_000_000) == 0
     assert time.perf_counter() - began < 5
+
+
+@pytest.mark.parametrize("prompt", [[1] * 300_000 + ["x"], [1.5] * 200_000, [[1] * 100_000 + [None]]])
+def test_a_long_list_that_is_wrong_takes_no_time(prompt):
+    began = time.perf_counter()
+    with pytest.raises(ValidationError) as errors:
+        CompletionRequest.model_validate({"prompt": prompt})
+    assert invalid(errors.value.errors()).param.startswith("prompt[0]")
+    assert time.perf_counter() - began < 2
 
 
 @pytest.mark.parametrize(
