@@ -11,7 +11,7 @@ VERSION = re.search(r'^__version__ = "([^"]+)"$', (ROOT / "llada2_fast/__init__.
 DIFFUSERS = ["diffusers>=0.38"]
 EVAL = ["lm-eval[api]>=0.4.13"]  # api: to score a server
 PLOT = ["matplotlib>=3.8"]
-SERVE = ["fastapi>=0.115", "uvicorn>=0.34", "prometheus-client>=0.21"]  # pydantic arrives with fastapi
+SERVE = ["fastapi>=0.115", "uvicorn>=0.34", "pydantic>=2.8", "prometheus-client>=0.21"]
 TEST = [
     *PLOT,
     *SERVE,
