@@ -18,7 +18,8 @@ from llada2_fast.generate import GenerateOutput
 
 from . import harness
 from .harness import positive, spread
-from .workload import Workload, add_options, print_table, require_equal
+from .latencies import print_table
+from .workload import Workload, add_options, require_equal
 
 NAMES = {
     "e2el_ms": "whole call, ms",

@@ -7,10 +7,8 @@
 First the gate: what the engine gives the first requests, all of the warm-up in flight, must be what generate() gives
 each of them alone. Then rounds of new prompts each through the same engine; the figures are those of the round with the
 median throughput. Without --request-rate a request is sent as soon as another has ended, with it they arrive as a
-Poisson process, at `inf` all at once, and wait for their turn. Key names and meanings are those of `vllm bench`, tokens
-arrive block by block: ttft: until the first block; itl: from block to block; tpot: (e2el - ttft) / (tokens - 1); e2el:
-the whole request. An answer whose tokens came all at once, those of one block, has no tpot; `tpot_left_out` says how
-many these were.
+Poisson process, at `inf` all at once, and wait for their turn. Key names and meanings are those of `vllm bench`
+(latencies.py); `tpot_left_out` says how many answers had no time per token.
 
 With --peers the small random network answers random requests by quota, 4 tokens a forward: 16 in flight against
 generate() one by one; those of one prompt length against lock-step batches of diffusers' LLaDA2Pipeline; latencies at 1
@@ -24,7 +22,6 @@ import random
 import statistics
 import time
 from dataclasses import replace
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy
@@ -34,18 +31,12 @@ from llada2_fast.cli import options
 from llada2_fast.config import DecodeParams, EngineConfig
 from llada2_fast.engine import Engine, Event
 
-from . import harness
+from . import harness, latencies
 from .harness import positive
 from .models import BLOCK, SMALL, Task, diffusers, random_model
 from .simulate import Clock, StandIn
-from .workload import Workload, add_options, print_table, require_equal
+from .workload import Workload, add_options, require_equal
 
-NAMES = {
-    "ttft_ms": "first block, ms",
-    "itl_ms": "each next block, ms",
-    "tpot_ms": "token after the first, ms",
-    "e2el_ms": "whole request, ms",
-}
 CHECKED = 4  # requests that the gate decodes once more, one by one
 
 
@@ -63,6 +54,10 @@ class Served(NamedTuple):
     def commits(self):
         """When tokens came, in seconds since its arrival."""
         return [event.time - self.arrived for event in self.events if event.kind == "commit"]
+
+    @property
+    def num_tokens(self):
+        return len(self.output.token_ids)
 
     @property
     def seconds(self):
@@ -92,41 +87,30 @@ def serve(engine, jobs, in_flight=None, rate=None):
     return list(served.values())
 
 
-def latencies(served):
-    """{name: seconds} of the requests that did not fail: ttft, tpot, itl, e2el, as lists; tpot of those with tokens at
-    several times."""
-    done = [one for one in served if one.output.error is None]
-    several = [one for one in done if len(one.commits) > 1]
-    return {
-        "ttft": [at for one in done for at in one.commits[:1]],
-        "tpot": [(one.seconds - one.commits[0]) / (len(one.output.token_ids) - 1) for one in several],
-        "itl": [b - a for one in done for a, b in pairwise(one.commits)],
-        "e2el": [one.seconds for one in done],
-    }
+def finished(served):
+    """Those that did not fail."""
+    return [one for one in served if one.output.error is None]
 
 
 def summary(served, seconds):
     """What a round of so many seconds says, as it stands in the JSON line."""
-    outputs = [one.output for one in served]
-    done = [output for output in outputs if output.error is None]
-    tokens, forwards = sum(len(o.token_ids) for o in done), sum(o.counters.denoise_forwards for o in done)
-    blocks = sum(len(o.counters.forwards_per_block) for o in done)
+    done = finished(served)
+    outputs = [one.output for one in done]
+    tokens, forwards = sum(one.num_tokens for one in done), sum(o.counters.denoise_forwards for o in outputs)
+    blocks = sum(len(o.counters.forwards_per_block) for o in outputs)
     figures = {
         "duration": seconds,
         "completed": len(done),
-        "failed": len(outputs) - len(done),
-        "total_input_tokens": sum(output.prompt_length for output in done),
+        "failed": len(served) - len(done),
+        "total_input_tokens": sum(output.prompt_length for output in outputs),
         "total_output_tokens": tokens,
         "request_throughput": len(done) / seconds,
         "output_throughput": tokens / seconds,
         "tokens_per_forward": tokens / max(1, forwards),
         "steps_per_block": forwards / max(1, blocks),
-        "shared_tokens": sum(output.shared_tokens for output in done),
+        "shared_tokens": sum(output.shared_tokens for output in outputs),
     }
-    times = latencies(served)
-    for name, values in times.items():
-        figures |= harness.spread(f"{name}_ms", [1e3 * value for value in values])
-    return figures | {"tpot_left_out": len(done) - len(times["tpot"])}
+    return figures | latencies.figures(done)
 
 
 def check(work, served, jobs):
@@ -148,17 +132,6 @@ def new_engine(work, running):
         cache_tokens=running * -(-longest // length) * length, graphs=work.facts["graphs"],
     )  # fmt: skip
     return Engine(work.model, config)
-
-
-def plot(served, file):
-    """How the requests' latencies are distributed: the share that has waited at most so long."""
-    with harness.drawing(file, figsize=(7, 4.5)) as axes:
-        for name, values in latencies(served).items():
-            if values:
-                axes.ecdf([1e3 * value for value in values], label=name)
-        axes.set(xlabel="ms", ylabel="share", xscale="log")
-        axes.legend()
-        axes.grid(alpha=0.3)
 
 
 # --peers
@@ -190,7 +163,7 @@ def one_by_one(model, jobs):
 
 def figures(served):
     """{name: {p50, p95, p99}} in ms: first block after arrival, between blocks, whole request."""
-    seconds = latencies(served)
+    seconds = latencies.latencies(finished(served))
     return {
         name: {f"p{p}": float(numpy.percentile(seconds[key], p)) * 1e3 for p in (50, 95, 99)}
         for name, key in (("first_block_ms", "ttft"), ("inter_block_ms", "itl"), ("request_ms", "e2el"))
@@ -336,11 +309,9 @@ def main(argv=None):
         f"{results['request_throughput']:.2f} requests/s, TPF {results['tokens_per_forward']:.2f}, "
         f"{results['steps_per_block']:.2f} steps per block"
     )
-    print_table(results, NAMES)
-    if results["tpot_left_out"]:
-        print(f"{NAMES['tpot_ms']}: without {results['tpot_left_out']} answers that came at once")
+    latencies.print_latencies(results)
     if args.plot:
-        plot(served, args.plot)
+        latencies.plot(finished(served), args.plot)
     rate = "inf" if args.request_rate == math.inf else args.request_rate  # JSON has no such number
     head = {
         "max_concurrency": args.max_concurrency, "request_rate": rate, "equal_tokens": share,

@@ -1,4 +1,4 @@
-"""What `llada2-fast bench latency` and `throughput` share: prompts, decoding, the gate before the clock, the table."""
+"""What `llada2-fast bench latency` and `throughput` share: prompts, decoding, the gate before the clock."""
 
 import random
 from dataclasses import dataclass
@@ -58,14 +58,19 @@ class Workload:
         return cls(model, decoding, [rows[at : at + size] for at in range(0, len(rows), size)], facts)
 
 
+def questions(count, seed=0):
+    """So many different prompts of the embedded model's tasks, in turn."""
+    each = -(-count // len(tasks.TASKS))
+    turns = zip(*(tasks.sample(task, each, seed) for task in tasks.TASKS), strict=True)
+    return list(islice(chain.from_iterable(turns), count))
+
+
 def _questions(folder, count):
     """Prompts of the tasks in turn, as chats."""
     tokenizer = load_tokenizer(folder)
     if tokenizer.chat_template is None:
         raise ValueError("the tokenizer has no chat template: expected --input-len N, for random tokens")
-    each = -(-count // len(tasks.TASKS))
-    turns = chain.from_iterable(zip(*(tasks.sample(task, each, seed=0) for task in tasks.TASKS), strict=True))
-    return [options.encode(tokenizer, [{"role": "user", "content": text}]) for text in islice(turns, count)]
+    return [options.encode(tokenizer, [{"role": "user", "content": text}]) for text in questions(count)]
 
 
 def _random(model, decoding, count, length):
@@ -88,11 +93,3 @@ def require_equal(tokens, wanted, what, dtype):
         raise SystemExit(f"{what}: {share:.1%} of the tokens are equal, expected all of them; nothing is timed")
     print(f"{what}: {share:.1%} of the tokens are equal")
     return share
-
-
-def print_table(results, names):
-    """Median, 10th and 90th percentile of the figures whose keys are in `names` (key -> what to call it)."""
-    print(f"{'':24}{'median':>10}{'p10':>10}{'p90':>10}")
-    for key, name in names.items():
-        figures = [results[f"{which}_{key}"] for which in ("median", "p10", "p90")]
-        print(f"{name:24}" + "".join(f"{'-' if x is None else format(x, '.2f'):>10}" for x in figures))
