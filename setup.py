@@ -12,8 +12,9 @@ DIFFUSERS = ["diffusers>=0.38"]
 EVAL = ["lm-eval[api]>=0.4.13"]  # api: to score a server
 PLOT = ["matplotlib>=3.8"]
 SERVE = ["fastapi>=0.115", "uvicorn>=0.34", "pydantic>=2.8", "prometheus-client>=0.21"]
+BENCH = ["aiohttp>=3.9", *PLOT]  # aiohttp: the load of `llada2-fast bench serve`
 TEST = [
-    *PLOT,
+    *BENCH,
     *SERVE,
     # the oracle of the drop-in tests: its exact behaviour is what they compare with
     "diffusers==0.42.1; python_version >= '3.11'",
@@ -55,7 +56,9 @@ setup(
     # safetensors, tokenizers, huggingface_hub and tqdm arrive with transformers. The CPU build of torch does not
     # depend on triton, so it is listed; triton has wheels for Linux only, elsewhere the PyTorch path runs alone.
     install_requires=["torch>=2.11", "triton>=3.6; sys_platform == 'linux'", "transformers>=5.17", "numpy"],
-    extras_require={"diffusers": DIFFUSERS, "eval": EVAL, "plot": PLOT, "serve": SERVE, "test": TEST},
+    extras_require={
+        "bench": BENCH, "diffusers": DIFFUSERS, "eval": EVAL, "plot": PLOT, "serve": SERVE, "test": TEST,
+    },  # fmt: skip
     entry_points={
         "console_scripts": ["llada2-fast = llada2_fast.cli:main"],
         "sglang.srt.plugins": ["llada2_fast = llada2_fast.adapters.sglang:register"],

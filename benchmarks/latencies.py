@@ -47,9 +47,9 @@ def print_table(results, names):
         print(f"{name:24}" + "".join(f"{'-' if x is None else format(x, '.2f'):>10}" for x in row))
 
 
-def print_latencies(results):
-    """The table of `figures`, and whom it leaves out."""
-    print_table(results, NAMES)
+def print_latencies(results, more=None):
+    """The table of `figures`, and whom it leaves out. more: further keys, as NAMES has them."""
+    print_table(results, NAMES | (more or {}))
     if results["tpot_left_out"]:
         print(f"{NAMES['tpot_ms']}: without {results['tpot_left_out']} answers that came at once")
 

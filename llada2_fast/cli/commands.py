@@ -27,6 +27,7 @@ BENCHMARKS = {
     "throughput": ("bench_throughput", "many requests through the engine: tokens/s and latencies under load; --peers"),
     "latency": ("bench_latency", "one batch through generate(): time to the first block, per block, per forward"),
     "host": ("bench_host", "what the engine's host does: per admitted token, per step, and beside busy clients"),
+    "serve": ("bench_serve", "many requests to a server of OpenAI's API: tokens/s and latencies; --against-engine"),
     "kernels": ("kernels.__main__", "every op against its reference"),
     "quality": ("quality", "the embedded model's right answers against its tokens per forward"),
     "sampling": ("sampling", "the embedded model's right answers when tokens are drawn"),
