@@ -221,13 +221,13 @@ def main(argv=None):
     parser = _options()
     args = parser.parse_args(argv)
     harness.check_save(parser, args, "serve")
-    if find_spec("aiohttp") is None:
-        parser.error('needs aiohttp: pip install "llada2-fast[bench]"')
     for name in ("request_rate", "timeout"):
         if not getattr(args, name) > 0:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected a number above 0")
     args.num_prompts = args.num_prompts or (16 if args.quick else 64)
     prompts = chats(args, 1 + args.num_prompts)  # the first is for the request before the clock
+    if find_spec("aiohttp") is None:
+        parser.error('needs aiohttp: pip install "llada2-fast[bench]"')
     with serving() if args.base_url is None else nullcontext() as own:
         answers, seconds, facts = asyncio.run(measure(args, args.base_url or own.base_url, prompts))
     rated = args.request_rate < math.inf
