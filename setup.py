@@ -57,8 +57,13 @@ setup(
     # depend on triton, so it is listed; triton has wheels for Linux only, elsewhere the PyTorch path runs alone.
     install_requires=["torch>=2.11", "triton>=3.6; sys_platform == 'linux'", "transformers>=5.17", "numpy"],
     extras_require={
-        "bench": BENCH, "diffusers": DIFFUSERS, "eval": EVAL, "plot": PLOT, "serve": SERVE, "test": TEST,
-    },  # fmt: skip
+        "bench": BENCH,
+        "diffusers": DIFFUSERS,
+        "eval": EVAL,
+        "plot": PLOT,
+        "serve": SERVE,
+        "test": TEST,
+    },
     entry_points={
         "console_scripts": ["llada2-fast = llada2_fast.cli:main"],
         "sglang.srt.plugins": ["llada2_fast = llada2_fast.adapters.sglang:register"],
