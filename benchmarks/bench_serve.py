@@ -20,6 +20,7 @@ import asyncio
 import json
 import math
 import os
+import sys
 import time
 from collections import Counter
 from contextlib import nullcontext
@@ -29,7 +30,7 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from . import harness, http_client, latencies
+from . import harness, http_client, http_cost, latencies
 from .harness import positive
 from .own_server import serving
 from .workload import questions
@@ -71,15 +72,6 @@ def _prompt(line, where, args):
     raise ValueError(f"{where}: expected an object with {known}, got {line[:80]!r}")
 
 
-def bodies(args, model, prompts):
-    """What is posted. A null in --extra-body takes a key away."""
-    key = "messages" if args.endpoint == "chat" else "prompt"
-    common = {"model": model, "max_tokens": args.max_tokens, "stream": True}
-    common |= {"stream_options": {"include_usage": True}} | args.extra_body
-    common = {name: value for name, value in common.items() if value is not None}
-    return [common | {key: prompt} for prompt in prompts]
-
-
 async def get(session, url):
     """(status, text) of a GET. SystemExit if nobody answers."""
     import aiohttp
@@ -111,23 +103,14 @@ async def version(session, base_url):
         return None
 
 
-def open_session(args):
-    import aiohttp
-
-    key = args.api_key or os.environ.get("OPENAI_API_KEY")
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=args.timeout),
-        headers={"Authorization": f"Bearer {key}"} if key else None,
-    )  # fmt: skip
-
-
 async def measure(args, base_url, prompts):
     """(answers, seconds, facts) of the whole run."""
     url = base_url + http_client.PATHS[args.endpoint]
-    async with open_session(args) as session:
+    async with http_client.open_session(args.api_key or os.environ.get("OPENAI_API_KEY"), args.timeout) as session:
         model = args.model or await first_model(session, base_url)
         facts = {"model": model, "server": await version(session, base_url)}
-        first, *rest = bodies(args, model, prompts)
+        asked = {"model": model, "max_tokens": args.max_tokens} | args.extra_body
+        first, *rest = http_client.bodies(args.endpoint, prompts, **asked)
         (warm_up,) = await http_client.run(session, url, [first], 1)
         if warm_up.error:
             print(f"the request before the clock failed: {warm_up.error}: {warm_up.message}")
@@ -195,6 +178,9 @@ def _options():
     add("--extra-body", type=_object, default={}, metavar="JSON", help="more fields of a request; null takes one away")
     add("--prompts", type=Path, metavar="FILE", help='a prompt a line; .jsonl: {"prompt": ...} or {"messages": ...}')
     add("--timeout", type=float, default=600.0, metavar="S", help="seconds for a request (600)")
+    add("--against-engine", action="store_true", help="what HTTP costs, beside an engine in a process of its own")
+    add("--num-rounds", type=positive, metavar="N", help="of --against-engine (5, with --quick 2)")
+    add("--direct-engine", action="store_true", help=argparse.SUPPRESS)  # to be that process
     add("--no-progress", dest="progress", action="store_false", help="no progress bar")
     harness.add_plot_option(parser, "the distribution of the latencies")
     return parser
@@ -217,17 +203,39 @@ def _object(text):
     return value
 
 
+def against_engine(parser, args):
+    """--against-engine, to its JSON line."""
+    for name in ("base_url", "prompts", "model", "plot"):
+        if getattr(args, name) is not None:
+            parser.error(f"--{name.replace('_', '-')}: not with --against-engine, which has the embedded model's own")
+    if args.endpoint != "chat" or args.request_rate < math.inf:
+        parser.error("--against-engine: expected --endpoint chat and no --request-rate")
+    rounds, size = 1 + (args.num_rounds or (2 if args.quick else 5)), args.num_prompts
+    prompts = chats(args, rounds * size)
+    results = http_cost.against_engine(args, [prompts[at : at + size] for at in range(0, len(prompts), size)])
+    http_cost.report(results)
+    head = {
+        "model": "embedded", "num_prompts": size, "num_rounds": rounds - 1, "max_tokens": args.max_tokens,
+        "max_concurrency": args.max_concurrency, "extra_body": args.extra_body,
+    }  # fmt: skip
+    harness.finish("http", args, head | results)
+
+
 def main(argv=None):
     parser = _options()
     args = parser.parse_args(argv)
-    harness.check_save(parser, args, "serve")
+    if args.direct_engine:
+        return http_cost.answer_lines(sys.stdin, args.max_concurrency)
+    harness.check_save(parser, args, "http" if args.against_engine else "serve")
+    if find_spec("aiohttp") is None:
+        parser.error('needs aiohttp: pip install "llada2-fast[bench]"')
     for name in ("request_rate", "timeout"):
         if not getattr(args, name) > 0:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected a number above 0")
     args.num_prompts = args.num_prompts or (16 if args.quick else 64)
+    if args.against_engine:
+        return against_engine(parser, args)
     prompts = chats(args, 1 + args.num_prompts)  # the first is for the request before the clock
-    if find_spec("aiohttp") is None:
-        parser.error('needs aiohttp: pip install "llada2-fast[bench]"')
     with serving() if args.base_url is None else nullcontext() as own:
         answers, seconds, facts = asyncio.run(measure(args, args.base_url or own.base_url, prompts))
     rated = args.request_rate < math.inf

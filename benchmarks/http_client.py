@@ -60,6 +60,24 @@ def total(answers, name):
     return None if not counts or None in counts else sum(counts)
 
 
+def open_session(key, timeout_s):
+    """An aiohttp session. key: sent as a bearer token, or None; timeout_s: for a request and its answer."""
+    import aiohttp
+
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=timeout_s),
+        headers={"Authorization": f"Bearer {key}"} if key else None,
+    )  # fmt: skip
+
+
+def bodies(endpoint, prompts, **fields):
+    """What is posted: a streamed request for each prompt, a conversation, or a text where the endpoint is of
+    completions. fields: of all of them; one that is None is not there."""
+    common = {"stream": True, "stream_options": {"include_usage": True}} | fields
+    common = {name: value for name, value in common.items() if value is not None}
+    return [common | {"messages" if endpoint == "chat" else "prompt": prompt} for prompt in prompts]
+
+
 class Malformed(ValueError):
     """What a server sent is not what OpenAI's API sends."""
 

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from llada2_fast.cli.machine import environment
+
 READY_S, STOP_S = 120.0, 30.0  # to load its model, to end after SIGTERM
 
 
@@ -31,7 +33,7 @@ def serving(*options):
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "llada2_fast", "serve", "--host", "127.0.0.1", "--port", str(port), *options]
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment())
         server = Server(f"http://127.0.0.1:{port}", process.pid)
         try:
             _wait_until_ready(server, process, log)

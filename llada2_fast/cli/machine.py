@@ -31,6 +31,11 @@ def prepare(environment=os.environ):
     return _set
 
 
+def environment():
+    """For a program of ours that this process starts, and that shall choose for itself: without what `prepare` set."""
+    return {name: value for name, value in os.environ.items() if name not in _set}
+
+
 def choose_threads(model):
     """One thread for a network so small that two would mostly wait for each other, if `prepare` chose their number."""
     if "OMP_NUM_THREADS" in _set and sum(p.numel() for p in model.parameters()) < SMALL:
