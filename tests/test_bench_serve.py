@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -9,7 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from benchmarks import bench_serve, http_client, sse
+import llada2_fast
+from benchmarks import bench_serve, http_client, http_cost, own_server, sse
 from llada2_fast.cli import commands as cli
 
 USAGE = {"prompt_tokens": 7, "completion_tokens": 10}
@@ -370,3 +374,84 @@ def test_mistakes_in_a_file_of_prompts(capsys, tmp_path, text, word):
 
 def test_a_base_url_may_end_with_v1():
     assert bench_serve._base_url("http://host:1/v1/") == "http://host:1"
+
+
+# Our own server
+
+
+def test_the_server_of_the_embedded_model(capsys, tmp_path):
+    arguments = ["--num-prompts", "6", "--max-concurrency", "3", "--extra-body", '{"threshold": 0.7}']
+    code = cli.main(["bench", "serve", *arguments, "--quick", "--json", "--save", str(tmp_path), "--no-progress"])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    line = json.loads(out.splitlines()[-1])
+    assert (line["completed"], line["failed"], line["base_url"], line["quick"]) == (6, 0, "started", True)
+    assert line["server"]["version"] == llada2_fast.__version__ and line["tokens_counted_by"] == "usage"
+    assert line["total_input_tokens"] > 60 and line["total_output_tokens"] > 60
+    assert line["tokens_per_forward"] == line["total_output_tokens"] / line["denoise_forwards"] > 2
+
+
+def test_a_server_that_cannot_start_says_why():
+    with pytest.raises(SystemExit, match="serve ended with exit code 2: .*--nonsense"):
+        with own_server.serving("--nonsense"):
+            raise AssertionError("it has started")
+
+
+def started(code):
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    return process
+
+
+def test_a_process_is_ended_and_its_exit_code_looked_at(monkeypatch):
+    ready = "import signal, sys, time; {}; print(flush=True); time.sleep(60)"
+    with started(ready.format("signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))")) as process:
+        assert own_server._stop(process) == 3
+    monkeypatch.setattr(own_server, "STOP_S", 0.2)
+    with started(ready.format("signal.signal(signal.SIGTERM, signal.SIG_IGN)")) as process:
+        assert "SIGKILL" in own_server._stop(process) and process.poll() is not None
+
+
+def test_the_processor_time_of_a_process():
+    before, begun = own_server.cpu_seconds(os.getpid()), time.process_time()
+    while time.process_time() - begun < 0.2:
+        pass
+    assert own_server.cpu_seconds(os.getpid()) - before == pytest.approx(0.2, abs=0.05)
+
+
+def test_the_engine_alone_and_the_gate(capsys):
+    chats = [[{"role": "user", "content": text}] for text in ("Add 847 and 96.", "Spell 4071.", "Spell 22, 608.")]
+    with http_cost.direct_engine(2) as engine:
+        said = engine.run(chats, {"gen_length": 48, "eos_early_stop": True})
+        assert said["texts"][0].endswith("The answer is 943.") and said["seconds"] > 0 < said["cpu_s"]
+        assert engine.run(chats[::-1], {"gen_length": 48, "eos_early_stop": True})["texts"] == said["texts"][::-1]
+
+        def answers(rows, params):
+            return [http_client.Answer(0.0, extra={"trace": {"token_ids": row, "params": params}}) for row in rows]
+
+        params = {"gen_length": 48, "eos_early_stop": True}
+        assert http_cost._gate(answers(said["token_ids"], params), engine, chats) == params
+        wrong = [*said["token_ids"][:2], said["token_ids"][2][:-1]]
+        with pytest.raises(SystemExit, match="differ in request 2; nothing is timed"):
+            http_cost._gate(answers(wrong, params), engine, chats)
+        with pytest.raises(SystemExit, match="429: no; nothing is timed"):
+            http_cost._gate([http_client.Answer(0.0, error="429", message="no")], engine, chats)
+
+
+@pytest.mark.slow
+def test_against_the_engine(capsys, tmp_path):
+    arguments = ["--against-engine", "--num-prompts", "8", "--num-rounds", "2", "--json", "--save", str(tmp_path)]
+    code = cli.main(["bench", "serve", *arguments])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    line = json.loads(out.splitlines()[-1])
+    assert json.loads((tmp_path / "http.jsonl").read_text("utf-8")) == line
+    assert line["equal_tokens"] == 1.0 and len(line["ratio_rounds"]) == 2
+    assert line["ratio"] == pytest.approx(line["http_tok_s"] / line["engine_tok_s"])
+    assert min(line[f"{who}_cpu_us_per_token"] for who in ("server", "engine", "client")) > 0
+
+
+@pytest.mark.parametrize("arguments", [["--base-url", "http://x"], ["--endpoint", "completions"], ["--model", "x"]])
+def test_what_does_not_go_with_against_engine(capsys, arguments):
+    code = cli.main(["bench", "serve", "--against-engine", *arguments])
+    assert code == 2 and "--against-engine" in capsys.readouterr().err.splitlines()[-1]
