@@ -172,7 +172,7 @@ def bench(capsys, tmp_path, monkeypatch):
 # Server-sent events
 
 
-EVENTS = b'\xef\xbb\xbf: a comment\ndata: {"a": 1}\n\nevent: x\ndata:two\ndata: lines\nid: 3\n\n'
+EVENTS = b'\xef\xbb\xbfdata: {"a": 1}\n: a comment\n\nevent: x\ndata:two\ndata: lines\nid: 3\n\n'
 EVENTS += b"\n\ndata\n\ndata: \xc3\xbc\n\ndata: cut"
 
 

@@ -49,6 +49,13 @@ def test_a_program_sets_what_is_not_set():
     assert not new.keys() & {"OMP_WAIT_POLICY", "OMP_NUM_THREADS"}
 
 
+def test_a_program_that_another_starts_chooses_for_itself():
+    code = "from llada2_fast.cli.machine import environment, prepare; prepare(); print(json.dumps(environment()))"
+    environment = run(code, OMP_WAIT_POLICY="active")
+    assert environment["OMP_WAIT_POLICY"] == "active" and "OMP_NUM_THREADS" not in environment
+    assert environment["PATH"] == os.environ["PATH"]
+
+
 def test_it_is_too_late_once_torch_is_there():
     assert run("import torch; from llada2_fast.cli.machine import prepare; print(json.dumps(prepare()))") == {}
 
