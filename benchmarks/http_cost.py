@@ -8,7 +8,8 @@ in the timed rounds, which take turns at who goes first, texts and numbers of to
 
 http_us_per_token is of the clock: what a token takes longer over HTTP, while the client needs its share of the same
 processors. The CPU time of all three is told beside it: server_cpu_us_per_token - engine_cpu_us_per_token is what the
-HTTP layer, chat template and tokenizer included, computes, and client_cpu_us_per_token what this process does.
+HTTP layer, chat template and tokenizer included, computes, http_cpu_us_per_request the same of a request, and
+client_cpu_us_per_token what this process does.
 """
 
 import argparse
@@ -87,8 +88,8 @@ def _round(over_http, engine, server, chats, params, number):
     if told != [(None, text, len(ids)) for text, ids in zip(alone["texts"], alone["token_ids"], strict=True)]:
         raise SystemExit(f"round {number}: texts over HTTP and of the engine differ")
     return found | {
-        "tokens": sum(map(len, alone["token_ids"])), "engine_s": alone["seconds"], "engine_cpu_s": alone["cpu_s"],
-        "threads": alone["threads"],
+        "requests": len(chats), "tokens": sum(map(len, alone["token_ids"])), "threads": alone["threads"],
+        "engine_s": alone["seconds"], "engine_cpu_s": alone["cpu_s"],
     }  # fmt: skip
 
 
@@ -100,6 +101,7 @@ def _figures(rounds):
         return statistics.median(per_token(name))
 
     http, engine = median("http_s"), median("engine_s")
+    more = [1e6 * (one["server_cpu_s"] - one["engine_cpu_s"]) / one["requests"] for one in rounds]
     return {
         "ratio": engine / http,
         "ratio_rounds": [a / b for a, b in zip(per_token("engine_s"), per_token("http_s"), strict=True)],
@@ -107,6 +109,7 @@ def _figures(rounds):
         "engine_tok_s": 1e6 / engine,
         "http_us_per_token": http - engine,
         **{f"{who}_cpu_us_per_token": median(f"{who}_cpu_s") for who in ("server", "engine", "client")},
+        "http_cpu_us_per_request": statistics.median(more),
         "tokens_per_round": statistics.mean(one["tokens"] for one in rounds),
         "engine_threads": rounds[0]["threads"],
         "equal_tokens": 1.0,
@@ -119,7 +122,10 @@ def report(results):
         f"{100 * results['ratio']:.1f} %, {results['http_us_per_token']:.0f} us a token"
     )
     server, engine, client = (results[f"{who}_cpu_us_per_token"] for who in ("server", "engine", "client"))
-    print(f"CPU time, us a token: server {server:.0f}, engine alone {engine:.0f}, client {client:.0f}")
+    print(
+        f"CPU time, us a token: server {server:.0f}, engine alone {engine:.0f}, client {client:.0f}; "
+        f"us a request, of HTTP: {results['http_cpu_us_per_request']:.0f}"
+    )
 
 
 # The engine's process
