@@ -9,12 +9,14 @@ in the timed rounds, which take turns at who goes first, texts and numbers of to
 http_us_per_token is of the clock: what a token takes longer over HTTP, while the client needs its share of the same
 processors. The CPU time of all three is told beside it: server_cpu_us_per_token - engine_cpu_us_per_token is what the
 HTTP layer, chat template and tokenizer included, computes, http_cpu_us_per_request the same of a request, and
-client_cpu_us_per_token what this process does.
+client_cpu_us_per_token what this process does. others_share is what all other programs took of the processors: they
+take more from the one process than from the two, so that the ratio means little unless it is near 0. Needs Linux.
 """
 
 import argparse
 import asyncio
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -24,8 +26,9 @@ from contextlib import contextmanager
 from llada2_fast.cli.machine import environment
 
 from . import http_client
-from .own_server import cpu_seconds, serving
+from .own_server import busy_seconds, cpu_seconds, serving
 
+MAX_OTHERS = 0.05
 DEADLINE_S = 600.0  # of the engine's requests, as the server gives them
 
 
@@ -69,8 +72,8 @@ def _gate(answers, engine, chats):
 
 
 def _round(over_http, engine, server, chats, params, number):
-    """{name: (tokens/s, CPU seconds a token)} of both ways, and the client's CPU time."""
-    found = {}
+    """Seconds by the clock and of CPU time of both ways, and how much they were of."""
+    found, busy, begun = {}, busy_seconds(), time.perf_counter()
 
     def http():
         server_cpu, own_cpu = cpu_seconds(server.pid), time.process_time()
@@ -84,12 +87,14 @@ def _round(over_http, engine, server, chats, params, number):
     for way in (http, alone) if number % 2 == 0 else (alone, http):
         way()
     answers, alone = found.pop("answers"), found.pop("alone")
+    own = found["server_cpu_s"] + found["client_cpu_s"] + alone["cpu_s"]
+    others = (busy_seconds() - busy - own) / (os.cpu_count() * (time.perf_counter() - begun))
     told = [(answer.error, answer.text, answer.num_tokens) for answer in answers]
     if told != [(None, text, len(ids)) for text, ids in zip(alone["texts"], alone["token_ids"], strict=True)]:
         raise SystemExit(f"round {number}: texts over HTTP and of the engine differ")
     return found | {
         "requests": len(chats), "tokens": sum(map(len, alone["token_ids"])), "threads": alone["threads"],
-        "engine_s": alone["seconds"], "engine_cpu_s": alone["cpu_s"],
+        "others_share": others, "engine_s": alone["seconds"], "engine_cpu_s": alone["cpu_s"],
     }  # fmt: skip
 
 
@@ -111,6 +116,7 @@ def _figures(rounds):
         **{f"{who}_cpu_us_per_token": median(f"{who}_cpu_s") for who in ("server", "engine", "client")},
         "http_cpu_us_per_request": statistics.median(more),
         "tokens_per_round": statistics.mean(one["tokens"] for one in rounds),
+        "others_share": statistics.median(one["others_share"] for one in rounds),
         "engine_threads": rounds[0]["threads"],
         "equal_tokens": 1.0,
     }
@@ -126,6 +132,8 @@ def report(results):
         f"CPU time, us a token: server {server:.0f}, engine alone {engine:.0f}, client {client:.0f}; "
         f"us a request, of HTTP: {results['http_cpu_us_per_request']:.0f}"
     )
+    if results["others_share"] > MAX_OTHERS:
+        print(f"other programs took {100 * results['others_share']:.0f} % of the processors: the ratio means little")
 
 
 # The engine's process

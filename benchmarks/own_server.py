@@ -45,12 +45,15 @@ def serving(*options):
 
 
 def cpu_seconds(pid):
-    """CPU time that a process has used, all its threads; None where there is no /proc."""
-    path = Path(f"/proc/{pid}/stat")
-    if not path.is_file():
-        return None
-    fields = path.read_text("utf-8").rpartition(")")[2].split()  # its name may hold anything
+    """CPU time that a process has used, all its threads."""
+    fields = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()  # its name may hold anything
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def busy_seconds():
+    """CPU time that all programs of this machine have used."""
+    fields = Path("/proc/stat").read_text("utf-8").split()[1:9]  # of all processors; the 4th and 5th are idle
+    return sum(int(field) for at, field in enumerate(fields) if at not in (3, 4)) / os.sysconf("SC_CLK_TCK")
 
 
 def _wait_until_ready(server, process, log):

@@ -412,11 +412,12 @@ def test_a_process_is_ended_and_its_exit_code_looked_at(monkeypatch):
         assert "SIGKILL" in own_server._stop(process) and process.poll() is not None
 
 
-def test_the_processor_time_of_a_process():
-    before, begun = own_server.cpu_seconds(os.getpid()), time.process_time()
+def test_the_processor_time_of_a_process_and_of_all():
+    before, all_before, begun = own_server.cpu_seconds(os.getpid()), own_server.busy_seconds(), time.process_time()
     while time.process_time() - begun < 0.2:
         pass
     assert own_server.cpu_seconds(os.getpid()) - before == pytest.approx(0.2, abs=0.05)
+    assert own_server.busy_seconds() - all_before > 0.15
 
 
 def test_the_engine_alone_and_the_gate(capsys):
@@ -448,6 +449,7 @@ def test_against_the_engine(capsys, tmp_path):
     assert json.loads((tmp_path / "http.jsonl").read_text("utf-8")) == line
     assert line["equal_tokens"] == 1.0 and len(line["ratio_rounds"]) == 2
     assert line["ratio"] == pytest.approx(line["http_tok_s"] / line["engine_tok_s"])
+    assert -0.2 < line["others_share"] < 1  # of rounds so short that the ticks of the clocks count
     assert min(line[f"{who}_cpu_us_per_token"] for who in ("server", "engine", "client")) > 0
 
 
