@@ -93,5 +93,5 @@ bench: $(VENV)/.installed-test
 	@$(BIN)/python -m benchmarks.report
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv .venv-oldest .venv-newest build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .schemathesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
