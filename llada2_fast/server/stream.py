@@ -51,12 +51,20 @@ class EventStream(Response):
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             async for data in self._events:
-                await self._send(send, data, more=True)
-            await self._send(send, b"", more=False)
-        except asyncio.TimeoutError:
-            scope["state"]["abort"]()  # what it has not read would keep the connection open
+                await self._send(scope, send, data, more=True)
+            await self._send(scope, send, b"", more=False)
         finally:
             await self._events.aclose()
 
-    async def _send(self, send, data, more):
-        await asyncio.wait_for(send({"type": "http.response.body", "body": data, "more_body": more}), self._timeout_s)
+    async def _send(self, scope, send, data, more):
+        """Who does not read for too long is cut off: `send` comes back then, and `receive` tells that it has gone. No
+        asyncio.wait_for, which before Python 3.12 forgets a cancellation that comes just when `send` is done."""
+        late = asyncio.get_running_loop().call_later(self._timeout_s, scope["state"].get("abort", _nothing))
+        try:
+            await send({"type": "http.response.body", "body": data, "more_body": more})
+        finally:
+            late.cancel()
+
+
+def _nothing():
+    """Where there is no connection that could be cut off."""
