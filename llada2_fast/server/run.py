@@ -16,11 +16,12 @@ MAX_HEADER_BYTES = 16384
 
 
 class _Connection(H11Protocol):
-    """One client's. It is cut off where it does not come up with a request's headers in time; scope["state"]["abort"]
-    cuts it off whatever it has not read. h11, for httptools takes headers of any size."""
+    """One client's. It is cut off where it does not come up with a request's headers in time, or reads nothing of an
+    answer's rest; scope["state"]["abort"] cuts it off whatever it has not read. h11, for httptools takes headers of any
+    size."""
 
-    max_connections = header_timeout_s = None  # set by _connections
-    _late = None
+    max_connections = header_timeout_s = client_timeout_s = None  # set by serve
+    _late = _unread = None
 
     def connection_made(self, transport):
         super().connection_made(transport)
@@ -38,9 +39,25 @@ class _Connection(H11Protocol):
         elif self._late is None:
             self._set_late(self.loop.call_later(self.header_timeout_s, self.transport.abort))
 
+    def on_response_complete(self):
+        super().on_response_complete()
+        self._await_reader()
+
     def connection_lost(self, exc):
         self._set_late(None)
+        if self._unread is not None:
+            self._unread.cancel()
         super().connection_lost(exc)
+
+    def _await_reader(self, before=None):
+        """Until all is read that was sent; closing the connection would wait for that without end."""
+        if self._unread is not None:
+            self._unread.cancel()
+        left = self.transport.get_write_buffer_size()
+        if left and left == before:
+            self.transport.abort()
+        elif left:
+            self._unread = self.loop.call_later(self.client_timeout_s, self._await_reader, left)
 
     def _set_late(self, timer):
         if self._late is not None:
@@ -93,7 +110,10 @@ def serve(server: Server, port: socket.socket) -> None:
     config = server.config
     connection = type(
         "Connection", (_Connection,),
-        {"max_connections": config.max_connections, "header_timeout_s": config.body_timeout_s},
+        {
+            "max_connections": config.max_connections, "header_timeout_s": config.body_timeout_s,
+            "client_timeout_s": config.client_timeout_s,
+        },
     )  # fmt: skip
     uvicorn_config = uvicorn.Config(
         server.app, http=connection, ws="none", lifespan="on", log_config=None,
