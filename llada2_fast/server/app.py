@@ -81,8 +81,9 @@ class Server:
         """No new requests; those that run have so many seconds to end by themselves, and are cancelled then."""
         self.completions.draining = True
         await asyncio.sleep(seconds)
-        for name in list(self.completions.running):
-            await self.completions.cancel(name)
+        while self.completions.running:
+            await self.completions.cancel_all()
+            await asyncio.sleep(0.05)  # for them to be told, and for those that the engine is yet to take
 
     def _app(self):
         @asynccontextmanager

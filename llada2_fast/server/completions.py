@@ -32,7 +32,7 @@ class Completions:
     def __init__(self, serving, texts, config, names, max_model_len, defaults, metrics):
         self.serving, self.texts, self.config, self.names = serving, texts, config, names
         self.max_model_len, self.defaults, self.metrics = max_model_len, defaults, metrics
-        self.running: dict[str, list] = {}  # readings, by the request's id
+        self.running: dict[str, _Answer] = {}  # by the request's id
         self.draining = False
 
     async def answer(self, body, http):
@@ -56,9 +56,15 @@ class Completions:
 
     async def cancel(self, request_id: str) -> bool:
         """End a running request of this id as it stands. Whether there is one."""
-        readings = self.running.get(request_id, ())
-        ended = [await self.serving.cancel(reading.request.request_id) for reading in readings]
-        return any(ended)
+        answer = self.running.get(request_id)
+        names = () if answer is None else answer.names
+        # By name: those that the engine is yet to take come to it before this does.
+        return any(await asyncio.gather(*(self.serving.cancel(name) for name in names)))
+
+    async def cancel_all(self):
+        """End all running requests as they stand, in one go: a call each would take a step for two of them."""
+        names = [name for answer in self.running.values() for name in answer.names]
+        await self.serving.call(lambda engine: [engine.cancel(name) for name in names])
 
     async def prompts(self, body) -> list[list[int]]:
         """Token ids of a body's prompts."""
@@ -88,7 +94,7 @@ class _Answer:
 
     def __init__(self, service, body, form, told):
         self.service, self.body, self.form, self.told = service, body, form, told
-        self.readings, self.num_prompt_tokens = [], 0
+        self.names, self.readings, self.num_prompt_tokens = [], [], 0  # names: those of the engine's requests
         told["id"] = form.request_id
 
     @property
@@ -101,19 +107,24 @@ class _Answer:
         prompts = await service.prompts(self.body)
         self.num_prompt_tokens = sum(map(len, prompts))
         each = job.fit(prompts, service.max_model_len, "messages" if isinstance(self.body, ChatRequest) else "prompt")
+        base = self.form.request_id
+        self.names = [f"{base}-{index}" for index in range(len(each))] if len(each) > 1 else [base] * len(each)
         self.readings = [None] * len(each)
 
         async def open_one(index, prompt, params):
-            name = self.form.request_id + (f"-{index}" if len(each) > 1 else "")
             self.readings[index] = await service.serving.open(
                 prompt, params, drafts=bool(self.body.draft), until_end=not self.body.stream,
-                **vars(job.options) | {"request_id": name},
+                **vars(job.options) | {"request_id": self.names[index]},
             )  # fmt: skip
 
-        service.running[self.form.request_id] = self.readings
+        service.running[base] = self
+        opening = [asyncio.ensure_future(open_one(index, *one)) for index, one in enumerate(each)]
         try:
-            await asyncio.gather(*(open_one(index, *one) for index, one in enumerate(each)))
+            await asyncio.gather(*opening)
         except BaseException as error:
+            for task in opening:  # gather leaves them alone where one of them has failed
+                task.cancel()
+            await asyncio.gather(*opening, return_exceptions=True)
             self.end()
             if isinstance(error, QueueFull):
                 raise too_busy("too many requests are waiting") from error
@@ -198,7 +209,7 @@ class _Answer:
 
     def end(self):
         """Nobody waits for it any more: the engine ends what is unfinished."""
-        if self.service.running.get(self.form.request_id) is not self.readings:
+        if self.service.running.get(self.form.request_id) is not self:
             return
         del self.service.running[self.form.request_id]
         opened = [reading for reading in self.readings if reading is not None]
