@@ -178,7 +178,12 @@ class AsyncEngine:
     @property
     def has_room(self) -> bool:
         """A request that comes now need not be refused with QueueFull."""
-        return self.engine.scheduler.has_room
+        return self.room > 0
+
+    @property
+    def room(self) -> int:
+        """How many requests that come now need not be refused."""
+        return self.engine.scheduler.room
 
     async def cancel(self, request_id) -> bool:
         """End a request; its stream gets the "finish" event. False if no such request is unfinished."""

@@ -54,10 +54,14 @@ class Scheduler:
         self._stuck = False  # nobody who waits fits, and nothing has changed since
 
     @property
-    def has_room(self) -> bool:
-        """One more request may wait; those for which a place is free do so until the next step only."""
+    def room(self) -> int:
+        """How many more requests may wait; those for which a place is free do so until the next step only."""
         places = self.config.max_num_seqs - len(self.running)
-        return len(self.waiting) < self.config.max_waiting + places
+        return self.config.max_waiting + places - len(self.waiting)
+
+    @property
+    def has_room(self) -> bool:
+        return self.room > 0
 
     def check_room(self):
         """QueueFull if as many wait as may."""

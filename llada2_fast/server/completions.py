@@ -33,6 +33,7 @@ class Completions:
         self.serving, self.texts, self.config, self.names = serving, texts, config, names
         self.max_model_len, self.defaults, self.metrics = max_model_len, defaults, metrics
         self.running: dict[str, _Answer] = {}  # by the request's id
+        self.opening = 0  # requests that the engine is yet to take
         self.draining = False
 
     async def answer(self, body, http):
@@ -41,10 +42,6 @@ class Completions:
         job = Job.of(body, self.config, self.defaults)
         kind = ChatFormat if isinstance(body, ChatRequest) else CompletionFormat
         request_id = body.request_id or f"{kind.prefix}-{uuid.uuid4().hex}"
-        if request_id in self.running:
-            raise ApiError(400, "request_id: expected one that no running request has", "request_id", "invalid_value")
-        if not self.serving.has_room:
-            raise too_busy("too many requests are waiting")
         form = kind(request_id, self.check_model(body.model), body, self.texts, self._trace)
         answer = _Answer(self, body, form, http.state.told)
         if body.stream:
@@ -53,6 +50,12 @@ class Completions:
                 answer.events(), answer.end, self.config.client_timeout_s, {"X-Request-Id": request_id}
             )  # fmt: skip
         return await unless_gone(http.receive, answer.whole(job)) or JSONResponse({}, 499)
+
+    def check_room(self, count: int):
+        """ApiError if the engine would not take so many more requests: it is asked between two steps, two calls at a
+        time, so that of many who come at once the last would be refused late."""
+        if self.serving.room < self.opening + count:
+            raise too_busy("too many requests are waiting")
 
     async def cancel(self, request_id: str) -> bool:
         """End a running request of this id as it stands. Whether there is one."""
@@ -104,6 +107,7 @@ class _Answer:
     async def begin(self, job):
         """The engine has taken all of it when this returns; ApiError, and it has none of it, where it cannot."""
         service = self.service
+        service.check_room(1)  # before the work that a long prompt is
         prompts = await service.prompts(self.body)
         self.num_prompt_tokens = sum(map(len, prompts))
         each = job.fit(prompts, service.max_model_len, "messages" if isinstance(self.body, ChatRequest) else "prompt")
@@ -117,7 +121,11 @@ class _Answer:
                 **vars(job.options) | {"request_id": self.names[index]},
             )  # fmt: skip
 
+        service.check_room(len(each))
+        if base in service.running:
+            raise ApiError(400, "request_id: expected one that no running request has", "request_id", "invalid_value")
         service.running[base] = self
+        service.opening += len(each)
         opening = [asyncio.ensure_future(open_one(index, *one)) for index, one in enumerate(each)]
         try:
             await asyncio.gather(*opening)
@@ -131,6 +139,8 @@ class _Answer:
             if isinstance(error, ValueError):
                 raise refused(error) from error
             raise
+        finally:
+            service.opening -= len(each)
 
     async def whole(self, job):
         """The plain response."""

@@ -1,4 +1,4 @@
-"""Requests that end while the engine is yet to take them."""
+"""Requests while the engine is yet to take them: cancelled, refused, of one name."""
 
 import asyncio
 import json
@@ -118,3 +118,42 @@ def test_of_a_request_for_which_there_is_no_room_nothing_is_left():
 
     status, body = serve(main, Reluctant)
     assert status == 429 and json.loads(body)["error"]["code"] == "queue_full"
+
+
+class Counting(AsyncEngine):
+    """Knows how often it was asked for a request."""
+
+    opened = 0
+
+    async def open(self, *args, **options):
+        self.opened += 1
+        return await super().open(*args, **options)
+
+
+def test_of_many_who_come_at_once_the_last_are_refused_without_the_engine():
+    async def main(server, client):
+        asked = [asyncio.ensure_future(client.post("/v1/chat/completions", LONG | {"n": n})) for n in [1] * 20 + [3]]
+        done, waiting = await asyncio.wait(asked, timeout=0.5)
+        await server.drain(1e-6)
+        return [task.result() for task in done], len(waiting), server.serving.opened
+
+    refused, taken, opened = serve(main, Counting, max_num_seqs=2, max_waiting=2)
+    assert taken == opened == 4
+    assert [status for status, _ in refused] == [429] * 17
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_two_requests_of_one_name_at_once(stream):
+    """One of them is refused, and the other goes on to be known by it, and ends with its client."""
+
+    async def main(server, client):
+        gone, body = asyncio.Event(), LONG | {"request_id": "mine", "stream": stream}
+        asked = [asyncio.ensure_future(client.post("/v1/chat/completions", body, gone)) for _ in range(2)]
+        (first,), (other,) = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+        assert list(server.completions.running) == ["mine"]
+        gone.set()
+        await other
+        return first.result()
+
+    status, body = serve(main)
+    assert status == 400 and json.loads(body)["error"]["param"] == "request_id"
