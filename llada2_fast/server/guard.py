@@ -12,6 +12,7 @@ from .errors import ApiError, shutting_down
 from .log import log
 
 OPEN = ("/health",)  # asks for no key
+LINGER = 8  # times the size that may be, which is read before it is told: who is still sending does not listen
 PAGES = ("/", "/playground")  # what a person opens: a browser then asks for the key
 _STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"?', re.S)
 
@@ -97,19 +98,21 @@ class Guard:
         close = {"Connection": "close"}  # what else may come of the body is not read
         too_large = ApiError(413, f"the body: expected at most {most} bytes", None, "request_too_large", close)
         announced = headers.get(b"content-length", b"0")
-        if not announced.isdigit() or int(announced) > most:
+        if not announced.isdigit() or int(announced) > LINGER * most:
             raise too_large
 
         async def read():
             parts, size, more = [], 0, True
-            while more:
+            while more and size <= LINGER * most:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     raise ApiError(499, "the client has gone")
-                parts.append(message.get("body", b""))
-                more, size = message.get("more_body", False), size + len(parts[-1])
-                if size > most:
-                    raise too_large
+                part = message.get("body", b"")
+                more, size = message.get("more_body", False), size + len(part)
+                if size <= most:
+                    parts.append(part)
+            if size > most:
+                raise too_large
             return b"".join(parts)
 
         try:

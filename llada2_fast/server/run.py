@@ -116,7 +116,7 @@ def serve(server: Server, port: socket.socket) -> None:
         },
     )  # fmt: skip
     uvicorn_config = uvicorn.Config(
-        server.app, http=connection, ws="none", lifespan="on", log_config=None,
+        server.app, http=connection, ws="none", proxy_headers=False, lifespan="on", log_config=None,
         access_log=False, server_header=False, h11_max_incomplete_event_size=MAX_HEADER_BYTES, backlog=1024,
         timeout_graceful_shutdown=int(config.drain_s) + 5,
     )  # fmt: skip

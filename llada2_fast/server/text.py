@@ -6,11 +6,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
-from ..weights.special_tokens import encode_chat
+from ..weights.special_tokens import render_chat
 from .errors import ApiError
 
 SHORT = 8192  # characters, or tokens, that are seen to at once: a change of threads costs more beside a busy engine
 THREADS = 2
+TEMPLATE = "<template>"  # the file that jinja2 says a template's code is of
 
 
 class TooSlow(Exception):
@@ -35,7 +36,7 @@ class Texts:
     async def encode_chat(self, messages: list[dict]) -> list[int]:
         """A chat's prompt. ApiError if there is no template, or if it raises or takes too long."""
         size = sum(len(message["content"]) for message in messages)
-        return await self.run(size, self._render, messages)
+        return await self.run(size, self._encode_chat, messages)
 
     async def encode(self, texts: list[str], special: bool = True) -> list[list[int]]:
         """The ids of each text; special: with the tokens that the tokenizer puts around a text."""
@@ -54,12 +55,15 @@ class Texts:
             return function(*args)
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
 
+    def _encode_chat(self, messages):
+        return self.tokenizer(self._render(messages), add_special_tokens=False)["input_ids"]
+
     def _render(self, messages):
         from jinja2 import TemplateError
 
         try:
             with _Within(self.template_timeout_s):
-                return encode_chat(self.tokenizer, messages)
+                return render_chat(self.tokenizer, messages)
         except TooSlow:
             raise ApiError(400, "messages: the chat template took too long", "messages", "template_timeout") from None
         except TemplateError as error:  # it refuses what it was given, as roles that do not alternate
@@ -91,18 +95,22 @@ def _byte_level() -> dict[str, int]:
 
 
 class _Within:
-    """While it is open, Python code of this thread raises TooSlow once its time is over: a template is a program, and a
-    thread cannot be stopped from outside. One call into C that takes long is not seen."""
+    """While it is open, a template of jinja2's raises TooSlow in this thread once its time is over: it is a program, and
+    a thread cannot be stopped from outside. Looked at between its lines, so that one call that takes long is not seen.
+    """
 
     def __init__(self, seconds):
         self._seconds = seconds
 
     def __enter__(self):
         self._end, self._before = time.monotonic() + self._seconds, sys.gettrace()
-        sys.settrace(self._look)
+        sys.settrace(self._enter)
 
     def __exit__(self, *_):
         sys.settrace(self._before)
+
+    def _enter(self, frame, event, argument):
+        return self._look if frame.f_code.co_filename == TEMPLATE else None  # to look at others costs more than they do
 
     def _look(self, frame, event, argument):
         if time.monotonic() > self._end:

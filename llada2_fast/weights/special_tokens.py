@@ -143,15 +143,20 @@ def load_tokenizer(path: str | os.PathLike, *, padding_side: str | None = None, 
         return PreTrainedTokenizerFast.from_pretrained(folder, **asked)
 
 
-def encode_chat(tokenizer, messages: list[dict]) -> list[int]:
-    """The prompt for a conversation's next turn.
+def render_chat(tokenizer, messages: list[dict]) -> str:
+    """The prompt for a conversation's next turn, as text.
 
     messages: dicts with "role" and "content".
     Raises ValueError if the tokenizer has no chat template, jinja2.TemplateError where that refuses the messages.
     """
     if tokenizer.chat_template is None:
         raise ValueError("the tokenizer has no chat template: expected prompts as the model saw them, without roles")
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+
+def encode_chat(tokenizer, messages: list[dict]) -> list[int]:
+    """The prompt for a conversation's next turn, as token ids; messages and errors as of `render_chat`."""
+    return tokenizer(render_chat(tokenizer, messages), add_special_tokens=False)["input_ids"]
 
 
 class _Naming:
