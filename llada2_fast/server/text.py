@@ -95,8 +95,8 @@ def _byte_level() -> dict[str, int]:
 
 
 class _Within:
-    """While it is open, a template of jinja2's raises TooSlow in this thread once its time is over: it is a program, and
-    a thread cannot be stopped from outside. Looked at between its lines, so that one call that takes long is not seen.
+    """While it is open, a template of jinja2's raises TooSlow in this thread once its time is over: it is a program,
+    and a thread cannot be stopped from outside. Looked at between lines: one call that takes long is not seen.
     """
 
     def __init__(self, seconds):

@@ -121,10 +121,19 @@ def test_bytes_of_tokens_that_are_no_characters():
     assert bytes(texts.token(1)[1] + texts.token(2)[1]).decode() == "é"
 
 
-async def stream_to(send, receive, events, timeout_s):
-    """(whether it was cut off, whether it was ended) of an EventStream."""
+async def stream_to(send, gone, events, timeout_s):
+    """(whether it was cut off, whether it was ended) of an EventStream. gone: an Event, set when the client has gone."""
     cut, ended = [], []
-    scope = {"type": "http", "state": {"abort": lambda: cut.append(True)}}
+
+    async def receive():
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    def abort():  # as of a connection: who waits for it learns that it is lost
+        cut.append(True)
+        gone.set()
+
+    scope = {"type": "http", "state": {"abort": abort}}
     await EventStream(events, lambda: ended.append(True), timeout_s)(scope, receive, send)
     return bool(cut), bool(ended)
 
@@ -144,7 +153,7 @@ def test_a_client_that_does_not_read_is_cut_off():
             if message["type"] == "http.response.body":
                 await asyncio.sleep(60)
 
-        return await stream_to(stuck, asyncio.Event().wait, events(), 0.2)
+        return await stream_to(stuck, asyncio.Event(), events(), 0.2)
 
     assert asyncio.run(main()) == (True, True) and closed == [True]
 
@@ -158,10 +167,8 @@ def test_a_client_that_goes_ends_its_stream():
         async def send(message):
             pass
 
-        async def receive():
-            await asyncio.sleep(0.1)
-            return {"type": "http.disconnect"}
-
-        return await stream_to(send, receive, events(), 5.0)
+        gone = asyncio.Event()
+        asyncio.get_running_loop().call_later(0.1, gone.set)
+        return await stream_to(send, gone, events(), 5.0)
 
     assert asyncio.run(main()) == (False, True)
