@@ -52,6 +52,7 @@ setup(
         "llada2_fast.adapters": ["lm_eval_tasks/*.*"],
         "llada2_fast.demo": ["model/*"],
         "llada2_fast.kernels": ["*.json"],
+        "llada2_fast.viewer": ["page.*", "scripts/*.js"],
     },
     # safetensors, tokenizers, huggingface_hub and tqdm arrive with transformers. The CPU build of torch does not
     # depend on triton, so it is listed; triton has wheels for Linux only, elsewhere the PyTorch path runs alone.

@@ -23,7 +23,7 @@ TIERS = [
     {"decoding"},
     {"refinement", "generate", "engine"},
     {"demo", "viewer"},
-    {"adapters", "distributed"},
+    {"server", "adapters", "distributed"},
     {"__init__"},
     {"server"},
     {"benchmarks"},

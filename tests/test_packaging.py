@@ -68,7 +68,7 @@ def test_wheel_contents(wheel):
     sources = {f"llada2_fast/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").glob("*.*")}
     sources |= {f"llada2_fast/{path.relative_to(ROOT)}" for path in (ROOT / "benchmarks").rglob("*.py")}
     for path in (ROOT / "llada2_fast").rglob("*"):
-        if path.suffix in (".py", ".yaml") or path.parent.name == "model":
+        if path.suffix in (".py", ".yaml", ".html", ".css", ".js") or path.parent.name == "model":
             sources.add(str(path.relative_to(ROOT)))
     assert sources - names == set()
     assert [name for name in names if "benchmarks" in name and not name.endswith(".py")] == []  # results stay here

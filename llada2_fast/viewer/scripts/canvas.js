@@ -23,6 +23,7 @@ class Canvas {
   show(trace) {
     this.trace = trace;
     this.spans = [];
+    this.around = []; // by position: the text nodes before and behind its span
     this.sections = [];
     this.ringed = [];
     this.selected = null;
@@ -32,7 +33,7 @@ class Canvas {
 
   // Spans for positions that have none yet.
   grow() {
-    const { blocks } = this.trace, before = this.spans.length;
+    const { blocks } = this.trace;
     for (let i = Math.max(0, this.sections.length - 1); i < blocks.length; i++) {
       if (i === this.sections.length) {
         const section = document.createElement("span");
@@ -52,10 +53,10 @@ class Canvas {
         span.dataset.at = this.spans.length;
         this.spans.push(span);
         more.append(span);
+        this.render(this.spans.length - 1);
       }
       this.sections[i].append(more);
     }
-    for (let position = before; position < this.spans.length; position++) this.render(position);
   }
 
   // The trace has gone to another step, by which these positions have changed.
@@ -77,19 +78,19 @@ class Canvas {
       const text = trace.finalText(position);
       classes.push("mask");
       if (!text) classes.push("unknown");
-      span.textContent = blank(text);
+      this.put(position, blank(text), "\u00a0");
       label = "mask";
     } else {
-      const text = trace.textOf(write.token);
+      const text = trace.textOf(write.token), empty = !text.trim();
       if (trace.special.has(write.token)) classes.push("special");
-      if (/\n/.test(text)) classes.push("newline");
+      if (empty && text.includes("\n")) classes.push("newline");
       if (write.kind === "edit") classes.push("edited");
       if (write.step === trace.step - 1) {
         classes.push("now");
         this.ringed.push(position);
       }
-      span.textContent = visible(text, write.token);
-      if (!text.trim()) label = named(text, write.token);
+      this.put(position, visible(text, write.token), "");
+      if (empty) label = named(text, write.token);
       span.dataset.c = confidenceLevel(write.confidence);
       span.dataset.s = stepLevel(trace.blocks[trace.blockOf(position)], write.step);
     }
@@ -98,6 +99,24 @@ class Canvas {
     span.className = classes.join(" ");
     if (label === null) span.removeAttribute("aria-label");
     else span.setAttribute("aria-label", label);
+  }
+
+  // A token's text into its span, but for the space before it and the line break behind it: these stand beside the
+  // span, or its colour would hang over the edges of lines. Of a token that is nothing else, `instead` stands inside.
+  put(position, text, instead) {
+    const [, before, inside, behind] = /^( *)([^]*?)(\n*)$/.exec(text), span = this.spans[position];
+    const lone = inside === "" && behind === "";
+    span.textContent = lone ? before : inside || instead;
+    const around = lone ? ["", ""] : [before, behind];
+    const nodes = this.around[position] || (this.around[position] = []);
+    around.forEach((beside, i) => {
+      if (nodes[i]) nodes[i].data = beside;
+      else if (beside) {
+        nodes[i] = document.createTextNode(beside);
+        if (i) span.after(nodes[i]);
+        else span.before(nodes[i]);
+      }
+    });
   }
 
   positionOf(element) {

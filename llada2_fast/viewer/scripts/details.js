@@ -18,7 +18,10 @@ function quoted(trace, id) {
   return text.replace(/ /g, "␣").replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/\ufffd/g, "▯");
 }
 
-const percent = (share) => (share >= 0.9995 && share < 1 ? "> 99.9 %" : `${(100 * share).toFixed(share < 0.1 ? 2 : 1)} %`);
+function percent(share) {
+  if (share >= 0.9995) return share < 1 ? "> 99.9 %" : "100 %";
+  return share < 0.0001 ? "< 0.01 %" : `${(100 * share).toFixed(share < 0.1 ? 2 : 1)} %`;
+}
 
 function definitions(pairs) {
   return make("dl", {}, ...pairs.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))));
@@ -44,7 +47,7 @@ function showToken(root, trace, position) {
     facts.unshift(
       ["Id", String(write.token)],
       ["Confidence", make("span", { class: "with-bar" }, percent(write.confidence), meter(write.confidence))],
-      ["Step", `${write.step + 1}, the block's ${write.step - block.first + 1}.`],
+      ["Step", `${write.step + 1} (${write.step - block.first + 1} of its block)`],
     );
   }
   parts.push(definitions(facts));
@@ -79,10 +82,7 @@ function history(trace, position) {
   return make("ol", { class: "history" }, ...items);
 }
 
-const ENDS = {
-  eos: "the model ended it", stop: "a stop", length: "most tokens reached", cancelled: "stopped", deadline: "deadline",
-  error: "an error",
-};
+const ENDS = { eos: "end token", length: "most tokens", cancelled: "being stopped", error: "an error" };
 
 function showStatistics(root, trace) {
   const { statistics: cost, params, finish_reason: reason } = trace.doc, pairs = [];

@@ -11,7 +11,7 @@ class Live {
       this.fields[id] = document.getElementById(id);
     }
     const { prompt, mode, threshold, edits, run, stop } = this.fields, editing = this.fields["editing-threshold"];
-    document.getElementById("ask").hidden = false;
+    document.getElementById("ask").hidden = document.getElementById("intro").hidden = false;
     run.addEventListener("click", () => this.run());
     stop.addEventListener("click", () => this.stop());
     document.addEventListener("keydown", (event) => {

@@ -5,7 +5,10 @@ const shown = { trace: null, inspected: null };
 const $ = (id) => document.getElementById(id);
 
 const canvas = new Canvas($("canvas"), inspect);
-const timeline = new Timeline(goTo);
+const timeline = new Timeline((step) => {
+  $("canvas").classList.add("moved"); // from now on what the last step has written is marked
+  goTo(step);
+});
 
 function inspect(position) {
   shown.inspected = position;
@@ -34,6 +37,7 @@ function open(trace) {
 function present(trace) {
   document.body.dataset.state = "done";
   open(trace);
+  $("canvas").classList.remove("moved");
   goTo(trace.numSteps);
 }
 
@@ -50,7 +54,8 @@ function listDocuments() {
 }
 
 function colourBy(by) {
-  $("canvas").className = `by-${by}`;
+  $("canvas").classList.toggle("by-confidence", by === "confidence");
+  $("canvas").classList.toggle("by-step", by === "step");
   showLegend($("legend"), by);
 }
 

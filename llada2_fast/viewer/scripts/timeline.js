@@ -57,7 +57,6 @@ class Timeline {
     this.pause();
     if (this.trace.step >= this.trace.numSteps) this.onStep(0);
     document.body.classList.add("playing");
-    this.playButton.textContent = "❚❚";
     this.playButton.setAttribute("aria-label", "Pause");
     const rate = Number(document.getElementById("speed").value);
     this.timer = setInterval(() => {
@@ -70,7 +69,6 @@ class Timeline {
     clearInterval(this.timer);
     this.timer = null;
     document.body.classList.remove("playing");
-    this.playButton.textContent = "▶\ufe0e";
     this.playButton.setAttribute("aria-label", "Play");
   }
 
