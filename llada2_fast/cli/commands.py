@@ -11,16 +11,14 @@ import contextlib
 import json
 import os
 import sys
-import time
-from dataclasses import asdict
 from importlib import import_module
 
 from .. import __version__
+from . import traced
+from .answers import answer
 from .doctor import doctor
 from .machine import prepare
-from .options import Help, add_model_options, decoding, encode, fit, load_model
-from .serve import add_options as add_server_options
-from .serve import serve
+from .options import Help, add_model_options, decoding, encode, load_model
 
 # The benchmarks by the names of `llada2-fast bench`: module of llada2_fast.benchmarks, what it measures.
 BENCHMARKS = {
@@ -130,6 +128,8 @@ def _parser(argv):
     generate = command(_generate, "generate", "Answer prompts, all in one batch.")
     generate.add_argument("prompts", nargs="+", metavar="PROMPT", help="UTF-8 text; - reads one from stdin")
     generate.add_argument("--raw", action="store_true", help="continue the prompts as they are: no chat template")
+    generate.add_argument("--trace", metavar="FILE", help="write every step: as a page (.html) or as .json")
+    generate.add_argument("--watch", action="store_true", help="show one prompt's answer as it comes about")
     chat = command(_chat, "chat", "Talk over several turns: a line of stdin is one; /reset forgets, /exit ends.")
     command(doctor, "doctor", "Say what is installed, what each op will run on, and whether the embedded model works.")
     for added in (generate, chat):
@@ -156,14 +156,22 @@ def _generate(args):
     if args.prompts.count("-") > 1:
         raise ValueError("prompts: stdin (-) can be read only once")
     options = decoding(args)
+    traced.check(args.trace, args.watch, args.prompts)
     prompts = [_read_stdin() if prompt == "-" else _checked(prompt) for prompt in args.prompts]
     model, tokenizer = _load(args)
     if args.raw:
         rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     else:
         rows = [encode(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
-    for prompt, answer in zip(prompts, _answer(model, tokenizer, rows, options, args.progress), strict=True):
-        print(json.dumps({"prompt": prompt} | answer) if args.json else answer["text"])
+    if args.trace is None and not args.watch:
+        answers, documents, printed = answer(model, tokenizer, rows, options, args.progress), [], False
+    else:
+        answers, documents, printed = traced.answer(model, tokenizer, prompts, rows, options, args)
+    for prompt, one in zip(prompts, answers, strict=True):
+        if not printed:
+            print(json.dumps({"prompt": prompt} | one) if args.json else one["text"])
+    if documents:
+        traced.write(args.trace, documents)
     return 0
 
 
@@ -183,12 +191,12 @@ def _chat(args):
         elif text:
             turn = [*messages, {"role": "user", "content": text}]
             try:
-                (answer,) = _answer(model, tokenizer, [encode(tokenizer, turn)], options, args.progress)
+                (one,) = answer(model, tokenizer, [encode(tokenizer, turn)], options, args.progress)
             except ValueError as error:  # above all a conversation that has become too long: it can be reset
                 _error(error, 2)
                 continue
-            messages = [*turn, {"role": "assistant", "content": answer["text"]}]
-            print(json.dumps({"prompt": text} | answer) if args.json else answer["text"], flush=True)
+            messages = [*turn, {"role": "assistant", "content": one["text"]}]
+            print(json.dumps({"prompt": text} | one) if args.json else one["text"], flush=True)
     return 0
 
 
@@ -260,25 +268,3 @@ def _load(args):
 
     model, folder = load_model(args)
     return model, load_tokenizer(folder)
-
-
-def _answer(model, tokenizer, rows, options, progress):
-    """One dict per row of prompt ids, as --json prints it; a line of statistics goes to stderr."""
-    options = fit(options, model, rows)
-    started = time.perf_counter()
-    output = model.generate(rows, return_dict=True, progress=progress, **options)
-    seconds = time.perf_counter() - started
-    answers = []
-    for i, ids in enumerate(rows):
-        count, counters = output.num_tokens[i], output.counters[i]
-        new = output.sequences[i, :count].tolist()
-        answers.append({
-            "text": tokenizer.decode(new, skip_special_tokens=True), "token_ids": new, "prompt_tokens": len(ids),
-            "num_tokens": count, "finish_reason": output.finish_reasons[i], **asdict(counters),
-            "tokens_per_forward": count / max(1, counters.denoise_forwards), "batch_seconds": seconds,
-        })  # fmt: skip
-    tokens, forwards = sum(output.num_tokens), sum(counters.denoise_forwards for counters in output.counters)
-    reasons = ", ".join(dict.fromkeys(output.finish_reasons))
-    speed = f"TPF {output.tokens_per_forward:.2f}, {tokens / seconds:.1f} tokens/s"
-    print(f"{tokens} tokens, {forwards} forwards, {speed}, finish reason: {reasons}", file=sys.stderr)
-    return answers

@@ -1,16 +1,16 @@
 """The trace document: all that the page needs to know of a request, as JSON-ready Python values.
 
-    format, version      "llada2_fast.trace", 1
-    model, prompt        a name; the prompt's text, or None
-    prompt_tokens        token i of the answer is of block (prompt_tokens + i) // block_length
-    block_length, mask_id
-    text, finish_reason, token_ids
-    vocabulary           {"17": its text} of every id in the document, decoded by itself; special tokens by their name
-    special_ids          those of them that are special
-    events               every write in order of steps; position counts generated tokens from 0, and may lie behind the
-                         answer's end; old: the id replaced, the mask id for a commit
-    alternatives         for each of token_ids [[id, logprob], ...], best first; None where they were not asked for
-    statistics, params   what it cost; the DecodeParams that are not at their defaults, and gen_length
+format, version      "llada2_fast.trace", 1
+model, prompt        a name; the prompt's text, or None
+prompt_tokens        token i of the answer is of block (prompt_tokens + i) // block_length
+block_length, mask_id
+text, finish_reason, token_ids
+vocabulary           {"17": its text} of every id in the document, decoded by itself; special tokens by their name
+special_ids          those of them that are special
+events               every write in order of steps; position counts generated tokens from 0, and may lie behind the
+                     answer's end; old: the id replaced, the mask id for a commit
+alternatives         for each of token_ids [[id, logprob], ...], best first; None where they were not asked for
+statistics, params   what it cost; the DecodeParams that are not at their defaults, and gen_length
 """
 
 from dataclasses import fields
