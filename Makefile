@@ -18,11 +18,11 @@ BENCH_ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
-.PHONY: help demo test test-oldest test-newest test-slow test-hosts test-gpu sanitize check aot bench clean
+.PHONY: help demo test test-oldest test-newest test-slow test-hosts test-browser test-gpu sanitize check aot bench clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo | test | test-oldest | test-newest | test-slow | test-hosts | test-gpu | sanitize | check | aot | bench | clean"
+	@echo "make demo | test | test-oldest | test-newest | test-slow | test-hosts | test-browser | test-gpu | sanitize | check | aot | bench | clean"
 
 # torch goes first and alone: with a CPU build already there, nothing later asks for CUDA packages.
 $(VENV)/.installed: setup.py $(CONSTRAINTS)
@@ -67,6 +67,15 @@ test-slow: $(VENV)/.installed-test
 
 test-hosts: $(VENV)/.installed-hosts
 	@$(BIN)/python -m pytest -q -m hosts --timeout 3600
+
+# What drives the browser comes from npm; the browser itself is the system's, CHROMIUM=... if not chromium on PATH.
+build/browser/.installed: Makefile
+	@mkdir -p $(@D)
+	@npm install --prefix $(@D) --no-save --no-audit --no-fund --loglevel=error playwright-core@1.65.1 axe-core@4.14.1
+	@touch $@
+
+test-browser: $(VENV)/.installed-test build/browser/.installed
+	@$(BIN)/python -m pytest -q -m browser
 
 test-gpu: $(VENV)/.installed-test
 	@$(BIN)/python -m pytest -q -m gpu
