@@ -3,6 +3,7 @@ import assert from "node:assert/strict";
 import { readFileSync, writeFileSync } from "node:fs";
 
 const STORY = "Tell a story about Max the goat near the lake.";
+const settings = async (page) => (await page.isVisible("#threshold")) || page.click("summary"); // closed where narrow
 const done = (page) => page.waitForSelector("[data-state=done]");
 
 export async function asking(page, { check, shot, faults }) {
@@ -14,6 +15,7 @@ export async function asking(page, { check, shot, faults }) {
   await check(page, "with a mistake");
 
   await page.fill("#prompt", STORY);
+  await settings(page);
   await page.fill("#threshold", "0.9");
   await page.keyboard.press("Control+Enter");
   await done(page);
@@ -42,6 +44,14 @@ export async function asking(page, { check, shot, faults }) {
   assert.equal(await saved.textContent("#canvas"), await page.textContent("#canvas"));
   await saved.close();
 
+  // a mode is sent by its name
+  await page.selectOption("#mode", "quality");
+  assert.equal(await page.inputValue("#editing-threshold"), "0.5");
+  const [request] = await Promise.all([page.waitForRequest("**/completions"), page.click("#run")]);
+  const { mode, threshold, editing_threshold } = request.postDataJSON();
+  assert.deepEqual([mode, threshold, editing_threshold], ["quality", undefined, undefined]);
+  await page.waitForFunction(() => document.querySelectorAll("#choice option").length === 2);
+
   // what the server refuses is told in its words
   await page.fill("#max-tokens", "4096");
   await page.click("#run");
@@ -49,13 +59,20 @@ export async function asking(page, { check, shot, faults }) {
   await page.waitForFunction(() => document.getElementById("alert").textContent);
   assert.match(await page.textContent("#alert"), /^The server did not take this\. It says: /);
   faults.splice(0); // the browser notes the status 400
+  assert.equal(await page.textContent("#said"), said, "the answer before is still there");
+  assert.ok((await page.textContent("#canvas")).includes("Once"));
   await check(page, "with an error of the server");
   await shot(page, "live-error");
+  await page.context().setOffline(true);
+  await page.click("#run");
+  await page.waitForFunction(() => /cannot be reached/.test(document.getElementById("alert").textContent));
+  faults.splice(0);
 }
 
 // A long answer, of a server without end tokens: masks and tokens are there while it is written; Stop ends it with what there is.
 export async function stopping(page, { check, shot }) {
   await page.fill("#prompt", "a </script><b>bold</b> prompt");
+  await settings(page);
   await page.fill("#threshold", "2"); // never reached: a token a step
   await page.fill("#max-tokens", "2000");
   await page.fill("#temperature", "1.5");

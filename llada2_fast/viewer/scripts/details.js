@@ -37,7 +37,7 @@ function brief(trace, position) {
 
 function showToken(root, trace, position) {
   if (position === null) {
-    root.replaceChildren(make("p", { class: "muted" }, "Point at a token, or move to it with Tab and the arrow keys."));
+    root.replaceChildren(make("p", { class: "muted" }, "Point at a token, tap it, or move to it with Tab and the arrow keys."));
     return;
   }
   const write = trace.write(position), number = trace.blockOf(position), block = trace.blocks[number];

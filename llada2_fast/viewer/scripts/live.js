@@ -3,7 +3,7 @@ const PRESETS = { quality: [0.7, 0.5], speed: [0.5, 0] }; // of the server's mod
 const STOP_MS = 3000; // so long may the server take to end what it was asked to stop
 
 class Live {
-  // view: {open(trace), grow(), done(trace), say(trouble)}.
+  // view: {open(trace), grow(), done(trace), say(trouble)}. What was shown before stays until the server answers.
   constructor(view) {
     this.view = view;
     this.fields = {};
@@ -32,6 +32,7 @@ class Live {
     for (const field of [threshold, edits, editing]) field.addEventListener("input", () => (mode.value = ""));
     edits.addEventListener("input", () => (editing.disabled = !edits.checked));
     editing.disabled = !edits.checked;
+    document.getElementById("more").open = innerWidth > 600;
     this.greet();
   }
 
@@ -66,6 +67,7 @@ class Live {
   }
 
   at(field, message) {
+    if (field !== this.fields.prompt) document.getElementById("more").open = true;
     field.focus();
     return new Trouble(message);
   }
@@ -81,8 +83,8 @@ class Live {
       this.text = "";
       this.began = performance.now();
       this.state("running");
-      this.view.open(this.trace);
       const response = await ask("v1/chat/completions", posted(body, this.abort.signal));
+      this.view.open(this.trace);
       for await (const chunk of events(response)) this.take(chunk);
     } catch (error) {
       this.fail(error);

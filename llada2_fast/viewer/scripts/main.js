@@ -96,7 +96,11 @@ if (documents.length) {
       canvas.update(shown.trace.go(Infinity));
     },
     done(trace) {
-      if (!trace.length) return;
+      if (!trace.length) {
+        if (documents.length) choose(documents.length - 1);
+        else $("view").hidden = true;
+        return;
+      }
       documents.push(trace.doc);
       listDocuments();
       choose(documents.length - 1);

@@ -120,6 +120,7 @@ class Trace {
       const position = part.start + i, writes = this.writes[position], before = writes[writes.length - 1];
       const token = part.token_ids[i];
       this.doc.vocabulary[token] = part.tokens[i];
+      if (/^<\|.*\|>$/.test(part.tokens[i])) this.special.add(token); // the stream does not say which are
       if (before && before.step === step) return;
       fresh.push({
         step, position, kind: before ? "edit" : "commit", token, confidence: part.confidences[i],
