@@ -96,3 +96,32 @@ export async function stopping(page, { check, shot }) {
   assert.equal(await page.$$eval("#canvas [data-at]:not(.mask)", (spans) => spans.length), 1);
   await check(page, "after a stop");
 }
+
+// The server, of a model that edits much, dies in the middle: it is said, and what was seen until then can be looked at.
+export async function losing(page, { check, faults }) {
+  await page.fill("#prompt", STORY);
+  await page.fill("#threshold", "0.3");
+  await page.check("#edits");
+  await page.fill("#editing-threshold", "0");
+  await page.fill("#max-tokens", "2000");
+  await page.fill("#temperature", "2");
+  await page.click("#run");
+  await page.waitForFunction(() => document.querySelectorAll("#canvas .block").length > 4 && document.querySelector("#canvas .edited"));
+  const sizes = () => page.$$eval("#canvas .block", (blocks) => blocks.map((block) => block.querySelectorAll("[data-at]").length));
+  const begun = (await sizes()).slice(0, 4);
+  process.kill(Number(process.env.SERVER), "SIGKILL");
+  await done(page);
+  assert.equal(await page.textContent("#alert"), "The connection to the server broke off before the answer was complete.");
+  faults.splice(0); // the browser notes the connection
+  const end = await page.textContent("#canvas"), steps = Number(await page.getAttribute("#slider", "max"));
+  assert.ok((await page.textContent("#said")).length > 50 && steps > 8);
+  await page.focus("#slider");
+  await page.keyboard.press("Home");
+  assert.equal(await page.$$eval("#canvas [data-at]:not(.mask)", (spans) => spans.length), 0);
+  await page.keyboard.press("End");
+  assert.equal(await page.textContent("#canvas"), end);
+  assert.deepEqual((await sizes()).slice(0, 4), begun, "the blocks are those there were");
+  await page.locator("#canvas .edited").first().hover();
+  assert.ok((await page.textContent("#token")).includes("→"));
+  await check(page, "after the loss");
+}

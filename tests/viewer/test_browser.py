@@ -14,17 +14,18 @@ from llada2_fast import DecodeParams, Engine, LLaDA2Model, load_tokenizer
 from llada2_fast.viewer import page, trace_document
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parent.parent.parent
+UNDERTRAINED = ROOT / "tests" / "data" / "undertrained"
 MODULES = ROOT / "build" / "browser" / "node_modules"
 pytestmark = pytest.mark.browser
 everywhere = pytest.mark.parametrize("scheme, width", [("light", 1280), ("dark", 1280), ("light", 360), ("dark", 360)])
 
 
-def scenario(name, address, scheme="light", width=1280):
+def scenario(name, address, scheme="light", width=1280, **environment):
     chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
     assert chromium and shutil.which("node"), "needs chromium and node on PATH"
     assert (MODULES / "playwright-core").is_dir(), "make test-browser installs it"
     command = ["node", HERE / "browser.mjs", name, address, scheme, str(width)]
-    environment = {**os.environ, "NODE_MODULES": str(MODULES), "CHROMIUM": chromium}
+    environment = {**os.environ, "NODE_MODULES": str(MODULES), "CHROMIUM": chromium, **environment}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     print(done.stdout)
@@ -33,9 +34,8 @@ def scenario(name, address, scheme="light", width=1280):
 @pytest.fixture(scope="module")
 def documents():
     """Of a model that edits much, one with markup for a prompt."""
-    folder = ROOT / "tests" / "data" / "undertrained"
-    tokenizer = load_tokenizer(folder)
-    engine = Engine(LLaDA2Model.from_pretrained(folder, progress=False), tokenizer=tokenizer)
+    tokenizer = load_tokenizer(UNDERTRAINED)
+    engine = Engine(LLaDA2Model.from_pretrained(UNDERTRAINED, progress=False), tokenizer=tokenizer)
     params = DecodeParams(gen_length=64, threshold=0.3, editing_threshold=0.0, eos_early_stop=True)
     made = []
     for prompt in ("Spell 4071, 22, 608.", "</script><img src=x onerror=alert(1)><!--"):
@@ -78,15 +78,25 @@ def test_long_answers(documents, tmp_path):
     scenario("long", write(tmp_path, long | {"statistics": one["statistics"] | forwards}))
 
 
+def until(word, lines):
+    """The lines up to the first one with that word."""
+    for line in lines:
+        yield line
+        if word in line:
+            return
+
+
 @pytest.fixture(scope="module")
 def server(request):
-    """The address of a server of the embedded model, with further options."""
+    """(address, process id) of a server of the embedded model, with further options."""
     command = [sys.executable, "-m", "llada2_fast", "serve", "--port", "0", "--no-progress", *request.param]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
-        address = next(json.loads(line)["playground"] for line in process.stderr if '"playground"' in line)
+        said = list(until('"playground"', process.stderr))
+        assert '"playground"' in said[-1], "".join(said)
+        address = json.loads(said[-1])["playground"]
         threading.Thread(target=process.stderr.read, daemon=True).start()  # or it waits for a reader
-        yield address
+        yield address, process.pid
     finally:
         process.terminate()
         process.wait(60)
@@ -95,10 +105,15 @@ def server(request):
 @everywhere
 @pytest.mark.parametrize("server", [[]], ids=[""], indirect=True)
 def test_asking(server, scheme, width):
-    scenario("asking", server, scheme, width)
+    scenario("asking", server[0], scheme, width)
 
 
 @pytest.mark.parametrize("scheme, width", [("light", 1280), ("dark", 360)])
 @pytest.mark.parametrize("server", [["--eos-id", "-1"]], ids=["endless"], indirect=True)
 def test_stopping(server, scheme, width):
-    scenario("stopping", server, scheme, width)
+    scenario("stopping", server[0], scheme, width)
+
+
+@pytest.mark.parametrize("server", [[str(UNDERTRAINED), "--eos-id", "-1"]], ids=["lost"], indirect=True)
+def test_losing_the_server(server):
+    scenario("losing", server[0], SERVER=str(server[1]))
