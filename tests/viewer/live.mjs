@@ -122,6 +122,7 @@ export async function losing(page, { check, faults }) {
   assert.equal(await page.textContent("#canvas"), end);
   assert.deepEqual((await sizes()).slice(0, 4), begun, "the blocks are those there were");
   await page.locator("#canvas .edited").first().hover();
-  assert.ok((await page.textContent("#token")).includes("→"));
+  const [written, old] = await page.$$eval("#token .history .mono", (spans) => spans.map((span) => span.textContent));
+  assert.equal(old, written, "an edit replaces what was written before");
   await check(page, "after the loss");
 }
