@@ -1,6 +1,7 @@
 """A Server on a port, from its start to the end of its last stream."""
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -16,16 +17,15 @@ MAX_HEADER_BYTES = 16384
 
 
 class _Connection(H11Protocol):
-    """One client's. It is cut off where it does not come up with a request's headers in time, or reads nothing of an
-    answer's rest; scope["state"]["abort"] cuts it off whatever it has not read. h11, for httptools takes headers of any
-    size."""
+    """One client's. It is cut off where it does not come up with a request's headers in time, or for too long reads
+    nothing of what was sent: `send` comes back then, and `receive` tells that it has gone. h11, for httptools takes
+    headers of any size."""
 
     max_connections = header_timeout_s = client_timeout_s = None  # set by serve
     _late = _unread = None
 
     def connection_made(self, transport):
         super().connection_made(transport)
-        self.app_state = {**self.app_state, "abort": transport.abort}
         if len(self.connections) > self.max_connections:
             transport.abort()
         else:
@@ -39,44 +39,66 @@ class _Connection(H11Protocol):
         elif self._late is None:
             self._set_late(self.loop.call_later(self.header_timeout_s, self.transport.abort))
 
+    def pause_writing(self):
+        super().pause_writing()  # nothing more is written until there is room
+        self._await_reader()
+
+    def resume_writing(self):
+        super().resume_writing()
+        self._set_unread(None)
+        if self.cycle is not None and self.cycle.response_complete:
+            self._await_reader()
+
     def on_response_complete(self):
         super().on_response_complete()
         self._await_reader()
 
     def connection_lost(self, exc):
-        self._set_late(None)
-        if self._unread is not None:
-            self._unread.cancel()
         super().connection_lost(exc)
+        self._set_late(None)
+        self._set_unread(None)
 
     def _await_reader(self, before=None):
-        """Until all is read that was sent; closing the connection would wait for that without end."""
-        if self._unread is not None:
-            self._unread.cancel()
+        """While nothing is written: what was sent has to become less, or to close would wait for it without end."""
         left = self.transport.get_write_buffer_size()
         if left and left == before:
             self.transport.abort()
         elif left:
-            self._unread = self.loop.call_later(self.client_timeout_s, self._await_reader, left)
+            self._set_unread(self.loop.call_later(self.client_timeout_s, self._await_reader, left))
 
     def _set_late(self, timer):
         if self._late is not None:
             self._late.cancel()
         self._late = timer
 
+    def _set_unread(self, timer):
+        if self._unread is not None:
+            self._unread.cancel()
+        self._unread = timer
+
 
 class _Uvicorn(uvicorn.Server):
     def __init__(self, config, server: Server):
         super().__init__(config)
-        self._server = server
+        self._server, self.failed = server, False
 
     async def startup(self, sockets=None):
         await self._server.warm_up()
+        gc.collect()
+        gc.freeze()  # else each collection looks through all of PyTorch: 1 MiB of JSON took 0.47 s for 0.05
         await super().startup(sockets)
         if self.started:
             host, port = self.servers[0].sockets[0].getsockname()[:2]
             host = f"[{host}]" if ":" in host else host
             log("serving", url=f"http://{host}:{port}", playground=f"http://{host}:{port}/playground")
+
+    async def on_tick(self, counter):
+        """Whether to end: also where there is no engine any more, for whoever starts servers to start another."""
+        if not self._server.serving.is_alive and not self.should_exit:
+            log("the engine has ended")
+            self.failed = True
+            return True
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets=None):
         """Streams end by themselves, or are ended when their time is over."""
@@ -105,6 +127,7 @@ def serve(server: Server, port: socket.socket) -> None:
     logging of the process goes to stderr, as lines of JSON.
 
     port: of `bind`.
+    Raises RuntimeError where the engine has ended by itself.
     """
     to_stderr()
     config = server.config
@@ -123,4 +146,7 @@ def serve(server: Server, port: socket.socket) -> None:
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     for one in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises again, when all is over, what it was ended by
         signal.signal(one, lambda *_: None)
-    _Uvicorn(uvicorn_config, server).run(sockets=[port])
+    running = _Uvicorn(uvicorn_config, server)
+    running.run(sockets=[port])
+    if running.failed:
+        raise RuntimeError("the engine has ended; the log says why")

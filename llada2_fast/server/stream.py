@@ -1,4 +1,4 @@
-"""Server-sent events to a client that may be slow, or gone."""
+"""Server-sent events to a client that may be gone."""
 
 import asyncio
 import json
@@ -31,40 +31,26 @@ async def unless_gone(receive, work):
 
 
 class EventStream(Response):
-    """events: an async generator of bytes, closed when the client goes, or leaves for client_timeout_s unread what was
-    sent; end: called then, and behind the last event."""
+    """events: an async generator of bytes, closed when the client goes; end: called then, and behind the last event."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events, end, client_timeout_s: float, headers=None):
+    def __init__(self, events, end, headers=None):
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"} | (headers or {}))
         del self.headers["content-length"]
-        self._events, self._end, self._timeout_s = events, end, client_timeout_s
+        self._events, self._end = events, end
 
     async def __call__(self, scope, receive, send):
         try:
-            await unless_gone(receive, self._send_all(scope, send))
+            await unless_gone(receive, self._send_all(send))
         finally:
             self._end()
 
-    async def _send_all(self, scope, send):
+    async def _send_all(self, send):
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             async for data in self._events:
-                await self._send(scope, send, data, more=True)
-            await self._send(scope, send, b"", more=False)
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             await self._events.aclose()
-
-    async def _send(self, scope, send, data, more):
-        """Who does not read for too long is cut off: `send` comes back then, and `receive` tells that it has gone. No
-        asyncio.wait_for, which before Python 3.12 forgets a cancellation that comes just when `send` is done."""
-        late = asyncio.get_running_loop().call_later(self._timeout_s, scope["state"].get("abort", _nothing))
-        try:
-            await send({"type": "http.response.body", "body": data, "more_body": more})
-        finally:
-            late.cancel()
-
-
-def _nothing():
-    """Where there is no connection that could be cut off."""
