@@ -49,10 +49,11 @@ class ServerConfig:
             put(self, name, _as_names(name, getattr(self, name)))
         if self.max_model_len is not None:
             check(self, "max_model_len", as_int, 1)
-        counts = ("default_max_tokens", "max_prompts", "max_messages", "max_body_bytes", "max_depth", "max_connections")
+        counts = ("default_max_tokens", "max_body_bytes", "max_depth", "max_connections")
         for name in counts:
             check(self, name, as_int, 1)
-        check(self, "max_samples", as_int, 1, MAX_SAMPLES)
+        for name, most in (("max_samples", MAX_SAMPLES), ("max_messages", 1024), ("max_prompts", 1024)):
+            check(self, name, as_int, 1, most)
         for name in ("request_timeout_s", "body_timeout_s", "client_timeout_s", "template_timeout_s", "drain_s"):
             check(self, name, as_float, "above 0 and finite", lambda x: 0 < x < math.inf)
         check(self, "log_prompts", as_flag)

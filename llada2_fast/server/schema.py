@@ -18,7 +18,8 @@ class _FirstError(FailFast):
 
 
 Item = TypeVar("Item")
-Several = Annotated[list[Item], _FirstError()]  # a long list that is wrong all through: one error will do
+Ids = Annotated[list[TokenId], _FirstError()]  # a long list that is wrong all through: one error will do
+Several = Annotated[list[Item], _FirstError(), Field(max_length=1024)]
 
 
 def _characters(text: str) -> str:
@@ -35,12 +36,13 @@ DECODING = (  # DecodeParams' fields that a request may give by their own names
 )  # fmt: skip
 # Fields of OpenAI's that this server has not, and values that ask for nothing; null always does.
 NOTHING_ASKED = {
-    "audio": (), "best_of": (1,), "chat_template": (), "echo": (False,), "frequency_penalty": (0,),
-    "function_call": ("none", "auto"), "functions": ([],), "guided_json": (), "guided_regex": (), "logit_bias": ({},),
-    "metadata": ({},), "modalities": (["text"],), "parallel_tool_calls": (True, False), "prediction": (),
+    "audio": (), "best_of": (1,), "chat_template": (), "chat_template_kwargs": ({},), "echo": (False,),
+    "frequency_penalty": (0,), "function_call": ("none", "auto"), "functions": ([],), "guided_json": (),
+    "guided_regex": (), "logit_bias": ({},),
+    "metadata": ({},), "min_p": (0,), "modalities": (["text"],), "parallel_tool_calls": (True, False), "prediction": (),
     "presence_penalty": (0,), "priority": (0,), "reasoning_effort": (), "repetition_penalty": (1,),
     "response_format": ({"type": "text"},), "service_tier": ("auto", "default"), "store": (False,), "suffix": ("",),
-    "tool_choice": ("none", "auto"), "tools": ([],), "verbosity": (), "web_search_options": (),
+    "tool_choice": ("none", "auto", {"type": "none"}), "tools": ([],), "verbosity": (), "web_search_options": (),
 }  # fmt: skip
 
 
@@ -49,7 +51,8 @@ NOTHING_TOLD = {name: ([],) for name in ("annotations", "audio", "function_call"
 
 
 class Strict(BaseModel):
-    """nothing: fields that it does not have, and values of them that it takes all the same, null always."""
+    """nothing: fields that it does not have, and values of them that it takes all the same, null always. Others are
+    refused at the first one: pydantic would tell all of them."""
 
     model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True, allow_inf_nan=False)
     nothing: ClassVar[dict[str, tuple]] = {}
@@ -60,7 +63,9 @@ class Strict(BaseModel):
         if not isinstance(data, dict):
             return data
         kept = dict(data)
-        for name in cls.nothing.keys() & data.keys() - cls.model_fields.keys():
+        for name in data.keys() - cls.model_fields.keys():
+            if name not in cls.nothing:
+                raise PydanticCustomError("unknown", "Unrecognized request argument", {"name": name})
             value = kept.pop(name)
             if not (value is None or any(value == one for one in cls.nothing[name])):
                 raise PydanticCustomError("unsupported", "{name} is not supported by this server", {"name": name})
@@ -88,6 +93,7 @@ Options = create_model(
 
 
 class StreamOptions(Strict):
+    nothing = {"include_obfuscation": (False,)}
     include_usage: bool | None = None
 
 
@@ -101,7 +107,9 @@ class Generation(Decoding, Options):
     seed: int | None = Field(None, ge=-INT64 - 1, le=INT64, description="of the draws; drawn itself unless given")
     n: int | None = Field(None, ge=1, le=MAX_SAMPLES, description="answers to each prompt; 1 unless given")
     stop: Text | Several[Text] | None = Field(None, description="strings that end the text, not part of it")
-    stop_token_ids: Several[TokenId] | None = Field(None, description="ids that end the tokens, part of them")
+    stop_token_ids: list[TokenId] | None = Field(
+        None, max_length=128, description="ids that end the tokens, part of them"
+    )
     include_stop_str_in_output: bool | None = Field(None, description="a stop string is part of the text it ends")
     ignore_eos: bool | None = Field(None, description="no token is an end")
     mode: Literal[tuple(PRESETS)] | None = Field(None, description="a preset of the fields that are not given")
@@ -111,7 +119,7 @@ class Generation(Decoding, Options):
     draft: bool | None = Field(None, description="of a stream: also the open block as it stands")
     trace: bool | None = Field(None, description="tell every commit and edit at the end")
     request_id: str | None = Field(
-        None, pattern=r"^[\w.:-]{1,64}$", description="a name to cancel it by; made up unless given"
+        None, pattern=r"^[A-Za-z0-9_.:-]{1,64}$", description="a name to cancel it by; made up unless given"
     )
     user: str | None = Field(None, description="taken, and of no effect")
     safety_identifier: str | None = Field(None, description="taken, and of no effect")
@@ -141,9 +149,7 @@ class ChatRequest(Generation):
 
 
 class CompletionRequest(Generation):
-    prompt: Text | Several[Text] | Several[TokenId] | Several[Several[TokenId]] = Field(
-        description="text or ids, one or several"
-    )
+    prompt: Text | Several[Text] | Ids | Several[Ids] = Field(description="text or ids, one or several")
     logprobs: int | None = Field(
         None, ge=0, le=MAX_TOP_LOGPROBS, description="tell each token's log-probability, and so many likeliest tokens"
     )
@@ -159,4 +165,4 @@ class TokenizeRequest(Strict):
 
 class DetokenizeRequest(Strict):
     model: str | None = None
-    tokens: Several[TokenId]
+    tokens: Ids

@@ -10,6 +10,7 @@ from ..weights.special_tokens import render_chat
 from .errors import ApiError
 
 SHORT = 8192  # characters, or tokens, that are seen to at once: a change of threads costs more beside a busy engine
+PER_MESSAGE = 64  # characters that a message costs beside its text
 THREADS = 2
 TEMPLATE = "<template>"  # the file that jinja2 says a template's code is of
 
@@ -35,7 +36,7 @@ class Texts:
 
     async def encode_chat(self, messages: list[dict]) -> list[int]:
         """A chat's prompt. ApiError if there is no template, or if it raises or takes too long."""
-        size = sum(len(message["content"]) for message in messages)
+        size = sum(len(message["content"]) + PER_MESSAGE for message in messages)
         return await self.run(size, self._encode_chat, messages)
 
     async def encode(self, texts: list[str], special: bool = True) -> list[list[int]]:
