@@ -25,10 +25,10 @@ class Format:
         self.request_id, self.model, self.body, self.texts, self.document = request_id, model, body, texts, document
         self.created = int(time.time())
 
-    def answer(self, requests, num_prompt_tokens) -> dict:
+    def answer(self, requests) -> dict:
         """The body of a plain response. requests: finished handles, in order."""
         choices = [self._choice(index, request) for index, request in enumerate(requests)]
-        return self._head(self.whole) | {"choices": choices, "usage": usage(requests, num_prompt_tokens)}
+        return self._head(self.whole) | {"choices": choices, "usage": self.usage(requests)}
 
     def chunk(self, choices, **more) -> dict:
         """One event of a stream."""
@@ -54,6 +54,22 @@ class Format:
     def last(self, index, request, event) -> dict:
         """The choice of a stream's last chunk."""
         return self._text(index, event.text) | self._end(request)
+
+    def usage(self, requests) -> dict:
+        """requests: finished handles. A prompt counts once, whatever number of answers it has."""
+        outputs = [request.output for request in requests]
+        firsts = outputs[:: self.body.n or 1]
+        prompts = sum(output.prompt_length for output in firsts)
+        tokens = sum(len(output.token_ids) for output in outputs)
+        forwards = sum(output.counters.denoise_forwards for output in outputs)
+        return {
+            "prompt_tokens": prompts,
+            "completion_tokens": tokens,
+            "total_tokens": prompts + tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(output.shared_tokens for output in firsts)},
+            "denoise_forwards": forwards,
+            "tokens_per_forward": tokens / max(1, forwards),
+        }
 
     def _head(self, kind):
         head = {"id": self.request_id, "object": kind, "created": self.created, "model": self.model}
@@ -150,27 +166,15 @@ class CompletionFormat(Format):
         return {
             "tokens": texts,
             "token_logprobs": [logprob(confidence) for confidence in confidences],
-            "top_logprobs": [{self.texts.token(token)[0]: _told(value) for token, value in top} for top in tops]
-            or None,
+            "top_logprobs": [self._likeliest(top) for top in tops] or None,
             "text_offset": list(accumulate(map(len, texts), initial=0))[:-1],
         }
+
+    def _likeliest(self, top):
+        """By text: of tokens that have the same, as parts of characters do, the likeliest."""
+        return {self.texts.token(token)[0]: _told(value) for token, value in reversed(top)}
 
 
 def _told(logprob):
     """JSON has no infinity; this is OpenAI's word for it."""
     return max(logprob, -9999.0)
-
-
-def usage(requests, num_prompt_tokens: int) -> dict:
-    """requests: finished handles. num_prompt_tokens: of all prompts, each counted once."""
-    outputs = [request.output for request in requests]
-    tokens = sum(len(output.token_ids) for output in outputs)
-    forwards = sum(output.counters.denoise_forwards for output in outputs)
-    return {
-        "prompt_tokens": num_prompt_tokens,
-        "completion_tokens": tokens,
-        "total_tokens": num_prompt_tokens + tokens,
-        "prompt_tokens_details": {"cached_tokens": sum(output.shared_tokens for output in outputs)},
-        "denoise_forwards": forwards,
-        "tokens_per_forward": tokens / max(1, forwards),
-    }
