@@ -3,10 +3,8 @@
 import asyncio
 import base64
 import hmac
-import re
+import json
 import time
-
-import numpy
 
 from .errors import ApiError, shutting_down
 from .log import log
@@ -14,7 +12,6 @@ from .log import log
 OPEN = ("/health",)  # asks for no key
 LINGER = 8  # times the size that may be, which is read before it is told: who is still sending does not listen
 PAGES = ("/", "/playground")  # what a person opens: a browser then asks for the key
-_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"?', re.S)
 
 
 class Guard:
@@ -23,10 +20,11 @@ class Guard:
     config: ServerConfig.
     metrics: Metrics.
     is_draining: () -> bool.
+    bodies: tasks that wait for a body, for whoever has to end them.
     """
 
-    def __init__(self, app, config, metrics, is_draining):
-        self.app, self.config, self.metrics, self.is_draining = app, config, metrics, is_draining
+    def __init__(self, app, config, metrics, is_draining, bodies):
+        self.app, self.config, self.metrics, self.is_draining, self.bodies = app, config, metrics, is_draining, bodies
         self._keys = [key.encode() for key in config.api_key]
 
     async def __call__(self, scope, receive, send):
@@ -72,7 +70,7 @@ class Guard:
         # Other types need no leave of the server's to be sent by other sites' pages.
         if body and headers.get(b"content-type", b"").partition(b";")[0].strip().lower() != b"application/json":
             raise ApiError(415, "Content-Type: expected application/json", code="unsupported_media_type")
-        if depth(body) > self.config.max_depth:
+        if is_deeper(body, self.config.max_depth):
             raise ApiError(400, f"the body: expected nesting of at most {self.config.max_depth}", code="too_deep")
         parts = iter([{"type": "http.request", "body": body, "more_body": False}])
 
@@ -115,16 +113,36 @@ class Guard:
                 raise too_large
             return b"".join(parts)
 
+        late = []
+        reading = asyncio.ensure_future(read())
+        timer = asyncio.get_running_loop().call_later(
+            self.config.body_timeout_s, lambda: late.append(True) or reading.cancel()
+        )
+        self.bodies.add(reading)
         try:
-            return await asyncio.wait_for(read(), self.config.body_timeout_s)
-        except asyncio.TimeoutError:
-            raise ApiError(408, "the body did not come in time", None, "timeout", close) from None
+            return await reading
+        except asyncio.CancelledError:
+            if late:
+                raise ApiError(408, "the body did not come in time", None, "timeout", close) from None
+            if self.is_draining():
+                raise shutting_down() from None
+            raise
+        finally:
+            timer.cancel()
+            self.bodies.discard(reading)
 
 
-def depth(body: bytes) -> int:
-    """How deeply the brackets of a JSON text are nested, before anything parses it."""
-    signs = numpy.frombuffer(_STRINGS.sub(b"", body), numpy.uint8)
-    opening = (signs == ord("[")) | (signs == ord("{"))
-    closing = (signs == ord("]")) | (signs == ord("}"))
-    levels = numpy.cumsum(opening.astype(numpy.int32) - closing)
-    return int(levels.max(initial=0))
+def is_deeper(body: bytes, most: int) -> bool:
+    """Are the lists and objects of a JSON text nested more deeply? What is no JSON is not."""
+    try:
+        level = [json.loads(body)] if body else []
+    except RecursionError:
+        return True
+    except ValueError:
+        return False
+    for _ in range(most + 1):
+        level = [one for one in level if isinstance(one, (list, dict))]
+        if not level:
+            return False
+        level = [child for one in level for child in (one.values() if isinstance(one, dict) else one)]
+    return True
