@@ -7,7 +7,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from ..engine import Request
 
-REASONS = ("eos", "length", "stop", "deadline", "cancelled", "error")
+FINISH_REASONS = ("eos", "length", "stop", "deadline", "cancelled", "error")
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 TPF = (1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
 
@@ -16,7 +16,7 @@ class Metrics:
     """One server's, in a registry of its own. All of them are there from the start on."""
 
     def __init__(self, block_length: int):
-        self.block_length, self.registry, self.stats = block_length, CollectorRegistry(), None
+        self.block_length, self.registry, self.stats, self.warm_up = block_length, CollectorRegistry(), None, None
         self.registry.register(self)
 
         def counter(name, text, labels=()):
@@ -58,6 +58,10 @@ class Metrics:
         if tokens:
             self.tokens_per_forward.observe(tokens / max(1, forwards))
 
+    def begin(self, stats):
+        """Count from here on. stats: EngineStats."""
+        self.warm_up = stats
+
     def text(self, stats) -> bytes:
         """Everything in Prometheus' format. stats: EngineStats."""
         self.stats = stats
@@ -77,17 +81,18 @@ class Metrics:
             ("num_pages_reusable", "pages not in use whose blocks can be found again", stats.num_idle_pages),
         ):
             yield GaugeMetricFamily(f"llada2:{name}", text, value)
-        for name, text, value in (
-            ("prompt_tokens", "tokens of finished requests' prompts", stats.prompt_tokens),
-            ("generation_tokens", "tokens of finished requests' answers", stats.generated_tokens),
-            ("cached_tokens", "prompt tokens of finished requests that were found in the cache", stats.shared_tokens),
-            ("denoise_forwards", "of finished requests, each counted for itself", stats.denoise_forwards),
-            ("engine_steps", "forwards of whatever kind, of all rows together", stats.num_steps),
-            ("num_preemptions", "places given up for requests of a higher priority", stats.num_preemptions),
-            ("evicted_pages", "reusable pages given out again", stats.num_evicted_pages),
+        for name, text, of in (
+            ("prompt_tokens", "tokens of finished requests' prompts", "prompt_tokens"),
+            ("generation_tokens", "tokens of finished requests' answers", "generated_tokens"),
+            ("cached_tokens", "prompt tokens of finished requests that were found in the cache", "shared_tokens"),
+            ("denoise_forwards", "of finished requests, each counted for itself", "denoise_forwards"),
+            ("engine_steps", "forwards of whatever kind, of all rows together", "num_steps"),
+            ("num_preemptions", "places given up for requests of a higher priority", "num_preemptions"),
+            ("evicted_pages", "reusable pages given out again", "num_evicted_pages"),
         ):
-            yield CounterMetricFamily(f"llada2:{name}", text, value)
+            yield CounterMetricFamily(f"llada2:{name}", text, getattr(stats, of) - getattr(self.warm_up, of, 0))
         finished = CounterMetricFamily("llada2:requests", "requests that have ended", labels=["finish_reason"])
-        for reason in REASONS:
-            finished.add_metric([reason], stats.num_finished.get(reason, 0))
+        for reason in FINISH_REASONS:
+            before = self.warm_up.num_finished.get(reason, 0) if self.warm_up else 0
+            finished.add_metric([reason], stats.num_finished.get(reason, 0) - before)
         yield finished
