@@ -19,6 +19,8 @@ from .answers import answer
 from .doctor import doctor
 from .machine import prepare
 from .options import Help, add_model_options, decoding, encode, load_model
+from .serve import add_options as add_server_options
+from .serve import serve
 
 # The benchmarks by the names of `llada2-fast bench`: module of llada2_fast.benchmarks, what it measures.
 BENCHMARKS = {

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -66,6 +67,7 @@ def serve(args):
     from ..weights.special_tokens import load_tokenizer
 
     port = bind(config)
+    args.progress = args.progress and sys.stderr.isatty()  # else somebody reads lines of JSON there
     model, folder = load_model(args)
     engine_config = EngineConfig(**{"graphs": model.device.type == "cuda", **engine_options})
     engine = Engine(model, engine_config, load_tokenizer(folder))

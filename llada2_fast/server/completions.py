@@ -8,9 +8,9 @@ from starlette.responses import JSONResponse
 
 from ..engine import QueueFull
 from ..viewer import trace_document
-from .errors import ApiError, failed, refused, shutting_down, too_busy
-from .formats import ChatFormat, CompletionFormat, usage
-from .jobs import Job, prompts_of
+from .errors import ApiError, failed, no_place, refused, shutting_down, too_busy
+from .formats import ChatFormat, CompletionFormat
+from .jobs import Job, chat_of, prompts_of
 from .schema import ChatRequest
 from .stream import DONE, EventStream, event, unless_gone
 
@@ -34,28 +34,27 @@ class Completions:
         self.max_model_len, self.defaults, self.metrics = max_model_len, defaults, metrics
         self.running: dict[str, _Answer] = {}  # by the request's id
         self.opening = 0  # requests that the engine is yet to take
+        self._ending = []  # requests whose readers have gone
+        engine = serving.engine.config
+        self.most = engine.max_num_seqs + engine.max_waiting  # requests at once
         self.draining = False
 
     async def answer(self, body, http):
         """The response to a ChatRequest or a CompletionRequest. http: starlette's Request."""
-        self.check_model(body.model)
-        job = Job.of(body, self.config, self.defaults)
+        model, job = self.check_model(body.model), Job.of(body, self.config, self.defaults)
         kind = ChatFormat if isinstance(body, ChatRequest) else CompletionFormat
         request_id = body.request_id or f"{kind.prefix}-{uuid.uuid4().hex}"
-        form = kind(request_id, self.check_model(body.model), body, self.texts, self._trace)
-        answer = _Answer(self, body, form, http.state.told)
+        answer = _Answer(self, body, kind(request_id, model, body, self.texts, self._trace), http.state.told)
         if body.stream:
             await answer.begin(job)
-            return EventStream(
-                answer.events(), answer.end, self.config.client_timeout_s, {"X-Request-Id": request_id}
-            )  # fmt: skip
+            return EventStream(answer.events(), answer.end, {"X-Request-Id": request_id})
         return await unless_gone(http.receive, answer.whole(job)) or JSONResponse({}, 499)
 
     def check_room(self, count: int):
         """ApiError if the engine would not take so many more requests: it is asked between two steps, two calls at a
         time, so that of many who come at once the last would be refused late."""
         if self.serving.room < self.opening + count:
-            raise too_busy("too many requests are waiting")
+            raise too_busy()
 
     async def cancel(self, request_id: str) -> bool:
         """End a running request of this id as it stands. Whether there is one."""
@@ -72,9 +71,22 @@ class Completions:
     async def prompts(self, body) -> list[list[int]]:
         """Token ids of a body's prompts."""
         if isinstance(body, ChatRequest):
-            return [await self.texts.encode_chat([message.as_template_takes_it() for message in body.messages])]
+            return [await self.texts.encode_chat(chat_of(body.messages, self.config))]
         given = prompts_of(body, self.config)
         return await self.texts.encode(given) if isinstance(given[0], str) else given
+
+    def observe(self, requests):
+        """Count requests that have ended, or are about to."""
+        for request in requests:
+            if request.output is None:
+                self._ending.append(request)
+            else:
+                self.metrics.observe(request)
+
+    def count_ended(self):
+        """Count those that were about to end, and have."""
+        ending, self._ending = self._ending, []
+        self.observe(ending)
 
     def check_model(self, name):
         """The model's name. ApiError if it is another model's."""
@@ -97,7 +109,7 @@ class _Answer:
 
     def __init__(self, service, body, form, told):
         self.service, self.body, self.form, self.told = service, body, form, told
-        self.names, self.readings, self.num_prompt_tokens = [], [], 0  # names: those of the engine's requests
+        self.names, self.readings = [], []  # names: those of the engine's requests
         told["id"] = form.request_id
 
     @property
@@ -109,8 +121,9 @@ class _Answer:
         service = self.service
         service.check_room(1)  # before the work that a long prompt is
         prompts = await service.prompts(self.body)
-        self.num_prompt_tokens = sum(map(len, prompts))
         each = job.fit(prompts, service.max_model_len, "messages" if isinstance(self.body, ChatRequest) else "prompt")
+        if len(each) > service.most:
+            raise ApiError(400, f"n: expected at most {service.most} answers to all prompts", "n", "invalid_value")
         base = self.form.request_id
         self.names = [f"{base}-{index}" for index in range(len(each))] if len(each) > 1 else [base] * len(each)
         self.readings = [None] * len(each)
@@ -135,7 +148,7 @@ class _Answer:
             await asyncio.gather(*opening, return_exceptions=True)
             self.end()
             if isinstance(error, QueueFull):
-                raise too_busy("too many requests are waiting") from error
+                raise too_busy() from error
             if isinstance(error, ValueError):
                 raise refused(error) from error
             raise
@@ -147,16 +160,14 @@ class _Answer:
         await self.begin(job)
         try:
             outputs = await asyncio.gather(*(reading.output() for reading in self.readings))
-            for problem in filter(None, map(self._problem, outputs)):
+            for problem in filter(None, map(self._problem, self.requests)):
                 raise problem
-            told = sum(len(output.token_ids) * (1 + len((output.top_logprobs or [()])[0])) for output in outputs)
-            return await self.service.texts.run(told, self._response)
+            return await self.service.texts.run(sum(map(_size, outputs)), self._response)
         finally:
             self.end()
 
     def _response(self):
-        answer = self.form.answer(self.requests, self.num_prompt_tokens)
-        return JSONResponse(answer, headers={"X-Request-Id": self.form.request_id})
+        return JSONResponse(self.form.answer(self.requests), headers={"X-Request-Id": self.form.request_id})
 
     async def events(self):
         """The stream, as bytes."""
@@ -167,16 +178,17 @@ class _Answer:
                 yield event(self.form.chunk([choice], **extra))
         try:
             async for index, happened in self._merged():
-                problem = happened.output and self._problem(happened.output)
+                problem = happened.output and self._problem(self.readings[index].request)
                 if problem:
                     yield event(problem.body())
                     break
-                choice = self._choice(index, happened)
-                if choice:
-                    yield event(self.form.chunk([choice], **extra))
+                size = _size(happened.output) if happened.output and self.body.trace else 0
+                data = await self.service.texts.run(size, self._event, index, happened, extra)
+                if data:
+                    yield data
             else:
                 if self._tells_usage:
-                    yield event(self.form.chunk([], usage=usage(self.requests, self.num_prompt_tokens)))
+                    yield event(self.form.chunk([], usage=self.form.usage(self.requests)))
         except RuntimeError:  # of the engine's thread, which has ended
             _logger.exception("request %s is lost", self.form.request_id)
             yield event(failed(self.form.request_id).body())
@@ -202,20 +214,23 @@ class _Answer:
             for task in waiting:
                 task.cancel()
 
-    def _choice(self, index, happened):
+    def _event(self, index, happened, extra):
         if happened.kind == "draft":
-            return self.form.draft(index, happened)
-        if happened.kind == "commit":
-            return self.form.commit(index, happened)
-        return self.form.last(index, self.readings[index].request, happened)
+            choice = self.form.draft(index, happened)
+        elif happened.kind == "commit":
+            choice = self.form.commit(index, happened)
+        else:
+            choice = self.form.last(index, self.readings[index].request, happened)
+        return choice and event(self.form.chunk([choice], **extra))
 
-    def _problem(self, output):
+    def _problem(self, request):
         """What is told instead of an output that is none."""
-        if output.finish_reason == "error":
+        reason = request.output.finish_reason
+        if reason == "error" or (reason == "cancelled" and not self.service.serving.is_alive):
             return failed(self.form.request_id)
-        if output.finish_reason == "cancelled" and self.service.draining:
+        if reason == "cancelled" and self.service.draining:
             return shutting_down()
-        return None
+        return no_place() if reason == "deadline" and request.admitted is None else None
 
     def end(self):
         """Nobody waits for it any more: the engine ends what is unfinished."""
@@ -225,14 +240,17 @@ class _Answer:
         opened = [reading for reading in self.readings if reading is not None]
         for reading in opened:
             reading.close()
-        ended = [reading.request for reading in opened if reading.request.output is not None]
-        for request in ended:
-            self.service.metrics.observe(request)
-        self.told["prompt_tokens"] = self.num_prompt_tokens
-        self.told["completion_tokens"] = sum(len(request.output.token_ids) for request in ended)
-        self.told["finish_reasons"] = [request.output.finish_reason for request in ended]
-        if len(ended) < len(opened):
-            self.told["cut_off"] = len(opened) - len(ended)
+        requests = [reading.request for reading in opened]
+        self.service.observe(requests)
+        self.told["prompt_tokens"] = sum(len(request.prompt) for request in requests[:: self.body.n or 1])
+        self.told["completion_tokens"] = sum(request.sequence.num_delivered for request in requests)
+        # None: its reader has gone, and the engine is yet to end it
+        self.told["finish_reasons"] = [request.output and request.output.finish_reason for request in requests]
         if self.service.config.log_prompts:
-            self.told["prompts"] = [request.prompt for request in ended]
-            self.told["answers"] = [request.output.text for request in ended]
+            self.told["prompts"] = [request.prompt for request in requests]
+            self.told["answers"] = [request.output and request.output.text for request in requests]
+
+
+def _size(output):
+    """How many tokens are told of an output, with those beside them."""
+    return len(output.token_ids) * (1 + len((output.top_logprobs or [()])[0]))

@@ -54,21 +54,30 @@ def invalid(errors: list[dict]) -> ApiError:
     name = path.removesuffix(".str") or None
     if worst["type"] == "unsupported":
         return ApiError(400, worst["msg"], worst["ctx"]["name"], "unsupported_parameter")
-    if worst["type"] == "extra_forbidden":
-        known = re.fullmatch(r"\w{1,64}", str(where[-1])) is not None
-        what = f"Unrecognized request argument supplied: {where[-1]}" if known else "Unrecognized request argument"
-        return ApiError(400, what, name if known else None, "unknown_parameter")
+    if worst["type"] == "unknown":
+        field = worst["ctx"]["name"]
+        known = re.fullmatch(r"[A-Za-z0-9_]{1,64}", field) is not None  # else it is no name of a field
+        message = f"{worst['msg']} supplied: {field}" if known else worst["msg"]
+        return ApiError(400, message, field if known else None, "unknown_parameter")
     if worst["type"] == "missing":
         return ApiError(400, f"Missing required parameter: {name or 'body'}", name, "missing_required_parameter")
     return ApiError(400, f"{name or 'body'}: {worst['msg']:.300}", name, "invalid_value")
 
 
-def too_busy(message: str) -> ApiError:
-    return ApiError(429, message, code="queue_full", headers={"Retry-After": "1"})
+def too_busy() -> ApiError:
+    return ApiError(429, "too many requests are waiting", code="queue_full", headers={"Retry-After": "1"})
 
 
 def shutting_down() -> ApiError:
     return ApiError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "5"})
+
+
+def ended() -> ApiError:
+    return ApiError(503, "the engine has ended; the server's log says why", code="engine_ended")
+
+
+def no_place() -> ApiError:
+    return ApiError(503, "the deadline was over before there was a place", None, "deadline", {"Retry-After": "5"})
 
 
 def failed(request_id: str) -> ApiError:

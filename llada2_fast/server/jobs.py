@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from ..config import PRESETS, DecodeParams, RequestOptions
 from ..engine.intake import sample
 from .errors import ApiError, refused
-from .schema import DECODING, ChatRequest, CompletionRequest, Generation
+from .schema import DECODING, ChatRequest, CompletionRequest, Generation, Message
 
 COMPLETION_TOKENS = 16  # of /v1/completions where nothing is asked for, as everywhere
 ALTERNATIVES = 5  # likeliest tokens that a trace tells of each one
@@ -43,6 +43,8 @@ class Job:
             if max_tokens not in (None, body.max_completion_tokens):
                 raise _invalid("max_tokens", "expected the same as max_completion_tokens, or neither")
             max_tokens = body.max_completion_tokens
+        if max_tokens is not None and (body.min_tokens or 0) > max_tokens:
+            raise _invalid("min_tokens", "expected at most max_tokens")
         usual = config.default_max_tokens if chat else COMPLETION_TOKENS
         longest = config.request_timeout_s
         deadline_s = longest if body.deadline_s is None else min(body.deadline_s, longest)
@@ -85,13 +87,12 @@ def _check(body, config):
         (body.stream_options is not None and not body.stream, "stream_options", "is for streams"),
         (body.draft and not body.stream, "draft", "is for streams"),
         (body.n is not None and body.n > config.max_samples, "n", f"expected at most {config.max_samples}"),
+        (body.top_p is not None and body.top_p > 1, "top_p", "expected at most 1"),
     ):
         if wanted:
             raise _invalid(name, why)
     if isinstance(body, ChatRequest):
-        if len(body.messages) > config.max_messages:
-            raise _invalid("messages", f"expected at most {config.max_messages}")
-        if body.top_logprobs is not None and not body.logprobs:
+        if body.top_logprobs and not body.logprobs:
             raise _invalid("top_logprobs", "expected logprobs to be true, too")
 
 
@@ -103,6 +104,13 @@ def _top_logprobs(body):
     """How many likeliest tokens are told beside each one; those of a trace are for whoever looks at it."""
     asked = (body.logprobs if isinstance(body, CompletionRequest) else body.top_logprobs) or 0
     return max(asked, ALTERNATIVES) if body.trace else asked
+
+
+def chat_of(messages: list[Message], config) -> list[dict]:
+    """A chat as a template takes it. ApiError if it is too long."""
+    if len(messages) > config.max_messages:
+        raise _invalid("messages", f"expected at most {config.max_messages}")
+    return [message.as_template_takes_it() for message in messages]
 
 
 def prompts_of(body: CompletionRequest, config) -> list[str] | list[list[int]]:
