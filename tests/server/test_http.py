@@ -53,6 +53,13 @@ def ask(client, text=QUESTIONS[0], **rest):
     return client.chat.completions.create(**{"model": MODEL, "messages": chat(text), "max_tokens": 64} | rest)
 
 
+def test_a_server_that_nobody_has_asked_has_done_nothing(server):
+    told = metrics(server)
+    assert {value for name, value in told.items() if name.startswith(("llada2:requests", "vllm:"))} >= {0.0}
+    assert sum(told[name] for name in told if name.startswith("llada2:requests_total")) == 0
+    assert told["llada2:generation_tokens_total"] == told["llada2:engine_steps_total"] == 0
+
+
 def test_the_model_is_listed(client):
     (listed,) = client.models.list().data
     assert (listed.id, listed.max_model_len) == (MODEL, 4096)
@@ -120,6 +127,12 @@ def test_a_stop_string_is_held_back(client):
     assert (pieces[-1].finish_reason, pieces[-1].stop_reason) == ("stop", stop)
     included = ask(client, stop=[stop], extra_body={"include_stop_str_in_output": True})
     assert included.choices[0].message.content == text + stop
+
+
+def test_tokens_found_in_the_cache_count_once(client):
+    for _ in range(2):
+        usage = ask(client, QUESTIONS[1], n=3).usage
+    assert (usage.prompt_tokens, usage.prompt_tokens_details.cached_tokens) == (len(prompt(QUESTIONS[1])), 16)
 
 
 def test_drafts_and_a_trace(client):
@@ -294,9 +307,12 @@ def is_idle(told):
 def test_a_client_that_leaves_costs_nothing_more(server, client):
     stream = ask(client, max_tokens=2000, stream=True, extra_body=LONG)
     assert next(stream).choices
-    assert not is_idle(metrics(server))
+    told = metrics(server)
+    assert not is_idle(told)
+    steps = told["vllm:diffusion_num_denoising_steps_total"]
     stream.close()
     until(server, is_idle)
+    until(server, lambda told: told["vllm:diffusion_num_denoising_steps_total"] > steps)  # of what nobody waits for
     before = metrics(server)['llada2:requests_total{finish_reason="cancelled"}']
     with pytest.raises(openai.APITimeoutError):
         ask(client, max_tokens=2000, timeout=0.3, extra_body=LONG)

@@ -133,6 +133,15 @@ def test_a_full_queue_is_told(server):
     assert all(one.usage.completion_tokens == 100 for one in answers if one not in refused)
 
 
+def test_a_deadline_that_is_over_in_the_queue_is_no_answer(server):
+    asked = {"model": "narrow", "messages": chat("x")}
+    with client(server).chat.completions.create(**asked, max_tokens=500, stream=True, extra_body=LONG) as stream:
+        assert next(stream).choices
+        with pytest.raises(openai.InternalServerError) as error:
+            client(server).chat.completions.create(**asked, max_tokens=8, extra_body={"deadline_s": 0.05})
+    assert (error.value.status_code, error.value.code) == (503, "deadline")
+
+
 @pytest.mark.parametrize(
     "sent, answer",
     [
