@@ -12,7 +12,7 @@ from .errors import ApiError, failed, no_place, refused, shutting_down, too_busy
 from .formats import ChatFormat, CompletionFormat
 from .jobs import Job, chat_of, prompts_of
 from .schema import ChatRequest
-from .stream import DONE, EventStream, event, unless_gone
+from .stream import DONE, EventStream, Last, event, unless_gone
 
 _logger = logging.getLogger(__name__)
 
@@ -170,8 +170,8 @@ class _Answer:
         return JSONResponse(self.form.answer(self.requests), headers={"X-Request-Id": self.form.request_id})
 
     async def events(self):
-        """The stream, as bytes."""
-        extra = {"usage": None} if self._tells_usage else {}
+        """The stream, as bytes. Its end is sent in one piece: in short answers to send is much of the work."""
+        extra, tail, running = {"usage": None} if self._tells_usage else {}, [], len(self.readings)
         for index in range(len(self.readings)):
             choice = self.form.first(index)
             if choice:
@@ -180,19 +180,23 @@ class _Answer:
             async for index, happened in self._merged():
                 problem = happened.output and self._problem(self.readings[index].request)
                 if problem:
-                    yield event(problem.body())
+                    tail.append(event(problem.body()))
                     break
                 size = _size(happened.output) if happened.output and self.body.trace else 0
                 data = await self.service.texts.run(size, self._event, index, happened, extra)
-                if data:
+                running -= happened.kind == "finish"
+                if not running:
+                    tail.append(data)
+                elif data:
                     yield data
             else:
                 if self._tells_usage:
-                    yield event(self.form.chunk([], usage=self.form.usage(self.requests)))
+                    tail.append(event(self.form.chunk([], usage=self.form.usage(self.requests))))
         except RuntimeError:  # of the engine's thread, which has ended
             _logger.exception("request %s is lost", self.form.request_id)
-            yield event(failed(self.form.request_id).body())
-        yield DONE
+            tail.append(event(failed(self.form.request_id).body()))
+        self.end()  # first: who has the last of it finds it counted
+        yield Last(b"".join((*tail, DONE)))
 
     @property
     def _tells_usage(self):

@@ -8,6 +8,10 @@ from starlette.responses import Response
 DONE = b"data: [DONE]\n\n"
 
 
+class Last(bytes):
+    """What a stream ends with, sent in one piece with its end."""
+
+
 def event(data: dict) -> bytes:
     return b"data: %s\n\n" % json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode()
 
@@ -31,7 +35,8 @@ async def unless_gone(receive, work):
 
 
 class EventStream(Response):
-    """events: an async generator of bytes, closed when the client goes; end: called then, and behind the last event."""
+    """events: an async generator of bytes, the last of them a Last, closed when the client goes; end: called then, and
+    behind the last event."""
 
     media_type = "text/event-stream"
 
@@ -50,7 +55,6 @@ class EventStream(Response):
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             async for data in self._events:
-                await send({"type": "http.response.body", "body": data, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+                await send({"type": "http.response.body", "body": data, "more_body": not isinstance(data, Last)})
         finally:
             await self._events.aclose()
