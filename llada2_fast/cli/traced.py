@@ -10,7 +10,6 @@ from .answers import summarize, told
 from .options import fit, params
 from .screen import Screen, colours
 
-ALTERNATIVES = 5  # of each token, in a trace
 PAGES, DATA = (".html", ".htm"), (".json",)
 
 
@@ -37,7 +36,7 @@ def answer(model, tokenizer, prompts, rows, options, args):
     args: of the command line; args.watch shows the one there is as it comes about.
     Answers are those of answers.answer, documents the viewer's.
     """
-    from ..viewer import trace_document
+    from ..viewer import ALTERNATIVES, trace_document
 
     how = params(fit(options, model, rows))
     engine = _engine(model, tokenizer, rows, how)

@@ -4,11 +4,11 @@ from dataclasses import dataclass, replace
 
 from ..config import PRESETS, DecodeParams, RequestOptions
 from ..engine.intake import sample
+from ..viewer import ALTERNATIVES
 from .errors import ApiError, refused
 from .schema import DECODING, ChatRequest, CompletionRequest, Generation, Message
 
 COMPLETION_TOKENS = 16  # of /v1/completions where nothing is asked for, as everywhere
-ALTERNATIVES = 5  # likeliest tokens that a trace tells of each one
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """How an answer was written, step by step: the trace document, and the page that shows it."""
 
-from .document import trace_document
+from .document import ALTERNATIVES, trace_document
 from .pages import page
 
-__all__ = ["page", "trace_document"]
+__all__ = ["ALTERNATIVES", "page", "trace_document"]

@@ -18,6 +18,7 @@ from dataclasses import fields
 from ..config import DecodeParams
 
 FORMAT, VERSION = "llada2_fast.trace", 1
+ALTERNATIVES = 5  # of each token, where nobody says how many
 
 
 def trace_document(
