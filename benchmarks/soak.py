@@ -130,22 +130,28 @@ def _prompts(tokenizer, rng):
     return [*prompts, prompts[0][:2]]
 
 
+def alone(engine, prompt, params, options):
+    """What a request gets in an engine of its own, for each number of a sample: (tokens, confidences, text,
+    finish_reason). Tokens are compared with those of generate() where no option ends them."""
+    told = []
+    for number in range(SAMPLES):
+        own = params if params.seed is None else replace(params, seed=row_seed(params.seed, number))
+        (output,) = engine.generate([prompt], own, **options)
+        if not options:
+            decoding = asdict(own)
+            whole = engine.model.generate([prompt], eos_id=decoding.pop("eos_ids"), return_dict=True, **decoding)
+            assert output.token_ids == whole.sequences[0, : whole.num_tokens[0]].tolist()
+        told.append((output.token_ids, output.confidences, output.text, output.finish_reason))
+    return told
+
+
 def make_jobs(model, tokenizer, rng):
-    """Every kind of request, with what it gets from generate() and from an engine of its own."""
+    """Every kind of request, with what it gets alone."""
     jobs, engine = [], Engine(model, EngineConfig(max_num_seqs=1, cache_tokens=4096), tokenizer)
     for params in KINDS:
         for prompt in rng.sample(_prompts(tokenizer, rng), 3):
             options = rng.choice(OPTIONS)
-            alone = []
-            for number in range(SAMPLES):
-                own = params if params.seed is None else replace(params, seed=row_seed(params.seed, number))
-                (output,) = engine.generate([prompt], own, **options)
-                if not options:
-                    decoding = asdict(own)
-                    whole = model.generate([prompt], eos_id=decoding.pop("eos_ids"), return_dict=True, **decoding)
-                    assert output.token_ids == whole.sequences[0, : whole.num_tokens[0]].tolist()
-                alone.append((output.token_ids, output.confidences, output.text, output.finish_reason))
-            jobs.append(Job(prompt, params, options, alone))
+            jobs.append(Job(prompt, params, options, alone(engine, prompt, params, options)))
     return jobs
 
 
