@@ -30,7 +30,7 @@ OPTIONS = {"stop": "stop", "include_stop_str_in_output": "include_stop", "min_to
 QUESTIONS = [
     "Add 847 and 96.", "Spell 4071, 22, 608.", "Reverse moon crow bread lamp seal.", "What is 3 + 4?",
     "Tell a story about Max the goat near the lake.", "Tell a story about Kim the duck near the barn.",
-    " ".join(["Reverse", *["moon", "crow", "lamp"] * 20]), " ".join(["Reverse", *["moon", "crow", "lamp"] * 20, "seal"]),
+    *(" ".join(["Reverse", *["moon", "crow", "lamp"] * 20, *end]) for end in ([], ["seal"])),  # they begin alike
 ]  # fmt: skip
 REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
 
