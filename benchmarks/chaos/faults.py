@@ -29,8 +29,9 @@ async def faults(server, jobs, count: int = 50, clients: int = 12) -> Verdict:
     drained, told = await idle_after(server.port, 10.0), server.told("fault")
     hit = {"-".join(name.split("-")[:2]) for fault in told for name in fault["requests"]}  # without a choice's number
     verdict = Verdict(
-        "R14", f"{count} forwards that fail", f"{len(told)} faults, {len(hit)} requests hit, {len(crowd.failed)} failed, "
-        f"{crowd.counts['answered']} right", "none but those hit fail, no page left",
+        "R14", f"{count} forwards that fail",
+        f"{len(hit)} requests hit, {len(crowd.failed)} failed, {crowd.counts['answered']} right",
+        "none but those hit fail, no page left",
         {**crowd.counts, "faults": len(told), "hit": len(hit)}, crowd.wrong,
     )  # fmt: skip
     verdict.demand(len(told) == count, f"{len(told)} faults")
