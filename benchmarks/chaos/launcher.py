@@ -17,7 +17,7 @@ from llada2_fast import LLaDA2Model, demo
 from llada2_fast.config import EngineConfig, ServerConfig
 from llada2_fast.decoding.runner import CachedForward, EagerRunner
 from llada2_fast.engine import AsyncEngine, Engine
-from llada2_fast.server import Server, log_to_stderr, serve
+from llada2_fast.server import Server, bind, serve
 from llada2_fast.server.log import log
 from llada2_fast.weights.special_tokens import load_tokenizer
 
@@ -109,13 +109,14 @@ def main():
     parser.add_argument("--every", type=int, default=25, help="one in so many forwards (default: %(default)s)")
     parser.add_argument("--max-num-seqs", type=int, default=16, help="rows decoded together (default: %(default)s)")
     args = parser.parse_args()
-    log_to_stderr()
+    config = ServerConfig(port=args.port)
+    port = bind(config)
     model = LLaDA2Model.from_pretrained(demo.path(), torch.float32, progress=False)
     engine = Watched(model, EngineConfig(max_num_seqs=args.max_num_seqs), load_tokenizer(demo.path()))
     engine.fail(args.faults, args.every)
-    server = Server(AsyncEngine(engine), ServerConfig(port=args.port), ("chaos",), {"eos_early_stop": True})
+    server = Server(AsyncEngine(engine), config, ("chaos",), {"eos_early_stop": True})
     try:
-        serve(server)
+        serve(server, port)
     finally:
         server.serving.close()
         milliseconds = 1e3 * torch.tensor(engine.steps)
