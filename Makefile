@@ -5,7 +5,7 @@
 #   TORCH_INDEX  a package index to take torch from, e.g. https://download.pytorch.org/whl/cpu (default: pip's own)
 #   PYTEST_ARGS  replaces the default arguments of `make test`
 #   PYTHON_OLDEST, PYTHON_NEWEST  in place of PYTHON for `make test-oldest`, `make test-newest`
-#   BENCH_ARGS   given to every benchmark of `make bench`, e.g. --quick
+#   BENCH_ARGS   given to every benchmark of `make bench`, and to `make chaos`, e.g. --quick
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
@@ -18,11 +18,11 @@ BENCH_ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
-.PHONY: help demo test test-oldest test-newest test-slow test-hosts test-browser test-gpu sanitize check aot bench clean
+.PHONY: help demo test test-oldest test-newest test-slow test-hosts test-browser test-gpu sanitize check aot bench chaos clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo | test | test-oldest | test-newest | test-slow | test-hosts | test-browser | test-gpu | sanitize | check | aot | bench | clean"
+	@echo "make demo | test | test-oldest | test-newest | test-slow | test-hosts | test-browser | test-gpu | sanitize | check | aot | bench | chaos | clean"
 
 # torch goes first and alone: with a CPU build already there, nothing later asks for CUDA packages.
 $(VENV)/.installed: setup.py $(CONSTRAINTS)
@@ -100,6 +100,10 @@ bench: $(VENV)/.installed-test
 		$(BIN)/llada2-fast bench $$name --save $(BENCH_ARGS) || exit 1; \
 	done
 	@$(BIN)/python -m benchmarks.report
+
+# The server under everything that clients do wrong: a table of gates, half an hour.
+chaos: $(VENV)/.installed-test
+	@$(BIN)/python -m benchmarks.chaos $(BENCH_ARGS)
 
 clean:
 	rm -rf .venv .venv-oldest .venv-newest build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .schemathesis .benchmarks

@@ -34,7 +34,9 @@ TEST = [
 FOLDERS = {
     "llada2_fast.kernels": "kernels",
     "llada2_fast.benchmarks": "benchmarks",
-    **{f"llada2_fast.benchmarks.{name}": f"benchmarks/{name}" for name in ("gpu", "kernels", "report", "tune")},
+    **{
+        f"llada2_fast.benchmarks.{name}": f"benchmarks/{name}" for name in ("chaos", "gpu", "kernels", "report", "tune")
+    },
 }
 
 setup(

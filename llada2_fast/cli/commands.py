@@ -33,6 +33,7 @@ BENCHMARKS = {
     "sampling": ("sampling", "the embedded model's right answers when tokens are drawn"),
     "decode": ("bench_decode", "side by side with diffusers on the same weights"),
     "soak": ("soak", "minutes of an AsyncEngine under everything at once: right answers, nothing left behind"),
+    "chaos": ("chaos.__main__", "the server under everything that clients do wrong: its scorecard"),
     "layer": ("bench_layer", "one layer of LLaDA2-mini's shape on a CPU, against its memory's bandwidth"),
     "refine": ("kernels.bench_refine", "the refinement step against diffusers' scheduler"),
 }
