@@ -133,8 +133,8 @@ def _prompts(tokenizer, rng):
 def alone(engine, prompt, params, options):
     """What a request gets in an engine of its own, for each number of a sample: (tokens, confidences, text,
     finish_reason). Tokens are compared with those of generate() where no option ends them."""
-    told = []
-    for number in range(SAMPLES):
+    told, samples = [], 1 if params.seed is None else SAMPLES
+    for number in range(samples):
         own = params if params.seed is None else replace(params, seed=row_seed(params.seed, number))
         (output,) = engine.generate([prompt], own, **options)
         if not options:
@@ -142,7 +142,7 @@ def alone(engine, prompt, params, options):
             whole = engine.model.generate([prompt], eos_id=decoding.pop("eos_ids"), return_dict=True, **decoding)
             assert output.token_ids == whole.sequences[0, : whole.num_tokens[0]].tolist()
         told.append((output.token_ids, output.confidences, output.text, output.finish_reason))
-    return told
+    return told * (SAMPLES // samples)
 
 
 def make_jobs(model, tokenizer, rng):

@@ -143,7 +143,7 @@ def check(status: int, body: bytes) -> str | None:
     try:
         (detail,) = json.loads(body).values()
         message, *rest = (detail.pop(name) for name in ("message", "type", "param", "code"))
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"no envelope of OpenAI's ({error}): {body[:200]!r}"
     if detail or not isinstance(message, str) or not all(one is None or isinstance(one, str) for one in rest):
         return f"no envelope of OpenAI's: {body[:200]!r}"
