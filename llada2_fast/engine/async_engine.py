@@ -141,8 +141,8 @@ class AsyncEngine:
             reading.begin(request)
 
         try:
-            call = self._call(open_request, Kind.ROOM if wait else Kind.REQUEST, options.priority)
-            await asyncio.wait_for(call, options.deadline_s if wait else None)
+            call = self._send(open_request, Kind.ROOM if wait else Kind.REQUEST, options.priority)
+            await _within(call, options.deadline_s if wait else None)
         except BaseException:
             reading.close()
             raise
@@ -195,7 +195,10 @@ class AsyncEngine:
         return await self._call(lambda: function(self.engine))
 
     async def _call(self, function, kind=Kind.OTHER, priority=0.0):
-        return await asyncio.wrap_future(self._worker.send(function, kind, priority))
+        return await self._send(function, kind, priority)
+
+    def _send(self, function, kind=Kind.OTHER, priority=0.0):
+        return asyncio.wrap_future(self._worker.send(function, kind, priority))
 
     def close(self):
         """Cancel all requests, and wait until the thread has ended."""
@@ -206,3 +209,16 @@ class AsyncEngine:
         """close(), without holding up the event loop."""
         self._worker.stop()
         await asyncio.to_thread(self._worker.join)
+
+
+async def _within(future, seconds):
+    """asyncio.wait_for, which before Python 3.12 forgets a cancellation that comes just when the future is done."""
+    try:
+        done, _ = await asyncio.wait([future], timeout=seconds)
+    except asyncio.CancelledError:
+        future.cancel()
+        raise
+    if not done:
+        future.cancel()
+        raise asyncio.TimeoutError
+    return future.result()

@@ -481,6 +481,24 @@ def test_samples_of_one_prompt(n):
     with_engine(test)
 
 
+def test_who_is_cancelled_just_when_there_is_room_is_cancelled():
+    async def test(serving):
+        for turns in range(60):
+            task = asyncio.ensure_future(serving.open(prompt_of(5), SLOW, wait=True, deadline_s=60.0))
+            while not (serving.engine.requests or task.done()):
+                await asyncio.sleep(0)
+            for _ in range(turns % 6):  # until what the engine's thread has done is known here, and a bit more
+                await asyncio.sleep(0)
+            if task.cancel():
+                (end,) = await asyncio.gather(task, return_exceptions=True)
+                assert isinstance(end, asyncio.CancelledError)
+            else:
+                task.result().close()
+            await until(lambda: not serving.engine.requests)
+
+    with_engine(test)
+
+
 def test_a_deadline_of_ages_hence_and_one_of_a_request_that_has_ended():
     """Neither ends the thread, nor keeps it busy when there is nothing to do."""
     asked = []
