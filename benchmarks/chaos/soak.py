@@ -11,7 +11,8 @@ from .wire import Connection, ask, idle_after
 
 MAX_MB_PER_MINUTE = 0.5
 LONG_S = 300.0  # a run that is shorter tells nothing of memory
-WARM_UP_S = 5.0  # until everything that is made once has been
+WARM_UP_S = 5.0  # until everything that is made once has been; threads for long texts are made as they are needed
+LONG_TEXT = {"prompt": "word " * 10_000}
 CLIENTS = 24
 PATIENCE_S = 30.0
 
@@ -58,6 +59,7 @@ async def soak(server, jobs, seconds: float = 600.0) -> Verdict:
     """server: with an answer's length for bodies that do not say, that of fuzz.OPTIONS."""
     crowd, samples = Crowd(server.port, jobs), []
     await _load(server, crowd, min(WARM_UP_S, seconds), [])
+    await asyncio.gather(*(ask(server.port, "POST", "/tokenize", LONG_TEXT) for _ in range(8)))
     await idle_after(server.port, 10.0)
     await asyncio.sleep(0.5)  # for connections that are cut off to be seen so
     before = server.usage()
