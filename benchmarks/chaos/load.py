@@ -8,20 +8,22 @@ from collections import Counter
 from typing import NamedTuple
 
 from .gate import Verdict, median, p99
-from .wire import Connection, Response, ask, idle_after
+from .wire import PATIENCE_S, Connection, Response, ask, idle_after
 
 PLACES, QUEUE = 4, 4
 OPTIONS = ("--max-num-seqs", PLACES, "--max-queue", QUEUE)
 CLIENTS = 10 * (PLACES + QUEUE)
 REFUSAL_S, SPEED = 0.05, 0.8
 SETTLE_S, WINDOW_S = 0.25, 1.0
+IDLE_S = 3.0  # a connection that rests for longer is not used again: the server is about to close it
 PATH = "/v1/chat/completions"
 STREAM = {"max_tokens": 2048, "ignore_eos": True, "threshold": 2.0, "stream": True, "draft": True}  # a token a step
 ASKED = {"messages": [{"role": "user", "content": "Add 847 and 96."}], "max_tokens": 64}
 
 
 class Load:
-    """Clients that ask while there is no room and do what Retry-After says; nobody begins to ask while it is `off`.
+    """Clients that ask while there is no room and do what Retry-After says, each on a connection that it keeps, as the
+    usual ones do; nobody begins to ask while it is `off`.
 
     refused: seconds until a 429 was there, of those who came one by one; burst: of those who came all at once. late: by
     how many seconds this process's own event loop came too late for a timer.
@@ -39,17 +41,30 @@ class Load:
         ticking.cancel()
 
     async def all_at_once(self):
-        await asyncio.gather(*(self._ask(self.burst) for _ in range(CLIENTS)))
+        connections = await asyncio.gather(*(Connection.open(self.port) for _ in range(CLIENTS)))
+        await asyncio.gather(*(self._ask(connection, self.burst) for connection in connections))
+        for connection in connections:
+            connection.cut()
 
     async def _client(self):
+        connection, used = await Connection.open(self.port), time.monotonic()
         while not self.over:
-            asks = not self.off
-            await asyncio.sleep(await self._ask(self.refused) if asks else self.random.random())
+            if self.off:
+                await asyncio.sleep(self.random.random())
+                continue
+            if time.monotonic() > used + IDLE_S:
+                connection.cut()
+                connection = await Connection.open(self.port)
+            delay = await self._ask(connection, self.refused)
+            used = time.monotonic()
+            await asyncio.sleep(delay)
+        connection.cut()
 
-    async def _ask(self, times):
+    async def _ask(self, connection, times):
         """Seconds to wait before the next try."""
         begun = time.perf_counter()
-        response = await ask(self.port, "POST", PATH, ASKED)
+        connection.send("POST", PATH, json.dumps(ASKED).encode())
+        response = await asyncio.wait_for(connection.response(), PATIENCE_S)
         self.statuses[response.status] += 1
         if response.status == 429:
             times.append(time.perf_counter() - begun)
