@@ -24,11 +24,12 @@ def chat(text):
 class Process:
     """`llada2-fast serve` with these options, from its first answer on until the end of a `with`.
 
+    command: a program in its place.
     log: its lines on stderr so far, parsed.
     """
 
-    def __init__(self, *options, **environment):
-        command = [sys.executable, "-m", "llada2_fast", "serve", "--port", "0", "--no-progress", *options]
+    def __init__(self, *options, command=None, **environment):
+        command = command or [sys.executable, "-m", "llada2_fast", "serve", "--port", "0", "--no-progress", *options]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
         self.log = []
         self.url = self._next("serving")["url"]
