@@ -58,12 +58,14 @@ class Crowd:
     """Asks a server for the answers of jobs, and compares.
 
     counts: how many requests ended how. wrong: a line for everything that was. failed: names of the requests that the
-    server said have failed, which is wrong unless faults are expected.
+    server said have failed, which is wrong unless faults are expected. running: names of those that nobody has left;
+    cancelled: of those that somebody has asked the server to end, whose answers may be no more than a beginning.
     """
 
     def __init__(self, port: int, jobs: list[Job], seed: int = 0, faults: bool = False):
         self.port, self.jobs, self.random, self.faults = port, jobs, random.Random(seed), faults
-        self.counts, self.wrong, self.failed = Counter(), [], set()
+        self.counts, self.wrong = Counter(), []
+        self.failed, self.running, self.cancelled = set(), set(), set()
         self._numbers, self._seconds = itertools.count(), [0.3]
 
     async def run(self, clients: int, go_on, cut: float):
@@ -105,6 +107,7 @@ class Crowd:
         whole = not cut or rng.random() > 0.1
         patience = rng.uniform(0, sum(self._seconds) / len(self._seconds)) if cut else PATIENCE_S
         connection = await Connection.open(self.port)
+        self.running.add(body["request_id"])
         try:
             connection.writer.write(data if whole else data[: rng.randrange(len(data))])
             response = await asyncio.wait_for(connection.response(), patience)
@@ -115,6 +118,7 @@ class Crowd:
             self.wrong.append(f"{body['request_id']}: {type(error).__name__} {error}")
             return True
         finally:
+            self.running.discard(body["request_id"])
             connection.writer.close() if rng.random() < 0.5 else connection.cut()
         if response.status == 429:
             return False
@@ -142,7 +146,7 @@ class Crowd:
         else:
             self.counts["answered"] += 1
         for number, one in told.choices.items():
-            begun = told.error is not None
+            begun = told.error is not None or (name in self.cancelled and one["reason"] == "abort")
             reason = None if begun else one["reason"]
             problem = job.check(number, one["text"], reason, one["tokens"], one["logprobs"], begun)
             if problem:

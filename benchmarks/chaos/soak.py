@@ -30,7 +30,10 @@ async def _others(port, crowd, seed, go_on):
             if response.status >= 500:
                 crowd.wrong.append(f"{path}: status {response.status}")
         elif kind == "cancel":
-            await ask(port, "POST", f"/v1/requests/chaos-{crowd.random.randrange(10**6)}/cancel")
+            name = crowd.random.choice([*crowd.running, "nobody"])
+            crowd.cancelled.add(name)
+            ended = (await ask(port, "POST", f"/v1/requests/{name}/cancel")).json()["cancelled"]
+            crowd.counts["cancelled"] += ended
         elif kind == "nothing":
             connection = await Connection.open(port)
             await asyncio.sleep(crowd.random.random() / 10)
