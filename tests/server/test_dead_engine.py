@@ -30,7 +30,7 @@ except RuntimeError:
 """
 
 
-@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize("streamed", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_an_engine_that_cannot_go_on(streamed):
     with Process(command=[sys.executable, "-c", DYING]) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
