@@ -196,7 +196,7 @@ class Server:
         @app.get("/metrics", responses=_refusals(401, 503), response_class=PlainTextResponse)
         async def metrics():
             """In Prometheus' text format."""
-            self.completions.count_ended()
+            self.completions.observe()
             try:
                 stats = await asyncio.wait_for(self.serving.call(Engine.stats), STATS_S)
             except asyncio.TimeoutError:

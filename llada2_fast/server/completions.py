@@ -75,18 +75,14 @@ class Completions:
         given = prompts_of(body, self.config)
         return await self.texts.encode(given) if isinstance(given[0], str) else given
 
-    def observe(self, requests):
-        """Count requests that have ended, or are about to."""
-        for request in requests:
+    def observe(self, requests=()):
+        """Count requests that have ended; those that are about to as soon as this is called again."""
+        ending, self._ending = [*self._ending, *requests], []
+        for request in ending:
             if request.output is None:
                 self._ending.append(request)
             else:
                 self.metrics.observe(request)
-
-    def count_ended(self):
-        """Count those that were about to end, and have."""
-        ending, self._ending = self._ending, []
-        self.observe(ending)
 
     def check_model(self, name):
         """The model's name. ApiError if it is another model's."""
@@ -204,6 +200,10 @@ class _Answer:
 
     async def _merged(self):
         """(index of the choice, event) as they come."""
+        if len(self.readings) == 1:
+            async for happened in self.readings[0]:
+                yield 0, happened
+            return
         waiting = {asyncio.ensure_future(anext(reading)): i for i, reading in enumerate(self.readings)}
         try:
             while waiting:
