@@ -14,6 +14,7 @@ from llada2_fast.kernels import gemm, moe, router
 from llada2_fast.kernels._triton import force_ops
 from llada2_fast.kernels.combine import summed
 from tests.kernels.interpreter import interpreted, products_in_order
+from tests.thinned import thinned
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -31,6 +32,7 @@ ROUTES = {
 # Who selects, see router.TOKENS, and who lists the tiles: the last of them, or programs of their own.
 SIZES = [("few", 1), ("few", 4), ("few", 5), ("many", 7), ("many", 32), ("many", 33)]
 BLOCKS = [("block", t) for t in (1, 7, 32, 33, 70)]
+EXPERT_SIZES = [(1, 3), (7, 1), (33, 3), (70, 2)]  # tokens, top_k
 
 
 def route_inputs(rule, tokens, hidden=48, dtype=torch.float32, weight_dtype=None, seed=0, device="cpu"):
@@ -87,9 +89,9 @@ def test_route(name, kind, tokens, monkeypatch):
         check_route(run(router.route, *tensors, **rule, block=blocks), tensors, rule, blocks)
 
 
-@pytest.mark.parametrize("name", ["grouped", "three groups", "block"])
-@pytest.mark.parametrize("tokens", [1, 5, 32, 70, 129])
-@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize(
+    "name, tokens, share", thinned(3, ["grouped", "three groups", "block"], [1, 5, 32, 70, 129], [0.0, 0.4, 1.0])
+)
 def test_tokens_of_no_page_go_to_no_expert(name, tokens, share):
     """Wherever they stand and whatever they hold; the others are routed and placed as if all were."""
     tensors, rule, blocks = route_inputs(ROUTES[name], tokens)
@@ -234,10 +236,9 @@ def close(got, expected):
     torch.testing.assert_close(got, expected, rtol=TOLERANCE[got.dtype], atol=TOLERANCE[got.dtype] * scale)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens, top_k", [(1, 3), (7, 1), (33, 3), (70, 2)])
-@pytest.mark.parametrize("with_shared", [False, True])
-def test_experts(dtype, tokens, top_k, with_shared):
+@pytest.mark.parametrize("dtype, size, with_shared", thinned(3, DTYPES, EXPERT_SIZES, [False, True]), ids=str)
+def test_experts(dtype, size, with_shared):
+    tokens, top_k = size
     h, weights, shared, rule = expert_inputs(tokens, top_k, dtype=dtype)
     shared = shared if with_shared else None
     routing = run(router.route, h, *rule)
