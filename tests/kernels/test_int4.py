@@ -9,8 +9,10 @@ from llada2_fast.kernels import fp8, gemm, int4, moe, router
 from llada2_fast.kernels._triton import force_ops
 from llada2_fast.kernels.combine import summed
 from tests.kernels.interpreter import interpreted, products_in_order
+from tests.thinned import thinned
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+EXPERT_SIZES = [(1, 3), (7, 1), (33, 3), (70, 2)]  # tokens, top_k
 # Of the norm: kernels multiply whole numbers and scale sums, references multiply weights rounded to the dtype.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
@@ -147,10 +149,9 @@ def wanted(h, routing, weights, shared):
     return y if shared is None else y + moe.mlp(h, *shared)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens, top_k", [(1, 3), (7, 1), (33, 3), (70, 2)])
-@pytest.mark.parametrize("with_shared", [False, True])
-def test_experts(dtype, tokens, top_k, with_shared):
+@pytest.mark.parametrize("dtype, size, with_shared", thinned(3, DTYPES, EXPERT_SIZES, [False, True]), ids=str)
+def test_experts(dtype, size, with_shared):
+    tokens, top_k = size
     h, weights, shared, rule, _ = expert_inputs(tokens, top_k, dtype=dtype)
     shared = shared if with_shared else None
     routing = run(router.route, h, *rule, quantization="int4")
