@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from llada2_fast.kernels import candidates, refine
+from tests.thinned import thinned
 
 V, M, E = 10, 9, 8
 IDS = refine.SpecialIds(M)
@@ -157,9 +158,10 @@ def test_a_draw_s_probability_nears_one_as_the_draw_narrows_but_not_under_own_so
     assert torch.equal(own.token, greedy.token) and torch.equal(own.confidence, greedy.confidence)
 
 
-@pytest.mark.parametrize("sampling", [dict(), dict(top_k=4), dict(top_p=0.8), dict(top_k=6, top_p=0.9)], ids=str)
-@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
-@pytest.mark.parametrize("ban", [0, refine.BAN_MASK])
+SAMPLING = [dict(), dict(top_k=4), dict(top_p=0.8), dict(top_k=6, top_p=0.9)]
+
+
+@pytest.mark.parametrize("temperature, sampling, ban", thinned(3, [0.3, 1.0, 2.5], SAMPLING, [0, DEFAULT]), ids=str)
 def test_under_own_softmax_the_draw_is_the_same_and_its_confidence_the_model_s(temperature, sampling, ban):
     logits = torch.randn(1, 6, V, generator=torch.Generator().manual_seed(6)).bfloat16() * 3
     rules = dict(temperature=temperature, seed=11, **sampling)
