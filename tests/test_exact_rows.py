@@ -21,8 +21,10 @@ from llada2_fast.kernels import product
 from llada2_fast.kernels.product import linear, rows_of
 
 from . import rows
+from .thinned import thinned
 
 ROOT = Path(__file__).parent.parent
+SLOW = pytest.mark.slow
 NEVER = "this machine's libraries round a row by its batch, at any height: nothing is promised"
 
 
@@ -91,8 +93,7 @@ def test_it_is_the_product(dtype):
         assert torch.equal(out, linear(x.flatten(0, 2)[:7], experts[e]))
 
 
-@pytest.mark.parametrize("dtype", rows.DTYPES, ids=str)
-@pytest.mark.parametrize("length", [1, 2, 5, 8])
+@pytest.mark.parametrize("length, dtype", thinned(2, [1, 2, 5, 8], rows.DTYPES), ids=str)
 def test_a_prompt_gets_the_tokens_and_trace_it_gets_alone(length, dtype):
     model = rows.model(dtype=dtype)
     if not model.exact_rows:
@@ -104,9 +105,9 @@ def test_a_prompt_gets_the_tokens_and_trace_it_gets_alone(length, dtype):
     ("threads", "settings"),
     [
         (2, {}),  # the tests above run with one thread
-        (1, {"MKL_CBWR": "AVX512,STRICT", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}),
+        pytest.param(1, {"MKL_CBWR": "AVX512,STRICT", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}, marks=SLOW),
         (1, {"MKL_CBWR": "COMPATIBLE", "ONEDNN_MAX_CPU_ISA": "AVX2"}),
-        (2, {"MKL_CBWR": "AVX2", "ONEDNN_MAX_CPU_ISA": "SSE41"}),
+        pytest.param(2, {"MKL_CBWR": "AVX2", "ONEDNN_MAX_CPU_ISA": "SSE41"}, marks=SLOW),
     ],
     ids=lambda value: ",".join(value.values()) or "as it is" if isinstance(value, dict) else str(value),
 )
