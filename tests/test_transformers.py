@@ -19,6 +19,7 @@ from llada2_fast.model import LLaDA2Model
 from tests.test_int4 import only_experts, same, write_gptq
 
 ROOT = Path(__file__).parent.parent
+SLOW = pytest.mark.slow
 REMOTE = "raise SystemExit('remote code was run')\n"
 
 
@@ -400,10 +401,13 @@ def test_import_is_light():
 
 @pytest.mark.parametrize("first", [
     "import llada2_fast.generate; from llada2_fast import generate; llada2_fast.register()",
-    "from llada2_fast import generate; import llada2_fast.generate",
-    "import transformers; from llada2_fast.generate import generate",
+    pytest.param("from llada2_fast import generate; import llada2_fast.generate", marks=SLOW),
+    pytest.param("import transformers; from llada2_fast.generate import generate", marks=SLOW),
     "from transformers import AutoModelForCausalLM; from llada2_fast import generate",
-    "import llada2_fast; from transformers import AutoModelForCausalLM; from llada2_fast import generate",
+    pytest.param(
+        "import llada2_fast; from transformers import AutoModelForCausalLM; from llada2_fast import generate",
+        marks=SLOW,
+    ),
     "from llada2_fast import generate; from importlib.util import find_spec; "
     "find_spec('transformers.models.auto.configuration_auto')",
 ])  # fmt: skip
