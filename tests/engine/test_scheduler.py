@@ -15,6 +15,7 @@ from tests.engine.common import (
     random_model,
     small_engine,
 )
+from tests.thinned import thinned
 
 SLOW = DecodeParams(gen_length=16, threshold=2.0, steps=4, eos_ids=())  # four steps a block, four blocks
 
@@ -141,9 +142,7 @@ def preempting_engine(**config):
     return small_engine(max_num_seqs=4, cache_tokens=64, **config)  # 16 pages
 
 
-@pytest.mark.parametrize("share", [True, False])
-@pytest.mark.parametrize("steps", [1, 2, 4, 5, 8, 11, 14])
-@pytest.mark.parametrize("params", PARAMS)
+@pytest.mark.parametrize("params, steps, share", thinned(3, PARAMS, [1, 2, 4, 5, 8, 11, 14], [True, False]))
 def test_a_preempted_request_gets_the_tokens_it_would_have_got(params, steps, share):
     """Wherever it is interrupted: in prefill, inside a block, between two. Its forwards count as if it had not been."""
     engine = preempting_engine(enable_prefix_caching=share, max_num_batched_tokens=8)
