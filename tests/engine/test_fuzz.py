@@ -20,8 +20,10 @@ from llada2_fast.engine import AsyncEngine, Engine, QueueFull
 from llada2_fast.engine.worker import StopIterationRaised
 from tests.engine.common import PARAMS, assert_as_alone, assert_empty, prompt_of, random_model, small_engine, tokenizer
 from tests.engine.test_cuts import Injected
+from tests.thinned import thinned
 
 PROMPT = prompt_of(6)
+SLOW = pytest.mark.slow
 
 
 class Mine(Exception):
@@ -83,6 +85,12 @@ PLAIN = [
     torch.device("cpu"), Row(1, 2), Row(), DecodeParams(gen_length=4), PARAMS[0], [PARAMS[0]], RequestOptions(),
 ]  # fmt: skip
 HOSTILE = PLAIN + RAISING
+WHOLE = pytest.mark.parametrize("whole", [pytest.param(False, id="some"), pytest.param(True, id="all", marks=SLOW)])
+
+
+def hostile(name, whole):
+    """All values for a field; or all that raise and every other one, for some fields the even, for some the odd."""
+    return HOSTILE if whole else PLAIN[sum(name.encode()) % 2 :: 2] + RAISING
 
 
 class Pick(NamedTuple):
@@ -233,19 +241,18 @@ def tried(beside, name, value):
     beside.engine.check_integrity()
 
 
+@WHOLE
 @pytest.mark.parametrize("name", ["prompt_ids", "params", *OPTIONS, *DECODING])
-def test_every_field_of_add_request(name):
+def test_every_field_of_add_request(name, whole):
     beside, each = Beside(), Each()
-    for value in HOSTILE:
+    for value in hostile(name, whole):
         with each(value):
             tried(beside, name, value)
     each.done()
     beside.end()
 
 
-@settings(max_examples=150)
-@given(st.sampled_from(["prompt_ids", "params", *OPTIONS, *DECODING]), NESTED)
-def test_values_within_values(name, value):
+def check_within(name, value):
     beside, each = Beside(), Each()
     with each(picked(value)):
         tried(beside, name, picked(value))
@@ -253,10 +260,16 @@ def test_values_within_values(name, value):
     beside.end()
 
 
+WITHIN = st.sampled_from(["prompt_ids", "params", *OPTIONS, *DECODING]), NESTED
+test_values_within_values = settings(max_examples=50)(given(*WITHIN)(check_within))
+test_many_values_within_values = SLOW(settings(max_examples=1000)(given(*WITHIN)(check_within)))
+
+
+@WHOLE
 @pytest.mark.parametrize("name", ["prompts", "params", "n", "stop", "stop_token_ids", *OPTIONS])
-def test_every_field_of_generate(name):
+def test_every_field_of_generate(name, whole):
     beside, each = Beside(), Each()
-    for value in HOSTILE:
+    for value in hostile(name, whole):
         beside.turn()
         arguments = {"prompts": [PROMPT, PROMPT[:3]], "params": PARAMS[0]} | {name: value}
         if (name == "n" and asks_for_many(value)) or (name == "prompts" and type(value) is range):
@@ -357,16 +370,17 @@ async def read(stream):
     return [event async for event in stream][-1].output
 
 
+@WHOLE
 @pytest.mark.parametrize("face", ["generate", "stream"])
 @pytest.mark.parametrize("name", ["prompt_ids", "params", "n", "drafts", "wait", *OPTIONS])
-def test_every_field_of_the_async_engine(name, face):
+def test_every_field_of_the_async_engine(name, face, whole):
     if (name, face) in {("n", "stream"), ("drafts", "generate")}:
         return
 
     each = Each()
 
     async def test(serving):
-        for value in HOSTILE:
+        for value in hostile(name + face, whole):
             if name == "n" and asks_for_many(value):
                 continue
             arguments = {"prompt_ids": PROMPT, "params": PARAMS[0]} | {name: value}
@@ -452,8 +466,11 @@ def _panic():
 OF_REQUESTS = [error for error in THROWN if isinstance(error, Exception)]
 
 
-@pytest.mark.parametrize("error", [*OF_REQUESTS, _panic()], ids=lambda error: type(error).__name__)
-@pytest.mark.parametrize("number", [1, 2, 3, 5, 8, 13])
+@pytest.mark.parametrize(
+    "error, number",
+    thinned(3, [*OF_REQUESTS, _panic()], [1, 2, 3, 5, 8, 13]),
+    ids=lambda value: value if isinstance(value, int) else type(value).__name__,
+)
 def test_a_tokenizer_that_raises_ends_one_request(error, number):
     broken = Tokenizer(error, lambda calls, ids: calls == number)
     engine = small_engine(tokenizer=broken)
