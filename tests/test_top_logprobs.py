@@ -180,7 +180,8 @@ def test_more_than_a_graph_has(k, model):
 
 
 def test_on_a_gpu_without_a_wait(golden, model):
-    wanted = decode(model, LENGTHS[2][:2], PARAMS["editing"], 1, top=3)
+    params = PARAMS["editing"] | {"max_post_steps": 1}  # seven steps: the interpreter takes a second for each
+    wanted = decode(model, [3, 9], params, 1, top=3)
     waits, run = [], StepGraph.run
 
     def counted(self):
@@ -192,8 +193,9 @@ def test_on_a_gpu_without_a_wait(golden, model):
     with fake_cuda() as mode, pytest.MonkeyPatch.context() as patch:
         patch.setattr(StepGraph, "replay", counted)
         rows = decode(move(LLaDA2Model.from_pretrained(golden / "tiny", dtype=torch.float32, progress=False)),
-                      LENGTHS[2][:2], PARAMS["editing"], 1, capture=True, top=3)  # fmt: skip
+                      [3, 9], params, 1, capture=True, top=3)  # fmt: skip
     assert facts(rows) == facts(wanted) and waits and not any(waits)
+    assert all(row.counters.edits for row in rows)
     for row, other in zip(rows, wanted, strict=True):
         for listed, known in zip(row.token_top, other.token_top, strict=True):
             assert [v for v, _ in listed] == [v for v, _ in known]
