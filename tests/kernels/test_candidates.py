@@ -132,15 +132,33 @@ def check(size, dtype, layout, runner_up, seed, filters):
                 assert reference == pytest.approx(list(known[: len(kernel)]), rel=1e-5, abs=1e-7), (row, at)
 
 
-@settings(max_examples=25, phases=[Phase.generate])  # an example is too slow to shrink
-@given(sizes(False), st.sampled_from(DTYPES), st.sampled_from(LAYOUTS), st.booleans(), st.integers(0, 2**32))
+def cases(filters, count):
+    """A decorator: as many random cases; one takes too long to shrink."""
+    given_each = given(
+        sizes(filters), st.sampled_from(DTYPES), st.sampled_from(LAYOUTS), st.booleans(), st.integers(0, 2**32)
+    )
+    return lambda test: settings(max_examples=count, phases=[Phase.generate])(given_each(test))
+
+
+@cases(False, 12)
 def test_greedy_and_temperature(size, dtype, layout, runner_up, seed):
     check(size, dtype, layout, runner_up, seed, filters=False)
 
 
-@settings(max_examples=30, phases=[Phase.generate])  # an example is too slow to shrink
-@given(sizes(True), st.sampled_from(DTYPES), st.sampled_from(LAYOUTS), st.booleans(), st.integers(0, 2**32))
+@cases(True, 12)
 def test_filters(size, dtype, layout, runner_up, seed):
+    check(size, dtype, layout, runner_up, seed, filters=True)
+
+
+@pytest.mark.slow
+@cases(False, 100)
+def test_much_greedy_and_temperature(size, dtype, layout, runner_up, seed):
+    check(size, dtype, layout, runner_up, seed, filters=False)
+
+
+@pytest.mark.slow
+@cases(True, 100)
+def test_many_filters(size, dtype, layout, runner_up, seed):
     check(size, dtype, layout, runner_up, seed, filters=True)
 
 
