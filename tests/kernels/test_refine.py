@@ -7,8 +7,6 @@ from functools import partial
 import pytest
 import torch
 import triton
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
 
 from llada2_fast.kernels import commit, refine
 from llada2_fast.kernels._triton import force_ops
@@ -16,7 +14,7 @@ from llada2_fast.kernels.candidates import TILE_V
 from llada2_fast.kernels.state import report_ref
 from tests.kernels import truth
 from tests.kernels.interpreter import interpreted
-from tests.kernels.test_candidates import BROKEN, DTYPES, LAYOUTS, SOUND, lay_out, logits_of, sizes
+from tests.kernels.test_candidates import BROKEN, DTYPES, LAYOUTS, SOUND, cases, lay_out, logits_of
 
 NEAR = 2e-5  # two confidences, or one and its threshold, closer than this share may be ordered either way
 ALL_FLAGS = 2**9 - 1
@@ -149,25 +147,35 @@ def check(size, dtype, layout, only_needed, seed, filters):
     compare(got, wanted, kernel_state, state)
 
 
-@settings(max_examples=40, phases=[Phase.generate])  # an example is too slow to shrink
-@given(sizes(False), st.sampled_from(DTYPES), st.sampled_from(LAYOUTS), st.booleans(), st.integers(0, 2**32))
+@cases(False, 20)
 def test_parity(size, dtype, layout, only_needed, seed):
     check(size, dtype, layout, only_needed, seed, filters=False)
 
 
-@settings(max_examples=20, phases=[Phase.generate])  # an example is too slow to shrink
-@given(sizes(True), st.sampled_from(DTYPES), st.sampled_from(LAYOUTS), st.booleans(), st.integers(0, 2**32))
+@cases(True, 10)
 def test_parity_with_filters(size, dtype, layout, only_needed, seed):
     check(size, dtype, layout, only_needed, seed, filters=True)
 
 
+@pytest.mark.slow
+@cases(False, 200)
+def test_much_parity(size, dtype, layout, only_needed, seed):
+    check(size, dtype, layout, only_needed, seed, filters=False)
+
+
+@pytest.mark.slow
+@cases(True, 100)
+def test_much_parity_with_filters(size, dtype, layout, only_needed, seed):
+    check(size, dtype, layout, only_needed, seed, filters=True)
+
+
 @pytest.mark.parametrize("dtype, filters", [(torch.bfloat16, False), (torch.float16, True)], ids=str)
-def test_parity_at_the_real_vocabulary(dtype, filters):
-    for seed in range(4):
-        check((1, 2, 157184, TILE_V), dtype, "contiguous", False, seed, filters)
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 8))])
+def test_parity_at_the_real_vocabulary(dtype, filters, seed):
+    check((1, 2, 157184, TILE_V), dtype, "contiguous", False, seed, filters)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 20))])
 def test_parity_of_many_short_rows(seed):
     """Ends of blocks and of rows in all their combinations, which longer rows seldom meet."""
     check((48, 3, 61, 64), torch.float32, "contiguous", False, 1000 + seed, filters=False)
