@@ -210,8 +210,9 @@ def test_a_sleeping_engine_has_no_cache_and_goes_on_after_it(graphs):
 
 
 @pytest.mark.parametrize("change, config", [("update", "eager"), ("sleep", "graphs"), ("wake", "eager")])
-def test_nothing_old_is_found_if_ctrl_c_comes_in_the_middle_of_a_change(change, config):
-    """At every third line of it: whatever weights are there then, who comes next gets what they give."""
+@pytest.mark.parametrize("stride", [9, pytest.param(1, marks=pytest.mark.slow)])
+def test_nothing_old_is_found_if_ctrl_c_comes_in_the_middle_of_a_change(change, config, stride):
+    """At every line of it, or every ninth: whatever weights are there then, who comes next gets what they give."""
 
     def act(engine):
         if change == "update":
@@ -226,7 +227,7 @@ def test_nothing_old_is_found_if_ctrl_c_comes_in_the_middle_of_a_change(change, 
     with tracer():
         act(engine)
     own = [where for where in tracer.hits if where[0].endswith(("engine.py", "cache.py"))]
-    for where in own[::3]:
+    for where in own[::stride]:
         engine, running, waiting = engine_at_work(**CONFIGS[config])
         tracer = Tracer((*where, 1), interrupt)
         with contextlib.suppress(KeyboardInterrupt), tracer():
