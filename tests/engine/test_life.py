@@ -219,7 +219,12 @@ asyncio.run(main())
 
 @pytest.mark.parametrize(
     ("busy", "steps", "end", "code"),
-    [(True, 1, "pass", 0), (True, 9, "pass", 0), (True, 30, "raise SystemExit(3)", 3), (False, 0, "pass", 0)],
+    [
+        pytest.param(True, 1, "pass", 0, marks=pytest.mark.slow),
+        (True, 9, "pass", 0),
+        (True, 30, "raise SystemExit(3)", 3),
+        (False, 0, "pass", 0),
+    ],
 )
 def test_exit_without_close(busy, steps, end, code):
     script = SCRIPT.format(busy=busy, steps=steps, end=end)
@@ -263,7 +268,7 @@ def test_exit_right_after_one_was_dropped():
             await serving.generate([1, 2, 3], PARAMS[0])
         asyncio.run(main())
     """
-    for _ in range(4):
+    for _ in range(2):
         ended = subprocess.run(
             [sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, capture_output=True, text=True, timeout=300
         )
@@ -534,7 +539,8 @@ def test_a_handle_of_another_engine_is_refused():
 
 
 @pytest.mark.parametrize("cyclic", [False, True])
-def test_a_stream_closed_in_the_middle_of_a_step(cyclic):
+@pytest.mark.parametrize("stride", [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_stream_closed_in_the_middle_of_a_step(cyclic, stride):
     """By the garbage collector, or because its last name goes: its request is cancelled when the step is over."""
     kept = []
 
@@ -546,7 +552,7 @@ def test_a_stream_closed_in_the_middle_of_a_step(cyclic):
     clock = Within(do)
     engine = small_engine(clock=clock)
     other = engine.add_request(prompt_of(9), PARAMS[1])
-    for number in range(12):
+    for number in range(0, 12, stride):
         left = engine.add_request(PROMPT, LONG.preset("speed", gen_length=200, eos_ids=()), request_id=f"left-{number}")
         stream = engine.stream(left)
         for _ in range(number):
