@@ -16,6 +16,7 @@ from llada2_fast.kernels._triton import force_ops
 from llada2_fast.kernels.attention import Span
 from llada2_fast.model import LLaDA2Model, Read
 from tests.kernels.interpreter import interpreted
+from tests.thinned import thinned
 
 GOLDEN = Path(__file__).parent / "golden"
 SMALL = ModelConfig(
@@ -200,9 +201,12 @@ def test_positions_beyond_the_limit_do_not_exist(name):
         assert hidden.isfinite().all()
 
 
-@pytest.mark.parametrize("ops", ["torch", "triton"])
-@pytest.mark.parametrize("name", ["tiny", "block22"])  # experts by token, and by block
-@pytest.mark.parametrize("reads", [{1: (0, 5), 3: (7,)}, {0: range(8), 3: range(8)}, {2: (3,)}, {}], ids=str)
+READS = [{1: (0, 5), 3: (7,)}, {0: range(8), 3: range(8)}, {2: (3,)}, {}]
+
+
+@pytest.mark.parametrize(  # experts by token, and by block
+    "name, ops, reads", thinned(2, ["tiny", "block22"], ["torch", "triton"], READS), ids=str
+)
 def test_what_is_read_and_written_does_not_depend_on_what_else_is_read(name, ops, reads):
     """reads: {block of the four that are forwarded: offsets}; a prompt's two blocks, and two rows' active ones."""
     model, length = load(name), 8
