@@ -25,7 +25,7 @@ from tests.engine.common import PARAMS, assert_empty, prompt_of, small_engine, t
 ROOT = Path(llada2_fast.__file__).parent
 FILES = {str(path): path.name for path in (*ROOT.glob("engine/*.py"), *ROOT.glob("decoding/*.py"), ROOT / "cache.py")}
 MOST_STEPS = 300
-SAMPLED = 6  # cuts of a scenario in the usual run
+SAMPLED = 4  # cuts of a scenario in the usual run
 CHANGE = {
     "_give",
     "_end",
