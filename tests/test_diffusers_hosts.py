@@ -142,7 +142,9 @@ def test_saved_by_either_pipeline_and_loaded_by_both(tokenizer, tmp_path, packag
             assert (found is not None) == (loader is llada2_fast.LLaDA2Pipeline)
 
 
-@pytest.mark.parametrize("first", ["import diffusers, llada2_fast", "import llada2_fast, diffusers"])
+@pytest.mark.parametrize(
+    "first", ["import diffusers, llada2_fast", pytest.param("import llada2_fast, diffusers", marks=pytest.mark.slow)]
+)
 def test_a_saved_pipeline_in_another_process(model, tmp_path, first):
     pipeline(diffusers, model, llada2_fast).save_pretrained(tmp_path)
     code = f"{first}; pipe = diffusers.DiffusionPipeline.from_pretrained({str(tmp_path)!r})"
