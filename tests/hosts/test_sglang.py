@@ -19,6 +19,7 @@ from llada2_fast.weights.special_tokens import load_tokenizer
 from tests.hosts.sglang_host import Runner, batch_of, dllm_config, hot_sampling, make_requests, sampling_info, serve
 from tests.hosts.sglang_stubs import EXEC, sglang
 from tests.kernels.interpreter import interpreted
+from tests.thinned import thinned
 
 VERSION = "sglang==0.5.23"
 VOCAB, MASK = 40, 7
@@ -206,9 +207,7 @@ def generated(demo_model, prompts):
     return generate
 
 
-@pytest.mark.parametrize("fdfo", [False, True])
-@pytest.mark.parametrize("sampling", SAMPLING)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule, sampling, fdfo", thinned(2, RULES, SAMPLING, [False, True]))
 def test_both_loops_give_the_tokens_of_generate(algorithms, demo_model, prompts, generated, rule, sampling, fdfo):
     config, length = RULES[rule][0], LENGTH
     mask, eos = (demo_model.special_ids[name] for name in ("mask_token_id", "eos_token_id"))
