@@ -448,11 +448,17 @@ def test_callback_tensors(tiny):
         assert torch.equal(state[len(prompt) : len(prompt) + end], sequence[:end])
 
 
-@pytest.mark.parametrize("kind", [lambda model: model, Foreign], ids=["ours", "foreign"])
-def test_looking_changes_nothing(tiny, kind):
+LOOKS = [(["block_x", "confidence"], {"x0": 1}), (None, None), (["x0"], {}), ([], None)]  # what is asked for, returned
+
+
+@pytest.mark.parametrize("kind, looks", [
+    pytest.param(lambda model: model, LOOKS, id="ours"), pytest.param(Foreign, LOOKS[:1], id="foreign"),
+    pytest.param(Foreign, LOOKS, id="foreign, all", marks=pytest.mark.slow),
+])  # fmt: skip
+def test_looking_changes_nothing(tiny, kind, looks):
     tiny = kind(tiny)
     expected = call(pipeline(tiny), **padded("left")).sequences
-    for names, returned in ((None, None), (["x0"], {}), (["block_x", "confidence"], {"x0": 1}), ([], None)):
+    for names, returned in looks:
         got = call(
             pipeline(tiny), **padded("left"), callback_on_step_end=lambda *_, returned=returned: returned,
             callback_on_step_end_tensor_inputs=names,
