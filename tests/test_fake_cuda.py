@@ -206,7 +206,7 @@ def move(model):
 
 
 PROMPTS = [list(range(1, 22)), list(range(1, 6))]
-OPTIONS = {"gen_length": 16, "block_length": 8, "threshold": 0.6, "mask_id": 255, "eos_id": 252}
+OPTIONS = {"gen_length": 16, "block_length": 8, "threshold": 0.3, "mask_id": 255, "eos_id": 252}
 
 
 def test_generate_by_graphs(golden):
