@@ -134,6 +134,7 @@ def compare(got, wanted, kernel_state, reference_state):
 
 
 def check(size, dtype, layout, only_needed, seed, filters):
+    size = (*size[:2], max(size[2], 6), size[3])  # `make` takes six ids
     for again in range(20):  # until nothing hangs on a rounding
         logits, index, state, params, ids = make(size, dtype, layout, filters, seed * 20 + again)
         before, kernel_state = copy.deepcopy(state), copy.deepcopy(state)
