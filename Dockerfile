@@ -20,7 +20,8 @@ RUN pip install --no-cache-dir -c /src/constraints.txt "/src[serve]" && rm -rf /
 
 RUN useradd --create-home llada2 && mkdir /hub && chown llada2 /hub
 USER llada2
-ENV HF_HOME=/hub
+# glibc keeps memory apart for each thread and gives little of it back
+ENV HF_HOME=/hub MALLOC_ARENA_MAX=2
 EXPOSE 8000
 HEALTHCHECK --interval=10s --start-period=120s \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=5)"]

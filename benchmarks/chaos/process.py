@@ -11,9 +11,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 START_S, STOP_S = 60.0, 60.0  # at most
-# PyTorch's own caches of 1024 shapes each take minutes and 200 MB to fill; see soak.py. One thread: what the command
-# line chooses for this model, and what the expected answers are computed with.
-ENVIRONMENT = {"LRU_CACHE_CAPACITY": "16", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "OMP_NUM_THREADS": "1"}
+# PyTorch's own caches of 1024 shapes each take minutes and 200 MB to fill; see soak.py. What glibc keeps for a thread
+# comes and goes by tens of MB. One thread: what the command line chooses for this model, and what the expected answers
+# are computed with.
+ENVIRONMENT = {
+    "LRU_CACHE_CAPACITY": "16",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16",
+    "MALLOC_ARENA_MAX": "1",
+    "OMP_NUM_THREADS": "1",
+}
 
 
 class Usage(NamedTuple):
