@@ -172,8 +172,8 @@ class AsyncEngine:
 
     @property
     def is_alive(self) -> bool:
-        """Its thread has neither been closed nor ended by a fault."""
-        return self._thread.is_alive()
+        """It has neither been closed nor ended by a fault, in which its requests are cancelled."""
+        return not self._worker.closed
 
     @property
     def has_room(self) -> bool:
