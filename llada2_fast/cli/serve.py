@@ -40,10 +40,10 @@ def _add(group, one, flag, default=None):
     if default is None and one.default not in (None, ()):
         default = {True: "on", False: "off"}.get(one.default, one.default) if kind is bool else one.default
     text = one.metadata["help"] + (f" (default: {default})" if default is not None else "")
-    rest = (
-        {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": _METAVARS.get(kind)}
-    )
-    if kind is tuple:
+    rest = {"type": kind, "metavar": _METAVARS.get(kind)}
+    if kind is bool:
+        rest = {"action": argparse.BooleanOptionalAction}
+    elif kind is tuple:
         rest = {"action": "append", "metavar": "NAME"}
     group.add_argument(f"--{flag}", dest=one.name, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **rest)
 

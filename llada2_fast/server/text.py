@@ -39,13 +39,9 @@ class Texts:
         size = sum(len(message["content"]) + PER_MESSAGE for message in messages)
         return await self.run(size, self._encode_chat, messages)
 
-    async def encode(self, texts: list[str], special: bool = True) -> list[list[int]]:
-        """The ids of each text; special: with the tokens that the tokenizer puts around a text."""
-
-        def encode():
-            return self.tokenizer(texts, add_special_tokens=special)["input_ids"]
-
-        return await self.run(sum(map(len, texts)), encode)
+    async def encode(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text, with the tokens that the tokenizer puts around one."""
+        return await self.run(sum(map(len, texts)), lambda: self.tokenizer(texts)["input_ids"])
 
     async def decode(self, ids: list[int]) -> str:
         return await self.run(len(ids), self.tokenizer.decode, ids)
