@@ -101,7 +101,7 @@ bench: $(VENV)/.installed-test
 	done
 	@$(BIN)/python -m benchmarks.report
 
-# The server under everything that clients do wrong: a table of gates, half an hour.
+# The server under everything that clients do wrong: a table of gates, a quarter of an hour.
 chaos: $(VENV)/.installed-test
 	@$(BIN)/python -m benchmarks.chaos $(BENCH_ARGS)
 

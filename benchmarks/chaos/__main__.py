@@ -4,8 +4,8 @@
 
 Each gate starts `llada2-fast serve` on a free port of 127.0.0.1, or chaos' own launcher of the same server around an
 engine that fails on a schedule, and prints what it has measured. Exit code 1 unless all gates are held. Times depend on
-what else the machine does, which is told at the end: gates are meant for one that does nothing else. All together take a
-quarter of an hour, ten minutes of it R5; with --quick less than four.
+what else the machine does, which is told at the end: gates are meant for one that does nothing else. All together take
+a quarter of an hour, ten minutes of it R5; --quick is a smaller run of the same.
 """
 
 import argparse
