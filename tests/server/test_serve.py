@@ -128,7 +128,7 @@ def test_a_full_queue_is_told(server):
 
     answers = asyncio.run(main())
     refused = [one for one in answers if isinstance(one, openai.RateLimitError)]
-    assert len(refused) == 6
+    assert len(refused) in (6, 7)  # what the engine is just taking may count twice, never not at all
     assert refused[0].code == "queue_full" and refused[0].response.headers["Retry-After"] == "1"
     assert all(one.usage.completion_tokens == 100 for one in answers if one not in refused)
 
