@@ -176,13 +176,8 @@ class AsyncEngine:
         return not self._worker.closed
 
     @property
-    def has_room(self) -> bool:
-        """A request that comes now need not be refused with QueueFull."""
-        return self.room > 0
-
-    @property
     def room(self) -> int:
-        """How many requests that come now need not be refused."""
+        """How many requests that come now need not be refused with QueueFull."""
         return self.engine.scheduler.room
 
     async def cancel(self, request_id) -> bool:
