@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from ..own_server import cpu_seconds
+
 START_S, STOP_S = 60.0, 60.0  # at most
 # PyTorch's own caches of 1024 shapes each take minutes and 200 MB to fill; see soak.py. What glibc keeps for a thread
 # comes and goes by tens of MB. One thread: what the command line chooses for this model, and what the expected answers
@@ -97,7 +99,6 @@ class ServerProcess:
 
     def usage(self) -> Usage:
         folder = Path(f"/proc/{self.process.pid}")
-        fields = (folder / "stat").read_text("utf-8").rpartition(")")[2].split()
         resident = int((folder / "statm").read_text("utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
         files, threads = (len(os.listdir(folder / name)) for name in ("fd", "task"))
-        return Usage(resident, files, threads, (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"))
+        return Usage(resident, files, threads, cpu_seconds(self.process.pid))
