@@ -222,7 +222,8 @@ def test_line_names_ablations_and_costs(line):
     assert all(part["ratio"] > 0 and part["peak_bytes"] > 0 for part in line["ablations"])
     assert [cost["who"] for cost in line["cost"]] == ["ours", "diffusers"]
     for cost in line["cost"]:
-        assert cost["prefix"] == [64, 96, 2048] and len(cost["ms_per_block"]) == 3 and cost["slope_ms_per_1k"] > 0
+        assert cost["prefix"] == [64, 96, 2048] and min(cost["ms_per_block"]) > 0
+        assert cost.items() >= fitted(cost["prefix"], cost["ms_per_block"]).items()
 
 
 def test_line_has_experts_in_int4(line, model):
