@@ -237,7 +237,7 @@ def main(argv=None):
         return against_engine(parser, args)
     prompts = chats(args, 1 + args.num_prompts)  # the first is for the request before the clock
     with serving() if args.base_url is None else nullcontext() as own:
-        answers, seconds, facts = asyncio.run(measure(args, args.base_url or own.base_url, prompts))
+        answers, seconds, facts = asyncio.run(measure(args, args.base_url or own.url, prompts))
     rated = args.request_rate < math.inf
     results = summary(answers, seconds, rated)
     report(results, answers)

@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from llada2_fast.cli.machine import environment
 
 from . import http_client
-from .own_server import busy_seconds, cpu_seconds, serving
+from .own_server import busy_seconds, serving
 
 MAX_OTHERS = 0.05
 DEADLINE_S = 600.0  # of the engine's requests, as the server gives them
@@ -39,7 +39,7 @@ def against_engine(args, rounds):
     """
     gate, *timed = rounds
     with serving() as server, direct_engine(args.max_concurrency) as engine:
-        url = server.base_url + http_client.PATHS["chat"]
+        url = server.url + http_client.PATHS["chat"]
 
         def over_http(chats, **extra):
             async def run():
@@ -76,10 +76,10 @@ def _round(over_http, engine, server, chats, params, number):
     found, busy, begun = {}, busy_seconds(), time.perf_counter()
 
     def http():
-        server_cpu, own_cpu = cpu_seconds(server.pid), time.process_time()
+        server_cpu, own_cpu = server.usage().cpu_s, time.process_time()
         found["answers"], found["http_s"] = over_http(chats)
         found["client_cpu_s"] = time.process_time() - own_cpu
-        found["server_cpu_s"] = cpu_seconds(server.pid) - server_cpu
+        found["server_cpu_s"] = server.usage().cpu_s - server_cpu
 
     def alone():
         found["alone"] = engine.run(chats, params)

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 import llada2_fast
+from benchmarks.own_server import ServerProcess
 from llada2_fast import demo
 from tests import hub
-from tests.server.common import Process
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
@@ -54,7 +54,7 @@ def outputs(tmp_path_factory):
             block = block.replace(there, here)
         blocks.append(block.replace("gen_length=256", "gen_length=64"))
     env = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
-    with Process() as server:
+    with ServerProcess() as server:
         blocks = [block.replace("http://127.0.0.1:8000", server.url) for block in blocks]
         done = subprocess.run(
             [sys.executable, "-c", RUN], cwd=ROOT, env=env, input=json.dumps(blocks), capture_output=True, text=True

@@ -11,20 +11,18 @@ a quarter of an hour, ten minutes of it R5; --quick is a smaller run of the same
 import argparse
 import asyncio
 import functools
-import os
 import resource
 import time
-from pathlib import Path
 
 import torch
 
 from .. import harness
+from ..own_server import busy_seconds
 from . import cuts, faults, fuzz, life, load, slow
 from . import soak as soaking
 from .jobs import make_jobs
-from .process import ServerProcess
+from .process import LAUNCHER, started
 
-LAUNCHER = "llada2_fast.benchmarks.chaos.launcher"
 ROOMY = ("--max-queue", 256)  # nobody is turned away
 
 
@@ -34,49 +32,49 @@ def jobs():
 
 
 def r1(quick):
-    with ServerProcess(*fuzz.OPTIONS) as server:
+    with started(*fuzz.OPTIONS) as server:
         yield asyncio.run(fuzz.fuzz(server, 1000 if quick else 10_000))
 
 
 def r3(quick):
-    with ServerProcess(*ROOMY) as server:
+    with started(*ROOMY) as server:
         yield asyncio.run(cuts.cuts(server, jobs(), 300 if quick else 2000))
 
 
 def r4(quick):
-    with ServerProcess("--max-num-seqs", 8, module=LAUNCHER) as server:
+    with started("--max-num-seqs", 8, command=LAUNCHER) as server:
         yield asyncio.run(cuts.cancels(server, 60 if quick else 300))
 
 
 def r5(quick):
-    with ServerProcess(*ROOMY, *fuzz.OPTIONS) as server:
+    with started(*ROOMY, *fuzz.OPTIONS) as server:
         yield asyncio.run(soaking.soak(server, jobs(), 20 if quick else 600))
 
 
 def r6(quick):
-    with ServerProcess() as server:
+    with started() as server:
         yield asyncio.run(life.kills(server, 2 if quick else 20))
 
 
 def r9(quick):
-    with ServerProcess(*load.OPTIONS) as server:
+    with started(*load.OPTIONS) as server:
         yield asyncio.run(load.overload(server, 4 if quick else 16))
 
 
 def r14(quick):
     count = 10 if quick else 50
-    with ServerProcess("--max-num-seqs", 8, "--faults", count, module=LAUNCHER) as server:
+    with started("--max-num-seqs", 8, "--faults", count, command=LAUNCHER) as server:
         yield asyncio.run(faults.faults(server, jobs(), count))
 
 
 def r16(quick):
     for seconds, enough in ((60, True), (1, False)):
-        with ServerProcess("--drain-s", seconds) as server:
+        with started("--drain-s", seconds) as server:
             yield asyncio.run(life.sigterm(server, seconds, enough))
 
 
 def slow_clients(quick):
-    with ServerProcess(*slow.OPTIONS) as server:
+    with started(*slow.OPTIONS) as server:
         yield asyncio.run(slow.slow(server, stream=not quick))
 
 
@@ -90,12 +88,10 @@ def _names(text):
     return names
 
 
-def _busy_s():
-    """CPU seconds of everything on this machine so far, and of this process and those that it has ended."""
-    fields = [int(one) for one in Path("/proc/stat").read_text("utf-8").split("\n")[0].split()[1:9]]
+def _own_s():
+    """CPU seconds of this process and of those that it has ended."""
     usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    own = sum(usage.ru_utime + usage.ru_stime for usage in usages)
-    return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK"), own  # but for what is idle
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def _show(verdict):
@@ -112,13 +108,13 @@ def main(argv=None):
     args = parser.parse_args(argv)
     harness.check_save(parser, args, "chaos")
     torch.set_num_threads(1)  # as the servers
-    begun, (busy, own), verdicts = time.monotonic(), _busy_s(), []
+    begun, others, verdicts = time.monotonic(), busy_seconds() - _own_s(), []
     for name in args.only:
         for verdict in GATES[name](args.quick):
             _show(verdict)
             verdicts.append(verdict)
-    seconds, (busy_after, own_after) = time.monotonic() - begun, _busy_s()
-    others = max(0.0, busy_after - busy - own_after + own) / seconds
+    seconds = time.monotonic() - begun
+    others = max(0.0, busy_seconds() - _own_s() - others) / seconds
     held = sum(verdict.held for verdict in verdicts)
     print(f"{held} of {len(verdicts)} gates held, {seconds:.0f} s; others have used {others:.2f} processors meanwhile")
     lines = [vars(verdict) | {"held": verdict.held, "wrong": len(verdict.wrong)} for verdict in verdicts]

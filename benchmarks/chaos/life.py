@@ -6,7 +6,7 @@ import random
 import time
 
 from .gate import Verdict, median
-from .process import ServerProcess
+from .process import started
 from .wire import Connection, Response, ask
 
 HEALTHY_S = 25.0
@@ -35,7 +35,7 @@ async def kills(server, count: int = 20, clients: int = 8, seed: int = 0) -> Ver
         ends = await asyncio.gather(*crowd, return_exceptions=True)
         wrong += [f"kill {number}: {end!r}" for end in ends if not isinstance(end, (OSError, EOFError))]
         begun = time.monotonic()
-        server = await asyncio.to_thread(ServerProcess, port=server.port)
+        server = await asyncio.to_thread(started, port=server.port)
         health = await ask(server.port, "GET", "/health")
         seconds.append(time.monotonic() - begun)
         first = (await ask(server.port, "POST", PATH, FIRST)).json()["choices"]

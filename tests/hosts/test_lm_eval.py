@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from benchmarks import quality
+from benchmarks.own_server import ServerProcess
 from llada2_fast import LLaDA2Model, demo
 from llada2_fast.adapters.likelihood import _masks, likelihood_bound
 from llada2_fast.demo import tasks
@@ -27,7 +28,7 @@ from lm_eval.api.instance import Instance  # noqa: E402  (after the skip, as it 
 from lm_eval.api.model import CacheHook  # noqa: E402
 
 from llada2_fast.adapters.lm_eval import TASKS, register  # noqa: E402
-from tests.server.common import MODEL, Process  # noqa: E402
+from tests.server.common import MODEL  # noqa: E402
 
 SETTINGS = {"threshold": 0.9, "gen_length": 64, "device": "cpu"}
 
@@ -129,7 +130,7 @@ def test_config_file_limit_samples_and_the_users_own_tasks(tmp_path):
 
 def test_lm_evals_own_client_scores_the_server(tmp_path):
     """Chats over HTTP, eight at a time, as of any server of OpenAI's API."""
-    with Process() as server:
+    with ServerProcess() as server:
         where = f"model={MODEL},base_url={server.url}/v1/chat/completions,num_concurrent=8,tokenized_requests=False"
         whole = [
             sys.executable, "-m", "lm_eval", "run", "--model", "local-chat-completions", "--model_args", where,

@@ -12,7 +12,7 @@ from benchmarks.chaos import soak as soaking
 from benchmarks.chaos.crowd import Crowd
 from benchmarks.chaos.gate import Verdict
 from benchmarks.chaos.jobs import make_jobs
-from benchmarks.chaos.process import ServerProcess
+from benchmarks.chaos.process import LAUNCHER, started
 from benchmarks.chaos.wire import Response, ask
 from llada2_fast.cli import commands as cli
 
@@ -28,14 +28,14 @@ def jobs():
 @pytest.fixture(scope="module")
 def server():
     """What `llada2-fast serve` starts; kill -9 is its last test."""
-    with ServerProcess(*fuzz.OPTIONS, *slow.OPTIONS, *chaos.ROOMY) as server:
+    with started(*fuzz.OPTIONS, *slow.OPTIONS, *chaos.ROOMY) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def launched():
     """The same around an engine that fails; the last test of it ends it."""
-    with ServerProcess("--max-num-seqs", 8, "--faults", 4, "--drain-s", DRAIN_S, module=chaos.LAUNCHER) as server:
+    with started("--max-num-seqs", 8, "--faults", 4, "--drain-s", DRAIN_S, command=LAUNCHER) as server:
         yield server
 
 

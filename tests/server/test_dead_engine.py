@@ -5,7 +5,8 @@ import sys
 import openai
 import pytest
 
-from tests.server.common import Process, chat
+from benchmarks.own_server import ServerProcess
+from tests.server.common import chat
 
 # An engine none of whose steps succeeds any more, once somebody has asked for more than the warm-up does.
 DYING = """
@@ -32,7 +33,7 @@ except RuntimeError:
 
 @pytest.mark.parametrize("streamed", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_an_engine_that_cannot_go_on(streamed):
-    with Process(command=[sys.executable, "-c", DYING]) as server:
+    with ServerProcess(command=[sys.executable, "-c", DYING]) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         asked = {"model": "dying", "messages": chat("x"), "extra_body": {"ignore_eos": True}}
         assert client.chat.completions.create(**asked, max_tokens=8).choices

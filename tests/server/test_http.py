@@ -13,7 +13,8 @@ from pathlib import Path
 import openai
 import pytest
 
-from tests.server.common import MODEL, QUESTIONS, Process, alone, chat, prompt, tokenizer
+from benchmarks.own_server import ServerProcess
+from tests.server.common import MODEL, QUESTIONS, alone, chat, prompt, tokenizer
 
 DOCS = Path(__file__).parents[2] / "docs"
 LONG = {"ignore_eos": True, "threshold": 2.0, "steps": 16}  # a token a step
@@ -21,10 +22,10 @@ LONG = {"ignore_eos": True, "threshold": 2.0, "steps": 16}  # a token a step
 
 @pytest.fixture(scope="module")
 def server():
-    with Process() as server:
+    with ServerProcess() as server:
         yield server
         assert server.stop() == 0
-        assert not [line for line in server.log if "traceback" in line]
+        assert not [line for line in server.told() if "traceback" in line]
 
 
 @pytest.fixture(scope="module")

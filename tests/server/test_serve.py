@@ -3,9 +3,7 @@
 import asyncio
 import base64
 import json
-import os
 import re
-import signal
 import socket
 import threading
 import time
@@ -16,8 +14,9 @@ from pathlib import Path
 import openai
 import pytest
 
+from benchmarks.own_server import ServerProcess
 from llada2_fast.cli import main
-from tests.server.common import MODEL, QUESTIONS, Process, alone, chat, prompt
+from tests.server.common import MODEL, QUESTIONS, alone, chat, prompt
 
 LONG = {"ignore_eos": True, "threshold": 2.0, "steps": 16}  # a token a step
 
@@ -30,7 +29,7 @@ def server():
         "600", "--body-timeout-s", "0.5", "--drain-s", "0.5", "--max-samples", "2", "--threshold", "0.5",
         "--served-model-name", "narrow", "--served-model-name", "other", "--allowed-origins", "http://localhost:3000",
     )  # fmt: skip
-    with Process(*options, LLADA2_FAST_API_KEY="second") as server:
+    with ServerProcess(*options, variables={"LLADA2_FAST_API_KEY": "second"}) as server:
         yield server
 
 
@@ -173,7 +172,7 @@ def test_the_log_has_no_prompts_and_tells_each_request(server):
     assert line["completion_tokens"] == answer.usage.completion_tokens and line["finish_reasons"] == ["length"]
     line = server.wait_for(method="GET", route="other", status=401)
     assert line.keys() == {"time", "level", "event", "method", "route", "status", "ms"}
-    assert "XYZZY" not in json.dumps(server.log) and "first" not in json.dumps(server.log)
+    assert "XYZZY" not in server.log() and "first" not in server.log()
 
 
 def test_what_runs_is_ended_when_the_time_to_drain_is_over(server):
@@ -189,11 +188,11 @@ def test_what_runs_is_ended_when_the_time_to_drain_is_over(server):
         list(stream)
     ended.join()
     assert server.process.returncode == 0 and time.monotonic() - began < 10
-    assert [line["event"] for line in server.log][-3:] == ["draining", "request", "ended"]
+    assert [line["event"] for line in server.told()][-3:] == ["draining", "request", "ended"]
 
 
 def test_streams_end_by_themselves_after_sigterm():
-    with Process("--log-prompts") as server:
+    with ServerProcess("--log-prompts") as server:
 
         async def main():
             async with client(server, kind=openai.AsyncOpenAI) as serving:
@@ -207,15 +206,14 @@ def test_streams_end_by_themselves_after_sigterm():
                 tasks = [asyncio.create_task(one(text)) for text in (*QUESTIONS, *QUESTIONS)]
                 while len(running) < len(tasks):
                     await asyncio.sleep(0)
-                os.kill(server.process.pid, signal.SIGTERM)
+                server.terminate()
                 return await asyncio.gather(*tasks)
 
         running = []
         texts = asyncio.run(main())
         assert texts == [alone(prompt(text), steps=16)[0].text for text in (*QUESTIONS, *QUESTIONS)]
         assert server.process.wait(30) == 0
-        server._reader.join()
-        assert "943" in json.dumps([line.get("answers") for line in server.log])
+        assert "943" in json.dumps([line.get("answers") for line in server.told()])
 
 
 @pytest.mark.parametrize(
