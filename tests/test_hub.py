@@ -92,8 +92,12 @@ def test_everything_takes_an_id_offline(home):
 
 
 CACHED = """
+from huggingface_hub import ResolvedRevision
 from llada2_fast.weights.checkpoint import resolve
-print(resolve("org/demo", "0123456789abcdef0123456789abcdef01234567"), resolve("org/demo"), resolve("org/demo", "main"))
+sha = "0123456789abcdef0123456789abcdef01234567"
+resolved = ResolvedRevision(resolved=sha, initial=None, repo_id="org/demo", repo_type="model")
+for revision in (sha, None, "main", resolved):
+    print(resolve("org/demo", revision))
 """
 
 
@@ -101,7 +105,7 @@ print(resolve("org/demo", "0123456789abcdef0123456789abcdef01234567"), resolve("
 def test_cached_and_pinned_snapshots_need_no_hub(home, endpoint):
     env = {"HF_HUB_OFFLINE": "1"} if endpoint is None else {"HF_ENDPOINT": endpoint}
     snapshot = home / "hub" / "models--org--demo" / "snapshots" / hub.SHA
-    assert run(home, CACHED, **env).stdout.split() == [str(snapshot)] * 3
+    assert run(home, CACHED, **env).stdout.split() == [str(snapshot)] * 4
 
 
 TRY = """

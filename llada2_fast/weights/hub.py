@@ -55,7 +55,8 @@ def resolve(
         return _existing(snapshot(bool(local_files_only)) / below)
     except failures as error:
         failure = error
-    if re.fullmatch(r"[0-9a-f]{40}", revision or "") and not force_download:
+    commit = getattr(revision, "resolved", revision)  # transformers passes huggingface_hub's ResolvedRevision on
+    if re.fullmatch(r"[0-9a-f]{40}", commit or "") and not force_download:
         try:  # snapshot_download looks into the cache for a branch, but asks the hub for the files of a commit
             return _existing(snapshot(True) / below)
         except failures:
