@@ -23,7 +23,7 @@ TIERS = [
     {"decoding"},
     {"refinement", "generate", "engine"},
     {"demo", "viewer"},
-    {"server", "adapters", "distributed"},
+    {"adapters", "distributed"},
     {"__init__"},
     {"server"},
     {"benchmarks"},
@@ -31,6 +31,7 @@ TIERS = [
     {"__main__"},
 ]
 TIER = {module: height for height, tier in enumerate(TIERS) for module in tier}
+assert len(TIER) == sum(map(len, TIERS)), "a module in two tiers"
 
 # (importing module, qualified name of the function, imported module): the only imports that point upwards.
 LAZY_UPWARD = {

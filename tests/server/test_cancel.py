@@ -9,7 +9,8 @@ from llada2_fast import AsyncEngine, Engine, EngineConfig
 from llada2_fast.config import ServerConfig
 from llada2_fast.engine import QueueFull
 from llada2_fast.server import Server
-from tests.server.common import MODEL, chat, model, tokenizer
+from tests.engine.common import demo_model, tokenizer
+from tests.server.common import MODEL, chat
 
 LONG = {"messages": chat("Tell a story."), "max_tokens": 2000, "ignore_eos": True, "threshold": 2.0}
 
@@ -48,7 +49,7 @@ def serve(main, kind=AsyncEngine, **limits):
     """asyncio.run(main(server, client)) around an engine of the embedded model."""
 
     async def run():
-        engine = Engine(model(), EngineConfig(cache_tokens=32768, **limits), tokenizer())
+        engine = Engine(demo_model(), EngineConfig(cache_tokens=32768, **limits), tokenizer())
         async with kind(engine) as serving:
             server = Server(serving, ServerConfig(), (MODEL,), {"eos_early_stop": True})
             result = await asyncio.wait_for(main(server, Client(server.app)), 60)
@@ -133,9 +134,13 @@ class Counting(AsyncEngine):
 def test_of_many_who_come_at_once_the_last_are_refused_without_the_engine():
     async def main(server, client):
         asked = [asyncio.ensure_future(client.post("/v1/chat/completions", LONG | {"n": n})) for n in [1] * 20 + [3]]
-        done, waiting = await asyncio.wait(asked, timeout=0.5)
+        while sum(task.done() for task in asked) < 17:
+            await asyncio.sleep(0.01)
+        waiting = [task for task in asked if not task.done()]
+        refused = [task.result() for task in asked if task.done()]
         await server.drain(1e-6)
-        return [task.result() for task in done], len(waiting), server.serving.opened
+        await asyncio.gather(*waiting)
+        return refused, len(waiting), server.serving.opened
 
     refused, taken, opened = serve(main, Counting, max_num_seqs=2, max_waiting=2)
     assert taken == opened == 4

@@ -80,7 +80,7 @@ def test_a_page_that_is_left_is_seen(server):
     """A stream that goes on is what a leak looks like from outside."""
 
     async def main():
-        running = asyncio.ensure_future(ask(server.port, "POST", life.PATH, life.LOAD))
+        running = asyncio.ensure_future(ask(server.port, "POST", life.PATH, life.LOAD | {"max_tokens": 2048}))
         await asyncio.sleep(0.5)
         left = await cuts.idle_after(server.port, 0.2)
         running.cancel()

@@ -6,7 +6,7 @@ import openai
 import pytest
 
 from benchmarks.own_server import ServerProcess
-from tests.server.common import chat
+from tests.server.common import chat, client_of
 
 # An engine none of whose steps succeeds any more, once somebody has asked for more than the warm-up does.
 DYING = """
@@ -34,11 +34,11 @@ except RuntimeError:
 @pytest.mark.parametrize("streamed", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_an_engine_that_cannot_go_on(streamed):
     with ServerProcess(command=[sys.executable, "-c", DYING]) as server:
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         asked = {"model": "dying", "messages": chat("x"), "extra_body": {"ignore_eos": True}}
-        assert client.chat.completions.create(**asked, max_tokens=8).choices
+        completions = client_of(server).chat.completions
+        assert completions.create(**asked, max_tokens=8).choices
         with pytest.raises(openai.APIError, match="failed"):
-            answer = client.chat.completions.create(**asked, max_tokens=1000, stream=streamed)
+            answer = completions.create(**asked, max_tokens=1000, stream=streamed)
             list(answer)
         assert server.process.wait(30) == 1
         assert server.wait_for(event="the engine has ended")

@@ -5,7 +5,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -13,11 +12,13 @@ from pathlib import Path
 import openai
 import pytest
 
+from benchmarks.chaos import wire
 from benchmarks.own_server import ServerProcess
-from tests.server.common import MODEL, QUESTIONS, alone, chat, prompt, tokenizer
+from tests.engine.common import chat as prompt
+from tests.engine.common import tokenizer
+from tests.server.common import LONG, MODEL, QUESTIONS, alone, chat, client_of
 
 DOCS = Path(__file__).parents[2] / "docs"
-LONG = {"ignore_eos": True, "threshold": 2.0, "steps": 16}  # a token a step
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +31,12 @@ def server():
 
 @pytest.fixture(scope="module")
 def client(server):
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    return client_of(server)
 
 
 def metrics(server):
     """{name with labels: value}"""
-    with urllib.request.urlopen(f"{server.url}/metrics") as answer:
-        lines = answer.read().decode().splitlines()
-    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+    return asyncio.run(wire.metrics(server.port))
 
 
 def post(server, path, data, content_type="application/json"):
@@ -56,7 +55,8 @@ def ask(client, text=QUESTIONS[0], **rest):
 
 def test_a_server_that_nobody_has_asked_has_done_nothing(server):
     told = metrics(server)
-    assert {value for name, value in told.items() if name.startswith(("llada2:requests", "vllm:"))} >= {0.0}
+    counts = {name for name in told if name.startswith(("llada2:requests", "vllm:")) and not name.endswith("_created")}
+    assert {told[name] for name in counts} == {0.0}
     assert sum(told[name] for name in told if name.startswith("llada2:requests_total")) == 0
     assert told["llada2:generation_tokens_total"] == told["llada2:engine_steps_total"] == 0
 
@@ -96,7 +96,7 @@ def test_streams_of_many_clients_at_once(server):
         return "".join(pieces), sum(map(bool, pieces))
 
     async def main():
-        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        async with client_of(server, kind=openai.AsyncOpenAI) as client:
             return await asyncio.gather(*(one(client, text) for text in QUESTIONS * 8))
 
     wanted = {text: alone(prompt(text))[0].text for text in QUESTIONS}
@@ -293,31 +293,24 @@ def test_tokenize_and_back(server):
     assert post(server, "/detokenize", b'{"tokens": [461]}')[1]["error"]["param"] == "tokens"
 
 
-def until(server, what, seconds=5.0):
-    """Wait for what(metrics)."""
-    end = time.monotonic() + seconds
-    while not what(metrics(server)):
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
-def is_idle(told):
-    return told["llada2:num_requests_running"] == told["llada2:num_pages_used"] == 0
+def wait_until_idle(server):
+    assert asyncio.run(wire.idle_after(server.port, 5.0)) is not None
 
 
 def test_a_client_that_leaves_costs_nothing_more(server, client):
     stream = ask(client, max_tokens=2000, stream=True, extra_body=LONG)
     assert next(stream).choices
     told = metrics(server)
-    assert not is_idle(told)
+    assert any(told[f"llada2:{name}"] for name in wire.LEFT)
     steps = told["vllm:diffusion_num_denoising_steps_total"]
     stream.close()
-    until(server, is_idle)
-    until(server, lambda told: told["vllm:diffusion_num_denoising_steps_total"] > steps)  # of what nobody waits for
-    before = metrics(server)['llada2:requests_total{finish_reason="cancelled"}']
+    wait_until_idle(server)
+    told = metrics(server)
+    assert told["vllm:diffusion_num_denoising_steps_total"] > steps  # of what nobody waits for
+    before = told['llada2:requests_total{finish_reason="cancelled"}']
     with pytest.raises(openai.APITimeoutError):
         ask(client, max_tokens=2000, timeout=0.3, extra_body=LONG)
-    until(server, is_idle)
+    wait_until_idle(server)
     assert metrics(server)['llada2:requests_total{finish_reason="cancelled"}'] == before + 1
 
 
@@ -330,7 +323,7 @@ def test_cancel_by_id(server, client):
     ends = [chunk.choices[0].finish_reason for chunk in stream if chunk.choices[0].finish_reason]
     assert ends == ["abort", "abort"]
     assert post(server, "/v1/requests/mine/cancel", b"")[1]["cancelled"] is False
-    until(server, is_idle)
+    wait_until_idle(server)
 
 
 def test_a_deadline_ends_an_answer_as_it_stands(client):

@@ -9,6 +9,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import openai
@@ -16,9 +17,10 @@ import pytest
 
 from benchmarks.own_server import ServerProcess
 from llada2_fast.cli import main
-from tests.server.common import MODEL, QUESTIONS, alone, chat, prompt
+from tests.engine.common import chat as prompt
+from tests.server.common import LONG, MODEL, QUESTIONS, alone, chat, client_of
 
-LONG = {"ignore_eos": True, "threshold": 2.0, "steps": 16}  # a token a step
+client = partial(client_of, key="first")
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +43,6 @@ def get(server, path, **headers):
             return answer.status, answer.headers, answer.read()
     except urllib.error.HTTPError as error:
         return error.code, error.headers, error.read()
-
-
-def client(server, key="first", kind=openai.OpenAI):
-    return kind(base_url=f"{server.url}/v1", api_key=key, max_retries=0)
 
 
 def basic(key):
@@ -73,8 +71,8 @@ def test_every_route_but_health_asks_for_a_key(server, path):
 
 def test_the_client_with_a_key(server):
     with pytest.raises(openai.AuthenticationError):
-        client(server, "third").models.list()
-    listed = client(server, "second").models.list().data
+        client(server, key="third").models.list()
+    listed = client(server, key="second").models.list().data
     assert [(model.id, model.max_model_len) for model in listed] == [("narrow", 600), ("other", 600)]
 
 
@@ -151,8 +149,7 @@ def test_a_deadline_that_is_over_in_the_queue_is_no_answer(server):
     ],
 )  # fmt: skip
 def test_who_does_not_come_up_with_a_request_is_cut_off(server, sent, answer):
-    host, _, port = server.url.removeprefix("http://").partition(":")
-    with socket.create_connection((host, int(port)), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
         connection.sendall(sent)
         got, began = connection.recv(65536), time.monotonic()
         assert answer in got.partition(b"\r\n")[0]

@@ -1,20 +1,18 @@
 """The page in a browser (make test-browser): a trace file, and the live page of a server."""
 
-import json
 import os
 import shutil
 import subprocess
-import sys
-import threading
 from pathlib import Path
 
 import pytest
 
+from benchmarks.own_server import ServerProcess
 from llada2_fast import DecodeParams, Engine, LLaDA2Model, load_tokenizer
 from llada2_fast.viewer import page, trace_document
+from tests.engine.common import UNDERTRAINED
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parent.parent.parent
-UNDERTRAINED = ROOT / "tests" / "data" / "undertrained"
 MODULES = ROOT / "build" / "browser" / "node_modules"
 pytestmark = pytest.mark.browser
 everywhere = pytest.mark.parametrize("scheme, width", [("light", 1280), ("dark", 1280), ("light", 360), ("dark", 360)])
@@ -78,42 +76,29 @@ def test_long_answers(documents, tmp_path):
     scenario("long", write(tmp_path, long | {"statistics": one["statistics"] | forwards}))
 
 
-def until(word, lines):
-    """The lines up to the first one with that word."""
-    for line in lines:
-        yield line
-        if word in line:
-            return
-
-
 @pytest.fixture(scope="module")
 def server(request):
-    """(address, process id) of a server of the embedded model, with further options."""
-    command = [sys.executable, "-m", "llada2_fast", "serve", "--port", "0", "--no-progress", *request.param]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    try:
-        said = list(until('"playground"', process.stderr))
-        assert '"playground"' in said[-1], "".join(said)
-        address = json.loads(said[-1])["playground"]
-        threading.Thread(target=process.stderr.read, daemon=True).start()  # or it waits for a reader
-        yield address, process.pid
-    finally:
-        process.terminate()
-        process.wait(60)
+    """Of the embedded model, with further options."""
+    with ServerProcess(*request.param) as server:
+        yield server
+
+
+def playground(server):
+    return server.told("serving")[0]["playground"]
 
 
 @everywhere
 @pytest.mark.parametrize("server", [[]], ids=[""], indirect=True)
 def test_asking(server, scheme, width):
-    scenario("asking", server[0], scheme, width)
+    scenario("asking", playground(server), scheme, width)
 
 
 @pytest.mark.parametrize("scheme, width", [("light", 1280), ("dark", 360)])
 @pytest.mark.parametrize("server", [["--eos-id", "-1"]], ids=["endless"], indirect=True)
 def test_stopping(server, scheme, width):
-    scenario("stopping", server[0], scheme, width)
+    scenario("stopping", playground(server), scheme, width)
 
 
 @pytest.mark.parametrize("server", [[str(UNDERTRAINED), "--eos-id", "-1"]], ids=["lost"], indirect=True)
 def test_losing_the_server(server):
-    scenario("losing", server[0], SERVER=str(server[1]))
+    scenario("losing", playground(server), SERVER=str(server.process.pid))

@@ -5,7 +5,6 @@ import re
 from dataclasses import replace
 from functools import cache
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -14,8 +13,8 @@ from hypothesis import strategies as st
 from llada2_fast import DecodeParams, Engine, LLaDA2Model, demo, load_tokenizer
 from llada2_fast.cli import commands, doctor
 from llada2_fast.viewer import page, trace_document
+from tests.engine.common import UNDERTRAINED
 
-UNDERTRAINED = Path(__file__).parent.parent / "data" / "undertrained"
 TOKENIZER = load_tokenizer(demo.path())
 MASK = TOKENIZER.mask_token_id
 
