@@ -26,7 +26,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .. import demo
-from ..config import DTYPES, PRESETS, DecodeParams, EngineConfig, find_device
+from ..config import DTYPES, PRESETS, DecodeParams, EngineConfig, find_device, room_for
 from ..decoding.inputs import resolve_ids
 from ..engine import Engine
 from ..model import LLaDA2Model
@@ -260,9 +260,9 @@ class LLaDA2LM:
         if not work:
             return
         length = self.params.block_length or self.model.block_length
-        blocks = [-(-(len(prompt) + params.gen_length) // length) for prompt, params, _ in work]
-        fitting = sorted(count for count in blocks if count <= -(-self.max_length // length))
-        needed = max(1, sum(fitting[-self.batch_size :])) * length
+        lengths = [len(prompt) + params.gen_length for prompt, params, _ in work]
+        most = room_for([self.max_length], length, 1)
+        needed = room_for([one for one in lengths if one <= most], length, self.batch_size)
         engine = Engine(self.model, self._engine_config(needed, len(work)), self.tokenizer)
         places, wrong = {f"{place} ({name})": place for place, name in enumerate(names)}, []
         for request_id, (prompt, params, stops) in zip(places, work, strict=True):

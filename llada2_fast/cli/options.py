@@ -1,6 +1,7 @@
 """The options that say which model to run, where, and how to decode: the same for every command and benchmark."""
 
 import argparse
+from pathlib import Path
 
 from .machine import choose_threads
 
@@ -103,6 +104,13 @@ def load_model(args):
     model = LLaDA2Model.from_pretrained(folder, dtype, device, args.progress, args.quantization, args.exact)
     choose_threads(model)
     return model, folder
+
+
+def model_name(model):
+    """What a model is called unless it is told: its hub id, or the last part of its folder's path."""
+    if model is None:
+        return "llada2-fast-demo"
+    return Path(model).resolve().name if Path(model).is_dir() else model
 
 
 def encode(tokenizer, messages):

@@ -4,9 +4,8 @@ import argparse
 import os
 import sys
 from dataclasses import fields
-from pathlib import Path
 
-from .options import add_model_options, decoding, load_model, params
+from .options import add_model_options, decoding, load_model, model_name, params
 
 KEY = "LLADA2_FAST_API_KEY"
 # EngineConfig's fields that have an option, by its name where that is the field's (vLLM's, where vLLM has one).
@@ -71,7 +70,7 @@ def serve(args):
     model, folder = load_model(args)
     engine_config = EngineConfig(**{"graphs": model.device.type == "cuda", **engine_options})
     engine = Engine(model, engine_config, load_tokenizer(folder))
-    names = config.served_model_name or (_name(args.model),)
+    names = config.served_model_name or (model_name(args.model),)
     defaults = {name: value for name, value in vars(params(asked)).items() if name in asked or name == "eos_ids"}
     server = Server(AsyncEngine(engine), config, names, defaults)
     try:
@@ -89,10 +88,3 @@ def _given(args, config):
 def _keys(args):
     given = getattr(args, "api_key", ())
     return {"api_key": (*given, *filter(None, [os.environ.get(KEY)]))}
-
-
-def _name(model):
-    """What a model is called unless it is told: its hub id, or the last part of its folder's path."""
-    if model is None:
-        return "llada2-fast-demo"
-    return Path(model).resolve().name if Path(model).is_dir() else model

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from .answers import summarize, told
-from .options import fit, params
+from .options import fit, model_name, params
 from .screen import Screen, colours
 
 PAGES, DATA = (".html", ".htm"), (".json",)
@@ -40,7 +40,8 @@ def answer(model, tokenizer, prompts, rows, options, args):
 
     how = params(fit(options, model, rows))
     engine = _engine(model, tokenizer, rows, how)
-    wanted = {"trace": True, "top_logprobs": min(ALTERNATIVES, model.config.vocab_size)}
+    for_pages = {"trace": True, "top_logprobs": min(ALTERNATIVES, model.config.vocab_size)}
+    wanted = for_pages if args.trace else {"trace": False}
     started, printed = time.perf_counter(), False
     if args.watch:
         stream = _terminal(text_last=args.json)
@@ -54,7 +55,7 @@ def answer(model, tokenizer, prompts, rows, options, args):
             raise RuntimeError(output.error)
     answers = [told(tokenizer, o.token_ids, o.prompt_length, o.finish_reason, o.counters, seconds) for o in outputs]
     summarize(answers)
-    name = Path(args.model).name if args.model else "the embedded model"
+    name = model_name(args.model) if args.model else "the embedded model"
     documents = [
         trace_document(
             output, tokenizer, model=name, prompt=prompt, params=how, block_length=engine.intake.block_length,
@@ -76,14 +77,13 @@ def write(path, documents):
 
 def _engine(model, tokenizer, rows, how):
     """An engine with room for these rows and no more."""
-    from ..config import EngineConfig
+    from ..config import EngineConfig, room_for
     from ..engine import Engine
 
-    length, together = how.block_length or model.block_length, EngineConfig.max_num_seqs
-    blocks = sorted((-(-(len(row) + how.gen_length) // length) for row in rows), reverse=True)
+    length, together = how.block_length or model.block_length, min(EngineConfig.max_num_seqs, len(rows))
     config = EngineConfig(
-        block_length=length, cache_tokens=length * sum(blocks[:together]), mask_id=how.mask_id,
-        max_num_seqs=min(together, len(rows)), max_eos_ids=max(EngineConfig.max_eos_ids, len(how.eos_ids or ())),
+        block_length=length, cache_tokens=room_for([len(row) + how.gen_length for row in rows], length, together),
+        mask_id=how.mask_id, max_num_seqs=together, max_eos_ids=max(EngineConfig.max_eos_ids, len(how.eos_ids or ())),
     )  # fmt: skip
     return Engine(model, config, tokenizer)
 

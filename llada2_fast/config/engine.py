@@ -45,3 +45,12 @@ class EngineConfig:
         for name in ("enable_prefix_caching", "trace", "graphs", "capture", "overlap"):
             check(self, name, as_flag)
         check(self, "priority_s", as_float, ">= 0 and finite", lambda x: 0 <= x < math.inf)
+
+
+def room_for(lengths, block_length: int, together: int) -> int:
+    """cache_tokens with which the `together` longest of sequences fit at once, and any of them.
+
+    lengths: tokens of each, prompt and answer.
+    """
+    blocks = sorted((-(-length // block_length) for length in lengths), reverse=True)
+    return block_length * max(1, sum(blocks[:together]))

@@ -8,6 +8,7 @@ from .checks import as_flag, as_float, as_ids, as_int, bad, check, described, do
 MAX_STOPS, MAX_STOP_LENGTH = 16, 1024  # stop strings of a request, and characters of each
 MAX_STOP_IDS = 1024
 MAX_NAME = 256  # characters of a request_id or a cache_salt
+MAX_LISTED = 1024  # prompts, messages or parts of one: longer lists are refused unread
 MAX_SAMPLES = 128  # of a prompt, OpenAI's limit
 MAX_TOP_LOGPROBS = 20  # OpenAI's limit
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from .checks import as_flag, as_float, as_int, bad, check, described, doc, put
-from .request import MAX_SAMPLES
+from .request import MAX_LISTED, MAX_SAMPLES
 
 
 def _as_names(name, value):
@@ -52,7 +52,7 @@ class ServerConfig:
         counts = ("default_max_tokens", "max_body_bytes", "max_depth", "max_connections")
         for name in counts:
             check(self, name, as_int, 1)
-        for name, most in (("max_samples", MAX_SAMPLES), ("max_messages", 1024), ("max_prompts", 1024)):
+        for name, most in (("max_samples", MAX_SAMPLES), ("max_messages", MAX_LISTED), ("max_prompts", MAX_LISTED)):
             check(self, name, as_int, 1, most)
         for name in ("request_timeout_s", "body_timeout_s", "client_timeout_s", "template_timeout_s", "drain_s"):
             check(self, name, as_float, "above 0 and finite", lambda x: 0 < x < math.inf)

@@ -182,15 +182,12 @@ class AsyncEngine:
 
     async def cancel(self, request_id) -> bool:
         """End a request; its stream gets the "finish" event. False if no such request is unfinished."""
-        return await self._call(lambda: self.engine.cancel(request_id), Kind.REQUEST)
+        return await self._send(lambda: self.engine.cancel(request_id), Kind.REQUEST)
 
     async def call(self, function):
         """function(engine) in the engine's thread, between two steps; returns what it returns. So
         `await serving.call(Engine.pause)`, `resume`, `sleep`, `wake`, `weights_changed` and `update_weights`."""
-        return await self._call(lambda: function(self.engine))
-
-    async def _call(self, function, kind=Kind.OTHER, priority=0.0):
-        return await self._send(function, kind, priority)
+        return await self._send(lambda: function(self.engine))
 
     def _send(self, function, kind=Kind.OTHER, priority=0.0):
         return asyncio.wrap_future(self._worker.send(function, kind, priority))

@@ -121,7 +121,7 @@ class _Answer:
         if len(each) > service.most:
             raise ApiError(400, f"n: expected at most {service.most} answers to all prompts", "n", "invalid_value")
         base = self.form.request_id
-        self.names = [f"{base}-{index}" for index in range(len(each))] if len(each) > 1 else [base] * len(each)
+        self.names = [f"{base}-{index}" for index in range(len(each))] if len(each) > 1 else [base]
         self.readings = [None] * len(each)
 
         async def open_one(index, prompt, params):

@@ -113,22 +113,19 @@ class Guard:
                 raise too_large
             return b"".join(parts)
 
-        late = []
         reading = asyncio.ensure_future(read())
-        timer = asyncio.get_running_loop().call_later(
-            self.config.body_timeout_s, lambda: late.append(True) or reading.cancel()
-        )
         self.bodies.add(reading)
         try:
-            return await reading
+            done, _ = await asyncio.wait([reading], timeout=self.config.body_timeout_s)
+            if not done:
+                raise ApiError(408, "the body did not come in time", None, "timeout", close)
+            return reading.result()
         except asyncio.CancelledError:
-            if late:
-                raise ApiError(408, "the body did not come in time", None, "timeout", close) from None
             if self.is_draining():
                 raise shutting_down() from None
             raise
         finally:
-            timer.cancel()
+            reading.cancel()
             self.bodies.discard(reading)
 
 

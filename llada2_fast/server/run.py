@@ -35,9 +35,9 @@ class _Connection(H11Protocol):
         super().data_received(data)
         answered = self.cycle is None or self.cycle.response_complete
         if not answered:
-            self._set_late(None)
+            self._set("_late")
         elif self._late is None:
-            self._set_late(self.loop.call_later(self.header_timeout_s, self.transport.abort))
+            self._set("_late", self.loop.call_later(self.header_timeout_s, self.transport.abort))
 
     def pause_writing(self):
         super().pause_writing()  # nothing more is written until there is room
@@ -45,7 +45,7 @@ class _Connection(H11Protocol):
 
     def resume_writing(self):
         super().resume_writing()
-        self._set_unread(None)
+        self._set("_unread")
         if self.cycle is not None and self.cycle.response_complete:
             self._await_reader()
 
@@ -55,8 +55,8 @@ class _Connection(H11Protocol):
 
     def connection_lost(self, exc):
         super().connection_lost(exc)
-        self._set_late(None)
-        self._set_unread(None)
+        self._set("_late")
+        self._set("_unread")
 
     def _await_reader(self, before=None):
         """While nothing is written: what was sent has to become less, or to close would wait for it without end."""
@@ -64,17 +64,13 @@ class _Connection(H11Protocol):
         if left and left == before:
             self.transport.abort()
         elif left:
-            self._set_unread(self.loop.call_later(self.client_timeout_s, self._await_reader, left))
+            self._set("_unread", self.loop.call_later(self.client_timeout_s, self._await_reader, left))
 
-    def _set_late(self, timer):
-        if self._late is not None:
-            self._late.cancel()
-        self._late = timer
-
-    def _set_unread(self, timer):
-        if self._unread is not None:
-            self._unread.cancel()
-        self._unread = timer
+    def _set(self, name, timer=None):
+        """Another timer in place of the one of this name that runs, or none."""
+        if (before := getattr(self, name)) is not None:
+            before.cancel()
+        setattr(self, name, timer)
 
 
 class _Uvicorn(uvicorn.Server):

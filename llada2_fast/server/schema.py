@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
-from ..config import MAX_SAMPLES, MAX_TOP_LOGPROBS, PRESETS, DecodeParams, RequestOptions
+from ..config import MAX_LISTED, MAX_SAMPLES, MAX_TOP_LOGPROBS, PRESETS, DecodeParams, RequestOptions
 
 INT32, INT64 = 2**31 - 1, 2**63 - 1
 Count = Annotated[int, Field(ge=1, le=INT32)]
@@ -19,7 +19,7 @@ class _FirstError(FailFast):
 
 Item = TypeVar("Item")
 Ids = Annotated[list[TokenId], _FirstError()]  # a long list that is wrong all through: one error will do
-Several = Annotated[list[Item], _FirstError(), Field(max_length=1024)]
+Several = Annotated[list[Item], _FirstError(), Field(max_length=MAX_LISTED)]
 
 
 def _characters(text: str) -> str:
@@ -67,7 +67,7 @@ class Strict(BaseModel):
             if name not in cls.nothing:
                 raise PydanticCustomError("unknown", "Unrecognized request argument", {"name": name})
             value = kept.pop(name)
-            if not (value is None or any(value == one for one in cls.nothing[name])):
+            if value is not None and value not in cls.nothing[name]:
                 raise PydanticCustomError("unsupported", "{name} is not supported by this server", {"name": name})
         return kept
 
