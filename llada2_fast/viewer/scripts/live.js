@@ -62,7 +62,6 @@ class Live {
     return {
       model: this.model, messages: [{ role: "user", content: prompt.value }], temperature: Number(temperature.value),
       max_completion_tokens: Number(this.fields["max-tokens"].value), ...how, stream: true, draft: true, trace: true,
-      logprobs: true, top_logprobs: 5,
     };
   }
 
@@ -76,7 +75,7 @@ class Live {
     if (this.abort) return;
     this.view.say("");
     try {
-      const body = this.request(), { model, messages, stream, draft, trace, logprobs, top_logprobs, ...params } = body;
+      const body = this.request(), { model, messages, stream, draft, trace, ...params } = body;
       this.abort = new AbortController();
       this.trace = Trace.live(model || "", messages[0].content, params);
       this.id = null;
