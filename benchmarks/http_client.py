@@ -19,8 +19,9 @@ class Answer:
     """One request and what came back.
 
     due: when it was to be sent, on time.perf_counter, as are sent. commits: when text came, seconds since it was sent.
-    seconds: from then until the stream's end. usage: as the server tells it at the end, or None. extra: the keys of
-    choices that are not OpenAI's, by name. error: what kind of failure, or None; message: what it said.
+    seconds: from then until the stream's end. usage: as the server tells it at the end, or None. trace: as
+    llada2_fast's server tells it where it is asked to, or None. error: what kind of failure, or None; message: what it
+    said.
     """
 
     due: float
@@ -29,7 +30,7 @@ class Answer:
     seconds: float = 0.0
     texts: list[str] = field(default_factory=list)
     usage: dict[str, Any] | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
+    trace: dict[str, Any] | None = None
     finish_reason: str | None = None
     error: str | None = None
     message: str = ""
@@ -78,24 +79,21 @@ def bodies(endpoint, prompts, **fields):
     return [common | {"messages" if endpoint == "chat" else "prompt": prompt} for prompt in prompts]
 
 
-class Malformed(ValueError):
-    """What a server sent is not what OpenAI's API sends."""
-
-
 class _Failed(Exception):
     """The server has said inside the stream that the request has failed."""
 
 
 def _read(answer, event, now):
-    """Note in `answer` what an event of its stream says; now: seconds since it was sent. True if it is the last."""
+    """Note in `answer` what an event of its stream says; now: seconds since it was sent. True if it is the last.
+    ValueError for what OpenAI's API does not send."""
     if event == "[DONE]":
         return True
     try:
         chunk = json.loads(event)
     except (ValueError, RecursionError) as error:
-        raise Malformed(f"{error} in {event[:80]!r}") from None
+        raise ValueError(f"{error} in {event[:80]!r}") from None
     if not isinstance(chunk, dict):
-        raise Malformed(f"expected an object, got {event[:80]!r}")
+        raise ValueError(f"expected an object, got {event[:80]!r}")
     if chunk.get("error") is not None:
         raise _Failed(_message(chunk))
     if isinstance(chunk.get("usage"), dict):
@@ -104,14 +102,14 @@ def _read(answer, event, now):
     for choice in choices if isinstance(choices, list) else [None]:
         delta = choice.get("delta", choice) if isinstance(choice, dict) else None
         if not isinstance(delta, dict):
-            raise Malformed(f"expected a list of choices with text, got {event[:80]!r}")
+            raise ValueError(f"expected a list of choices with text, got {event[:80]!r}")
         parts = [delta.get(name) for name in ("content", "text", "reasoning", "reasoning_content")]
         text = "".join(part for part in parts if isinstance(part, str))
         if text:
             answer.texts.append(text)
         came = came or bool(text or delta.get("tool_calls"))
         answer.finish_reason = choice.get("finish_reason") or answer.finish_reason
-        answer.extra |= {key: choice[key] for key in ("trace",) if key in choice}
+        answer.trace = choice.get("trace", answer.trace)
     if came:
         answer.commits.append(now)
     return False
@@ -139,7 +137,7 @@ async def ask(session, url, body, answer):
         answer.fail("timeout", "no end of the answer in time")
     except _Failed as error:
         answer.fail("error in the stream", error)
-    except ValueError as error:  # Malformed, and bytes that are no events
+    except ValueError as error:  # of _read, or bytes that are no events
         answer.fail("malformed", error)
     except aiohttp.ClientConnectorError as error:
         answer.fail("unreachable", error)

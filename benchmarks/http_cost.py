@@ -29,7 +29,6 @@ from . import http_client
 from .own_server import busy_seconds, serving
 
 MAX_OTHERS = 0.05
-DEADLINE_S = 600.0  # of the engine's requests, as the server gives them
 
 
 def against_engine(args, rounds):
@@ -61,7 +60,7 @@ def _gate(answers, engine, chats):
     for answer in answers:
         if answer.error:
             raise SystemExit(f"over HTTP, {answer.error}: {answer.message}; nothing is timed")
-    documents = [answer.extra["trace"] for answer in answers]
+    documents = [answer.trace for answer in answers]
     params = documents[0]["params"]
     alone = engine.run(chats, params)
     for i, (document, tokens) in enumerate(zip(documents, alone["token_ids"], strict=True)):
@@ -173,7 +172,7 @@ def answer_lines(lines, streams):
     import torch
 
     from llada2_fast.cli import options
-    from llada2_fast.config import DecodeParams, EngineConfig
+    from llada2_fast.config import DecodeParams, EngineConfig, ServerConfig
     from llada2_fast.engine import AsyncEngine, Engine
     from llada2_fast.weights.special_tokens import encode_chat, load_tokenizer
 
@@ -181,13 +180,14 @@ def answer_lines(lines, streams):
     options.add_model_options(parser)
     model, folder = options.load_model(parser.parse_args(["--no-progress"]))
     tokenizer, config = load_tokenizer(folder), EngineConfig(graphs=model.device.type == "cuda")
+    deadline_s = ServerConfig().request_timeout_s  # as the server gives them
 
     async def read(serving, prompts, params):
         outputs, jobs = [None] * len(prompts), iter(enumerate(prompts))
 
         async def one_after_another():
             for index, prompt in jobs:
-                async for event in serving.stream(prompt, params, deadline_s=DEADLINE_S, trace=False):
+                async for event in serving.stream(prompt, params, deadline_s=deadline_s, trace=False):
                     outputs[index] = event.output
 
         await asyncio.gather(*(one_after_another() for _ in range(streams)))

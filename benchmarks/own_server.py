@@ -40,18 +40,17 @@ class ServerProcess:
     """
 
     def __init__(self, *options, command=SERVE, port: int = 0, variables=None):
-        self._log, begun = tempfile.TemporaryFile(), time.monotonic()
+        self._log = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
             [*command, "--port", str(port), *map(str, options)], env=environment() | (variables or {}),
             stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log,
         )  # fmt: skip
         try:
-            self.url = self._first_line(begun + START_S)["url"]
+            self.url = self._first_line(time.monotonic() + START_S)["url"]
         except BaseException:
             self.kill()
             raise
         self.port = int(self.url.rpartition(":")[2])
-        self.start_s = time.monotonic() - begun
 
     def __enter__(self):
         return self
@@ -109,10 +108,7 @@ class ServerProcess:
         return self.process.wait(STOP_S)
 
     def usage(self) -> Usage:
-        folder = Path(f"/proc/{self.process.pid}")
-        resident = int((folder / "statm").read_text("utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        files, threads = (len(os.listdir(folder / name)) for name in ("fd", "task"))
-        return Usage(resident, files, threads, cpu_seconds(self.process.pid))
+        return usage(self.process.pid)
 
 
 @contextmanager
@@ -128,10 +124,14 @@ def serving(*options):
             raise SystemExit(f"the server ended with exit code {code}: {server.last_lines()}")
 
 
-def cpu_seconds(pid):
-    """CPU time that a process has used, all its threads."""
-    fields = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()  # its name may hold anything
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+def usage(pid: int | str = "self") -> Usage:
+    """Of a process, all its threads; this one unless told otherwise."""
+    folder = Path(f"/proc/{pid}")
+    resident = int((folder / "statm").read_text("utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    files, threads = (len(os.listdir(folder / name)) for name in ("fd", "task"))
+    fields = (folder / "stat").read_text("utf-8").rpartition(")")[2].split()  # its name may hold anything
+    cpu_s = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return Usage(resident, files, threads, cpu_s)
 
 
 def busy_seconds():

@@ -36,8 +36,11 @@ from llada2_fast.weights.special_tokens import load_tokenizer
 
 from . import harness
 from .harness import positive
+from .own_server import usage
 
 MAX_MB_PER_MINUTE, LONG_MINUTES = 0.5, 2.0
+# Of PyTorch, of 1024 shapes each, which else take minutes and 200 MB to fill.
+SMALL_CACHES = {"LRU_CACHE_CAPACITY": "16", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
 WARM_UP = 0.25  # of the run, whose memory is not looked at
 PATIENCE_S = 120.0  # for an answer
 FORWARD_FAILS, TEXT_FAILS = 1 / 400, 1 / 4000  # how often
@@ -236,8 +239,7 @@ async def watch(samples, until):
     while time.monotonic() < until:
         gc.collect()
         libc.malloc_trim(0)
-        with open("/proc/self/statm") as statm:
-            samples.append((time.monotonic(), int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")))
+        samples.append((time.monotonic(), usage().memory))
         await asyncio.sleep(min(1.0, max(0.0, until - time.monotonic())))
 
 
@@ -248,7 +250,7 @@ async def soak(engine, jobs, tally, seconds, clients, rng):
     async with AsyncEngine(engine) as serving:
         crowd = [Client(serving, jobs, tally, random.Random(rng.random()), until).run() for _ in range(clients)]
         await asyncio.gather(*crowd, disturb(serving, tally, rng, until), watch(samples, until))
-        if not serving._thread.is_alive():
+        if not serving.is_alive:
             tally.wrong.append("the engine's thread has ended")
     return [sample for sample in samples if sample[0] >= begun + WARM_UP * seconds]
 
@@ -259,11 +261,6 @@ def megabytes_per_minute(samples):
         return None
     seconds, size = numpy.array(samples).T
     return float(numpy.polyfit(seconds - seconds[0], size, 1)[0]) * 60 / 1e6
-
-
-def open_things():
-    """Threads and open files of this process."""
-    return {"threads": len(os.listdir("/proc/self/task")), "files": len(os.listdir("/proc/self/fd"))}
 
 
 @contextlib.contextmanager
@@ -283,21 +280,21 @@ def faults_logged():
 
 def run(minutes, clients, seed):
     """(figures, lines that say what was wrong)."""
-    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):  # PyTorch's own caches of 1024 shapes each
-        os.environ.setdefault(name, "16")  # else they take minutes and 200 MB to fill
+    for name, value in SMALL_CACHES.items():
+        os.environ.setdefault(name, value)
     rng, tally = random.Random(seed), Tally()
     model = Shaky.from_pretrained(demo.path(), progress=False)
     tokenizer = ShakyTokenizer(load_tokenizer(demo.path()), random.Random(seed))
     jobs = make_jobs(model, tokenizer, rng)
     engine = Engine(model, EngineConfig(max_num_seqs=8, max_waiting=16, cache_tokens=2048), tokenizer)
     gc.collect()
-    before, model.random = open_things(), random.Random(seed)
+    before, model.random = usage(), random.Random(seed)
     model.chance, tokenizer.chance = FORWARD_FAILS, TEXT_FAILS
     with faults_logged() as logged:
         samples = asyncio.run(soak(engine, jobs, tally, minutes * 60, clients, rng))
     model.chance = tokenizer.chance = 0.0
     gc.collect()
-    after, slope = open_things(), megabytes_per_minute(samples)
+    after, slope = usage(), megabytes_per_minute(samples)
     injected = model.count + tokenizer.count
     wrong = tally.wrong
     engine.check_integrity()
@@ -305,7 +302,9 @@ def run(minutes, clients, seed):
         wrong.append(
             f"{len(engine.requests)} requests and {engine.cache.num_pages - engine.cache.num_free} pages are left"
         )
-    wrong += [f"{what}: {before[what]} before, {after[what]} after" for what in after if after[what] > before[what]]
+    for what, old, new in (("threads", before.threads, after.threads), ("files", before.files, after.files)):
+        if new > old:
+            wrong.append(f"{what}: {old} before, {new} after")
     if minutes >= LONG_MINUTES and slope >= MAX_MB_PER_MINUTE:
         wrong.append(f"memory grew by {slope:.2f} MB a minute")
     wrong += [f"logged: {kind}" for kind in logged if kind is not Injected]

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -418,14 +417,14 @@ def test_a_process_is_ended_and_its_exit_code_looked_at(monkeypatch):
 
 
 def test_the_processor_time_of_a_process_and_of_all():
-    before, all_before, begun = own_server.cpu_seconds(os.getpid()), own_server.busy_seconds(), time.process_time()
+    before, all_before, begun = own_server.usage().cpu_s, own_server.busy_seconds(), time.process_time()
     while time.process_time() - begun < 0.2:
         pass
-    assert own_server.cpu_seconds(os.getpid()) - before == pytest.approx(0.2, abs=0.05)
+    assert own_server.usage().cpu_s - before == pytest.approx(0.2, abs=0.05)
     assert own_server.busy_seconds() - all_before > 0.15
 
 
-def test_the_engine_alone_and_the_gate(capsys):
+def test_the_engine_alone_and_the_gate():
     chats = [[{"role": "user", "content": text}] for text in ("Add 847 and 96.", "Spell 4071.", "Spell 22, 608.")]
     with http_cost.direct_engine(2) as engine:
         said = engine.run(chats, {"gen_length": 48, "eos_early_stop": True})
@@ -433,7 +432,7 @@ def test_the_engine_alone_and_the_gate(capsys):
         assert engine.run(chats[::-1], {"gen_length": 48, "eos_early_stop": True})["texts"] == said["texts"][::-1]
 
         def answers(rows, params):
-            return [http_client.Answer(0.0, extra={"trace": {"token_ids": row, "params": params}}) for row in rows]
+            return [http_client.Answer(0.0, trace={"token_ids": row, "params": params}) for row in rows]
 
         params = {"gen_length": 48, "eos_early_stop": True}
         assert http_cost._gate(answers(said["token_ids"], params), engine, chats) == params

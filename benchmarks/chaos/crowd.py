@@ -7,7 +7,8 @@ import random
 from collections import Counter
 from typing import Any, NamedTuple
 
-from .jobs import SAMPLES, Job
+from ..soak import SAMPLES
+from .jobs import Job
 from .wire import PATIENCE_S, Connection, Response, request
 
 RETRY_S = 0.05  # before who was turned away asks again
@@ -62,11 +63,16 @@ class Crowd:
     cancelled: of those that somebody has asked the server to end, whose answers may be no more than a beginning.
     """
 
-    def __init__(self, port: int, jobs: list[Job], seed: int = 0, faults: bool = False):
-        self.port, self.jobs, self.random, self.faults = port, jobs, random.Random(seed), faults
+    def __init__(self, port: int, jobs: list[Job], faults: bool = False):
+        self.port, self.jobs, self.random, self.faults = port, jobs, random.Random(0), faults
         self.counts, self.wrong = Counter(), []
         self.failed, self.running, self.cancelled = set(), set(), set()
         self._numbers, self._seconds = itertools.count(), [0.3]
+
+    @property
+    def cut(self) -> int:
+        """How many have left before they had their answer."""
+        return self.counts["cut off"] + self.counts["cut off in the request"]
 
     async def run(self, clients: int, go_on, cut: float):
         """clients at a time ask while go_on(); cut: the share of them that leaves early."""

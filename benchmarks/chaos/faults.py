@@ -11,7 +11,7 @@ LIMIT_S = 300.0  # for all faults to come
 AFTER = 20  # requests behind the last fault
 
 
-async def faults(server, jobs, count: int = 50, clients: int = 12) -> Verdict:
+async def faults(server, jobs, count: int, clients: int = 12) -> Verdict:
     """server: of the launcher, with so many faults."""
     crowd, over = Crowd(server.port, jobs, faults=True), asyncio.Event()
 
@@ -37,7 +37,7 @@ async def faults(server, jobs, count: int = 50, clients: int = 12) -> Verdict:
     verdict.demand(len(told) == count, f"{len(told)} faults")
     verdict.demand(crowd.failed == hit, f"failed, not hit: {crowd.failed - hit}; hit, not failed: {hit - crowd.failed}")
     verdict.demand(crowd.counts["answered"] - answered == AFTER, "not all were answered behind the last fault")
-    verdict.demand(server.lives and drained is not None, "rows or pages are left, or the server has ended")
+    verdict.demand_idle(server, drained)
     tracebacks = [line["traceback"] for line in server.told() if "traceback" in line]
     verdict.demand(all("asked for" in text or "Injected" in text for text in tracebacks), "other faults in its log")
     return verdict

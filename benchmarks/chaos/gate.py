@@ -27,6 +27,15 @@ class Verdict:
         if not holds:
             self.wrong.append(otherwise)
 
+    def demand_idle(self, server, drained: float | None):
+        """The server lives, and nothing is left of any request; drained: what wire.idle_after has found."""
+        self.demand(drained is not None and server.lives, "rows or pages are left, or the server has ended")
+
+
+def tally(counts) -> str:
+    """{status: how often} in words."""
+    return ", ".join(f"{count} x {status}" for status, count in sorted(counts.items()))
+
 
 def p99(values) -> float:
     return float(numpy.percentile(values, 99)) if len(values) else 0.0

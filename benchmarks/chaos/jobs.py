@@ -11,7 +11,7 @@ from llada2_fast.decoding.trace import logprob
 from llada2_fast.engine import Engine
 from llada2_fast.weights.special_tokens import encode_chat, load_tokenizer
 
-from ..soak import SAMPLES, alone
+from ..soak import alone
 
 # Fields of a body, and what DecodeParams and RequestOptions call those that they name otherwise.
 KINDS = [
@@ -74,5 +74,4 @@ def make_jobs(count: int, seed: int = 0) -> list[Job]:
         params = DecodeParams(eos_early_stop=True, **decoding)
         prompt = encode_chat(tokenizer, [{"role": "user", "content": question}])
         jobs.append(Job(question, prompt, fields, alone(engine, prompt, params, options)))
-    assert all(len(job.alone) == SAMPLES for job in jobs)
     return jobs

@@ -1,6 +1,6 @@
 """The server that `llada2-fast serve` runs, around an engine that fails on a schedule and says when pages are free.
 
-    python -m benchmarks.chaos.launcher [--faults N] [--every N] [--max-num-seqs N] [--drain-s S] [--port N]
+    python -m benchmarks.chaos.launcher [--faults N] [--max-num-seqs N] [--drain-s S] [--port N]
 
 Its log has, beside what the server says: "fault" with the requests that it hits, and "freed" with the moment at which a
 cancelled request's pages were free, and how long the last step's forward took. Moments are time.monotonic(), one clock
@@ -22,6 +22,7 @@ from llada2_fast.server.log import log
 from llada2_fast.weights.special_tokens import load_tokenizer
 
 NAME = "chaos-"  # of requests that may be hit
+EVERY = 25
 KINDS = ("exception", "out of memory", "nan", "exception behind it")
 
 
@@ -33,12 +34,12 @@ class Faulty(CachedForward):
     """Forwards of which some fail: before anything is computed, when K/V are written, or with NaN in a row's logits.
 
     engine: the Watched one whose forwards they are.
-    left: how many faults are to come; every: one in so many forwards, about.
+    left: how many faults are to come, one in EVERY forwards, about.
     """
 
-    def __init__(self, engine, left: int, every: int):
+    def __init__(self, engine, left: int):
         super().__init__(engine.model, engine.cache)
-        self.engine, self.left, self.every, self.random = engine, left, every, random.Random(0)
+        self.engine, self.left, self.random = engine, left, random.Random(0)
 
     def __call__(self, plan, state, needed):
         kind = self._draw(KINDS)
@@ -64,7 +65,7 @@ class Faulty(CachedForward):
 
     def _draw(self, kinds):
         others = not all(name.startswith(NAME) for name in self.engine.in_step)  # as the server's own first request
-        if others or not self.left or self.random.random() * self.every > 1:
+        if others or not self.left or self.random.random() * EVERY > 1:
             return None
         self.left -= 1
         return self.random.choice(kinds)
@@ -84,8 +85,8 @@ class Watched(Engine):
         super().__init__(*args)
         self.in_step, self.step_s = [], 0.0  # names of requests; of the last forward
 
-    def fail(self, faults: int, every: int):
-        self.decoder.runner = EagerRunner(Faulty(self, faults, every), self.decoder.lanes)
+    def fail(self, faults: int):
+        self.decoder.runner = EagerRunner(Faulty(self, faults), self.decoder.lanes)
 
     def forward(self, work):
         self.in_step, begun = [request.request_id for request in work.requests()], time.monotonic()
@@ -107,7 +108,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--port", type=int, default=0, help="where to listen (default: a free one)")
     parser.add_argument("--faults", type=int, default=0, help="how many (default: %(default)s)")
-    parser.add_argument("--every", type=int, default=25, help="one in so many forwards (default: %(default)s)")
     parser.add_argument("--max-num-seqs", type=int, default=16, help="rows decoded together (default: %(default)s)")
     parser.add_argument("--drain-s", type=float, default=30.0, help="for streams to end (default: %(default)s)")
     args = parser.parse_args()
@@ -115,7 +115,7 @@ def main():
     port = bind(config)
     model = LLaDA2Model.from_pretrained(demo.path(), torch.float32, progress=False)
     engine = Watched(model, EngineConfig(max_num_seqs=args.max_num_seqs), load_tokenizer(demo.path()))
-    engine.fail(args.faults, args.every)
+    engine.fail(args.faults)
     server = Server(AsyncEngine(engine), config, ("chaos",), {"eos_early_stop": True})
     try:
         serve(server, port)

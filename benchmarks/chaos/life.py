@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 import time
+from contextlib import ExitStack
 
 from .gate import Verdict, median
 from .process import started
@@ -19,29 +20,29 @@ LOAD = {
 FIRST = {"messages": [{"role": "user", "content": "Add 847 and 96."}], "max_tokens": 64, "logprobs": True}
 
 
-async def kills(server, count: int = 20, clients: int = 8, seed: int = 0) -> Verdict:
+async def kills(server, count: int, clients: int = 8) -> Verdict:
     """kill -9 under load and a start at the same port, so many times. The servers that it starts, it ends."""
-    rng, seconds, wrong = random.Random(seed), [], []
+    rng, seconds, wrong = random.Random(0), [], []
 
     async def client(port):
         while True:
             await ask(port, "POST", PATH, LOAD)  # ends with an exception, as the server does
 
     right = (await ask(server.port, "POST", PATH, FIRST)).json()["choices"]
-    for number in range(count):
-        crowd = [asyncio.ensure_future(client(server.port)) for _ in range(clients)]
-        await asyncio.sleep(rng.uniform(0.2, 1.0))
-        server.kill()
-        ends = await asyncio.gather(*crowd, return_exceptions=True)
-        wrong += [f"kill {number}: {end!r}" for end in ends if not isinstance(end, (OSError, EOFError))]
-        begun = time.monotonic()
-        server = await asyncio.to_thread(started, port=server.port)
-        health = await ask(server.port, "GET", "/health")
-        seconds.append(time.monotonic() - begun)
-        first = (await ask(server.port, "POST", PATH, FIRST)).json()["choices"]
-        if health.status != 200 or first != right:
-            wrong.append(f"start {number}: /health {health.status}, {first!r:.300} instead of {right!r:.300}")
-    with server:
+    with ExitStack() as servers:
+        for number in range(count):
+            crowd = [asyncio.ensure_future(client(server.port)) for _ in range(clients)]
+            await asyncio.sleep(rng.uniform(0.2, 1.0))
+            server.kill()
+            ends = await asyncio.gather(*crowd, return_exceptions=True)
+            wrong += [f"kill {number}: {end!r}" for end in ends if not isinstance(end, (OSError, EOFError))]
+            begun = time.monotonic()
+            server = servers.enter_context(await asyncio.to_thread(started, port=server.port))
+            health = await ask(server.port, "GET", "/health")
+            seconds.append(time.monotonic() - begun)
+            first = (await ask(server.port, "POST", PATH, FIRST)).json()["choices"]
+            if health.status != 200 or first != right:
+                wrong.append(f"start {number}: /health {health.status}, {first!r:.300} instead of {right!r:.300}")
         code = server.stop()
     verdict = Verdict(
         "R6", f"{count} x kill -9 under load", f"healthy after {median(seconds):.1f} s, at most {max(seconds):.1f} s",

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from typing import NamedTuple
 
-from .gate import Verdict, median, p99
+from .gate import Verdict, median, p99, tally
 from .wire import PATIENCE_S, Connection, Response, ask, idle_after
 
 PLACES, QUEUE = 4, 4
@@ -29,8 +29,8 @@ class Load:
     how many seconds this process's own event loop came too late for a timer.
     """
 
-    def __init__(self, port, right, seed=0):
-        self.port, self.right, self.random = port, right, random.Random(seed)
+    def __init__(self, port, right):
+        self.port, self.right, self.random = port, right, random.Random(0)
         self.off, self.over = True, False
         self.statuses, self.wrong, self.refused, self.burst, self.late = Counter(), [], [], [], []
 
@@ -122,7 +122,7 @@ async def _windows(server, load: Load, steps: Counter, count: int) -> tuple[list
     return without, loaded
 
 
-async def overload(server, windows: int = 12) -> Verdict:
+async def overload(server, windows: int) -> Verdict:
     """Streams in all places, and ten times as many clients as places and queue hold now and then; in the end all of
     these at the same moment. server: with OPTIONS."""
     right = (await ask(server.port, "POST", PATH, ASKED)).json()["choices"]
@@ -149,11 +149,11 @@ async def overload(server, windows: int = 12) -> Verdict:
         "429_p99_ms_all_at_once": 1e3 * p99(load.burst), "client_late_p99_ms": 1e3 * p99(load.late),
         "steps_without": [one.steps for one in without], "steps_loaded": [one.steps for one in loaded],
     }  # fmt: skip
-    told = ", ".join(f"{count} x {status}" for status, count in sorted(load.statuses.items()))
     verdict = Verdict(
         "R9", f"{CLIENTS} clients for {PLACES} places and a queue of {QUEUE}",
-        f"{told}; p99 of a 429 {1e3 * refusal:.0f} ms (in the server {1e3 * p99(inside):.0f} ms, the client itself was "
-        f"{1e3 * p99(load.late):.0f} ms late); streams keep {100 * kept:.0f} % ({100 * cost:.0f} % a CPU second)",
+        f"{tally(load.statuses)}; p99 of a 429 {1e3 * refusal:.0f} ms (in the server {1e3 * p99(inside):.0f} ms, the "
+        f"client itself was {1e3 * p99(load.late):.0f} ms late); streams keep {100 * kept:.0f} % ({100 * cost:.0f} % a "
+        "CPU second)",
         f"only 200 and 429, {1e3 * REFUSAL_S:.0f} ms, {100 * SPEED:.0f} %", figures, load.wrong,
     )  # fmt: skip
     lost = [end for end in ends if not isinstance(end, asyncio.CancelledError)]
@@ -161,5 +161,5 @@ async def overload(server, windows: int = 12) -> Verdict:
     verdict.demand(set(load.statuses) == {200, 429}, f"statuses {dict(load.statuses)}")
     verdict.demand(refusal <= REFUSAL_S, f"p99 of a 429: {1e3 * refusal:.0f} ms")
     verdict.demand(kept >= SPEED, f"running streams keep {100 * kept:.0f} % of their speed")
-    verdict.demand(drained is not None and server.lives, "rows or pages are left, or the server has ended")
+    verdict.demand_idle(server, drained)
     return verdict

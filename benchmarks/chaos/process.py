@@ -3,17 +3,12 @@
 import sys
 
 from ..own_server import SERVE, ServerProcess
+from ..soak import SMALL_CACHES
 
 LAUNCHER = (sys.executable, "-m", "llada2_fast.benchmarks.chaos.launcher")
-# PyTorch's own caches of 1024 shapes each take minutes and 200 MB to fill; see soak.py. What glibc keeps for a thread
-# comes and goes by tens of MB. One thread: what the command line chooses for this model, and what the expected answers
-# are computed with.
-VARIABLES = {
-    "LRU_CACHE_CAPACITY": "16",
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16",
-    "MALLOC_ARENA_MAX": "1",
-    "OMP_NUM_THREADS": "1",
-}
+# What glibc keeps for a thread comes and goes by tens of MB. One thread: what the command line chooses for this model,
+# and what the expected answers are computed with.
+VARIABLES = SMALL_CACHES | {"MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
 
 
 def started(*options, command=SERVE, port: int = 0) -> ServerProcess:

@@ -3,13 +3,12 @@
 import asyncio
 import time
 
-from ..soak import WARM_UP, megabytes_per_minute
+from ..soak import MAX_MB_PER_MINUTE, WARM_UP, megabytes_per_minute
 from .crowd import Crowd
-from .fuzz import Bodies
+from .fuzz import Bodies, check
 from .gate import Verdict
 from .wire import Connection, ask, idle_after
 
-MAX_MB_PER_MINUTE = 0.5
 LONG_S = 300.0  # a run that is shorter tells nothing of memory
 WARM_UP_S = 5.0  # until everything that is made once has been; threads for long texts are made as they are needed
 LONG_TEXT = {"prompt": "word " * 10_000}
@@ -27,8 +26,8 @@ async def _others(port, crowd, seed, go_on):
             if len(body) > 100_000:  # would take the time of all others
                 continue
             response = await ask(port, "POST", path, body, headers, PATIENCE_S)
-            if response.status >= 500:
-                crowd.wrong.append(f"{path}: status {response.status}")
+            if problem := check(response.status, response.body):
+                crowd.wrong.append(f"{path}: {problem}")
         elif kind == "cancel":
             name = crowd.random.choice([*crowd.running, "nobody"])
             crowd.cancelled.add(name)
@@ -43,7 +42,7 @@ async def _others(port, crowd, seed, go_on):
         crowd.counts["others"] += 1
 
 
-async def _load(server, crowd, seconds, samples, clients=CLIENTS):
+async def _load(server, crowd, seconds, samples):
     until = time.monotonic() + seconds
 
     def go_on():
@@ -54,11 +53,11 @@ async def _load(server, crowd, seconds, samples, clients=CLIENTS):
             samples.append((time.monotonic(), server.usage().memory))
             await asyncio.sleep(1.0)
 
-    others = (_others(server.port, crowd, seed, go_on) for seed in range(clients // 4))
-    await asyncio.gather(crowd.run(clients - clients // 4, go_on, cut=0.5), *others, watch())
+    others = (_others(server.port, crowd, seed, go_on) for seed in range(CLIENTS // 4))
+    await asyncio.gather(crowd.run(CLIENTS - CLIENTS // 4, go_on, cut=0.5), *others, watch())
 
 
-async def soak(server, jobs, seconds: float = 600.0) -> Verdict:
+async def soak(server, jobs, seconds: float) -> Verdict:
     """server: with an answer's length for bodies that do not say, that of fuzz.OPTIONS."""
     crowd, samples = Crowd(server.port, jobs), []
     await _load(server, crowd, min(WARM_UP_S, seconds), [])
@@ -77,7 +76,7 @@ async def soak(server, jobs, seconds: float = 600.0) -> Verdict:
     verdict = Verdict(
         "R5", f"{seconds / 60:.2g} minutes, {CLIENTS} clients",
         f"{slope or 0.0:.2f} MB a minute, descriptors {files:+d}, threads {threads:+d}; {counts['answered']} right, "
-        f"{counts['cut off'] + counts['cut off in the request']} cut off, {counts['others']} others",
+        f"{crowd.cut} cut off, {counts['others']} others",
         f"{MAX_MB_PER_MINUTE} MB a minute{'' if long else ' (too short to tell)'}, +0, +0",
         {**counts, "mb_per_minute": slope, "files": files, "threads": threads, "memory_mb": after.memory / 1e6},
         crowd.wrong,
@@ -85,5 +84,5 @@ async def soak(server, jobs, seconds: float = 600.0) -> Verdict:
     verdict.demand(not long or slope < MAX_MB_PER_MINUTE, f"memory grows by {slope or 0.0:.2f} MB a minute")
     verdict.demand(files <= 0, f"descriptors: {before.files} before, {after.files} after")
     verdict.demand(threads <= 0, f"threads: {before.threads} before, {after.threads} after")
-    verdict.demand(drained is not None and server.lives, "rows or pages are left, or the server has ended")
+    verdict.demand_idle(server, drained)
     return verdict

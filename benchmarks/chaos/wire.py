@@ -5,6 +5,8 @@ import json
 import socket
 from typing import NamedTuple
 
+from ..sse import EventStream
+
 HOST = "127.0.0.1"
 PATIENCE_S = 60.0  # for an answer: what takes longer hangs
 JSON = {"Content-Type": "application/json"}
@@ -20,8 +22,7 @@ class Response(NamedTuple):
 
     def events(self):
         """The data of its server-sent events, JSON parsed; the last one is "[DONE]" where all has come."""
-        parts = self.body.decode().split("\n\n")
-        return [part if part == "[DONE]" else json.loads(part) for part in (one[6:] for one in parts if one)]
+        return [one if one == "[DONE]" else json.loads(one) for one in EventStream().feed(self.body)]
 
 
 class Connection:
@@ -130,9 +131,9 @@ async def idle_after(port, patience_s: float) -> float | None:
     """Seconds until nothing is left of any request: no row, no page; None if that takes longer than patience_s."""
     loop = asyncio.get_running_loop()
     begun = loop.time()
-    while (now := loop.time() - begun) <= patience_s:
+    while loop.time() - begun <= patience_s:
         told = await metrics(port)
         if not any(told[f"llada2:{name}"] for name in LEFT):
             return loop.time() - begun
         await asyncio.sleep(0.01)
-    return None if now > patience_s else now
+    return None
