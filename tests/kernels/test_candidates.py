@@ -132,34 +132,22 @@ def check(size, dtype, layout, runner_up, seed, filters):
                 assert reference == pytest.approx(list(known[: len(kernel)]), rel=1e-5, abs=1e-7), (row, at)
 
 
-def cases(filters, count):
-    """A decorator: as many random cases; one takes too long to shrink."""
-    given_each = given(
-        sizes(filters), st.sampled_from(DTYPES), st.sampled_from(LAYOUTS), st.booleans(), st.integers(0, 2**32)
-    )
-    return lambda test: settings(max_examples=count, phases=[Phase.generate])(given_each(test))
+def random_cases(check, filters, count):
+    """A test: `check` of as many random cases; one takes too long to shrink."""
+
+    @settings(max_examples=count, phases=[Phase.generate])
+    @given(sizes(filters), st.sampled_from(DTYPES), st.sampled_from(LAYOUTS), st.booleans(), st.integers(0, 2**32))
+    def test(size, dtype, layout, flag, seed):
+        check(size, dtype, layout, flag, seed, filters)
+
+    return test
 
 
-@cases(False, 12)
-def test_greedy_and_temperature(size, dtype, layout, runner_up, seed):
-    check(size, dtype, layout, runner_up, seed, filters=False)
-
-
-@cases(True, 12)
-def test_filters(size, dtype, layout, runner_up, seed):
-    check(size, dtype, layout, runner_up, seed, filters=True)
-
-
-@pytest.mark.slow
-@cases(False, 100)
-def test_much_greedy_and_temperature(size, dtype, layout, runner_up, seed):
-    check(size, dtype, layout, runner_up, seed, filters=False)
-
-
-@pytest.mark.slow
-@cases(True, 100)
-def test_many_filters(size, dtype, layout, runner_up, seed):
-    check(size, dtype, layout, runner_up, seed, filters=True)
+test_greedy_and_temperature = random_cases(check, False, 12)
+test_filters = random_cases(check, True, 12)
+# The slow ones begin with the cases of the usual ones.
+test_much_greedy_and_temperature = pytest.mark.slow(random_cases(check, False, 112))
+test_many_filters = pytest.mark.slow(random_cases(check, True, 112))
 
 
 @pytest.mark.parametrize("top_k", [0, 70, 150])

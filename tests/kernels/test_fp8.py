@@ -8,10 +8,8 @@ from llada2_fast.kernels import fp8, gemm, moe, router
 from llada2_fast.kernels._triton import force_ops
 from llada2_fast.kernels.combine import summed
 from tests.kernels.interpreter import interpreted, products_in_order
-from tests.thinned import thinned
+from tests.kernels.test_moe import DTYPES, of_experts
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-EXPERT_SIZES = [(1, 3), (7, 1), (33, 3), (70, 2)]  # tokens, top_k
 # Of the norm. Sums have another order; where a rounding between two products goes the other way, an e4m3 digit follows.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-3, torch.bfloat16: 1e-2}
 # Of experts on a GPU: its fp8 products keep about 14 bits within 128 of K, so far more roundings go the other way.
@@ -201,7 +199,7 @@ def test_mlp(tokens, inner, dtype):
     close(run(moe.mlp, h, *shared), moe.mlp(h, *shared))
 
 
-@pytest.mark.parametrize("dtype, size, with_shared", thinned(3, DTYPES, EXPERT_SIZES, [False, True]), ids=str)
+@of_experts
 def test_experts(dtype, size, with_shared):
     tokens, top_k = size
     h, weights, shared, rule, _ = expert_inputs(tokens, top_k, dtype=dtype)

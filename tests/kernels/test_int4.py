@@ -9,10 +9,8 @@ from llada2_fast.kernels import fp8, gemm, int4, moe, router
 from llada2_fast.kernels._triton import force_ops
 from llada2_fast.kernels.combine import summed
 from tests.kernels.interpreter import interpreted, products_in_order
-from tests.thinned import thinned
+from tests.kernels.test_moe import DTYPES, of_experts
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-EXPERT_SIZES = [(1, 3), (7, 1), (33, 3), (70, 2)]  # tokens, top_k
 # Of the norm: kernels multiply whole numbers and scale sums, references multiply weights rounded to the dtype.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
@@ -149,7 +147,7 @@ def wanted(h, routing, weights, shared):
     return y if shared is None else y + moe.mlp(h, *shared)
 
 
-@pytest.mark.parametrize("dtype, size, with_shared", thinned(3, DTYPES, EXPERT_SIZES, [False, True]), ids=str)
+@of_experts
 def test_experts(dtype, size, with_shared):
     tokens, top_k = size
     h, weights, shared, rule, _ = expert_inputs(tokens, top_k, dtype=dtype)

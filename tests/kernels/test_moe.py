@@ -33,6 +33,8 @@ ROUTES = {
 SIZES = [("few", 1), ("few", 4), ("few", 5), ("many", 7), ("many", 32), ("many", 33)]
 BLOCKS = [("block", t) for t in (1, 7, 32, 33, 70)]
 EXPERT_SIZES = [(1, 3), (7, 1), (33, 3), (70, 2)]  # tokens, top_k
+EXPERT_CASES = thinned(3, DTYPES, EXPERT_SIZES, [False, True])
+of_experts = pytest.mark.parametrize("dtype, size, with_shared", EXPERT_CASES, ids=str)
 
 
 def route_inputs(rule, tokens, hidden=48, dtype=torch.float32, weight_dtype=None, seed=0, device="cpu"):
@@ -236,7 +238,7 @@ def close(got, expected):
     torch.testing.assert_close(got, expected, rtol=TOLERANCE[got.dtype], atol=TOLERANCE[got.dtype] * scale)
 
 
-@pytest.mark.parametrize("dtype, size, with_shared", thinned(3, DTYPES, EXPERT_SIZES, [False, True]), ids=str)
+@of_experts
 def test_experts(dtype, size, with_shared):
     tokens, top_k = size
     h, weights, shared, rule = expert_inputs(tokens, top_k, dtype=dtype)

@@ -14,7 +14,7 @@ from llada2_fast.kernels.candidates import TILE_V
 from llada2_fast.kernels.state import report_ref
 from tests.kernels import truth
 from tests.kernels.interpreter import interpreted
-from tests.kernels.test_candidates import BROKEN, DTYPES, LAYOUTS, SOUND, cases, lay_out, logits_of
+from tests.kernels.test_candidates import BROKEN, DTYPES, LAYOUTS, SOUND, lay_out, logits_of, random_cases
 
 NEAR = 2e-5  # two confidences, or one and its threshold, closer than this share may be ordered either way
 ALL_FLAGS = 2**9 - 1
@@ -148,26 +148,11 @@ def check(size, dtype, layout, only_needed, seed, filters):
     compare(got, wanted, kernel_state, state)
 
 
-@cases(False, 20)
-def test_parity(size, dtype, layout, only_needed, seed):
-    check(size, dtype, layout, only_needed, seed, filters=False)
-
-
-@cases(True, 10)
-def test_parity_with_filters(size, dtype, layout, only_needed, seed):
-    check(size, dtype, layout, only_needed, seed, filters=True)
-
-
-@pytest.mark.slow
-@cases(False, 200)
-def test_much_parity(size, dtype, layout, only_needed, seed):
-    check(size, dtype, layout, only_needed, seed, filters=False)
-
-
-@pytest.mark.slow
-@cases(True, 100)
-def test_much_parity_with_filters(size, dtype, layout, only_needed, seed):
-    check(size, dtype, layout, only_needed, seed, filters=True)
+test_parity = random_cases(check, False, 20)
+test_parity_with_filters = random_cases(check, True, 10)
+# The slow ones begin with the cases of the usual ones.
+test_much_parity = pytest.mark.slow(random_cases(check, False, 220))
+test_much_parity_with_filters = pytest.mark.slow(random_cases(check, True, 110))
 
 
 @pytest.mark.parametrize("dtype, filters", [(torch.bfloat16, False), (torch.float16, True)], ids=str)

@@ -283,7 +283,8 @@ def test_the_telling_groups_come_first():
 
 
 @pytest.mark.parametrize("op, names", [
-    ("moe", "int4"), ("attention", ""), ("refine", ""), ("dense", ""), pytest.param("moe", "", marks=pytest.mark.slow),
+    ("moe", "int4"), pytest.param("moe", "", marks=pytest.mark.slow),
+    *((op, "") for op in tune.FAMILIES if op != "moe"),
 ])  # fmt: skip
 def test_dry_run_is_kept_and_resumed(op, names, tmp_path, capsys, short_blocks):
     path, before = tmp_path / "tune.jsonl", _tuned.table_path(op).read_bytes()
