@@ -5,6 +5,8 @@
     advance    ready, and settled or given one of the C places to be carried: the ended block then rides along with the
                next block's first forward. Places go to the rows in the order of the plan.
 
+The next block holds masks, and the ids that are given in it: those are prompt.
+
 A ready row that must wait stays as it is for one step, whose forward over the final tokens settles it.
 
 Shapes: S lanes, A entries of the plan, C places, B = A + C, L block_length, P pages of a row. The plan names a lane per
@@ -23,6 +25,8 @@ from .overlap import inputs_ready
 from .roles import GENERATED, PADDING, PROMPT, TAIL, SpecialIds, _needed, needed_ref
 from .state import BLOCK_DONE, PRIOR_MASK, BlockState, StateTensors
 
+TOGETHER = 4096  # positions that the kernel holds at a time
+
 _DONE, _MASKED = tl.constexpr(BLOCK_DONE), tl.constexpr(PRIOR_MASK)
 _GENERATED, _PROMPT = tl.constexpr(GENERATED), tl.constexpr(PROMPT)
 _TAIL, _PADDING = tl.constexpr(TAIL), tl.constexpr(PADDING)
@@ -30,10 +34,11 @@ _TAIL, _PADDING = tl.constexpr(TAIL), tl.constexpr(PADDING)
 
 @dataclass
 class RowBounds:
-    """What a row's blocks depend on beside BlockState; int32 [S] tensors at fixed addresses."""
+    """What a row's blocks depend on beside BlockState; tensors at fixed addresses."""
 
-    total: torch.Tensor  # prompt and generated positions
-    limit: torch.Tensor  # positions that exist, with the tail where it is denoised
+    total: torch.Tensor  # int32 [S]: prompt and generated positions
+    limit: torch.Tensor  # int32 [S]: positions that exist, with the tail where it is denoised
+    given: torch.Tensor  # int64 [S, L]: ids given in the row's next block, the mask id where none is
 
 
 class Forwarded(NamedTuple):
@@ -55,8 +60,9 @@ def _begin_ref(state, bounds, lane, ids):
     prior_flags = state.prior_flags[lane] | masked.int() * PRIOR_MASK
     position = start[:, None] + torch.arange(tokens.shape[1], device=lane.device)  # [n, L]
     behind, absent = position >= bounds.total[lane][:, None], position >= bounds.limit[lane][:, None]
-    kind = (behind * TAIL + absent * (PADDING - TAIL)).to(state.kind.dtype)  # GENERATED is 0
-    state.reset_block(lane, tokens.fill_(ids.mask), kind, start, prior_flags)
+    tokens = bounds.given[lane].masked_fill(behind, ids.mask)
+    kind = behind * TAIL + absent * (PADDING - TAIL) + (tokens != ids.mask) * PROMPT  # GENERATED is 0
+    state.reset_block(lane, tokens, kind.to(state.kind.dtype), start, prior_flags)
 
 
 def advance_ref(
@@ -108,11 +114,11 @@ def _forward(OUT, PAGE_TABLE, pages, at, row, block, tokens, mask, L: tl.constex
 
 @triton.jit
 def _list_needed(
-    LANE, REPEAT, FLAGS, STATE, OUT, mask_id, A: tl.constexpr, L: tl.constexpr,
-    ENTRIES: tl.constexpr, COLUMNS: tl.constexpr,
+    LANE, REPEAT, FLAGS, STATE, OUT, mask_id, entry, listed, A: tl.constexpr, L: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """Forwarded's order and count, from a state that is read again: kept, it would fill the registers."""
-    entry, column = tl.arange(0, ENTRIES), tl.arange(0, COLUMNS)[None, :]
+    """Forwarded's order of some entries behind the first `listed` positions, and how many it has then; from a state
+    that is read again: kept, it would fill the registers."""
+    column = tl.arange(0, COLUMNS)[None, :]
     lane = tl.load(LANE + entry, mask=entry < A, other=0)
     own = tl.load(REPEAT + entry, mask=entry < A, other=1) == 0
     frozen = tl.load(STATE.frozen + lane, mask=own, other=1)[:, None]
@@ -122,74 +128,81 @@ def _list_needed(
     kind = tl.load(STATE.kind + n, mask=inside, other=0)
     needed = (inside & _needed(tokens, kind, frozen, flags, mask_id)).to(tl.int32)
     each = tl.sum(needed, 1)
-    place = (tl.cumsum(each, 0) - each)[:, None] + tl.cumsum(needed, 1) - 1
+    place = listed + (tl.cumsum(each, 0) - each)[:, None] + tl.cumsum(needed, 1) - 1
     tl.store(OUT.order + place, entry[:, None] * L + column, mask=needed > 0)
-    tl.store(OUT.count, tl.sum(each, 0))
+    return listed + tl.sum(each, 0)
 
 
 @triton.jit(do_not_specialize=["pages"])
 def _advance_kernel(
-    LANE, REPEAT, TOTAL, LIMIT, FLAGS, PAGE_TABLE,
+    LANE, REPEAT, TOTAL, LIMIT, GIVEN, FLAGS, PAGE_TABLE,
     STATE, OUT,  # BlockState, Forwarded
     pages, mask_id,
     A: tl.constexpr, C: tl.constexpr, L: tl.constexpr,
-    ENTRIES: tl.constexpr, PLACES: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr,
+    GROUP: tl.constexpr, PLACES: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Grid (1,): all entries at once, [ENTRIES, COLUMNS]."""
+    """Grid (1,): the entries in their order, [GROUP, COLUMNS] at a time: all of them would fill the registers."""
     inputs_ready(EARLY)
-    entry, column = tl.arange(0, ENTRIES), tl.arange(0, COLUMNS)
-    there = entry < A
-    lane = tl.load(LANE + entry, mask=there, other=0)
-    own = there & (tl.load(REPEAT + entry, mask=there, other=1) == 0)
-    n = lane[:, None] * L + column[None, :]
-    inside = own[:, None] & (column < L)[None, :]
-    start = tl.load(STATE.block_start + lane, mask=there, other=0).to(tl.int32)
-    total = tl.load(TOTAL + lane, mask=own, other=0)
-    limit = tl.load(LIMIT + lane, mask=own, other=0)
-    prior_flags = tl.load(STATE.prior_flags + lane, mask=own, other=0)
-    tokens = tl.load(STATE.tokens + n, mask=inside, other=0).to(tl.int32)
-    kind = tl.load(STATE.kind + n, mask=inside, other=0)
-    ready = own & (tl.load(STATE.frozen + lane, mask=own, other=0) == _DONE) & (start + L < total)
-    unsettled = ready & (tl.load(STATE.changed + lane, mask=own, other=0) != 0)
-    place = tl.cumsum(unsettled.to(tl.int32), 0) - 1
-    given = unsettled & (place < C)
-    going = ready & (given | (unsettled == 0))
+    column = tl.arange(0, COLUMNS)
+    used, listed = 0, 0  # places asked for, and needed positions
+    for first in range(0, A, GROUP):
+        entry = first + tl.arange(0, GROUP)
+        there = entry < A
+        lane = tl.load(LANE + entry, mask=there, other=0)
+        own = there & (tl.load(REPEAT + entry, mask=there, other=1) == 0)
+        n = lane[:, None] * L + column[None, :]
+        inside = own[:, None] & (column < L)[None, :]
+        start = tl.load(STATE.block_start + lane, mask=there, other=0).to(tl.int32)
+        total = tl.load(TOTAL + lane, mask=own, other=0)
+        limit = tl.load(LIMIT + lane, mask=own, other=0)
+        prior_flags = tl.load(STATE.prior_flags + lane, mask=own, other=0)
+        tokens = tl.load(STATE.tokens + n, mask=inside, other=0).to(tl.int32)
+        kind = tl.load(STATE.kind + n, mask=inside, other=0)
+        ready = own & (tl.load(STATE.frozen + lane, mask=own, other=0) == _DONE) & (start + L < total)
+        unsettled = ready & (tl.load(STATE.changed + lane, mask=own, other=0) != 0)
+        place = used + tl.cumsum(unsettled.to(tl.int32), 0) - 1
+        used += tl.sum(unsettled.to(tl.int32), 0)
+        given = unsettled & (place < C)
+        going = ready & (given | (unsettled == 0))
 
-    # the ended blocks that ride along
-    at = A + tl.where(given, place, 0)
-    _forward(OUT, PAGE_TABLE, pages, at, lane, start // L, tokens, given, L, COLUMNS)
+        # the ended blocks that ride along
+        at = A + tl.where(given, place, 0)
+        _forward(OUT, PAGE_TABLE, pages, at, lane, start // L, tokens, given, L, COLUMNS)
 
-    # the next blocks
-    holds_mask = tl.sum((inside & (tokens == mask_id) & (kind != _PROMPT)).to(tl.int32), 1) > 0
-    start = tl.where(going, start + L, start)
-    text, tail = (total - start)[:, None], (limit - start)[:, None]  # up to their ends
-    fresh = tl.where(column[None, :] < text, _GENERATED, tl.where(column[None, :] < tail, _TAIL, _PADDING))
-    tokens = tl.where(going[:, None], mask_id, tokens)
-    new = inside & going[:, None]
-    tl.debug_barrier()  # every thread has read the state
-    tl.store(STATE.tokens + n, tokens.to(tl.int64), mask=new)
-    tl.store(STATE.kind + n, fresh.to(tl.int8), mask=new)
-    tl.store(STATE.commit_step + n, tl.full([ENTRIES, COLUMNS], -1, tl.int32), mask=new)
-    tl.store(STATE.commit_confidence + n, tl.zeros([ENTRIES, COLUMNS], tl.float32), mask=new)
-    none = tl.zeros([ENTRIES], tl.int32)
-    tl.store(STATE.block_start + lane, start.to(tl.int64), mask=going)
-    tl.store(STATE.step + lane, none, mask=going)
-    tl.store(STATE.post_steps + lane, none, mask=going)
-    tl.store(STATE.frozen + lane, none, mask=going)
-    tl.store(STATE.changed + lane, none, mask=ready)  # a row that waits is settled by this step
-    tl.store(STATE.prior_flags + lane, prior_flags | tl.where(holds_mask, _MASKED, 0), mask=going)
+        # the next blocks
+        holds_mask = tl.sum((inside & (tokens == mask_id) & (kind != _PROMPT)).to(tl.int32), 1) > 0
+        start = tl.where(going, start + L, start)
+        text, tail = (total - start)[:, None], (limit - start)[:, None]  # up to their ends
+        fresh = tl.where(column[None, :] < text, _GENERATED, tl.where(column[None, :] < tail, _TAIL, _PADDING))
+        new = inside & going[:, None]
+        known = tl.load(GIVEN + n, mask=new & (column[None, :] < text), other=mask_id).to(tl.int32)
+        fresh = tl.where(known != mask_id, _PROMPT, fresh)
+        tokens = tl.where(going[:, None], known, tokens)
+        tl.debug_barrier()  # every thread has read the state
+        tl.store(STATE.tokens + n, tokens.to(tl.int64), mask=new)
+        tl.store(STATE.kind + n, fresh.to(tl.int8), mask=new)
+        tl.store(STATE.commit_step + n, tl.full([GROUP, COLUMNS], -1, tl.int32), mask=new)
+        tl.store(STATE.commit_confidence + n, tl.zeros([GROUP, COLUMNS], tl.float32), mask=new)
+        none = tl.zeros([GROUP], tl.int32)
+        tl.store(STATE.block_start + lane, start.to(tl.int64), mask=going)
+        tl.store(STATE.step + lane, none, mask=going)
+        tl.store(STATE.post_steps + lane, none, mask=going)
+        tl.store(STATE.frozen + lane, none, mask=going)
+        tl.store(STATE.changed + lane, none, mask=ready)  # a row that waits is settled by this step
+        tl.store(STATE.prior_flags + lane, prior_flags | tl.where(holds_mask, _MASKED, 0), mask=going)
 
-    # what is forwarded: the entries that are no repeats
-    row, block = tl.where(own, lane, -1), tl.where(own, start // L, 0)
-    _forward(OUT, PAGE_TABLE, pages, entry, row, block, tl.where(own[:, None], tokens, mask_id), there, L, COLUMNS)
+        # what is forwarded: the entries that are no repeats
+        row, block = tl.where(own, lane, -1), tl.where(own, start // L, 0)
+        _forward(OUT, PAGE_TABLE, pages, entry, row, block, tl.where(own[:, None], tokens, mask_id), there, L, COLUMNS)
+        tl.debug_barrier()  # every thread has written the state
+        listed = _list_needed(LANE, REPEAT, FLAGS, STATE, OUT, mask_id, entry, listed, A, L, COLUMNS)
+    tl.store(OUT.count, listed)
     if C > 0:
         spare = tl.arange(0, PLACES)
-        free = (spare >= tl.sum(given.to(tl.int32), 0)) & (spare < C)
+        free = (spare >= used) & (spare < C)
         none = tl.zeros([PLACES], tl.int32)
         blank = tl.zeros([PLACES, COLUMNS], tl.int32) + mask_id
         _forward(OUT, PAGE_TABLE, pages, A + spare, none - 1, none, blank, free, L, COLUMNS)
-    tl.debug_barrier()  # every thread has written the state
-    _list_needed(LANE, REPEAT, FLAGS, STATE, OUT, mask_id, A, L, ENTRIES, COLUMNS)
 
 
 def launch(
@@ -204,14 +217,14 @@ def launch(
         )
     entries, length = lane.shape[0], state.tokens.shape[1]
     output = _empty(state.tokens, entries, carried)
-    size = triton.next_power_of_2(entries) * triton.next_power_of_2(length)
+    columns = triton.next_power_of_2(length)
+    group = min(triton.next_power_of_2(entries), max(1, TOGETHER // columns))
     run_kernel(
         _advance_kernel, (1,),
-        lane, repeat, bounds.total, bounds.limit, flags, page_table, StateTensors(**vars(state)), output,
+        lane, repeat, bounds.total, bounds.limit, bounds.given, flags, page_table, StateTensors(**vars(state)), output,
         page_table.shape[1], ids.mask,
-        A=entries, C=carried, L=length, ENTRIES=triton.next_power_of_2(entries),
-        PLACES=triton.next_power_of_2(max(carried, 1)), COLUMNS=triton.next_power_of_2(length),
-        num_warps=min(16, max(1, size // 256)),
+        A=entries, C=carried, L=length, GROUP=group, PLACES=triton.next_power_of_2(max(carried, 1)), COLUMNS=columns,
+        num_warps=min(16, max(1, group * columns // 256)),
     )  # fmt: skip
     return output
 
@@ -230,7 +243,7 @@ def advance(
     """Begin the next blocks of a plan's rows; updates `state` in place.
 
     state: the blocks of S lanes
-    bounds: how far their rows go
+    bounds: how far their rows go, and what is given in their next blocks
     page_table: int32 [S, P]: their rows' pages from block 0 on; P may be 0
     flags: int32 [S]: of their rules
     lane: int32 [A], A at least 1: the lane of each entry of the plan

@@ -271,8 +271,10 @@ def plain_advance(state, bounds, page_table, flags, lane, repeat, carried, ids):
             start += length
             position = torch.arange(start, start + length, device=device)
             kind = torch.where(position < bounds.limit[row], TAIL, PADDING).masked_fill_(position < total, GENERATED)
+            tokens = bounds.given[row].masked_fill(position >= total, ids.mask)
+            kind[tokens != ids.mask] = PROMPT
             prior_flags = state.prior_flags[row] | masked.int() * PRIOR_MASK
-            state.reset_block(row, torch.full_like(position, ids.mask), kind.to(state.kind.dtype), start, prior_flags)
+            state.reset_block(row, tokens, kind.to(state.kind.dtype), start, prior_flags)
         active.append((row, start // length, state.tokens[row]))
     empty = [(-1, 0, torch.full_like(state.tokens[0], ids.mask))] * (carried - len(riding))
     rows, index, laid = zip(*active, *riding, *empty, strict=True)
@@ -302,7 +304,8 @@ def case_of_advance(machine, rows):
             state.frozen[::2] = BLOCK_DONE
         total = start.int() + 2 * BLOCK - 5
         state.changed.copy_(each(rows) // 2 % 2)
-        bounds = advance.RowBounds(total, total + 3)
+        given = torch.where(tokens % 4 == 0, tokens, mask_id)
+        bounds = advance.RowBounds(total, total + 3, given)
         pages = torch.randperm(rows * (rows + 1), device=machine.device).int().view(rows, -1)
         flags = torch.zeros_like(total)
         return state, bounds, pages, flags, each(rows), torch.zeros_like(total), carried, SpecialIds(mask_id)

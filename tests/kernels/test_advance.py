@@ -33,7 +33,8 @@ def slots_of(count, length, seed, device="cpu"):
     limit = torch.where(pick(2, count) == 0, total, -(-total // length) * length)
     state.changed.copy_(pick(2, count))
     pages = torch.randperm(count * 11, generator=generator).view(count, 11).int()  # a block's number is at most 5
-    bounds = advance.RowBounds(total.int(), limit.int())
+    given = torch.where(pick(3, count, length) == 0, pick(50, count, length), MASK)
+    bounds = advance.RowBounds(total.int(), limit.int(), given)
     for holder in (state, bounds):
         for field in fields(holder):
             setattr(holder, field.name, getattr(holder, field.name).to(device))
@@ -77,7 +78,8 @@ def same(seed, count, length, entries, carried, device="cpu"):
 
 @pytest.mark.parametrize("length", [1, 5, 32])
 @pytest.mark.parametrize(
-    "count, entries, carried", [(1, 1, 0), (1, 1, 1), (1, 4, 2), (7, 4, 1), (7, 8, 3), (13, 16, 9)]
+    "count, entries, carried",
+    [(1, 1, 0), (1, 1, 1), (1, 4, 2), (7, 4, 1), (7, 8, 3), (13, 16, 9), (150, 130, 30)],  # the last in two groups
 )
 def test_parity(count, length, entries, carried):
     with force_ops("triton"), interpreted():
@@ -139,14 +141,17 @@ def test_the_rule(seed, count, carried, length):
             before.changed[lane] = state.changed[lane]
             untouched(state, before, lane)
             continue
-        assert (state.tokens[lane] == MASK).all() and state.block_start[lane] == before.block_start[lane] + length
+        assert state.block_start[lane] == before.block_start[lane] + length
         assert not state.frozen[lane] and not state.step[lane] and not state.post_steps[lane]
         assert (state.commit_step[lane] == -1).all() and not state.commit_confidence[lane].any()
         held = bool(((before.tokens[lane] == MASK) & (before.kind[lane] != PROMPT)).any())
         assert state.prior_flags[lane] == before.prior_flags[lane] | (PRIOR_MASK if held else 0)
-        for position, kind in enumerate(state.kind[lane].tolist(), int(state.block_start[lane])):
+        for position, token, kind, fixed in zip(
+            int(state.block_start[lane]) + offset, state.tokens[lane], state.kind[lane], bounds.given[lane], strict=True
+        ):
             there = GENERATED if position < bounds.total[lane] else TAIL if position < bounds.limit[lane] else PADDING
-            assert kind == there
+            known = there == GENERATED and fixed != MASK
+            assert kind == (PROMPT if known else there) and token == (fixed if known else MASK)
     spare = [*range(int((repeat == 0).sum()), 8), *range(8 + used, 8 + carried)]
     for at in spare:
         assert rows[at] == -1 and blocks[at] == 0 and (tokens[at] == MASK).all() and (slot[at] == -1).all()
