@@ -137,13 +137,18 @@ def _advance(entries, carried, length=32):
     advance.launch(_state(256, length), bounds, _int32(256, 33), _int32(256), plan, plan, carried, IDS)
 
 
-def _refine(dtype, length=32, vocab=VOCAB, rows=8, packed=False, only_needed=False, filters=False, transposed=False):
+def _refine(
+    dtype, length=32, vocab=VOCAB, rows=8, packed=False, only_needed=False, filters=False, transposed=False,
+    guided=False,
+):  # fmt: skip
     whole, real, long = _int32(rows), _meta(rows), _int64(rows)
     params = refine.RefineParams(real, whole, real, long, real, real, *[whole] * 5, eos_ids=long[:, None])
     logits = _meta(rows, vocab, length, dtype=dtype).mT if transposed else _meta(rows, length, vocab, dtype=dtype)
     index = _int64(rows, length) if packed else None
     logits = logits.flatten(0, 1) if packed else logits
-    refine.launch(logits, _state(rows, length), params, IDS, index, filters, only_needed)
+    classes, bits = _meta(rows, vocab, dtype=torch.int16), _int32(rows, length, refine.WORDS)
+    allowed = refine.Allowed(classes, bits) if guided else None
+    refine.launch(logits, _state(rows, length), params, IDS, index, filters, only_needed, allowed=allowed)
 
 
 def _candidates(dtype, runner_up, filters):
@@ -212,6 +217,13 @@ SCENARIOS = {
     "refine fp32 packed filters": partial(_refine, FP32, packed=True, filters=True),
     "refine bf16 needed": partial(_refine, BF16, only_needed=True),
     "refine bf16 needed filters": partial(_refine, BF16, only_needed=True, filters=True),
+    **{
+        f"refine {name} guided{' filters' * filters}": partial(
+            _refine, TYPES[name], packed=True, only_needed=True, filters=filters, guided=True
+        )
+        for name in ("bf16", "fp32")
+        for filters in (False, True)
+    },
     **{f"refine bf16 L={length}": partial(_refine, BF16, length) for length in (1, 4, 8, 16, 48, 64, 128)},
     "refine bf16 V=2^18": partial(_refine, BF16, vocab=2**18, filters=True),
     "refine fp32 V=4096": partial(_refine, FP32, length=16, vocab=4096, filters=True),

@@ -6,9 +6,12 @@
                which a low temperature, k = 1 or a small p makes 1 for every c; under OWN_SOFTMAX p as in greedy
     runner-up  the best id but c of what is left, lowest id on ties, and its probability by the same normaliser
 
+    guided     ids of classes that the position does not allow are no candidates, as if their logits were -inf; where p
+               is a share of all ids they count in the normaliser all the same
+
     logits [R, L, V], or [M, V] with an index [R, L]; any float type and strides; parameters per row [R]
-    -> token [R, L] int64, confidence [R, L] float32. Logits that are an error (NaN, +inf, all -inf) give token -1 and
-    confidence NaN; positions that were not asked for token -1 and confidence -inf
+    -> token [R, L] int64, confidence [R, L] float32. Logits that are an error (NaN, +inf, all that are allowed -inf)
+    give token -1 and confidence NaN; positions that were not asked for token -1 and confidence -inf
 
 The draw is a two-level inverse CDF over tiles of TILE_V ids in id order: stream 0 picks the tile, stream 1 + tile the
 id inside it. So one pass over the logits can draw without knowing the normaliser; under OWN_SOFTMAX it adds up the mass
@@ -27,10 +30,23 @@ import torch
 from ._ambient import run_kernel
 from ._triton import register_op, tl, triton, use_triton
 from ._tuned import measured
-from .filters import CHUNK, GROUP, PIVOTS, STEP_BITS, _draw, _filter_kernel, _filters, _finite, _scale, cut_ref
+from .filters import (
+    CHUNK,
+    GROUP,
+    PIVOTS,
+    STEP_BITS,
+    _draw,
+    _filter_kernel,
+    _filters,
+    _finite,
+    _may_stand,
+    _scale,
+    _table,
+    cut_ref,
+)
 from .overlap import inputs_ready
 from .philox import _pick, _uniform, pick_ref, uniform_ref
-from .roles import BAN_MASK, ID_ARGUMENTS, OWN_SOFTMAX, SpecialIds, _locate
+from .roles import BAN_MASK, GUIDED, ID_ARGUMENTS, OWN_SOFTMAX, SpecialIds, _locate
 
 TILE_V = 4096  # part of the definition of a draw: the same in the reference and in every kernel
 _SLAB = 2**19  # logits whose probabilities the reference holds at a time: they stay in a CPU's cache
@@ -50,16 +66,21 @@ class SampleParams(NamedTuple):
     seed: torch.Tensor  # int64
 
 
-def candidates_ref(logits, row, position, step, params, ids, flags, tile_v=TILE_V, runner_up=False):
+def candidates_ref(logits, row, position, step, params, ids, flags, tile_v=TILE_V, runner_up=False, allowed=None):
     """Candidates of M positions. See the module's text for the rule.
 
     logits [M, V]; row [M] int64 into the parameters; position [M] int64 absolute; step [M] int64;
-    params SampleParams [R]; ids SpecialIds; flags [R] integer, bits BAN_MASK and OWN_SOFTMAX.
+    params SampleParams [R]; ids SpecialIds; flags [R] integer, bits BAN_MASK and OWN_SOFTMAX; allowed bool [M, V], the
+    ids that each position may take, None for all.
     Returns token [M] int64, confidence [M] float32; with runner_up also the runner-up's, -1 and 0 where there is none.
     """
     if logits.shape[0] == 0:
         nothing = (row.new_empty(0), logits.new_empty(0, dtype=torch.float32))
         return nothing * 2 if runner_up else nothing
+    if allowed is not None:
+        open_logits = logits.masked_fill(~allowed, float("-inf"))
+        found = candidates_ref(open_logits, row, position, step, params, ids, flags, tile_v, runner_up)
+        return _as_of_all(found, logits, ((params.temperature == 0) | ((flags & OWN_SOFTMAX) != 0))[row])
     ban_mask = (flags & BAN_MASK) != 0
     if not bool((params.temperature > 0).any()):  # sync: the reference alone
         return _greedy_ref(logits, row, ids.mask, ban_mask, runner_up)
@@ -74,6 +95,18 @@ def candidates_ref(logits, row, position, step, params, ids, flags, tile_v=TILE_
         whole = _greedy_ref(logits, row, ids.mask, ban_mask, runner_up)
         found = tuple(into.index_copy_(0, drawn, part) for into, part in zip(whole, found, strict=True))
     return found
+
+
+def _as_of_all(found, logits, own):
+    """Candidates (and runners-up) that were found among some of the ids, as they are among all of logits [M, V]: with
+    confidences that are the model's own where `own` [M] says so, and errors where any logit is one."""
+    bad = (found[0] < 0) | ~(logits < float("inf")).all(-1)
+    result = []
+    for token, confidence, nothing in zip(found[::2], found[1::2], (float("nan"), 0), strict=False):
+        share = torch.where(own, _probability(logits, token.clamp(min=0)), confidence)
+        none = bad | (token < 0)
+        result += token.masked_fill(none, -1), share.masked_fill(none, nothing)
+    return tuple(result)
 
 
 def _slab_rows(logits):
@@ -195,9 +228,10 @@ def _sample_ref(logits, flags, position, step, params, mask_id, tile_v, runner_u
 
 
 def block_candidates_ref(
-    logits, start, step, params, ids, flags, index=None, wanted=None, tile_v=TILE_V, runner_up=False
+    logits, start, step, params, ids, flags, index=None, wanted=None, tile_v=TILE_V, runner_up=False, allowed=None
 ):
-    """candidates_ref of blocks: logits [R, L, V], or [M, V] and index [R, L]; start, step [R]; wanted bool [R, L].
+    """candidates_ref of blocks: logits [R, L, V], or [M, V] and index [R, L]; start, step [R]; wanted bool [R, L];
+    allowed Allowed of the rows that are GUIDED, None if none is.
 
     Returns tensors [R, L]; positions without logits or not wanted get -1, -inf (and -1, 0).
     """
@@ -215,9 +249,20 @@ def block_candidates_ref(
         else:
             logits = logits[own]
     row = at.div(shape[1], rounding_mode="floor")
-    found = candidates_ref(
-        logits, row, start[row] + at % shape[1], step[row].long(), params, ids, flags, tile_v, runner_up
-    )  # fmt: skip
+    where = (row, start[row] + at % shape[1], step[row].long())
+    rule = (params, ids, flags, tile_v, runner_up)
+    guided = None if allowed is None else ((flags & GUIDED) != 0)[row]
+    if guided is None or not bool(guided.any()):  # sync: the reference alone
+        found = candidates_ref(logits, *where, *rule)
+    else:
+        halves = torch.where(~guided)[0], torch.where(guided)[0]
+        parts = (
+            candidates_ref(logits[half], *(tensor[half] for tensor in where), *rule, allowed=may)
+            for half, may in zip(halves, (None, _allowed_ref(allowed, at[guided])), strict=True)
+        )
+        order = torch.cat(halves)
+        both = (torch.cat(found) for found in zip(*parts, strict=True))
+        found = tuple(torch.empty_like(tensor).index_copy_(0, order, tensor) for tensor in both)
     if index is None and wanted is None:
         return tuple(tensor.view(shape) for tensor in found)
     nothing = (-1, float("-inf"), -1, 0)
@@ -229,10 +274,24 @@ def block_candidates_ref(
     )
 
 
+def _allowed_ref(allowed, at):
+    """The ids that positions r * L + l, int64 [M], may take: bool [M, V]."""
+    bits = allowed.bits.flatten(0, 1)[at]  # [M, WORDS]
+    bit = torch.arange(32, dtype=torch.int32, device=at.device)
+    may_stand = ((bits[:, :, None] >> bit) & 1).bool().flatten(1)  # [M, MAX_CLASSES]
+    found = at.new_empty((len(at), allowed.classes.shape[1]), dtype=torch.bool)
+    row = at.div(allowed.bits.shape[1], rounding_mode="floor")
+    for one in row.unique().tolist():  # sync: the reference alone
+        own = row == one
+        found[own] = may_stand[own][:, allowed.classes[one].long()]
+    return found
+
+
 @triton.jit
 def _vocab_kernel(
     LOGITS, INDEX, TOKENS, KIND, FROZEN,  # see _locate
     FLAGS, START, STEP, TEMPERATURE, TOP_K, TOP_P, SEED,  # [R]
+    CLASSES, BITS,  # Allowed, or None
     PART,  # float32 [5 or 7, R*L, TILES]: maximum, mass, candidate's logit; own maximum, own mass; (two best)
     PART_ID,  # int32 [1 or 3, R*L, TILES]: candidate, (two best)
     CHUNK_MAX, CHUNK_MASS,  # float32 [R*L, chunks] of positions that filter; None if no row does
@@ -255,6 +314,9 @@ def _vocab_kernel(
     temperature = tl.load(TEMPERATURE + row)
     sampled = temperature > 0
     scale = _scale(temperature)
+    table = None
+    if CLASSES is not None:
+        table = _table(CLASSES, BITS, flags, n, row, vocab)
     for i in tl.range(0, 1 if SPAN == 1 else tl.minimum(SPAN, tiles - begin), num_stages=STAGES):
         tile = begin + i
         ids = tile * TILE_V + tl.arange(0, TILE_V // CHUNK)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
@@ -265,12 +327,18 @@ def _vocab_kernel(
             mask_logit = tl.sum(tl.where(ids == mask_id, x, 0.0))  # a sum, since a maximum would lose NaN
             x = tl.where(ids == mask_id, _NONE, x)
         best = tl.max(x)
+        every, every_top, weighed = x, best, x  # the model's own but for the mask id; what the masses are of
+        unseen_is_bad = (mask_logit != mask_logit) | (mask_logit == float("inf"))
+        if CLASSES is not None:
+            x = tl.where(_may_stand(ids, ids < vocab, table), x, _NONE)
+            best = tl.max(x)
+            weighed = tl.where(sampled, x, every)
+            unseen_is_bad |= tl.max(((every != every) | (every == float("inf"))).to(tl.int32)) > 0
         first = tl.min(tl.where(x == best, ids, _NO_ID))
-        top = tl.where(sampled, best, tl.maximum(best, mask_logit))
-        weight = tl.exp2((x - _finite(top)) * scale)
+        top = tl.where(sampled, best, tl.maximum(every_top, mask_logit))
+        weight = tl.exp2((weighed - _finite(top)) * scale)
         mask_weight = tl.exp2((mask_logit - _finite(top)) * scale)
-        mask_is_bad = (mask_logit != mask_logit) | (mask_logit == float("inf"))
-        mask_weight = tl.where(sampled, tl.where(mask_is_bad, float("nan"), 0.0), mask_weight)
+        mask_weight = tl.where(sampled, tl.where(unseen_is_bad, float("nan"), 0.0), mask_weight)
         mass = tl.sum(weight) + mask_weight  # NaN if the tile holds NaN or +inf
 
         plane = tl.num_programs(0) * TILES
@@ -280,8 +348,8 @@ def _vocab_kernel(
         if sampled:
             if (flags & _OWN_SOFTMAX) != 0:
                 own_scale = _scale(tl.full([], 1.0, tl.float32))
-                own_top = tl.maximum(best, mask_logit)
-                own_mass = tl.sum(tl.exp2((x - _finite(own_top)) * own_scale))
+                own_top = tl.maximum(every_top, mask_logit)
+                own_mass = tl.sum(tl.exp2((every - _finite(own_top)) * own_scale))
                 own_mass += tl.exp2((mask_logit - _finite(own_top)) * own_scale)
                 tl.store(PART + 3 * plane + at, own_top)
                 tl.store(PART + 4 * plane + at, own_mass)
@@ -289,7 +357,7 @@ def _vocab_kernel(
             masses = tl.sum(weight, 1)
             hidden = tl.where((flags & _BAN_MASK) != 0, mask_id, -1)
             token, logit = _draw(
-                base, stride_v, tile * TILE_V, vocab, hidden, masses, _finite(top), scale, _NONE, uniform, CHUNK
+                base, stride_v, tile * TILE_V, vocab, hidden, table, masses, _finite(top), scale, _NONE, uniform, CHUNK
             )  # fmt: skip
             if CHUNK_MAX is not None:
                 if _filters(tl.load(TOP_K + row), tl.load(TOP_P + row), vocab):
@@ -388,11 +456,13 @@ def _candidates_kernel(
         tl.store(SECOND_CONFIDENCE + n, tl.where(none, 0.0, share), mask=column < L)
 
 
-def launch_parts(logits, index, roles, flags, start, step, params, ids, filters, runner_up=False, tile_v=TILE_V):
+def launch_parts(
+    logits, index, roles, flags, start, step, params, ids, filters, runner_up=False, tile_v=TILE_V, allowed=None
+):
     """The launches that read the logits: parts float32 [5 or 7, R*L, TILES], their ids int32 [1 or 3, ...], and tiles.
 
     roles: (tokens, kind, frozen) to read only what a step needs, else None. flags: integer [R].
-    filters: False if no row has top-k or top-p.
+    filters: False if no row has top-k or top-p. allowed: Allowed, None if no row is GUIDED.
     """
     if logits.dtype not in STEP_BITS:
         raise ValueError(f"logits: expected one of {', '.join(map(str, STEP_BITS))}, got {logits.dtype}")
@@ -408,7 +478,8 @@ def launch_parts(logits, index, roles, flags, start, step, params, ids, filters,
     if filters:
         chunks = torch.empty((2, positions, tiles * (tile_v // CHUNK)), dtype=torch.float32, device=device)
     tokens, kind, frozen = (None, None, None) if roles is None else roles
-    inputs = (logits, index, tokens, kind, frozen, flags, start, step, *params, parts, part_ids, *chunks)
+    tables = allowed or (None, None)
+    inputs = (logits, index, tokens, kind, frozen, flags, start, step, *params, *tables, parts, part_ids, *chunks)
     shape = {
         "L": length, "TILE_V": tile_v, "CHUNK": CHUNK, "TILES": room, "ONLY_NEEDED": roles is not None,
         "RUNNER_UP": runner_up,
@@ -426,13 +497,13 @@ def launch_parts(logits, index, roles, flags, start, step, params, ids, filters,
     return parts, part_ids, tiles
 
 
-def launch(logits, start, step, params, ids, flags, index, filters, runner_up, tile_v=TILE_V):
+def launch(logits, start, step, params, ids, flags, index, filters, runner_up, tile_v=TILE_V, allowed=None):
     rows, length = logits.shape[:2] if index is None else index.shape
     found = _empty(logits, index, runner_up)
     if rows * length == 0:
         return found
     parts, part_ids, tiles = launch_parts(
-        logits, index, None, flags, start, step, params, ids, filters, runner_up, tile_v
+        logits, index, None, flags, start, step, params, ids, filters, runner_up, tile_v, allowed
     )  # fmt: skip
     columns, num_warps = row_layout(length)
     run_kernel(

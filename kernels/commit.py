@@ -5,10 +5,14 @@
     block end   whether the block has ended, and the row's counters
     EOS         whether the row has
 
+A GUIDED row is only looked at: its report holds the candidates in place of what the block has at masked and editable
+positions, and a host decides by commit_ref what is written.
+
 Each is there twice, with the same arguments first: for all rows in PyTorch (_ref), and for one row inside the kernel,
 which is one launch. Shapes: R rows, L block_length, K EOS ids a row.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import reduce
 from operator import or_
@@ -18,7 +22,7 @@ import torch
 from ._triton import tl, triton
 from .candidates import _combine
 from .overlap import inputs_ready
-from .roles import EDITING, FILL_PROMPT, GENERATED, PADDING, PROMPT, SpecialIds, _roles, roles_ref
+from .roles import EDITING, FILL_PROMPT, GENERATED, GUIDED, PADDING, PROMPT, SpecialIds, _roles, roles_ref
 from .state import (
     BLOCK_DONE,
     CHANGED,
@@ -42,9 +46,20 @@ from .state import (
 
 
 def commit_ref(
-    token: torch.Tensor, confidence: torch.Tensor, state: BlockState, params: RefineParams, ids: SpecialIds
+    token: torch.Tensor,
+    confidence: torch.Tensor,
+    state: BlockState,
+    params: RefineParams,
+    ids: SpecialIds,
+    check: Callable | None = None,
 ) -> RefineOutput:
-    """All that follows the candidates, in the order of _commit_kernel; token, confidence [R, L]."""
+    """All that follows the candidates, in the order of _commit_kernel.
+
+    token, confidence: the candidates [R, L].
+    state, params, ids: as of refine_step.
+    check: has the last word on what is written: of commit, edit and what is masked, bool [R, L] each, it makes the
+        commits (of masked positions) and edits that are. None for those that the rules select.
+    """
     asked = reduce(or_, params.flags.tolist(), 0)  # sync: the reference alone; what no row asks for is skipped
     masked, editable = roles_ref(state.tokens, state.kind, state.frozen, params.flags, ids.mask, asked)  # [R, L]
     before = masked.sum(-1, dtype=torch.int32)  # [R, L] -> [R]
@@ -53,10 +68,18 @@ def commit_ref(
     if bool(confidence.sum().isnan()):  # sync: the reference alone; there is no +inf
         error = live & (confidence.isnan() & (masked | editable)).any(-1)
         live = live & ~error
+    shown = None
+    if asked & GUIDED:
+        guided = (params.flags & GUIDED) != 0
+        shown = (masked | editable) & guided[:, None]
+        live = live & ~guided
+    if error is not None or shown is not None:
         masked, editable = masked & live[:, None], editable & live[:, None]
 
     commit = _select_ref(masked, confidence, state, params)
     edit = _edit_ref(editable, token, confidence, state.tokens, params, asked)
+    if check is not None:
+        commit, edit = check(commit, edit, masked)
     written = commit | edit
     torch.where(written, token, state.tokens, out=state.tokens)
     torch.where(written, confidence, state.commit_confidence, out=state.commit_confidence)
@@ -72,8 +95,15 @@ def commit_ref(
     commits = commit.sum(-1, dtype=torch.int32)  # [R, L] -> [R]
     changed = (commits + edits).sign()
     torch.where(live, changed, state.changed, out=state.changed)
+    told = state
+    if shown is not None:
+        eos_at = eos_at.masked_fill(guided, -1)
+        told = replace(
+            state, tokens=torch.where(shown, token, state.tokens),
+            commit_confidence=torch.where(shown, confidence, state.commit_confidence),
+        )  # fmt: skip
     status = (state.frozen | changed * CHANGED, left, commits, edits, eos_at, state.step, state.post_steps, before)
-    return RefineOutput(report_ref(status, state), token, confidence, commit, edit)
+    return RefineOutput(report_ref(status, told), token, confidence, commit, edit)
 
 
 def judge_ref(
@@ -173,7 +203,7 @@ def _first(mask):
 
 
 _GENERATED, _PROMPT, _PADDING = tl.constexpr(GENERATED), tl.constexpr(PROMPT), tl.constexpr(PADDING)
-_FILL_PROMPT, _EDITING = tl.constexpr(FILL_PROMPT), tl.constexpr(EDITING)
+_FILL_PROMPT, _EDITING, _GUIDED = tl.constexpr(FILL_PROMPT), tl.constexpr(EDITING), tl.constexpr(GUIDED)
 _EOS_STEP, _EOS_END, _EOS_COMMIT = tl.constexpr(EOS_STEP), tl.constexpr(EOS_END), tl.constexpr(EOS_COMMIT)
 _EOS_HOLDS, _EOS_CLEAN = tl.constexpr(EOS_HOLDS), tl.constexpr(EOS_CLEAN)
 _PRIOR_MASK, _PRIOR_EOS = tl.constexpr(PRIOR_MASK), tl.constexpr(PRIOR_EOS)
@@ -266,9 +296,9 @@ def _commit_kernel(
     STATE, PARAMS, OUT,  # BlockState, RefineParams, RefineOutput
     ids, tiles,
     L: tl.constexpr, TILES: tl.constexpr, COLUMNS: tl.constexpr, ONLY_NEEDED: tl.constexpr, NUM_EOS: tl.constexpr,
-    EARLY: tl.constexpr,
+    ANY_GUIDED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Grid (R,): one row from its parts to its next block, as commit_ref; a frozen row only reports."""
+    """Grid (R,): one row from its parts to its next block, as commit_ref; frozen and GUIDED rows only report."""
     inputs_ready(EARLY)
     row = tl.program_id(0)
     column = tl.arange(0, COLUMNS)
@@ -295,6 +325,8 @@ def _commit_kernel(
     confidence = tl.where(wanted, confidence, float("-inf"))
     error = (frozen == 0) & (_count((confidence != confidence) & (masked | editable)) > 0)
     live = (frozen == 0) & (error == 0)
+    if ANY_GUIDED:
+        live &= (flags & _GUIDED) == 0
 
     commit = _select(masked, confidence, STATE, PARAMS, row, column, L) & live
     edit = _edit(editable, token, confidence, held, PARAMS, row) & live
@@ -323,6 +355,11 @@ def _commit_kernel(
     tl.store(OUT.confidence + n, confidence, mask=inside)
     tl.store(OUT.commit + n, commit, mask=inside)
     tl.store(OUT.edit + n, edit, mask=inside)
+    if ANY_GUIDED:
+        guided = (flags & _GUIDED) != 0
+        shown = guided & (masked | editable)
+        new, commit_confidence = tl.where(shown, token, new), tl.where(shown, confidence, commit_confidence)
+        eos_at = tl.where(guided, -1, eos_at)
     REPORT = OUT.report + row * (_NUM_STATUS + 1 + 3 * L)
     tl.store(REPORT + 0, now | changed * _CHANGED)
     tl.store(REPORT + 1, left)

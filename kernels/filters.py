@@ -15,14 +15,14 @@ import torch
 from ._triton import tl, triton
 from .overlap import inputs_ready
 from .philox import _pick, _uniform
-from .roles import BAN_MASK, _locate
+from .roles import BAN_MASK, GUIDED, WORDS, _locate
 
 CHUNK = 64  # ids; a tile of the vocabulary pass is a whole number of chunks
 PIVOTS = 4
 GROUP = 32  # chunks that are looked at together
 STEP_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}  # float32 bits that are always zero
 
-_BAN_MASK = tl.constexpr(BAN_MASK)
+_BAN_MASK, _GUIDED, _WORDS = tl.constexpr(BAN_MASK), tl.constexpr(GUIDED), tl.constexpr(WORDS)
 _NONE = tl.constexpr(float("-inf"))
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -76,10 +76,35 @@ def _filters(top_k, top_p, vocab):
 
 
 @triton.jit
-def _draw(base, stride_v, first_id, vocab, hidden, mass, top, scale, cut, uniform, CHUNK: tl.constexpr):
+def _table(CLASSES, BITS, flags, n, row, vocab):
+    """What says which ids position n of a row may take: whether the row is guided, its classes, the position's bits."""
+    return (flags & _GUIDED) != 0, CLASSES + row.to(tl.int64) * vocab, BITS + n.to(tl.int64) * _WORDS
+
+
+@triton.jit
+def _may_stand(ids, there, table):
+    """Whether a position may take ids by its _table; undefined where not there."""
+    guided, CLASSES, BITS = table
+    number = tl.load(CLASSES + ids, mask=there & guided, other=0).to(tl.int32)
+    word = tl.load(BITS + (number >> 5), mask=there & guided, other=-1)
+    return ((word >> (number & 31)) & 1) != 0
+
+
+@triton.jit
+def _load_logits(base, stride_v, ids, there, hidden, table):
+    """float32: the logits of ids, -inf where not there, of id `hidden` and where the _table, if any, forbids them."""
+    x = tl.load(base + ids.to(tl.int64) * stride_v, mask=there, other=_NONE).to(tl.float32)
+    x = tl.where(ids == hidden, _NONE, x)
+    if table is not None:
+        x = tl.where(_may_stand(ids, there, table), x, _NONE)
+    return x
+
+
+@triton.jit
+def _draw(base, stride_v, first_id, vocab, hidden, table, mass, top, scale, cut, uniform, CHUNK: tl.constexpr):
     """Inverse CDF in a tile that begins at first_id, from the masses [chunks] of its chunks: the id and its logit.
 
-    Only the chunk that is hit is read. Ids below the cut and id `hidden` weigh nothing.
+    Only the chunk that is hit is read. Ids below the cut and those that are left out weigh nothing.
     """
     target = tl.sum(mass, 0) * uniform
     chunk = _pick(mass, target)
@@ -87,8 +112,8 @@ def _draw(base, stride_v, first_id, vocab, hidden, mass, top, scale, cut, unifor
     lane = tl.arange(0, CHUNK)
     ids = first_id + chunk * CHUNK + lane
     there = (ids >= first_id) & (ids < vocab)
-    x = tl.load(base + ids.to(tl.int64) * stride_v, mask=there, other=_NONE).to(tl.float32)
-    x = tl.where((ids == hidden) | (x < cut), _NONE, x)
+    x = _load_logits(base, stride_v, ids, there, hidden, table)
+    x = tl.where(x < cut, _NONE, x)
     at = _pick(tl.exp2((x - top) * scale), target)
     return first_id + chunk * CHUNK + at, tl.max(tl.where(lane == at, x, _NONE), 0)
 
@@ -108,19 +133,18 @@ def _value(key, STEP_BITS: tl.constexpr):
 
 
 @triton.jit
-def _load_chunks(base, stride_v, LIST, first, count, vocab, hidden, GROUP: tl.constexpr, CHUNK: tl.constexpr):
+def _load_chunks(base, stride_v, LIST, first, count, vocab, hidden, table, GROUP: tl.constexpr, CHUNK: tl.constexpr):
     """Chunks LIST[first : first + GROUP]: logits float32 [GROUP, CHUNK], -inf past the end; chunk numbers [GROUP]."""
     slot = first + tl.arange(0, GROUP)
     chunk = tl.load(LIST + slot, mask=slot < count, other=0)
     ids = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
     there = (slot < count)[:, None] & (ids < vocab)
-    x = tl.load(base + ids.to(tl.int64) * stride_v, mask=there, other=_NONE).to(tl.float32)
-    return tl.where(ids == hidden, _NONE, x), chunk
+    return _load_logits(base, stride_v, ids, there, hidden, table), chunk
 
 
 @triton.jit
 def _search(
-    base, stride_v, LIST, count, vocab, hidden, top, scale, low, least,
+    base, stride_v, LIST, count, vocab, hidden, table, top, scale, low, least,
     BY_COUNT: tl.constexpr, STEP_BITS: tl.constexpr, PIVOTS: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -138,7 +162,7 @@ def _search(
         mass = tl.zeros([PIVOTS], tl.float32)
         number = tl.zeros([PIVOTS], tl.int32)
         for first in tl.range(0, count, GROUP, num_stages=STAGES):
-            x, _chunk = _load_chunks(base, stride_v, LIST, first, count, vocab, hidden, GROUP, CHUNK)
+            x, _chunk = _load_chunks(base, stride_v, LIST, first, count, vocab, hidden, table, GROUP, CHUNK)
             weight = tl.exp2((x - top) * scale)
             reach = x[None, :, :] >= value
             mass += tl.sum(tl.sum(tl.where(reach, weight[None, :, :], 0.0), 2), 1)
@@ -159,6 +183,7 @@ def _search(
 def _filter_kernel(
     LOGITS, INDEX, TOKENS, KIND, FROZEN,  # see _locate
     FLAGS, START, STEP, TEMPERATURE, TOP_K, TOP_P, SEED,  # [R]
+    CLASSES, BITS,  # Allowed, or None
     PART, PART_ID, CHUNK_MAX, CHUNK_MASS,  # see _vocab_kernel
     CHUNK_LIST,  # int32 [R*L, chunks]: the memory of CHUNK_MAX
     vocab, mask_id, stride_r, stride_l, stride_v, tiles,
@@ -181,6 +206,9 @@ def _filter_kernel(
         return
     scale = _scale(temperature)
     hidden = tl.where((flags & _BAN_MASK) != 0, mask_id, -1)
+    table = None
+    if CLASSES is not None:
+        table = _table(CLASSES, BITS, flags, n, row, vocab)
     plane = tl.num_programs(0) * TILES
     PART += n * TILES
     lane = tl.arange(0, TILES)
@@ -220,19 +248,19 @@ def _filter_kernel(
     tl.debug_barrier()
     if by_count:
         low, total = _search(
-            base, stride_v, CHUNK_LIST, count, vocab, hidden, top, scale, low, top_k,
+            base, stride_v, CHUNK_LIST, count, vocab, hidden, table, top, scale, low, top_k,
             True, STEP_BITS, PIVOTS, GROUP, CHUNK, STAGES,
         )  # fmt: skip
     if top_p < 1:
         low, total = _search(
-            base, stride_v, CHUNK_LIST, count, vocab, hidden, top, scale, low, top_p * total,
+            base, stride_v, CHUNK_LIST, count, vocab, hidden, table, top, scale, low, top_p * total,
             False, STEP_BITS, PIVOTS, GROUP, CHUNK, STAGES,
         )  # fmt: skip
     cut = _value(low, STEP_BITS)
 
     kept = tl.zeros([TILES], tl.float32)  # mass of each tile
     for first in tl.range(0, count, GROUP, num_stages=STAGES):
-        y, number = _load_chunks(base, stride_v, CHUNK_LIST, first, count, vocab, hidden, GROUP, CHUNK)
+        y, number = _load_chunks(base, stride_v, CHUNK_LIST, first, count, vocab, hidden, table, GROUP, CHUNK)
         part = tl.sum(tl.where(y >= cut, tl.exp2((y - top) * scale), 0.0), 1)
         kept += tl.sum(tl.where((number // PER_TILE)[:, None] == lane[None, :], part[:, None], 0.0), 0)
     seed = tl.load(SEED + row)
@@ -242,10 +270,10 @@ def _filter_kernel(
     tile = _pick(kept, total * _uniform(seed, position, step, tl.full([], 0, tl.int32)))
     local = tl.arange(0, PER_TILE)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
     ids = tile * TILE_V + local
-    x = tl.load(base + ids.to(tl.int64) * stride_v, mask=ids < vocab, other=_NONE).to(tl.float32)
-    x = tl.where((ids == hidden) | (x < cut), _NONE, x)
+    x = _load_logits(base, stride_v, ids, ids < vocab, hidden, table)
+    x = tl.where(x < cut, _NONE, x)
     token, logit = _draw(
-        base, stride_v, tile * TILE_V, vocab, hidden, tl.sum(tl.exp2((x - top) * scale), 1), top, scale, cut,
+        base, stride_v, tile * TILE_V, vocab, hidden, table, tl.sum(tl.exp2((x - top) * scale), 1), top, scale, cut,
         _uniform(seed, position, step, tile + 1), CHUNK,
     )  # fmt: skip
 

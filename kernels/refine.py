@@ -8,6 +8,9 @@
                 max_post_steps-th mask-free step; never after more than max_steps
     EOS         a row is finished as soon as a generated position holds an EOS with no mask before it
 
+A GUIDED row's step ends with its candidates: they are in the report, and the host that knows what the row may hold
+decides and writes before the next one.
+
 Each row has its own block, parameters and counters and is computed by itself. Frozen rows (state.frozen != 0) change
 nothing. Shapes: R rows, L block_length, V vocab. Source: the LLaDA2.0/2.1 model cards' generate; diffusers'
 BlockRefinementScheduler; where they differ the flags of RefineParams say which rule holds.
@@ -29,11 +32,15 @@ from .roles import (  # noqa: F401  some for callers, beside the others
     EDITING,
     FILL_PROMPT,
     GENERATED,
+    GUIDED,
     ID_ARGUMENTS,
+    MAX_CLASSES,
     OWN_SOFTMAX,
     PADDING,
     PROMPT,
     TAIL,
+    WORDS,
+    Allowed,
     SpecialIds,
     needed_ref,
 )
@@ -80,12 +87,13 @@ def refine_step_ref(
     index: torch.Tensor | None = None,
     only_needed: bool = False,
     tile_v: int = TILE_V,
+    allowed: Allowed | None = None,
 ) -> RefineOutput:
     """One step in PyTorch; see refine_step. tile_v: ids that a draw takes together, smaller in tests alone."""
     sampling = SampleParams(params.temperature, params.top_k, params.top_p, params.seed)
     wanted = needed_positions(state, params, ids) if only_needed else None
     token, confidence = block_candidates_ref(
-        logits, state.block_start, state.step, sampling, ids, params.flags, index, wanted, tile_v
+        logits, state.block_start, state.step, sampling, ids, params.flags, index, wanted, tile_v, allowed=allowed
     )  # fmt: skip
     return commit_ref(token, confidence, state, params, ids)
 
@@ -99,25 +107,29 @@ def launch(
     filters: bool,
     only_needed: bool,
     tile_v: int = TILE_V,
+    allowed: Allowed | None = None,
 ) -> RefineOutput:
-    """refine_step's launches. Raises ValueError where a tensor of state or params, or index, is not contiguous."""
+    """refine_step's launches. Raises ValueError where a tensor of state, params, allowed or index is not contiguous."""
     rows, length = state.tokens.shape
     output = _empty(state.tokens)
     if rows * length == 0:
         return output
-    for name, tensor in (vars(state) | vars(params) | {"index": index}).items():
+    tables = {} if allowed is None else allowed._asdict()
+    for name, tensor in (vars(state) | vars(params) | {"index": index} | tables).items():
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
     sampling = (params.temperature, params.top_k, params.top_p, params.seed)
     roles = (state.tokens, state.kind, state.frozen) if only_needed else None
     parts, part_ids, tiles = launch_parts(
-        logits, index, roles, params.flags, state.block_start, state.step, sampling, ids, filters, tile_v=tile_v
+        logits, index, roles, params.flags, state.block_start, state.step, sampling, ids, filters, tile_v=tile_v,
+        allowed=allowed,
     )  # fmt: skip
     columns, num_warps = row_layout(length)
     run_kernel(
         _commit_kernel, (rows,),
         index, parts, part_ids, StateTensors(**vars(state)), ParamTensors(**vars(params)), output, ids, tiles,
         L=length, TILES=parts.shape[2], COLUMNS=columns, ONLY_NEEDED=only_needed, NUM_EOS=params.eos_ids.shape[1],
+        ANY_GUIDED=allowed is not None,
         num_warps=num_warps,
     )  # fmt: skip
     return output
@@ -136,11 +148,11 @@ def _empty(tokens):
 def _dispatch(logits, *arguments):
     state = BlockState(*arguments[:_NUM_STATE])
     params = RefineParams(*arguments[_NUM_STATE:_NUM_TENSORS])
-    index, filters, only_needed, *ids = arguments[_NUM_TENSORS:]
-    ids = SpecialIds(*ids)
+    index, classes, bits, filters, only_needed, *ids = arguments[_NUM_TENSORS:]
+    ids, allowed = SpecialIds(*ids), None if classes is None else Allowed(classes, bits)
     if use_triton(logits):
-        return tuple(launch(logits, state, params, ids, index, filters, only_needed))
-    return tuple(refine_step_ref(logits, state, params, ids, index, only_needed))
+        return tuple(launch(logits, state, params, ids, index, filters, only_needed, allowed=allowed))
+    return tuple(refine_step_ref(logits, state, params, ids, index, only_needed, allowed=allowed))
 
 
 _ALIAS = {  # what a step writes, in the notation of torch.library
@@ -152,7 +164,7 @@ _NUM_TENSORS = _NUM_STATE + len(fields(RefineParams))
 _op = register_op(
     "refine_step(Tensor logits, "
     + ", ".join(f"Tensor{_ALIAS.get(f.name, '')} {f.name}" for f in (*fields(BlockState), *fields(RefineParams)))
-    + f", Tensor? index, bool filters, bool only_needed, {ID_ARGUMENTS})"
+    + f", Tensor? index, Tensor? classes, Tensor? bits, bool filters, bool only_needed, {ID_ARGUMENTS})"
     + " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _dispatch,
     lambda logits, tokens, *arguments: tuple(_empty(tokens)),
@@ -172,6 +184,7 @@ def refine_step(
     index: torch.Tensor | None = None,
     filters: bool = True,
     only_needed: bool = False,
+    allowed: Allowed | None = None,
 ) -> RefineOutput:
     """One refinement step of R rows; updates `state` in place.
 
@@ -182,9 +195,10 @@ def refine_step(
     index: int64 [R, L], each position's row of logits [M, V], -1 for none; needed_positions says which must be there
     filters: False promises that no row has top_k or top_p, which saves a launch on a GPU
     only_needed: leave out the positions that the step does not need, whatever logits there are
+    allowed: what GUIDED rows may choose from, rows that are not never read it; None promises that no row is GUIDED
 
-    Returns what was done. A row whose needed logits hold NaN or +inf, or -inf alone, gets the ERROR bit, is frozen and
-    keeps its block. Raises ValueError on shapes that do not fit, and on ids of another type.
+    Returns what was done. A row whose needed logits hold NaN or +inf, or -inf alone where they are allowed, gets the
+    ERROR bit, is frozen and keeps its block. Raises ValueError on shapes that do not fit, and on ids of another type.
     """
     if not isinstance(ids, SpecialIds):
         raise ValueError(f"ids: expected SpecialIds(mask, ...), got {ids!r}")
@@ -194,5 +208,13 @@ def refine_step(
     if index is not None and (logits.ndim != 2 or index.shape != (rows, length)):
         raise ValueError(f"logits, index: expected [M, V], [{rows}, {length}], got {tuple(logits.shape)}, "
                          f"{tuple(index.shape)}")  # fmt: skip
-    tensors = (logits, *_values(state), *_values(params))
-    return RefineOutput(*_op(*tensors, index, filters, only_needed, *ids))
+    if allowed is not None:
+        shapes = Allowed((rows, logits.shape[-1]), (rows, length, WORDS))
+        for name, tensor, shape, dtype in zip(
+            Allowed._fields, allowed, shapes, (torch.int16, torch.int32), strict=True
+        ):
+            if tensor.shape != shape or tensor.dtype != dtype:
+                raise ValueError(f"allowed.{name}: expected {dtype} {list(shape)}, got {tensor.dtype} "
+                                 f"{list(tensor.shape)}")  # fmt: skip
+    tensors = (logits, *_values(state), *_values(params), index, *(allowed or (None, None)))
+    return RefineOutput(*_op(*tensors, filters, only_needed, *ids))

@@ -21,6 +21,23 @@ BAN_MASK = 1  # the mask id is never a candidate
 FILL_PROMPT = 2  # mask ids at prompt positions are filled like any other (model cards)
 EDITING = 4  # T2T editing
 OWN_SOFTMAX = 256  # a drawn token's confidence is its share of all ids at temperature 1, not of what it was drawn from
+GUIDED = (
+    512  # candidates come from allowed ids alone, and nothing is written: the report holds them, for a host to decide
+)
+
+
+MAX_CLASSES = 4096  # of a row's ids
+WORDS = MAX_CLASSES // 32
+
+
+class Allowed(NamedTuple):
+    """What GUIDED rows may choose from: the ids fall into classes, and positions allow some of these.
+
+    A row's entries are read where it is GUIDED.
+    """
+
+    classes: torch.Tensor  # int16 [R, V]: each id's class, from 0 to MAX_CLASSES - 1
+    bits: torch.Tensor  # int32 [R, L, WORDS]: bit c % 32 of word c // 32: class c may stand at the position
 
 
 class SpecialIds(NamedTuple):

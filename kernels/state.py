@@ -135,7 +135,8 @@ class RefineOutput(NamedTuple):
 
 def report_ref(status: tuple[torch.Tensor, ...], state: BlockState) -> torch.Tensor:
     """The report int32 [R, 9 + 3 L] of the columns of a status: these, the number of the block in its row, and after
-    the step its tokens, their steps of commit and the bits of their confidences at commit [L each]."""
+    the step its tokens, their steps of commit and the bits of their confidences at commit [L each]; of a GUIDED row
+    token and confidence of the candidates at masked and editable positions (commit.py)."""
     block = (state.block_start // state.tokens.shape[1]).int()
     confidence = state.commit_confidence.view(torch.int32)
     return torch.cat((torch.stack((*status, block), 1), state.tokens.int(), state.commit_step, confidence), 1)

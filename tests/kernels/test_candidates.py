@@ -8,7 +8,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from llada2_fast.kernels import candidates as ops
-from llada2_fast.kernels import filters
+from llada2_fast.kernels import filters, roles
 from llada2_fast.kernels._triton import force_ops, tl, triton
 from tests.kernels import truth
 from tests.kernels.interpreter import interpreted
@@ -84,7 +84,20 @@ def sizes(draw, filters):
     return rows, length, vocab, tile_v
 
 
-def check(size, dtype, layout, runner_up, seed, filters):
+def tables_of(rows, length, vocab, generator):
+    """Allowed of random classes, and what it says: bool [R, L, V]."""
+    numbers = (0, 1, 31, 32, 1000, roles.MAX_CLASSES - 1)
+    which = torch.randint(len(numbers), (rows, vocab), generator=generator)
+    chance = torch.rand(rows, length, 1, generator=generator)
+    stands = torch.rand(rows, length, len(numbers), generator=generator) < 0.2 + chance
+    bits = torch.zeros(rows, length, roles.WORDS, dtype=torch.int32)
+    for stand, number in zip(stands.unbind(-1), numbers, strict=True):
+        bits[..., number // 32] |= stand.int() << number % 32
+    may = stands.gather(2, which[:, None].expand(rows, length, vocab))
+    return roles.Allowed(torch.tensor(numbers, dtype=torch.int16)[which], bits), may
+
+
+def check(size, dtype, layout, runner_up, seed, filters, guided=False):
     rows, length, vocab, tile_v = size
     generator = torch.Generator().manual_seed(seed)
 
@@ -105,11 +118,14 @@ def check(size, dtype, layout, runner_up, seed, filters):
     )
     start, step = one_of((0, 7, 2**31 + 5), rows, dtype=torch.int64), one_of((0, 1, 9), rows, dtype=torch.int32)
     flags = one_of((0, ops.BAN_MASK, ops.OWN_SOFTMAX, ops.BAN_MASK | ops.OWN_SOFTMAX), rows, dtype=torch.int32)
+    allowed, may = tables_of(rows, length, vocab, generator) if guided else (None, None)
+    if guided:
+        flags |= one_of((0, roles.GUIDED, roles.GUIDED), rows, dtype=torch.int32)
     shown, index = lay_out(logits, layout)
     rule = (start, step, params, ops.SpecialIds(mask_id), flags, index)
-    wanted = ops.block_candidates_ref(shown, *rule, tile_v=tile_v, runner_up=runner_up)
+    wanted = ops.block_candidates_ref(shown, *rule, tile_v=tile_v, runner_up=runner_up, allowed=allowed)
     with interpreted():
-        got = ops.launch(shown, *rule, filters, runner_up, tile_v)
+        got = ops.launch(shown, *rule, filters, runner_up, tile_v, allowed)
     assert len(got) == len(wanted) == (4 if runner_up else 2)
     for a, b in zip(got, wanted, strict=True):
         assert a.shape == b.shape == (rows, length) and a.dtype == b.dtype
@@ -122,7 +138,7 @@ def check(size, dtype, layout, runner_up, seed, filters):
                 continue
             known = truth.candidate(
                 logits[row, at], *(tensor[row].item() for tensor in params), int(start[row]) + at, int(step[row]),
-                mask_id, int(flags[row]), tile_v,
+                mask_id, int(flags[row]), tile_v, may[row, at] if flags[row] & roles.GUIDED else None,
             )  # fmt: skip
             if known is None:
                 assert kernel[0] == reference[0] == -1 and math.isnan(kernel[1]) and math.isnan(reference[1])
@@ -169,7 +185,7 @@ def test_the_cut_of_nearly_flat_rows(top_k, top_p):
 @triton.jit
 def _search_kernel(LOGITS, LIST, KEY, low, least, scale, BY_COUNT: tl.constexpr):
     top = tl.max(tl.load(LOGITS + tl.arange(0, 64)), 0)
-    found, _mass = filters._search(LOGITS, 1, LIST, 1, 64, -1, top, scale, low, least, BY_COUNT, 0, 4, 1, 64, 1)
+    found, _mass = filters._search(LOGITS, 1, LIST, 1, 64, -1, None, top, scale, low, least, BY_COUNT, 0, 4, 1, 64, 1)
     tl.store(KEY, found)
 
 

@@ -19,14 +19,19 @@ def _pick(weight, uniform):
     return index, math.inf if not len(ends) else float((ends - target).abs().min() / cumulative[-1])
 
 
-def candidate(x, temperature, top_k, top_p, seed, position, step, mask_id, flags, tile_v):
-    """Token, confidence, runner-up and its confidence, margin, of one position's logits x [V]; None for an error."""
+def candidate(x, temperature, top_k, top_p, seed, position, step, mask_id, flags, tile_v, may=None):
+    """Token, confidence, runner-up and its confidence, margin, of one position's logits x [V]; None for an error.
+
+    may: bool [V], the ids that it may take, None for all.
+    """
     x = x.double()
     if bool((x.isnan() | (x == math.inf)).any()):
         return None
     y = x.clone()
     if flags & BAN_MASK and 0 <= mask_id < len(x):
         y[mask_id] = -math.inf
+    if may is not None:
+        y[~may] = -math.inf
     if y.max() == -math.inf:
         return None
     if temperature == 0:
