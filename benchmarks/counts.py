@@ -142,11 +142,11 @@ def around_the_graph():
 # The kernels at their real shapes, without data.
 
 
-def launches(mode):
+def launches(mode, guided=False):
     """Names of what a refinement step launches, at the real size and without data, which no host sync would survive."""
-    step = RefineStep(8, 157184, torch.bfloat16, "meta", mode)
+    step = RefineStep(8, 157184, torch.bfloat16, "meta", mode, guided=guided)
     with recorded() as kernels, Calls() as counted:
-        refine.launch(step.logits, step.state, step.params, step.ids, None, step.filters, False)
+        refine.launch(step.logits, step.state, step.params, step.ids, None, step.filters, False, allowed=step.allowed)
     return [*(found.kernel.__name__ for found in kernels), *counted.launched.elements()]
 
 
@@ -176,7 +176,8 @@ def passes(mode):
 
 
 def refinement():
-    """A refinement step of 8 blocks by mode: launches, passes over the logits and the bytes these are."""
+    """A refinement step of 8 blocks by mode: launches, passes over the logits and the bytes these are; launches where
+    the rows are guided."""
     logits = 8 * BLOCK * MINI.vocab_size * 2
     for mode in ("greedy", "temperature", "top_k_top_p"):
         read = passes(mode)
@@ -184,6 +185,9 @@ def refinement():
             "what": f"refinement, 8 blocks, {mode}", "launches": len(launches(mode)), "syncs": 0,
             "passes": round(read, 4), "bytes": round(read * logits),
         }  # fmt: skip
+    for mode in ("greedy", "top_k_top_p"):
+        count = len(launches(mode, guided=True))
+        yield {"what": f"refinement, 8 blocks, {mode}, guided", "launches": count, "syncs": 0}
 
 
 def whole_step(quantization):

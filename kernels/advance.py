@@ -61,8 +61,8 @@ def _begin_ref(state, bounds, lane, ids):
     position = start[:, None] + torch.arange(tokens.shape[1], device=lane.device)  # [n, L]
     behind, absent = position >= bounds.total[lane][:, None], position >= bounds.limit[lane][:, None]
     tokens = bounds.given[lane].masked_fill(behind, ids.mask)
-    kind = behind * TAIL + absent * (PADDING - TAIL) + (tokens != ids.mask) * PROMPT  # GENERATED is 0
-    state.reset_block(lane, tokens, kind.to(state.kind.dtype), start, prior_flags)
+    kind = (behind * TAIL + absent * (PADDING - TAIL)).to(state.kind.dtype)  # GENERATED is 0
+    state.reset_block(lane, tokens, kind.masked_fill_(tokens != ids.mask, PROMPT), start, prior_flags)
 
 
 def advance_ref(

@@ -330,7 +330,7 @@ def _vocab_kernel(
         every, every_top, weighed = x, best, x  # the model's own but for the mask id; what the masses are of
         unseen_is_bad = (mask_logit != mask_logit) | (mask_logit == float("inf"))
         if CLASSES is not None:
-            x = tl.where(_may_stand(ids, ids < vocab, table), x, _NONE)
+            x = tl.where(_may_stand(base, ids, ids < vocab, table), x, _NONE)
             best = tl.max(x)
             weighed = tl.where(sampled, x, every)
             unseen_is_bad |= tl.max(((every != every) | (every == float("inf"))).to(tl.int32)) > 0

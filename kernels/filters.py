@@ -82,10 +82,14 @@ def _table(CLASSES, BITS, flags, n, row, vocab):
 
 
 @triton.jit
-def _may_stand(ids, there, table):
-    """Whether a position may take ids by its _table; undefined where not there."""
+def _may_stand(base, ids, there, table):
+    """Whether a position whose logits begin at base may take ids, by its _table; undefined where not there."""
     guided, CLASSES, BITS = table
-    number = tl.load(CLASSES + ids, mask=there & guided, other=0).to(tl.int32)
+    offset = ids.to(tl.int64)
+    if base.dtype.element_ty.primitive_bitwidth == 32:
+        # as wide a load as that of the logits: a wider one would change how they lie in threads, and the sums' order
+        offset = tl.max_contiguous(offset, [4] if len(ids.shape) == 1 else [1, 4])
+    number = tl.load(CLASSES + offset, mask=there & guided, other=0).to(tl.int32)
     word = tl.load(BITS + (number >> 5), mask=there & guided, other=-1)
     return ((word >> (number & 31)) & 1) != 0
 
@@ -96,7 +100,7 @@ def _load_logits(base, stride_v, ids, there, hidden, table):
     x = tl.load(base + ids.to(tl.int64) * stride_v, mask=there, other=_NONE).to(tl.float32)
     x = tl.where(ids == hidden, _NONE, x)
     if table is not None:
-        x = tl.where(_may_stand(ids, there, table), x, _NONE)
+        x = tl.where(_may_stand(base, ids, there, table), x, _NONE)
     return x
 
 

@@ -80,9 +80,17 @@ def refine_case(machine, modes):
     return logits, state, params, refine.SpecialIds(mask_id)
 
 
-def gate_refine(machine):
-    """All modes in one batch that commits and edits. Greedy rows: everything equal. Draws may differ where rounding
-    moves a boundary between two ids: 3 in 100 at most."""
+def allowed_case(machine, rows):
+    """Allowed of rows of refine_case: half of the classes may stand at a position."""
+    vocab, device = machine.config("mini").vocab_size, machine.device
+    classes = torch.randint(refine.MAX_CLASSES, (rows, vocab), device=device).to(torch.int16)
+    bits = torch.randint(-(2**31), 2**31, (rows, BLOCK, refine.WORDS), device=device).int()
+    return refine.Allowed(classes, bits)
+
+
+def gate_refine(machine, guided=False):
+    """All modes in one batch that commits and edits; guided: three in four rows are. Greedy rows: everything equal.
+    Draws may differ where rounding moves a boundary between two ids: 3 in 100 at most."""
     modes = ["greedy", "sampling", "filters", "greedy"] * machine.size(4, 1)
     logits, state, params, ids = refine_case(machine, modes)
     state.tokens[3::4, :16] = 7  # editable
@@ -90,11 +98,15 @@ def gate_refine(machine):
     params.threshold.fill_(0.5)
     params.edit_threshold.fill_(0.5)
     params.min_transfer.fill_(3)
+    allowed = None
+    if guided:
+        params.flags[torch.arange(len(modes)) % 4 < 3] |= refine.GUIDED
+        allowed = allowed_case(machine, len(modes))
     twin = copy.deepcopy(state)
     with poisoned():
-        out = refine.refine_step(logits, state, params, ids)
+        out = refine.refine_step(logits, state, params, ids, allowed=allowed)
     with force_ops("torch"):
-        wanted = refine.refine_step(logits, twin, params, ids)
+        wanted = refine.refine_step(logits, twin, params, ids, allowed=allowed)
     greedy = params.temperature == 0
     for name in ("status", "token", "commit", "edit"):
         if not torch.equal(getattr(out, name)[greedy], getattr(wanted, name)[greedy]):
@@ -204,6 +216,7 @@ def gate_rope(machine):
 
 GATES = {
     "refine": gate_refine,
+    "refine guided": partial(gate_refine, guided=True),
     "attention": gate_attention,
     "moe": gate_moe,
     "moe fp8": partial(gate_moe, quantization="fp8"),

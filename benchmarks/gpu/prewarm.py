@@ -89,7 +89,9 @@ def kernels(machine):
     """Those of benchmarks.gpu.kernels, which take other paths than a step."""
     for batch in gpu_kernels.BATCHES:
         for mode in gates.MODES:
-            refine.refine_step(*gates.refine_case(machine, [mode] * batch), filters=mode == "filters")
+            case = gates.refine_case(machine, [mode] * batch)
+            for allowed in (None, gates.allowed_case(machine, batch)):
+                refine.refine_step(*case, filters=mode == "filters", allowed=allowed)
         for prefix in gpu_kernels.PREFIXES:
             attention.block_attention(*gates.attention_case(machine, [prefix] * batch))
     for quantization in QUANTIZATIONS.values():
