@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 TIERS = [
     {"folders"},
     {"kernels", "config", "outputs"},
-    {"weights", "cache"},
+    {"weights", "cache", "structured"},
     {"layers", "masks"},
     {"model"},
     {"decoding"},
