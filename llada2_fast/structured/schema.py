@@ -14,7 +14,7 @@ from urllib.parse import unquote
 from .patterns import MAX_COUNT, string_pattern
 from .ranges import decimals
 
-MAX_CHARS = 200_000  # of a regular expression
+MAX_CHARS = 200_000  # of the regular expressions of a schema and of all its parts
 MAX_PROPERTIES = 256  # of an object: where all are optional, the expression grows with their square
 MAX_INTEGER, MAX_NUMBER = 2**64, 10**9  # ends of ranges
 PLACES = 6  # behind the point of a number with a range: up to MAX_NUMBER that is 15 digits, which a float tells apart
@@ -68,7 +68,7 @@ def json_regex(schema: dict) -> str:
     """
     try:
         root = _parsed(schema)
-        return _sized(_Reader(root).regex(root, "#"))
+        return _Reader(root).regex(root, "#")
     except RecursionError:
         raise ValueError("json_schema: nested too deep, expected less than some hundred levels") from None
 
@@ -98,9 +98,15 @@ class _Reader:
     """
 
     def __init__(self, root):
-        self.root = root
+        self.root, self.chars = root, 0
 
     def regex(self, schema, at, refs=()):
+        found = self._regex(schema, at, refs)
+        self.chars += len(found)  # of all levels: what $refs repeat is small at the lowest
+        _check_size(self.chars)
+        return found
+
+    def _regex(self, schema, at, refs):
         if schema is False:
             raise ValueError(f"json_schema: false at {at}: nothing is valid under it")
         schema = {} if schema is True else schema
@@ -109,16 +115,15 @@ class _Reader:
         words = [word for word in schema if word not in _ANNOTATIONS]
         for word in words:
             if word not in _KNOWN:
-                raise _bad(at, word, f"not supported, expected of {', '.join(sorted(_KNOWN))}")
+                raise _bad(at, word, f"not supported, expected one of {', '.join(sorted(_KNOWN))}")
         if "$id" in schema and schema is not self.root:
             raise _bad(at, "$id", "expected it at the root only")
         if not words:
             return _library({})
         for kind in _COMBINED:
             if kind in words:
-                allowed = {kind, "type"} if kind in ("enum", "const") else {kind}
                 for word in words:
-                    if word not in allowed:
+                    if word != kind and not (word == "type" and kind in ("enum", "const")):
                         raise _bad(at, word, f'expected it not beside "{kind}"')
                 return self._combined(kind, schema, at, refs)
         types = _types(schema, at) if "type" in schema else [[name for name in _OWN if words[0] in _OWN[name]][-1]]
@@ -178,16 +183,16 @@ class _Reader:
         tags = set(one.get("required", ())) & set(other.get("required", ()))
         return any(self._disjoint(one["properties"][tag], other["properties"][tag], at) for tag in tags)
 
-    def _object(self, schema, at, refs, _):
+    def _object(self, schema, at, refs, name):
         properties, required = schema.get("properties", {}), schema.get("required", [])
         others = schema.get("additionalProperties", True)
         if not isinstance(properties, dict) or len(properties) > MAX_PROPERTIES:
             raise _bad(at, "properties", f"{properties!r:.80}: expected an object, at most {MAX_PROPERTIES} names")
-        if not isinstance(required, list) or any(name not in list(properties) for name in required):
+        if not isinstance(required, list) or not all(isinstance(key, str) and key in properties for key in required):
             raise _bad(at, "required", f"{required!r:.80}: expected a list of names among the properties")
         if not isinstance(others, (bool, dict)):
             raise _bad(at, "additionalProperties", f"{others!r:.80}: expected a schema")
-        free = others is True or not set(others or ["none"]) - _ANNOTATIONS
+        free = others is True or isinstance(others, dict) and not others.keys() - _ANNOTATIONS
         if not properties and free:
             return _library({"type": "object"})
         if not properties and others is not False:
@@ -196,14 +201,14 @@ class _Reader:
         if not free and others is not False:
             raise _bad(at, "additionalProperties", "a schema beside properties, expected false or nothing")
         parts, marks, frame = [], {}, {}
-        for i, (name, one) in enumerate(properties.items()):
-            marks[name] = _marker(2 * i)
-            frame[marks[name]] = {"const": _marker(2 * i + 1)}
-            where = name.replace("~", "~0").replace("/", "~1")
-            parts += [_literal(name), self.regex(one, f"{at}/properties/{where}", refs)]
-        return _library({"type": "object", "properties": frame, "required": [marks[name] for name in required]}, parts)
+        for i, (key, one) in enumerate(properties.items()):
+            marks[key] = _marker(2 * i)
+            frame[marks[key]] = {"const": _marker(2 * i + 1)}
+            where = key.replace("~", "~0").replace("/", "~1")
+            parts += [_literal(key), self.regex(one, f"{at}/properties/{where}", refs)]
+        return _library({"type": "object", "properties": frame, "required": [marks[key] for key in required]}, parts)
 
-    def _array(self, schema, at, refs, _):
+    def _array(self, schema, at, refs, name):
         low, high = _counts(schema, at, "minItems", "maxItems")
         items = schema.get("items", True)
         if "prefixItems" in schema:
@@ -221,11 +226,10 @@ class _Reader:
             return _library({"type": "array"})
         if items is False or high == 0:
             return _literal([])
-        return _library(
-            {"type": "array", "items": {"const": _marker(0)}, **counts}, [self.regex(items, f"{at}/items", refs)]
-        )
+        part = self.regex(items, f"{at}/items", refs)
+        return _library({"type": "array", "items": {"const": _marker(0)}, **counts}, [part])
 
-    def _string(self, schema, at, *_):
+    def _string(self, schema, at, refs, name):
         _counts(schema, at, "minLength", "maxLength")
         lengths = {word: schema[word] for word in ("minLength", "maxLength") if word in schema}
         given = [word for word in ("pattern", "format") if word in schema] + [*lengths][:1]
@@ -237,15 +241,15 @@ class _Reader:
             except ValueError as error:
                 raise _bad(at, "pattern", f"{schema['pattern']!r:.80}: {error}") from None
         if "format" in schema:
-            name = schema["format"]
-            if not isinstance(name, str) or name not in _FORMATS:
-                raise _bad(at, "format", f"{name!r:.80}: expected one of {', '.join(_FORMATS)}")
-            return f'"{_FORMATS[name]}"'
+            shape = schema["format"]
+            if not isinstance(shape, str) or shape not in _FORMATS:
+                raise _bad(at, "format", f"{shape!r:.80}: expected one of {', '.join(_FORMATS)}")
+            return f'"{_FORMATS[shape]}"'
         return _library({"type": "string", **lengths})
 
-    def _integer(self, schema, at, _, name):
+    def _integer(self, schema, at, refs, name):
         if not any(word in schema for word in _RANGE):
-            return _plain(schema, at, _, name)
+            return _plain(schema, at, refs, name)
         limit, places = (MAX_NUMBER, PLACES) if name == "number" else (MAX_INTEGER, 0)
         lows, highs = [], []
         for word in _RANGE:
@@ -278,14 +282,13 @@ def _library(schema, parts=()):
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f'{error}: json_schema needs pip install "llada2-fast[structured]"') from error
     frame = build_regex_from_schema(json.dumps(schema))
-    _sized(frame, [parts[int(i)] for i in re.findall(_MARKER, frame)])
+    _check_size(len(frame) + sum(len(parts[int(i)]) for i in re.findall(_MARKER, frame)))
     return _either([re.sub(_MARKER, lambda marker: parts[int(marker[1])], frame)])
 
 
-def _sized(regex, more=()):
-    if len(regex) + sum(map(len, more)) > MAX_CHARS:
+def _check_size(chars):
+    if chars > MAX_CHARS:
         raise ValueError(f"json_schema: more than {MAX_CHARS} characters as a regular expression, expected fewer")
-    return regex
 
 
 def _marker(i):

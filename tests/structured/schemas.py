@@ -15,6 +15,7 @@ SCHEMAS = {
     "optional first": _object({"note": _STRING, "id": _INTEGER}, ["id"]),
     "all optional": {"type": "object", "properties": {"a": _INTEGER, "b": {"type": "null"}, "c": {"type": "boolean"}}},
     "closed": _object({"ok": {"type": "boolean"}}, additionalProperties=False),
+    "open": _object({"a": {"type": "null"}}, additionalProperties={}),
     "empty object": {"type": "object", "properties": {}, "additionalProperties": False},
     "map": {"type": "object", "additionalProperties": {"type": "integer", "minimum": 0}},
     "map of lists": {"type": "object", "additionalProperties": {"type": "array", "items": {"type": "boolean"}}},

@@ -8,7 +8,7 @@ from fractions import Fraction
 from functools import lru_cache
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llada2_fast.structured.ranges import decimals
@@ -154,6 +154,7 @@ VALUES = {
     "without type": ([{"a": "x"}], ['{"a": ""}', "{}"]),
     "any object": ([{}, {"a": 1, "b": [True, "x"], "c": {"d": None}}], ["[]"]),
     "anything in a list": ([[], [1], [{"a": None}, "x"]], ["[1, 2, 3]"]),
+    "open": ([{"a": None}], ['{"a": null, "b": 1}']),
     "eleven fields": (
         [{"f10": True}, {"f0": True, "f9": False, "f10": True}],
         ['{"f0": true}', '{"f10": true, "f2": true}'],
@@ -285,6 +286,12 @@ def test_refused_by_name(schema, word, where):
         json_regex(schema)
 
 
+def doubled(depth):
+    """A short schema whose references are 2**depth places."""
+    levels = {f"l{i}": {"anyOf": [{"$ref": f"#/$defs/l{i + 1}"}] * 2} for i in range(depth)}
+    return {"$ref": "#/$defs/l0", "$defs": {**levels, f"l{depth}": {"type": "null"}}}
+
+
 def nested(depth):
     schema = {"type": "null"}
     for _ in range(depth):
@@ -307,6 +314,7 @@ def nested(depth):
         ({"enum": (1, 2)}, "lists as arrays"),
         (nested(100), "nested too deep|more than 200000 characters"),
         (nested(5000), "nested too deep"),
+        (doubled(40), "more than 200000 characters"),
         ({"enum": [str(i) * 9 for i in range(10000)]}, "more than 200000 characters"),
     ],
     ids=lambda value: None if isinstance(value, str) else repr(type(value)),
@@ -389,15 +397,42 @@ _schemas = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
-@given(_schemas, st.integers(0, 2**32))
-def test_random_schemas(schema, seed):
+def check_refused_or_right(schema, seed):
     try:
         regex = json_regex(schema)
     except ValueError as error:
         assert str(error).startswith("json_schema: "), error
         return
     check_samples(schema, Language(regex), seed, 30)
+
+
+@settings(max_examples=150, deadline=None)
+@given(_schemas, st.integers(0, 2**32))
+def test_random_schemas(schema, seed):
+    check_refused_or_right(schema, seed)
+
+
+_words = st.sampled_from(
+    """type $ref anyOf oneOf allOf enum const properties required additionalProperties items prefixItems minItems
+    maxItems minLength maxLength pattern format minimum maximum exclusiveMinimum exclusiveMaximum title $defs not""".split()
+)
+_types = st.sampled_from(["object", "array", "string", "integer", "number", "boolean", "null"])
+_soup = st.recursive(
+    st.one_of(_values, _types, st.sampled_from(["#", "#/$defs/a", "date", "a|b", "a"])),
+    lambda some: st.one_of(
+        st.lists(some, max_size=2),
+        st.dictionaries(_words, some, max_size=2),
+        st.dictionaries(st.sampled_from("ab"), some, max_size=2),
+        st.builds(lambda kind, more: {"type": kind, **more}, _types, st.dictionaries(_words, some, max_size=2)),
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.one_of(st.dictionaries(_words, _soup, max_size=3), _soup), st.integers(0, 2**32))
+def test_anything_is_refused_or_right(schema, seed):
+    check_refused_or_right(schema, seed)
 
 
 @settings(max_examples=100, deadline=None)
