@@ -63,6 +63,7 @@ SCHEMAS = {
     "nullable string": {"type": ["string", "null"], "maxLength": 4},
     "nullable by anyOf": _object({"n": {"anyOf": [_INTEGER, {"type": "null"}], "default": None}}),
     "oneOf types": {"oneOf": [_INTEGER, _STRING, {"type": "array", "items": _INTEGER}]},
+    "oneOf values": {"oneOf": [{"const": True}, {"enum": [1, 2]}]},
     "reference": {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$defs": {"point": _object({"x": _INTEGER})},

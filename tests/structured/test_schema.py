@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import tracemalloc
 from collections import deque
 from fractions import Fraction
 from functools import lru_cache
@@ -146,6 +147,7 @@ VALUES = {
     "nullable string": ([None, "abcd"], ['"abcde"']),
     "nullable by anyOf": ([{"n": None}, {"n": 5}], ['{"n": "x"}']),
     "oneOf types": ([5, "x", [1, 2]], ["null"]),
+    "oneOf values": ([True, 1, 2], ["false", "1.0"]),
     "reference": ([{"from": {"x": 1}, "to": {"x": 2}}], ['{"from": {"x": 1}}']),
     "tagged union": ([{"kind": "cat", "lives": 9}, {"kind": "dog", "good": True}], ['{"kind": "cat", "good": true}']),
     "allOf of one": ([{"size": "M"}], ['{"size": "XL"}']),
@@ -324,6 +326,17 @@ def test_refused_as_a_whole(schema, message):
         json_regex(schema)
 
 
+def test_the_size_is_known_before_the_memory_is_taken():
+    """256 optional properties repeat the first as often."""
+    properties = {"a": {"const": "a" * 10**5}, **{f"p{i}": {"type": "null"} for i in range(255)}}
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="more than 200000 characters"):
+        json_regex({"type": "object", "properties": properties})
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 15e6
+
+
 # Schemas at random, of which some are refused.
 _values = st.one_of(st.none(), st.booleans(), st.integers(-20, 20), st.floats(-9, 9), st.text(max_size=4))
 _ends = st.one_of(
@@ -414,7 +427,8 @@ def test_random_schemas(schema, seed):
 
 _words = st.sampled_from(
     """type $ref anyOf oneOf allOf enum const properties required additionalProperties items prefixItems minItems
-    maxItems minLength maxLength pattern format minimum maximum exclusiveMinimum exclusiveMaximum title $defs not""".split()
+    maxItems minLength maxLength pattern
+    format minimum maximum exclusiveMinimum exclusiveMaximum title $defs not""".split()
 )
 _types = st.sampled_from(["object", "array", "string", "integer", "number", "boolean", "null"])
 _soup = st.recursive(
@@ -445,5 +459,6 @@ def test_ranges_are_exact(low, more, places):
         for text in {str(n // unit), f"{n // unit}.{n % unit:0{places}}"} if n >= 0 and places else {str(n)}:
             value = Fraction(text) * unit
             assert bool(numbers.fullmatch(text)) == (low <= value <= low + more), text
-    for text in ("-0", "00", "01", "1.", ".5", f"0.{'0' * (places + 1)}"):
+        assert not numbers.fullmatch(f"{n // unit}.")
+    for text in ("-0", "00", "01", ".5", f"0.{'0' * (places + 1)}"):
         assert not numbers.fullmatch(text)
