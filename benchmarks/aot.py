@@ -133,7 +133,7 @@ def _state(rows, length):
 
 
 def _advance(entries, carried, length=32):
-    bounds, plan = advance.RowBounds(*[_int32(256)] * 2, _int64(256, length)), _int32(entries)
+    bounds, plan = advance.RowBounds(*[_int32(256)] * 2, _int64(256, 2, length)), _int32(entries)
     advance.launch(_state(256, length), bounds, _int32(256, 33), _int32(256), plan, plan, carried, IDS)
 
 

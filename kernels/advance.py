@@ -38,7 +38,8 @@ class RowBounds:
 
     total: torch.Tensor  # int32 [S]: prompt and generated positions
     limit: torch.Tensor  # int32 [S]: positions that exist, with the tail where it is denoised
-    given: torch.Tensor  # int64 [S, L]: ids given in the row's next block, the mask id where none is
+    given: torch.Tensor  # int64 [S, 2, L]: ids given in the row's next block and the one behind it, the mask id where
+    #   none is; block b's at b % 2, so that a host that hears of a block's begin a step late is still in time
 
 
 class Forwarded(NamedTuple):
@@ -60,9 +61,9 @@ def _begin_ref(state, bounds, lane, ids):
     prior_flags = state.prior_flags[lane] | masked.int() * PRIOR_MASK
     position = start[:, None] + torch.arange(tokens.shape[1], device=lane.device)  # [n, L]
     behind, absent = position >= bounds.total[lane][:, None], position >= bounds.limit[lane][:, None]
-    tokens = bounds.given[lane].masked_fill(behind, ids.mask)
-    kind = (behind * TAIL + absent * (PADDING - TAIL)).to(state.kind.dtype)  # GENERATED is 0
-    state.reset_block(lane, tokens, kind.masked_fill_(tokens != ids.mask, PROMPT), start, prior_flags)
+    tokens = bounds.given[lane, start // tokens.shape[1] % 2].masked_fill(behind, ids.mask)
+    kind = behind * TAIL + absent * (PADDING - TAIL) + (tokens != ids.mask) * PROMPT  # GENERATED is 0
+    state.reset_block(lane, tokens, kind.to(state.kind.dtype), start, prior_flags)
 
 
 def advance_ref(
@@ -175,7 +176,8 @@ def _advance_kernel(
         text, tail = (total - start)[:, None], (limit - start)[:, None]  # up to their ends
         fresh = tl.where(column[None, :] < text, _GENERATED, tl.where(column[None, :] < tail, _TAIL, _PADDING))
         new = inside & going[:, None]
-        known = tl.load(GIVEN + n, mask=new & (column[None, :] < text), other=mask_id).to(tl.int32)
+        known = (lane * 2 + start // L % 2)[:, None] * L + column[None, :]
+        known = tl.load(GIVEN + known, mask=new & (column[None, :] < text), other=mask_id).to(tl.int32)
         fresh = tl.where(known != mask_id, _PROMPT, fresh)
         tokens = tl.where(going[:, None], known, tokens)
         tl.debug_barrier()  # every thread has read the state

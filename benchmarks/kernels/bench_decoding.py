@@ -32,10 +32,9 @@ class Step:
     """One step of `rows` whole blocks of masks, and all that it needs, on a device.
 
     steady: nothing is ever committed, so that a step can be repeated as it is; else reset() makes the blocks new.
-    guided: the rows may take any id, as tables say.
     """
 
-    def __init__(self, rows, vocab, dtype, device, mode="greedy", steady=False, guided=False):
+    def __init__(self, rows, vocab, dtype, device, mode="greedy", steady=False):
         self.ids = SpecialIds(vocab - 289)
         self.logits = torch.empty(rows, BLOCK, vocab, dtype=dtype, device=device)
         if device != "meta":  # drawn in float32, which is the same in every PyTorch; bfloat16 is not in 2.11
@@ -49,13 +48,8 @@ class Step:
         rule = Rule(
             temperature, top_k, top_p, threshold=2.0 if steady else THRESHOLD, edit_threshold=0.0,
             steps=NEVER if steady else STEPS, min_transfer=0 if steady else 1, max_steps=NEVER, max_post_steps=0,
-            flags=refine.BAN_MASK | refine.EOS_STEP | guided * refine.GUIDED,
+            flags=refine.BAN_MASK | refine.EOS_STEP,
         )  # fmt: skip
-        self.allowed = None
-        if guided:
-            classes = torch.arange(vocab, device=device) % refine.MAX_CLASSES
-            bits = torch.full((rows, BLOCK, refine.WORDS), -1, dtype=torch.int32, device=device)
-            self.allowed = refine.Allowed(classes.to(torch.int16).repeat(rows, 1), bits)
         self.params = batch_params([rule] * rows, range(rows), [(1,)] * rows, device)
         tokens = torch.full((rows, BLOCK), self.ids.mask, device=device)
         kind = torch.zeros_like(tokens, dtype=torch.int8)
@@ -69,8 +63,7 @@ class Step:
             getattr(self.state, name).zero_()
 
     def run(self):
-        rules = (self.state, self.params, self.ids)
-        return refine.refine_step(self.logits, *rules, filters=self.filters, allowed=self.allowed)
+        return refine.refine_step(self.logits, self.state, self.params, self.ids, filters=self.filters)
 
 
 def wide(logits):
@@ -278,7 +271,7 @@ def plain_advance(state, bounds, page_table, flags, lane, repeat, carried, ids):
             start += length
             position = torch.arange(start, start + length, device=device)
             kind = torch.where(position < bounds.limit[row], TAIL, PADDING).masked_fill_(position < total, GENERATED)
-            tokens = bounds.given[row].masked_fill(position >= total, ids.mask)
+            tokens = bounds.given[row, start // length % 2].masked_fill(position >= total, ids.mask)
             kind[tokens != ids.mask] = PROMPT
             prior_flags = state.prior_flags[row] | masked.int() * PRIOR_MASK
             state.reset_block(row, tokens, kind.to(state.kind.dtype), start, prior_flags)
@@ -311,7 +304,7 @@ def case_of_advance(machine, rows):
             state.frozen[::2] = BLOCK_DONE
         total = start.int() + 2 * BLOCK - 5
         state.changed.copy_(each(rows) // 2 % 2)
-        given = torch.where(tokens % 4 == 0, tokens, mask_id)
+        given = torch.where(tokens % 4 == 0, tokens, mask_id)[:, None].repeat(1, 2, 1)
         bounds = advance.RowBounds(total, total + 3, given)
         pages = torch.randperm(rows * (rows + 1), device=machine.device).int().view(rows, -1)
         flags = torch.zeros_like(total)

@@ -52,7 +52,7 @@ class Lanes:
             seed=self._new(count, 0, torch.int64),
             eos_ids=self._new((count, max_eos), -1, torch.int64),
         )
-        given = self._new((count, block_length), ids.mask, torch.int64)
+        given = self._new((count, 2, block_length), ids.mask, torch.int64)
         self.bounds = RowBounds(*self._bounds.unbind(), given)
         self.page_table = self._new((count, pages), 0, torch.int32)
         self._leading = {}  # views of the first n lanes, as they are asked for

@@ -33,7 +33,7 @@ def slots_of(count, length, seed, device="cpu"):
     limit = torch.where(pick(2, count) == 0, total, -(-total // length) * length)
     state.changed.copy_(pick(2, count))
     pages = torch.randperm(count * 11, generator=generator).view(count, 11).int()  # a block's number is at most 5
-    given = torch.where(pick(3, count, length) == 0, pick(50, count, length), MASK)
+    given = torch.where(pick(3, count, 2, length) == 0, pick(50, count, 2, length), MASK)
     bounds = advance.RowBounds(total.int(), limit.int(), given)
     for holder in (state, bounds):
         for field in fields(holder):
@@ -146,8 +146,10 @@ def test_the_rule(seed, count, carried, length):
         assert (state.commit_step[lane] == -1).all() and not state.commit_confidence[lane].any()
         held = bool(((before.tokens[lane] == MASK) & (before.kind[lane] != PROMPT)).any())
         assert state.prior_flags[lane] == before.prior_flags[lane] | (PRIOR_MASK if held else 0)
+        start = int(state.block_start[lane])
+        given = bounds.given[lane, start // length % 2]
         for position, token, kind, fixed in zip(
-            int(state.block_start[lane]) + offset, state.tokens[lane], state.kind[lane], bounds.given[lane], strict=True
+            start + offset, state.tokens[lane], state.kind[lane], given, strict=True
         ):
             there = GENERATED if position < bounds.total[lane] else TAIL if position < bounds.limit[lane] else PADDING
             known = there == GENERATED and fixed != MASK
