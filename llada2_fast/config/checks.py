@@ -91,9 +91,9 @@ def check(owner, name, check, *args):
     put(owner, name, check(name, getattr(owner, name), *args))
 
 
-def doc(default, text):
+def doc(default, text, **options):
     """A dataclass's field and what it means: the text of help, docs and schemas."""
-    return field(default=default, metadata={"help": text})
+    return field(default=default, metadata={"help": text}, **options)
 
 
 def described(cls):

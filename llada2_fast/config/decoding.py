@@ -19,6 +19,7 @@ from .checks import (
     doc,
     put,
 )
+from .languages import LANGUAGES, as_choices, as_pattern, as_schema
 
 SAMPLING_METHODS = ("auto", "greedy", "multinomial")
 
@@ -33,6 +34,7 @@ class Profile(NamedTuple):
     padded: generate() fills answers up to gen_length; else up to the longest one.
     cuts_canvas: an early return is cut at the first EOS of prompt and tail, too.
     levenshtein: a LLaDA2.2 checkpoint may be decoded by it, as a plain LLaDA2.1 one.
+    shapes: an answer may be in a language or have a canvas: masks are never committed, nor ends of answers undone.
     """
 
     edits: bool = True
@@ -42,12 +44,13 @@ class Profile(NamedTuple):
     padded: bool = False
     cuts_canvas: bool = False
     levenshtein: bool = False
+    shapes: bool = True
 
 
 PROFILES = {
     "default": Profile(needs_tail=False, padded=True),
-    "hf-2.0": Profile(edits=False, card=True, cuts_canvas=True),
-    "hf-2.1": Profile(editing_threshold=0.9, card=True, levenshtein=True),
+    "hf-2.0": Profile(edits=False, card=True, cuts_canvas=True, shapes=False),
+    "hf-2.1": Profile(editing_threshold=0.9, card=True, levenshtein=True, shapes=False),
     "sglang-lowconf": Profile(edits=False),
     "sglang-joint": Profile(editing_threshold=0.0),
     "diffusers": Profile(needs_tail=False, padded=True),
@@ -95,6 +98,11 @@ class DecodeParams:
     seed: int | None = doc(None, "of the draws, an int64; drawn itself unless given")
     attend_tail: bool = doc(True, "denoise the last block whole, also behind gen_length")
     profile: str = doc("default", "whose rules: default, hf-2.0, hf-2.1, sglang-lowconf, sglang-joint or diffusers")
+    regex: str | None = doc(
+        None, "a regular expression, in the syntax of Rust's regex crate, that the whole text of the answer matches"
+    )
+    json_schema: dict | None = doc(None, "a JSON schema that the answer, a JSON text, is valid by", hash=False)
+    choices: tuple[str, ...] | None = doc(None, "texts of which the answer is one")
 
     def __post_init__(self):
         for name in ("gen_length", "steps", "minimal_topk", "num_to_transfer"):
@@ -122,7 +130,15 @@ class DecodeParams:
             check(self, "seed", as_int, -INT64, INT64 - 1)
         check(self, "sampling_method", choice, SAMPLING_METHODS)
         check(self, "profile", choice, tuple(PROFILES))
+        for name, normalised in (("regex", as_pattern), ("json_schema", as_schema), ("choices", as_choices)):
+            if getattr(self, name) is not None:
+                check(self, name, normalised)
         self._check_profile()
+
+    @property
+    def language(self) -> str | None:
+        """The field that says what the answer's text is: regex, json_schema or choices; None if it may be anything."""
+        return next((name for name in LANGUAGES if getattr(self, name) is not None), None)
 
     @property
     def draws(self) -> bool:
@@ -152,5 +168,10 @@ class DecodeParams:
             raise bad("attend_tail", self.attend_tail, f"True under profile={name!r}")
         if not profile.edits and self.editing_threshold is not None:
             raise bad("editing_threshold", self.editing_threshold, f"None under profile={name!r}, which has no editing")
+        given = [name for name in LANGUAGES if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise bad(given[1], getattr(self, given[1]), f"one of {', '.join(LANGUAGES)}, and {given[0]} is there")
+        if given and not profile.shapes:
+            raise bad(given[0], getattr(self, given[0]), f"none under profile={name!r}, which may leave masks")
         if self.editing_threshold is None:
             put(self, "editing_threshold", profile.editing_threshold)

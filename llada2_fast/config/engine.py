@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from .checks import as_flag, as_float, as_int, check, described, doc, put, renamed
+from .languages import MAX_STATES
 
 
 @renamed(max_running="max_num_seqs", share_prefixes="enable_prefix_caching", prefill_tokens="max_num_batched_tokens")
@@ -24,6 +25,7 @@ class EngineConfig:
     enable_prefix_caching: bool = doc(True, "requests use each other's committed blocks")
     priority_s: float = doc(60.0, "seconds of waiting that a unit of priority outweighs")
     max_eos_ids: int = doc(8, "EOS ids a request may have")
+    max_states: int = doc(MAX_STATES, "states that the automaton of a regex, a json_schema or choices may have")
     mask_id: int | None = doc(None, "the mask token; the checkpoint's unless given")
     trace: bool | None = doc(
         None, "keep every commit and edit of requests that do not say themselves; unless there are graphs, if not given"
@@ -40,6 +42,7 @@ class EngineConfig:
                 check(self, name, as_int, low)
         for name in ("max_num_seqs", "max_waiting", "cache_tokens", "max_num_batched_tokens", "max_eos_ids"):
             check(self, name, as_int, 1)
+        check(self, "max_states", as_int, 1, 30_000)
         if self.trace is None:
             put(self, "trace", not self.graphs)
         for name in ("enable_prefix_caching", "trace", "graphs", "capture", "overlap"):

@@ -8,6 +8,7 @@ from .checks import as_flag, as_float, as_ids, as_int, bad, check, described, do
 MAX_STOPS, MAX_STOP_LENGTH = 16, 1024  # stop strings of a request, and characters of each
 MAX_STOP_IDS = 1024
 MAX_NAME = 256  # characters of a request_id or a cache_salt
+MAX_CANVAS = 2**20  # characters or tokens of a canvas
 MAX_LISTED = 1024  # prompts, messages or parts of one: longer lists are refused unread
 MAX_SAMPLES = 128  # of a prompt, OpenAI's limit
 MAX_TOP_LOGPROBS = 20  # OpenAI's limit
@@ -25,6 +26,15 @@ def _as_stops(value):
     if not several or not all(isinstance(one, str) and 0 < len(one) <= MAX_STOP_LENGTH for one in stops):
         raise bad("stop", value, f"strings that are not empty, at most {MAX_STOPS} of {MAX_STOP_LENGTH} characters")
     return tuple(stops)
+
+
+def _as_canvas(name, value):
+    if isinstance(value, str):
+        return _as_text(name, value, MAX_CANVAS)
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(value, (list, tuple)) or not 0 < len(value) <= MAX_CANVAS:
+        raise bad(name, value, f"a text, or ids and None, at most {MAX_CANVAS} of them")
+    return tuple(value)
 
 
 @described
@@ -49,11 +59,18 @@ class RequestOptions:
     cache_salt: str | None = doc(None, "it shares cached prefixes with requests of the same salt alone")
     top_logprobs: int = doc(0, f"likeliest tokens told beside each one, at most {MAX_TOP_LOGPROBS}")
     trace: bool | None = doc(None, "keep every commit and edit; as the engine's config says unless given")
+    canvas: str | tuple[int | None, ...] | None = doc(
+        None,
+        "what is given of the answer, which is as long: ids and gaps, None or the mask id, or a text with {gap:n} for "
+        "n tokens",
+    )
 
     def __post_init__(self):
         for name in ("request_id", "cache_salt"):
             if getattr(self, name) is not None:
                 check(self, name, _as_text, MAX_NAME)
+        if self.canvas is not None:
+            check(self, "canvas", _as_canvas)
         put(self, "priority", 0.0 if self.priority is None else self.priority)
         check(self, "priority", as_float, "that is finite", math.isfinite)
         put(self, "stop", _as_stops(self.stop))

@@ -1,0 +1,77 @@
+"""What an answer has to be, as DecodeParams says it -> an automaton over the tokens of a model, made once."""
+
+import threading
+import weakref
+from collections import OrderedDict
+from concurrent.futures import Future
+
+from .automaton import TokenAutomaton
+from .byte_dfa import compile_regex
+from .schema import json_regex
+from .vocabulary import token_texts
+
+KEPT = 64  # languages of a tokenizer that are not made again
+_SPECIAL = frozenset(r"\.+*?()|[]{}^$#&-~")  # characters that mean something in a regular expression
+_kept: "weakref.WeakKeyDictionary[object, OrderedDict]" = weakref.WeakKeyDictionary()
+_lock, _making = threading.Lock(), threading.BoundedSemaphore(2)  # one language takes a core, and gigabytes at worst
+
+
+def automaton_of(params, tokenizer, eos_ids: tuple[int, ...], vocab_size: int, max_states: int):
+    """The TokenAutomaton of the language that the answers of some DecodeParams are in; None if they may be anything.
+
+    params: of which regex, json_schema and choices are read.
+    tokenizer: of transformers', with byte-level tokens.
+    eos_ids: that end an answer.
+    vocab_size: V, of the model.
+    max_states: languages with more are refused.
+    Raises ValueError for a language that cannot be had, before anything is done; ModuleNotFoundError without
+    outlines-core. It may take seconds where the language is new, and none where it is known.
+    """
+    name = params.language
+    if name is None:
+        return None
+    if tokenizer is None:
+        raise ValueError(f"{name}: expected a tokenizer, which says what the model's tokens are")
+    eos_ids = tuple(token for token in eos_ids if 0 <= token < vocab_size)
+    if not eos_ids:
+        raise ValueError(f"{name}: expected EOS ids in the vocabulary, by which an answer ends")
+    pattern = _pattern(params)
+
+    def make():
+        with _making:
+            try:
+                return TokenAutomaton(compile_regex(pattern, max_states), token_texts(tokenizer, vocab_size), eos_ids)
+            except ValueError as error:
+                raise ValueError(f"{name}={getattr(params, name)!r:.80}: {error}") from None
+
+    return _remember(tokenizer, (pattern, eos_ids, vocab_size, max_states), make)
+
+
+def _pattern(params):
+    if params.choices is not None:
+        return "|".join(map(_escape, params.choices))
+    return params.regex if params.regex is not None else json_regex(params.json_schema)
+
+
+def _escape(text):
+    return "".join("\\" + one if one in _SPECIAL else one for one in text)
+
+
+def _remember(tokenizer, key, make):
+    """make(), once for all who ask for it now or later."""
+    with _lock:
+        own = _kept.setdefault(tokenizer, OrderedDict())
+        future, is_new = own.get(key), key not in own
+        if is_new:
+            future = own[key] = Future()
+            while len(own) > KEPT:
+                own.popitem(last=False)
+        own.move_to_end(key)
+    if is_new:
+        try:
+            future.set_result(make())
+        except BaseException as error:
+            with _lock:
+                own.pop(key, None)
+            future.set_exception(error)
+    return future.result()

@@ -1,0 +1,209 @@
+"""Automata over tokens and the passes over a block, against brute force; compiling under limits."""
+
+import itertools
+import random
+import re
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llada2_fast import demo
+from llada2_fast.config import DecodeParams
+from llada2_fast.decoding.guide import BlockGuide, gaps_of
+from llada2_fast.structured import automaton_of
+from llada2_fast.structured.automaton import TokenAutomaton
+from llada2_fast.structured.byte_dfa import _compile, compile_regex
+from llada2_fast.structured.vocabulary import token_texts
+from llada2_fast.weights.special_tokens import load_tokenizer
+
+TEXTS = [None, None, b"a", b"b", b"c", b"ab", b"ca", "é".encode(), "é".encode()[:1], "é".encode()[1:]]
+EOS, OTHER_EOS, MASK = 0, 10, 11  # ids
+VOCAB = 12
+seeds = st.integers(0, 2**32)
+
+
+def regex_of(rng, depth=3):
+    """A random regular expression."""
+    kind = rng.random()
+    if depth == 0 or kind < 0.3:
+        return rng.choice(["a", "b", "c", "é", "[ab]", "[^a]", ".", "ab"])
+    if kind < 0.55:
+        return regex_of(rng, depth - 1) + regex_of(rng, depth - 1)
+    if kind < 0.75:
+        return f"(?:{regex_of(rng, depth - 1)}|{regex_of(rng, depth - 1)})"
+    return f"(?:{regex_of(rng, depth - 1)})" + rng.choice(["*", "+", "?", "{2}", "{0,2}", "{1,3}", "*?"])
+
+
+def automaton(regex, eos_ids=(EOS, OTHER_EOS)):
+    return TokenAutomaton(_compile(regex, 4096), [*TEXTS, None, None], eos_ids)
+
+
+def is_answer(regex, ids):
+    """Whether ids fill a gap: a text of the language, then an EOS, and then the first one until the end."""
+    end = next((at for at, token in enumerate(ids) if token in (EOS, OTHER_EOS)), len(ids))
+    if any(token != EOS for token in ids[end + 1 :]) or any(TEXTS[token] is None for token in ids[:end]):
+        return False
+    try:
+        return re.fullmatch(regex, b"".join(TEXTS[token] for token in ids[:end]).decode(), re.DOTALL) is not None
+    except UnicodeDecodeError:
+        return False
+
+
+def chosen(made, words):
+    """By position the ids whose class is among the bits."""
+    bits = np.unpackbits(words.view(np.uint8), axis=-1, bitorder="little")
+    return [{token for token in range(VOCAB - 1) if row[made.classes[token]]} for row in bits]
+
+
+@settings(max_examples=150, deadline=None)
+@given(seeds)
+def test_a_block_allows_exactly_what_occurs_in_some_completion(seed):
+    """Of gaps between given tokens that may go on behind the block, some of it committed."""
+    rng = random.Random(seed)
+    regex = regex_of(rng)
+    try:
+        made = automaton(regex)
+    except ValueError:  # the tokens have no "d", say
+        return
+    length, room, prompt = rng.randint(1, 3), rng.randint(0, 1), rng.randint(0, 1)
+    given_ids = [2] * prompt + [rng.choice([None, None, None, 3]) for _ in range(length - prompt)]
+    total = length + room
+    gaps = gaps_of(given_ids, total)
+    ids = [token for token in range(VOCAB - 1)]
+    whole = [
+        [token for token in line]
+        for line in itertools.product(*(([token] if token is not None else ids) for token in given_ids + [None] * room))
+        if all(is_answer(regex, line[gap.begin : gap.end]) for gap in gaps)
+    ]
+    tokens = [MASK if token is None else token for token in given_ids]
+    guide = BlockGuide(made, gaps, [], tokens, MASK)
+    while True:
+        inside = [at for at in range(length) if given_ids[at] is None]
+        found = chosen(made, guide.words(editing=False))
+        expected = [{line[at] for line in whole} for at in range(length)]
+        for at in inside:
+            if guide.tokens[at] == MASK:
+                assert found[at] == expected[at]
+                assert (at in guide.forced()) == (len(expected[at]) == 1)
+        open_ones = [at for at in inside if guide.tokens[at] == MASK]
+        if not open_ones or not whole:
+            break
+        at = rng.choice(open_ones)
+        token = rng.choice([*expected[at]] if rng.random() < 0.7 else ids)
+        assert guide.write(at, token) == (token in expected[at])
+        if token in expected[at]:
+            whole = [line for line in whole if line[at] == token]
+        else:
+            assert guide.tokens[at] == MASK
+
+
+@settings(max_examples=60, deadline=None)
+@given(seeds, st.integers(0, 3))
+def test_an_automaton_accepts_the_texts_that_the_expression_matches(seed, length):
+    regex = regex_of(random.Random(seed))
+    made = automaton(regex)
+    for line in itertools.product(range(2, 10), repeat=length):
+        states = made.start
+        for token in line:
+            states = made.after(states, int(made.classes[token]))
+        assert bool(states & made.accept) == is_answer(regex, line)
+    assert made.fewest == next(
+        n for n in range(9) if any(is_answer(regex, line) for line in itertools.product((2, 3, 4, 5, 6, 7), repeat=n))
+    )
+
+
+def test_later_blocks_go_on_where_the_earlier_ended():
+    made = automaton("a{5}b")
+    gaps = gaps_of([], 8)
+    second = BlockGuide(made, gaps, [2, 2, 2, 2], [MASK] * 4, MASK)
+    assert chosen(made, second.words(editing=False)) == [{2, 5}, {3, EOS, OTHER_EOS}, {EOS, OTHER_EOS}, {EOS}]
+    assert second.forced() == [3]
+    assert second.write(1, 3) and second.forced() == [0, 3]
+
+
+def test_an_edit_has_to_leave_a_completion():
+    made = automaton("(?:ab|ba)c")
+    guide = BlockGuide(made, gaps_of([], 3), [], [2, 3, MASK], MASK)
+    assert not guide.write(0, 3)  # bb
+    assert chosen(made, guide.words(editing=True))[:2] == [{2}, {3}]
+    free = BlockGuide(automaton("[ab][ab]c"), gaps_of([], 3), [], [2, 3, MASK], MASK)
+    assert free.write(0, 3) and free.tokens == [3, 3, MASK]
+
+
+def test_what_nobody_constrains_is_free():
+    """Positions behind the answer, where no gap is."""
+    made = automaton("a")
+    guide = BlockGuide(made, gaps_of([], 1), [], [MASK] * 2, MASK)
+    assert (guide.words(editing=False)[1] == -1).all() and guide.forced() == [0] and guide.write(1, 4)
+
+
+@pytest.mark.parametrize(
+    "regex, says",
+    [
+        ("(", "DFA"), ("a)(?:b", "DFA"), ("(?=a)b", "DFA"), (r"a\1", "DFA"), ("^a$", "anchored"), (r"\x00", "nothing"),
+        ("[ab]*a[ab]{12}", "8192 states, expected at most 4096"), ("(((a{100}){100}){100}){100}", "more than 10 s or 2048 MiB"),
+    ],
+)  # fmt: skip
+def test_an_expression_that_cannot_be_had_is_refused(regex, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        compile_regex(regex, 4096)
+
+
+def test_what_the_tokens_cannot_say_is_refused():
+    with pytest.raises(ValueError, match="cannot|no text of it"):
+        automaton("xyz")
+
+
+def test_the_library_leaves_nothing_out():
+    """It finds the first of several alternatives, and drops what goes on behind a match, unless it has to go on."""
+    for regex, text in (("a|ab", b"ab"), ("a(?:ba)*", b"ababa"), ("(?:a|ab)c?", b"abc")):
+        dfa = _compile(regex, 100)
+        state = dfa.start
+        for byte in text:
+            state = dfa.after[state, byte]
+        assert dfa.accepts[state]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(demo.path())
+
+
+def test_texts_of_tokens_are_what_they_decode_to(tokenizer):
+    texts = token_texts(tokenizer, len(tokenizer) + 3)
+    assert len(texts) == len(tokenizer) + 3 and texts[-1] is None
+    for special in tokenizer.all_special_ids:
+        assert texts[special] is None
+    ids = tokenizer("Ada is 7 — é", add_special_tokens=False)["input_ids"]
+    assert b"".join(texts[token] for token in ids).decode() == "Ada is 7 — é"
+
+
+def test_a_language_is_made_once_for_all_who_ask(tokenizer):
+    params, found = DecodeParams(regex="[0-9]{1,3} cats"), []
+
+    def ask():
+        found.append(automaton_of(params, tokenizer, (tokenizer.eos_token_id,), len(tokenizer), 4096))
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4 and all(one is found[0] for one in found)
+
+
+def test_choices_are_literal(tokenizer):
+    made = automaton_of(
+        DecodeParams(choices=["a.b", "(x)", "[-]#&~^"]), tokenizer, (tokenizer.eos_token_id,), len(tokenizer), 4096
+    )
+
+    def accepts(text):
+        states = made.start
+        for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
+            states = made.after(states, int(made.classes[token]))
+        return bool(states & made.accept)
+
+    assert [accepts(text) for text in ("a.b", "(x)", "[-]#&~^", "acb", "x", "a.")] == [True] * 3 + [False] * 3
