@@ -359,7 +359,7 @@ def test_logits_are_computed_for_the_needed_positions_only(counted, editing):
         assert len(heads) == done + 1 and used <= heads[-1] <= used + 3
         for row in rows:
             block = torch.tensor(made.forward.fed[row.lane][-1][1])
-            behind_prompt = torch.arange(8) >= len(row.block_prompt)
+            behind_prompt = torch.arange(8) >= len(row.given(row.block))
             wanted = behind_prompt if editing is not None else behind_prompt & (block == MASK)
             assert torch.equal(output.token[row.lane] >= 0, wanted)
         rows = made.running()

@@ -8,9 +8,11 @@ rows never wait for one another.
 import time
 from collections import deque
 
+import numpy as np
 from tqdm.auto import tqdm
 
 from ..kernels import refine
+from .proposals import decide
 from .runner import LaneStep, Plan, Prefill, StepResult
 from .sequence import Phase, Sequence
 
@@ -28,6 +30,7 @@ class BlockDecoder:
 
     def __init__(self, runner, overlap: int = 0):
         assert runner.carries or not overlap, "the eager runner's plans say what the last step did"
+        assert overlap <= 1, "lanes hold what is given in the next two blocks"
         self.runner, self.lanes, self.overlap = runner, runner.lanes, overlap
         self._by_lane: dict[int, Sequence] = {}  # a step must not grow with the lanes that are free
         self._launched: deque[tuple[list[Sequence], StepResult]] = deque()
@@ -46,10 +49,14 @@ class BlockDecoder:
         lane = sequence.lane = next(lane for lane in range(self.lanes.count) if lane not in self._by_lane)
         self._by_lane[lane] = sequence
         self.lanes.open(
-            lane, sequence.block_start, sequence.block_prompt, sequence.total, sequence.limit, rule, sequence.seed,
+            lane, sequence.block_start, sequence.given(sequence.block), sequence.total, sequence.limit, rule, sequence.seed,
             sequence.ending_ids, sequence.prior_flags, sequence.pages,
         )  # fmt: skip
+        if sequence.automaton is not None:
+            self.lanes.guide(lane, sequence.automaton.classes)
         sequence.begin()
+        for block in (sequence.block + 1, sequence.block + 2):
+            self.lanes.give(lane, block, sequence.given(block))
 
     def release(self, sequence: Sequence):
         """Free its lane. A step launched already does not matter to it any more: it writes to its pages before anybody
@@ -75,18 +82,22 @@ class BlockDecoder:
     def step(self, sequences: list[Sequence], prefill: list[tuple[Sequence, int]] = ()) -> StepResult | None:
         """One refinement step.
 
-        sequences: running ones; one left out must be between two blocks, and none may be with overlap.
+        sequences: running ones; one left out must be between two blocks, and none may be with overlap. One in a
+            language whose last step has not been read is left out by itself.
         prefill: (sequence, n): n further blocks of one that is not admitted yet are forwarded, too.
         Returns the result of the step that was read, None if it is too early for one.
         """
         self._check_left_out(sequences)
+        pending = {s for launched, _ in self._launched for s in launched if s.automaton is not None}
+        sequences = [s for s in sequences if s not in pending]
         plan = self._plan(sequences, prefill)
         if sequences:
             self._launched.append((list(sequences), self.runner.execute(plan)))
         elif prefill:
             self.runner.prefill(plan.prefill)
         self._note(sequences, prefill)
-        return self._apply(*self._launched.popleft()) if len(self._launched) > self.overlap else None
+        ahead = self.overlap if sequences or not pending else 0
+        return self._apply(*self._launched.popleft()) if len(self._launched) > ahead else None
 
     def _check_left_out(self, sequences):
         chosen = set(sequences)
@@ -107,7 +118,11 @@ class BlockDecoder:
         else:
             steps = [_lane_step(sequence) for sequence in sequences]
         top = {s.lane: s.top_logprobs for s in sequences if s.top_logprobs}
-        return Plan(lanes, steps, parts, any(s.params.filters for s in sequences), carried, top)
+        guided = [s for s in sequences if s.automaton is not None]
+        if guided:
+            words = [s.guide().words(editing=s.params.editing_threshold is not None) for s in guided]
+            self.lanes.allow([s.lane for s in guided], np.stack(words))
+        return Plan(lanes, steps, parts, any(s.params.filters for s in sequences), carried, top, bool(guided))
 
     def _note(self, sequences, prefill):
         """What the forwards of a step have settled, whatever its refinement does."""
@@ -128,6 +143,8 @@ class BlockDecoder:
                 continue
             if result.rows[sequence.lane][refine.NUM_STATUS] > sequence.block:
                 sequence.begin_next()
+                if sequence.has_canvas:
+                    self.lanes.give(sequence.lane, sequence.block + 2, sequence.given(sequence.block + 2))
                 if cached:
                     sequence.settle(sequence.block)
             if sequence.phase is Phase.BLOCK_END:  # it waited for a place to be carried: the step has settled its block
@@ -135,6 +152,7 @@ class BlockDecoder:
                 sequence.counters.settle_forwards += 1
             else:
                 refined.append(sequence)
+        self._decide([s for s in refined if s.automaton is not None], result)
         left = self._read(refined, result)
         for sequence in refined:
             status = result.rows[sequence.lane]
@@ -147,11 +165,20 @@ class BlockDecoder:
         result.sequences = refined
         return result
 
+    def _decide(self, sequences, result):
+        """What the step does to sequences under a language."""
+        sequences = [s for s in sequences if not result.rows[s.lane][refine.FLAGS] & refine.ERROR]
+        if sequences:
+            lanes = [s.lane for s in sequences]
+            state, report = decide(sequences, result.read(lanes), self.lanes.ids)
+            self.lanes.write(lanes, state)
+            result.replace(lanes, report)
+
     @staticmethod
     def _read(sequences, result):
         """By lane, what the step has left of the blocks that have ended and of those whose details are kept."""
         ended = refine.BLOCK_DONE | refine.FINISHED
-        wanted = [s for s in sequences if s.watched or s.top_logprobs or result.rows[s.lane][refine.FLAGS] & ended]
+        wanted = [s for s in sequences if s.is_followed or result.rows[s.lane][refine.FLAGS] & ended]
         details = any(s.detailed for s in wanted)
         lanes = [s.lane for s in wanted]
         return dict(zip(lanes, result.read(lanes, details), strict=True))

@@ -52,7 +52,7 @@ class GraphRunner:
         if plan.prefill:
             self.prefill(plan.prefill)
         graph = self.graph(*self._size(plan))
-        graph.load(plan.lanes, plan.filters, bool(plan.top))
+        graph.load(plan.lanes, plan.filters, bool(plan.top), plan.guided)
         output = graph.replay() if self.capture else graph.run()
         return StepResult(output, plan.lanes, Alternatives(plan.lanes, *graph.top) if plan.top else None)
 
@@ -85,7 +85,7 @@ class StepGraph:
         self.model, self.cache, self.lanes = model, cache, lanes
         self.active, self.carried, self.pool = active, carried, pool
         self.planned = self.top = None
-        self.filters = self.lists = False  # which variant of the step it is
+        self.filters = self.lists = self.guided = False  # which variant of the step it is
         self._captured = {}  # by variant: the graph, what run() returned and `top`
         # the plan: each entry's lane, whether it repeats entry 0; each lane's entry or -1
         self._sizes = [active, active, lanes.count]
@@ -94,9 +94,9 @@ class StepGraph:
         # each position's row of the logits; negative in lanes without an entry
         self._index = torch.empty((lanes.count, cache.block_length), dtype=torch.int64, device=lanes.device)
 
-    def load(self, lanes, filters, lists=False):
+    def load(self, lanes, filters, lists=False, guided=False):
         """Plan a step. lanes: the ints of those that take part, at least one; filters: some row has top_k or top_p;
-        lists: some row wants the likeliest ids."""
+        lists: some row wants the likeliest ids; guided: some row is in a language."""
         if lanes != self.planned:
             self.planned = None  # until all of it is there
             entry = [-1] * self._sizes[-1]
@@ -108,7 +108,7 @@ class StepGraph:
             entry = self._plan.split(self._sizes)[2]
             torch.add(self._offsets, entry[:, None], alpha=len(self._offsets), out=self._index)
             self.planned = list(lanes)
-        self.filters, self.lists = filters, lists
+        self.filters, self.lists, self.guided = filters, lists, guided
 
     def run(self):
         """The step on whatever device; returns RefineOutput. No host sync, no allocation that depends on data."""
@@ -120,7 +120,7 @@ class StepGraph:
         hidden = self.model.forward_blocks(tokens, positions, blocks, self.cache, slots=slots)
         logits = self.model.lm_logits(hidden[: self.active * self.cache.block_length], Wanted(order, count))
         self.top = self._list(logits, lane.long(), repeat) if self.lists else None
-        return lanes.step(logits, self._index, self.filters, only_needed=True)
+        return lanes.step(logits, self._index, self.filters, only_needed=True, guided=self.guided)
 
     def _list(self, logits, lane, repeat):
         state, flags = self.lanes.state, self.lanes.params.flags
@@ -132,7 +132,7 @@ class StepGraph:
     def replay(self):
         """run(), captured once per variant and replayed; what it returns stays at its address and is overwritten by the
         next."""
-        variant = self.filters, self.lists
+        variant = self.filters, self.lists, self.guided
         with torch.cuda.device_of(self._plan):
             if variant not in self._captured:
                 self._captured[variant] = self._capture()

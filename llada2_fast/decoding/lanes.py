@@ -9,6 +9,7 @@ All tensors stay at their addresses, so that a CUDA graph may hold them. Shapes:
 row. vLLM's adapter, the engine and generate() all have one.
 """
 
+import numpy as np
 import torch
 
 from ..kernels import refine
@@ -16,7 +17,16 @@ from ..kernels._ambient import lasting
 from ..kernels.advance import RowBounds, advance, begin_next
 from ..kernels.attention import pinned
 from ..kernels.commit import judge_ref
-from ..kernels.refine import BlockState, RefineOutput, RefineParams, SpecialIds, needed_positions, refine_step
+from ..kernels.refine import (
+    WORDS,
+    Allowed,
+    BlockState,
+    RefineOutput,
+    RefineParams,
+    SpecialIds,
+    needed_positions,
+    refine_step,
+)
 from ..kernels.top_logprobs import top_logprobs
 from .rules import REAL, WHOLE, Rule
 
@@ -52,9 +62,9 @@ class Lanes:
             seed=self._new(count, 0, torch.int64),
             eos_ids=self._new((count, max_eos), -1, torch.int64),
         )
-        given = self._new((count, 2, block_length), ids.mask, torch.int64)
-        self.bounds = RowBounds(*self._bounds.unbind(), given)
+        self.bounds = RowBounds(*self._bounds.unbind(), self._new((count, 2, block_length), ids.mask, torch.int64))
         self.page_table = self._new((count, pages), 0, torch.int32)
+        self._allowed: Allowed | None = None  # from the first lane on that is guided
         self._leading = {}  # views of the first n lanes, as they are asked for
 
     def _new(self, shape, value, dtype):
@@ -84,14 +94,14 @@ class Lanes:
         return self._leading[count]
 
     def open(
-        self, lane: int, block_start: int, prompt: list[int], total: int, limit: int, rule: Rule, seed: int = 0,
+        self, lane: int, block_start: int, given: list[int | None], total: int, limit: int, rule: Rule, seed: int = 0,
         eos_ids: tuple[int, ...] = (), prior_flags: int = 0, pages: tuple[int, ...] = (),
     ):  # fmt: skip
         """Lay out a row's block.
 
         lane: which; whatever was in it is forgotten.
         block_start: position of the block's first token.
-        prompt: the ids that the block begins with, at most L.
+        given: the ids that the block begins with, of the prompt or given in the answer, None in gaps; at most L.
         total: the row's positions that are prompt or generated; later ones are tail.
         limit: its positions that exist; later ones are padding.
         rule: how its blocks are refined; seed: of its draws; eos_ids: at most max_eos.
@@ -100,10 +110,12 @@ class Lanes:
         """
         self._open.add(lane)
         length = self.block_length
-        text, tail = (min(max(end - block_start, len(prompt)), length) for end in (total, limit))
-        tokens = prompt + [self.mask_id] * (length - len(prompt))
-        kind = [refine.PROMPT] * len(prompt) + [refine.GENERATED] * (text - len(prompt))
-        kind += [refine.TAIL] * (tail - text) + [refine.PADDING] * (length - max(tail, text))
+        given = given + [None] * (length - len(given))
+        text, tail = (min(max(end - block_start, 0), length) for end in (total, limit))
+        kind = [refine.GENERATED] * text + [refine.TAIL] * (tail - text)
+        kind += [refine.PADDING] * (length - len(kind))
+        kind = [behind if token is None else refine.PROMPT for behind, token in zip(kind, given, strict=True)]
+        tokens = [self.mask_id if token is None else token for token in given]
         tokens, kind = torch.tensor([tokens, kind], dtype=torch.int64, device="cpu").to(self.device).unbind()
         self.state.reset_block(lane, tokens, kind, block_start, prior_flags)
         unused = [-1] * (self.max_eos - len(eos_ids))
@@ -114,6 +126,36 @@ class Lanes:
         self.params.eos_ids[lane] = torch.tensor([*eos_ids, *unused], dtype=torch.int64, device="cpu")
         if self.page_table.shape[1]:
             self.page_table[lane, : len(pages)].copy_(pinned(pages, self.device), non_blocking=True)
+
+    def give(self, lane: int, block: int, given: list[int | None]):
+        """The ids that are given in a later block of a lane's row, as of `open`. Two are held, of the next block and the
+        one behind it: so many may begin before the host has read that the first did."""
+        ids = [self.mask_id if token is None else token for token in given]
+        ids += [self.mask_id] * (self.block_length - len(ids))
+        self.bounds.given[lane, block % 2] = torch.tensor(ids, dtype=torch.int64, device="cpu")
+
+    @lasting
+    def guide(self, lane: int, classes: np.ndarray):
+        """A lane's row is guided: its steps propose, within what `allow` allows.
+
+        classes: int16 [V], each id's class.
+        """
+        if self._allowed is None:
+            bits = self._new((self.count, self.block_length, WORDS), 0, torch.int32)
+            self._allowed = Allowed(self._new((self.count, len(classes)), 0, torch.int16), bits)
+        self._allowed.classes[lane] = torch.from_numpy(classes)
+        self.params.flags[lane] |= refine.GUIDED
+
+    def allow(self, lanes: list[int], words: np.ndarray):
+        """What may stand in the blocks that the next step refines in some guided lanes: int32 [n, L, WORDS]."""
+        at = torch.tensor(lanes, dtype=torch.int64, device="cpu").to(self.device)
+        self._allowed.bits[at] = torch.from_numpy(words).to(self.device)
+
+    def write(self, lanes: list[int], state: BlockState):
+        """What the host has decided for some guided lanes: their blocks after a step, on the CPU."""
+        at = torch.tensor(lanes, dtype=torch.int64, device="cpu").to(self.device)
+        for name in ("tokens", "step", "post_steps", "frozen", "commit_step", "commit_confidence", "changed"):
+            getattr(self.state, name)[at] = getattr(state, name).to(self.device, non_blocking=True)
 
     def close(self, lane: int):
         """Nothing happens to a closed lane."""
@@ -129,11 +171,15 @@ class Lanes:
         """bool [n, L]: the positions of the lanes in use whose logits a step reads."""
         return needed_positions(*self.leading(self.in_use), self.ids)
 
-    def step(self, logits, index=None, filters: bool = True, only_needed: bool = False) -> RefineOutput:
+    def step(
+        self, logits, index=None, filters: bool = True, only_needed: bool = False, guided: bool = False
+    ) -> RefineOutput:
         """One refinement step of all lanes, or of the leading ones that `index` has; arguments as of
-        kernels.refine.refine_step."""
-        state, params = self.leading(self.count if index is None else len(index))
-        return refine_step(logits, state, params, self.ids, index, filters, only_needed)
+        kernels.refine.refine_step. guided: some lane that takes part is."""
+        count = self.count if index is None else len(index)
+        state, params = self.leading(count)
+        allowed = Allowed(*(part[:count] for part in self._allowed)) if guided else None
+        return refine_step(logits, state, params, self.ids, index, filters, only_needed, allowed)
 
     def top_logprobs(self, logits, index, lanes: torch.Tensor, k: int):
         """The k likeliest ids at the positions of some lanes' blocks, as of kernels.top_logprobs.

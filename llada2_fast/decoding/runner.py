@@ -59,6 +59,7 @@ class Plan(NamedTuple):
     filters: some row draws with top-k or top-p.
     carried: how many lanes have to carry the block that has ended with its next one, None = some may, nobody knows yet.
     top: by lane, how many of the likeliest ids a row wants for each token, at most MAX_TOP_LOGPROBS; empty = none does.
+    guided: some row is in a language.
     """
 
     lanes: list[int]
@@ -67,6 +68,7 @@ class Plan(NamedTuple):
     filters: bool = False
     carried: int | None = None
     top: Mapping[int, int] = MappingProxyType({})
+    guided: bool = False
 
 
 class Alternatives(NamedTuple):
@@ -116,6 +118,11 @@ class StepResult:
         lists = [column.tolist() for column in columns[: 3 if details else 1]]  # sync: on the host already
         return [(*row, *[None] * (3 - len(lists))) for row in zip(*lists, strict=True)]
 
+    def replace(self, lanes: list[int], report: np.ndarray):
+        """In some lanes the step did something else, which the host has decided. report: their rows of RefineOutput's."""
+        self._report[lanes] = report
+        self.rows |= zip(lanes, report[:, : refine.NUM_STATUS + 1].tolist(), strict=True)
+
     def read_top(self, lane: int, k: int):
         """(ids, log-probabilities) of the k likeliest ids at the positions of a lane's block, lists [L] of k each; -1
         and -inf where there are fewer. What the step has not written is undefined."""
@@ -145,7 +152,8 @@ class EagerRunner:
         needed = self._everything() if self.all_logits else lanes.needed()
         logits, index = self.forward(plan, lanes.state, needed)
         alternatives = self._alternatives(plan.top, logits, index) if plan.top else None
-        return StepResult(lanes.step(logits, index, plan.filters), plan.lanes, alternatives)
+        output = lanes.step(logits, index, plan.filters, guided=plan.guided)
+        return StepResult(output, plan.lanes, alternatives)
 
     def _alternatives(self, top, logits, index):
         at = torch.tensor(list(top), **_ON_CPU).to(index.device)

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 from ..config import MAX_TOP_LOGPROBS, DecodeParams
 from ..kernels import refine
+from ..structured import TokenAutomaton
+from .guide import BlockGuide, gaps_of
 from .rules import row_rule
 from .trace import Event
 
@@ -71,6 +73,8 @@ class Sequence:
         decoding.
     top_logprobs: how many of the likeliest ids to keep for every token, at most MAX_TOP_LOGPROBS; above 0 confidences
         and steps are kept, too.
+    canvas: by generated position the id that is given there, None in a gap; where some are, gen_length of them.
+    automaton: of the language that the answer, or each gap of the canvas, is in.
 
     watched: the active block is looked at after every step, not only when it has ended; anybody may set it.
 
@@ -82,6 +86,7 @@ class Sequence:
     phase; block: the number of the active one.
     ids: the tokens of all blocks before it, its own as well once it has ended.
     tokens, steps, confidences: of the active block, as the last step that was read left it (where details are kept).
+    block_steps, post_steps: of it, all and mask-free ones, as far as they were read.
     token_steps, token_confidences: of the generated tokens in ids (likewise).
     top: of the active block, and token_top: of the generated tokens in ids, where they are kept: for each position the
         likeliest (id, log-probability), best first and lowest id on ties, at the write that put its token there; fewer
@@ -95,11 +100,19 @@ class Sequence:
     def __init__(
         self, prompt: list[int], params: DecodeParams, seed: int, eos_ids: tuple[int, ...], block_length: int,
         mask_id: int, trace: bool = False, detailed: bool = False, min_tokens: int = 0, top_logprobs: int = 0,
+        canvas: list[int | None] | None = None, automaton: TokenAutomaton | None = None,
     ):  # fmt: skip
         assert 0 <= top_logprobs <= MAX_TOP_LOGPROBS, "refused by name where it comes from"
+        assert canvas is None or len(canvas) == params.gen_length, "an answer is as long as its canvas"
         self.prompt, self.params, self.seed, self.eos_ids = prompt, params, seed, eos_ids
-        self.block_length, self.mask_id, self.min_tokens = block_length, mask_id, min_tokens
-        self.ending_ids = () if min_tokens else eos_ids  # what the device is told of them
+        self.block_length, self.mask_id, self.automaton = block_length, mask_id, automaton
+        self._given = [*prompt, *(canvas or ())]  # by position, None in gaps
+        while len(self._given) > len(prompt) and self._given[-1] is None:
+            self._given.pop()
+        self.min_tokens = max(
+            min_tokens, len(self._given) - len(prompt)
+        )  # an EOS in a gap before a given token ends it
+        self.ending_ids = () if self.min_tokens else eos_ids  # what the device is told of them
         self.rule = row_rule(params, block_length)
         self.gen_length = params.gen_length
         self.prompt_length = len(prompt)
@@ -107,6 +120,8 @@ class Sequence:
         self.first_block = self.prompt_length // block_length
         self.num_blocks = -(-self.total // block_length)
         self.limit = self.num_blocks * block_length if params.attend_tail else self.total
+        self._gaps = gaps_of(self._given, self.total)
+        self._guide: BlockGuide | None = None
         self.phase = Phase.WAITING
         self.lane: int | None = None
         self.pages: tuple[int, ...] = ()
@@ -118,7 +133,7 @@ class Sequence:
         self.eos_position: int | None = None
         self.counters = Counters()
         self.top_logprobs = top_logprobs
-        self.detailed = detailed or trace or top_logprobs > 0
+        self.detailed = detailed or trace or top_logprobs > 0 or automaton is not None
         self.watched = trace
         self.token_steps: list[int] = []
         self.token_confidences: list[float] = []
@@ -132,10 +147,37 @@ class Sequence:
         """Position of the active block's first token."""
         return self.block * self.block_length
 
+    def given(self, block: int) -> list[int | None]:
+        """The ids that a block begins with, of the prompt or given in the answer, None in gaps; what is behind the last
+        of them is not listed."""
+        begin = block * self.block_length
+        return self._given[begin : begin + self.block_length]
+
+    def laid_out(self, block: int) -> list[int]:
+        """A block's tokens when it begins."""
+        begun = [self.mask_id if token is None else token for token in self.given(block)]
+        return begun + [self.mask_id] * (self.block_length - len(begun))
+
     @property
-    def block_prompt(self) -> list[int]:
-        """The ids of the prompt that the active block begins with."""
-        return self.prompt[self.block_start :]
+    def kinds(self) -> list[int]:
+        """Of the active block's positions, as of kernels.roles."""
+        given = self.given(self.block)
+        given += [None] * (self.block_length - len(given))
+        behind = [
+            refine.GENERATED if at < self.total else refine.TAIL if at < self.limit else refine.PADDING
+            for at in range(self.block_start, self.block_start + self.block_length)
+        ]
+        return [kind if token is None else refine.PROMPT for kind, token in zip(behind, given, strict=True)]
+
+    @property
+    def is_followed(self) -> bool:
+        """Its active block is read after every step, not only when it has ended."""
+        return self.watched or self.top_logprobs > 0 or self.automaton is not None
+
+    @property
+    def has_canvas(self) -> bool:
+        """Some positions of its answer are given."""
+        return len(self._given) > self.prompt_length
 
     @property
     def generated(self) -> slice:
@@ -154,8 +196,10 @@ class Sequence:
     @property
     def canvas(self) -> list[int]:
         """The ids of all its blocks: prompt, what has become final, masks."""
-        known = self.ids if len(self.ids) > self.block_start else self.ids + self.block_prompt
-        return known + [self.mask_id] * (self.num_blocks * self.block_length - len(known))
+        known = list(self.ids)
+        for block in range(len(known) // self.block_length, self.num_blocks):
+            known += self.laid_out(block)
+        return known
 
     def answer(self) -> list[int]:
         """The generated ids, cut after the first EOS of the first gen_length of them that is not among min_tokens.
@@ -193,7 +237,7 @@ class Sequence:
         if not self.rule.flags & refine.EDITING or self.rule.max_post_steps == 0:
             return True
         # with editing a block ends by a step that changes nothing, or by too many of them
-        done, post_steps = (0, 0) if begins else (self._steps, self._post_steps)
+        done, post_steps = (0, 0) if begins else (self.block_steps, self.post_steps)
         return post_steps + steps >= self.rule.max_post_steps or done + steps >= self.rule.max_steps
 
     def settle(self, blocks: int):
@@ -214,12 +258,19 @@ class Sequence:
 
     def _begin_block(self):
         self._forwards_before, self._events_before = self.counters.denoise_forwards, len(self.events or ())
-        self._steps = self._post_steps = 0  # of the active block, as far as they were read
+        self.block_steps = self.post_steps = 0
         self.counters.forwards_per_block.append(0)
-        begun = self.block_prompt
-        self.tokens = begun + [self.mask_id] * (self.block_length - len(begun))
+        self.tokens = self.laid_out(self.block)
         self.steps, self.confidences = [-1] * self.block_length, [0.0] * self.block_length
         self.top: list[list[tuple[int, float]]] = [[] for _ in self.steps]
+
+    def guide(self) -> BlockGuide:
+        """What may stand in the block that the next step refines."""
+        block = self.block + (self.phase is Phase.BLOCK_END)
+        start = block * self.block_length
+        if self._guide is None or self._guide.start != start:
+            self._guide = BlockGuide(self.automaton, self._gaps, self.ids[:start], self.laid_out(block), self.mask_id)
+        return self._guide
 
     def take_step(
         self, status: list[int], block: tuple[list[int], list[int], list[float]] | None,
@@ -232,7 +283,7 @@ class Sequence:
         top: the likeliest ids at its positions and their log-probabilities, where they are kept.
         """
         flags, counters = status[refine.FLAGS], self.counters
-        self._steps, self._post_steps = status[refine.STEP], status[refine.POST_STEPS]
+        self.block_steps, self.post_steps = status[refine.STEP], status[refine.POST_STEPS]
         counters.denoise_forwards += 1
         counters.forwards_per_block[-1] += 1
         counters.commits += status[refine.COMMITS]
@@ -350,6 +401,6 @@ class Sequence:
         del self.token_steps[generated:], self.token_confidences[generated:], self.token_top[generated:]
         if self.events is not None:
             del self.events[num_events:]
-        self.finish_reason = self.error = self.eos_position = None
+        self.finish_reason = self.error = self.eos_position = self._guide = None
         self.phase, self.lane, self.pages = Phase.WAITING, None, ()
         self.rewind(0)
