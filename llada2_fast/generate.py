@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .config import DecodeParams, habits
+from .config import MAX_STATES, DecodeParams, habits
 from .decoding.decoder import BlockDecoder, decode_all, prefill_all
+from .decoding.forms import forms_of
 from .decoding.graph_runner import GraphRunner, power_of_two
 from .decoding.inputs import check_fit, resolve_ids, row_seeds, split_prompts
 from .decoding.lanes import Lanes
@@ -69,6 +70,11 @@ def generate(
     settle="carry",
     graphs=False,
     on_step=None,
+    canvas=None,
+    regex=DecodeParams.regex,
+    json_schema=DecodeParams.json_schema,
+    choices=DecodeParams.choices,
+    tokenizer=None,
     **others,
 ):
     """Continue one or several prompts with an LLaDA2 model.
@@ -91,6 +97,13 @@ def generate(
     graphs: replay each step as a CUDA graph, on a GPU; graphs and cache are kept for the model's next call.
     on_step: called as on_step(decoder, result) after every step, with the BlockDecoder, whose `sequences` are the rows,
         and the step's StepResult (decoding/runner.py).
+    canvas: what is given of the answers: a list of ids and gaps (None or the mask id), or a text with `{gap:n}` for n
+        tokens; one for all prompts, or a list with that of each. Answers are as long as it is, whatever gen_length
+        says; what is given is seen from the blocks that it is in on, and never written. An EOS in front of the last
+        given token ends nothing.
+    regex, json_schema, choices: see DecodeParams; what an answer is, or with a canvas each of its gaps. Behind its end
+        a gap is filled with EOS.
+    tokenizer: transformers' one of the model; needed for a canvas that is a text and for the three above.
     others: arguments of transformers' generate() that change nothing (habits.GENERATING, or do_sample if it says what
         temperature says).
 
@@ -108,17 +121,21 @@ def generate(
         gen_length, block_length, steps, temperature, top_k, top_p, sampling_method, threshold, editing_threshold,
         max_post_steps, minimal_topk, num_to_transfer, eos_early_stop,
         eos_ids=(eos_id,) if isinstance(eos_id, int) else eos_id, mask_id=mask_id, pad_id=pad_id,
-        attend_tail=attend_tail, profile=profile,
+        attend_tail=attend_tail, profile=profile, regex=regex, json_schema=json_schema, choices=choices,
     )  # fmt: skip
     habits.refuse("generate", others, habits.GENERATING | {"do_sample": (params.temperature > 0,)})
     mask, eos, pad = resolve_ids(model, params)
-    check_fit(model.config, prompts, params)
+    forms = forms_of(params, canvas, len(prompts), tokenizer, eos, mask, model.config.vocab_size, MAX_STATES)
+    for number, (prompt, form) in enumerate(zip(prompts, forms, strict=True)):
+        check_fit(model.config, [prompt], form.params, number)
     seeds = row_seeds(seed, generator, len(prompts), params.draws)
     length = params.block_length or model.block_length
     sequences = [
-        Sequence(prompt.tolist(), params, one, eos, length, mask, trace)
-        for prompt, one in zip(prompts, seeds, strict=True)
-    ]
+        Sequence(
+            prompt.tolist(), form.params, one, eos, length, mask, trace, canvas=form.canvas, automaton=form.automaton
+        )
+        for prompt, form, one in zip(prompts, forms, seeds, strict=True)
+    ]  # fmt: skip
     runner, cache = _kept_runner(model, sequences) if graphs else _eager_runner(model, sequences, use_cache)
     decoder = BlockDecoder(runner, overlap=int(graphs and on_step is None))
     for sequence in sequences:
@@ -133,7 +150,7 @@ def generate(
             decoder.release(sequence)
             cache.free(sequence.pages)
         _KEPT[model] = runner, _addresses(model)
-    return _collect(sequences, params, pad, return_dict, model.device)
+    return _collect(sequences, pad, return_dict, model.device)
 
 
 def _eager_runner(model, sequences, use_cache):
@@ -175,13 +192,14 @@ def _addresses(model):
     return [weight.data_ptr() for weight in model.parameters()]
 
 
-def _collect(sequences, params, pad, return_dict, device):
+def _collect(sequences, pad, return_dict, device):
     answers = [sequence.answer() for sequence in sequences]
     longest = max(map(len, answers))
     if not return_dict:
         return _fill(answers, longest, pad, device)
+    width = max(sequence.params.gen_length for sequence in sequences)
     return GenerateOutput(
-        _fill(answers, params.gen_length if params.traits.padded else longest, pad, device),
+        _fill(answers, width if sequences[0].params.traits.padded else longest, pad, device),
         [len(answer) for answer in answers],
         [sequence.finish_reason for sequence in sequences],
         [sequence.counters for sequence in sequences],

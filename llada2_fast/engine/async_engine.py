@@ -133,6 +133,8 @@ class AsyncEngine:
         for name, flag in (("drafts", drafts), ("wait", wait), ("until_end", until_end)):
             as_flag(name, flag)
         options, arrived = RequestOptions(**options), self.engine.clock()
+        if params.language is not None:  # new ones take their time, and the engine does not wait for them
+            await asyncio.to_thread(self.engine.intake.form, params, options)
         reading = Reading(self._worker, until_end)
 
         def open_request():

@@ -143,7 +143,7 @@ class Engine:
         if not isinstance(options, RequestOptions):
             raise ValueError(f"options={options!r:.80}: expected RequestOptions")
         self.scheduler.check_room()  # before the work that a long prompt is
-        request = self.intake.request(self.intake.prompt(prompt_ids, params), params, options, arrived=arrived)
+        request = self.intake.request(self.intake.prompt(prompt_ids, params, options), params, options, arrived=arrived)
         self._queue(request)
         return request
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 
 from ..config import MAX_SAMPLES, DecodeParams, RequestOptions, as_int
+from ..decoding.forms import Form, forms_of
 from ..decoding.inputs import check_fit, resolve_ids, row_seed, row_seeds, split_prompts
 from ..decoding.rules import row_rule
 from ..decoding.sequence import Sequence
@@ -29,14 +30,13 @@ class Intake:
         self.home = object()  # what requests of this engine are known by
         self._arrivals = 0
 
-    def prompt(self, prompt_ids, params):
+    def prompt(self, prompt_ids, params, options):
         """A prompt in any accepted form as int64 [n]. What is too long is refused before it is copied."""
         size = len(prompt_ids) if isinstance(prompt_ids, SequenceOf) else math.prod(getattr(prompt_ids, "shape", (0,)))
         most = self.model.config.max_position_embeddings
-        if size + params.gen_length > most:
-            raise ValueError(
-                f"gen_length={params.gen_length}: {size} prompt tokens, but the model has {most} positions"
-            )
+        gen_length = params.gen_length if options.canvas is None else 1  # that of the canvas is looked at later
+        if size + gen_length > most:
+            raise ValueError(f"gen_length={gen_length}: {size} prompt tokens, but the model has {most} positions")
         prompts = split_prompts([prompt_ids] if isinstance(prompt_ids, SequenceOf) else prompt_ids, name="prompt_ids")
         if len(prompts) != 1:
             raise ValueError(f"prompt_ids: one prompt expected, got {len(prompts)}")
@@ -49,8 +49,10 @@ class Intake:
         number: what errors call it by.
         arrived: on the clock, None = now.
         """
-        check_fit(self.model.config, [prompt], params, number)
         mask_id, eos_ids, _ = resolve_ids(self.model, params)
+        form = self.form(params, options)
+        params = form.params
+        check_fit(self.model.config, [prompt], params, number)
         for name, value, own in (
             ("block_length", params.block_length, self.block_length), ("mask_id", mask_id, self.mask_id),
         ):  # fmt: skip
@@ -68,7 +70,8 @@ class Intake:
         seed = row_seeds(params.seed, None, 1, params.draws)[0]
         sequence = Sequence(
             prompt.tolist(), params, seed, eos_ids, self.block_length, self.mask_id, traced, detailed=True,
-            min_tokens=options.min_tokens, top_logprobs=options.top_logprobs,
+            min_tokens=options.min_tokens, top_logprobs=options.top_logprobs, canvas=form.canvas,
+            automaton=form.automaton,
         )  # fmt: skip
         if sequence.num_blocks > self.num_pages:
             raise ValueError(
@@ -80,12 +83,22 @@ class Intake:
         name, arrived = options.request_id, self.clock() if arrived is None else arrived
         if name is None:
             name = f"request-{self._arrivals}"
-        host_ends = options.min_tokens and params.eos_early_stop  # the device knows no least number of tokens
+        host_ends = sequence.min_tokens and params.eos_early_stop  # the device knows no least number of tokens
         return Request(
             name, sequence, options, (arrived - options.priority * self.config.priority_s, self._arrivals), arrived,
             frozenset((*options.stop_token_ids, *(eos_ids if host_ends else ()))),
             [Entry(None, sequence.mark(), self._detokenizer(options))], self.home,
         )  # fmt: skip
+
+    def form(self, params, options) -> Form:
+        """The form of a request's answer. It may take seconds where its language is new, in any thread."""
+        if params.language is not None and options.min_tokens:
+            raise ValueError(f"min_tokens={options.min_tokens}: expected 0, since {params.language} says what may end")
+        eos_ids, vocab_size = resolve_ids(self.model, params)[1], self.model.config.vocab_size
+        (form,) = forms_of(
+            params, options.canvas, 1, self.tokenizer, eos_ids, self.mask_id, vocab_size, self.config.max_states
+        )  # fmt: skip
+        return form
 
     def _check_options(self, options):
         """ValueError for what needs another model, or a tokenizer."""

@@ -86,7 +86,7 @@ def _entry(request, fresh, now):
     end, text, event = start + len(fresh), "", None
     if fresh and detokenizer:
         detokenizer = detokenizer.copy()
-        early = max(0, min(request.options.min_tokens - start, len(fresh)))
+        early = max(0, min(sequence.min_tokens - start, len(fresh)))
         if early:
             detokenizer.push(fresh[:early], stops=False)
         detokenizer.push(fresh[early:])
@@ -113,7 +113,7 @@ def finish(request: Request, last: Entry, reason: str, now: float, stop=None, er
     tail, detokenizer = "", last.detokenizer
     if detokenizer:
         detokenizer = detokenizer.copy()
-        stops = last.mark.num_delivered > request.options.min_tokens
+        stops = last.mark.num_delivered > request.sequence.min_tokens
         tail = detokenizer.tail() if reason in ("cancelled", "error") else detokenizer.take(final=True, stops=stops)
         if stop is None and detokenizer.stopped is not None:  # in what was incomplete until now
             reason, stop = "stop", detokenizer.stopped

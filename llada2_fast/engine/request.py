@@ -228,7 +228,7 @@ class Request:
 
     def stops(self, tokens: list[int]) -> tuple[int, int | str] | None:
         """How many of the next generated tokens complete a stop, and which; None if all of them do not."""
-        begin = max(0, self.options.min_tokens - self.sequence.num_delivered)
+        begin = max(0, self.sequence.min_tokens - self.sequence.num_delivered)
         ids = ((at + 1, tokens[at]) for at in range(begin, len(tokens)) if tokens[at] in self.stop_ids)
         found = [next(ids, None), self._stop_string(tokens, begin)]
         return min((one for one in found if one is not None), key=lambda one: one[0], default=None)

@@ -1,0 +1,87 @@
+"""The form of an answer: what is given in it, and what the rest has to be. All that can be said of it before a forward."""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ..config import DecodeParams
+from ..config.habits import token_ids
+from ..structured import TokenAutomaton, automaton_of, parse_canvas
+from .guide import gaps_of
+
+
+class Form(NamedTuple):
+    """Of one answer.
+
+    params: as given, with the canvas' gen_length where there is one.
+    canvas: by position of the answer the id that is given there, None in gaps; None: nothing is given.
+    automaton: of the language that each gap is in, None if it may be anything.
+    """
+
+    params: DecodeParams
+    canvas: list[int | None] | None
+    automaton: TokenAutomaton | None
+
+
+def forms_of(params, canvas, count, tokenizer, eos_ids, mask_id, vocab_size, max_states) -> list[Form]:
+    """The Form of each of several answers.
+
+    params: DecodeParams of them all.
+    canvas: one for all, or a list with that of each; of ids, None or the mask id in gaps, or a text with `{gap:n}`.
+    count: how many there are.
+    tokenizer: for a text, and for a language.
+    eos_ids, mask_id: resolved.
+    vocab_size: of the model.
+    max_states: of a language.
+    Raises ValueError for what cannot be had, before anything is done.
+    """
+    automaton = automaton_of(params, tokenizer, eos_ids, vocab_size, max_states)
+    forms = []
+    for one in _of_each(canvas, count):
+        ids = None if one is None else _canvas(one, tokenizer, mask_id, vocab_size)
+        if ids is not None and not params.traits.shapes:
+            raise ValueError(f"canvas: expected none under profile={params.profile!r}, which may leave masks")
+        own = params if ids is None else replace(params, gen_length=len(ids))
+        if automaton is not None:
+            _check_room(own, ids, automaton.fewest)
+        forms.append(Form(own, ids, automaton))
+    return forms
+
+
+def _check_room(params, ids, fewest):
+    size = min(gap.end - gap.begin for gap in gaps_of(ids or [], params.gen_length))
+    if size < fewest:
+        where = f"gen_length={params.gen_length}" if ids is None else f"canvas: a gap of {size} tokens"
+        raise ValueError(f"{where}: the shortest text that {params.language} allows takes {fewest} tokens")
+
+
+def _of_each(canvas, count):
+    """The canvas of each of several answers."""
+    nested = isinstance(canvas, (list, tuple)) and any(isinstance(one, (str, list, tuple)) for one in canvas)
+    nested |= getattr(canvas, "ndim", 1) > 1
+    if not nested:
+        return [canvas] * count
+    if len(canvas) != count:
+        raise ValueError(f"canvas: expected one for all, or one for each of {count} prompts, got {len(canvas)}")
+    return list(canvas)
+
+
+def _canvas(canvas, tokenizer, mask_id, vocab_size):
+    """One canvas as ids and None. ValueError for what is none."""
+    if isinstance(canvas, str):
+        if tokenizer is None:
+            raise ValueError(f"canvas={canvas!r:.80}: expected ids, or a tokenizer for a text")
+        return parse_canvas(canvas, tokenizer)
+    if isinstance(canvas, (torch.Tensor, np.ndarray)):
+        canvas = token_ids("canvas", canvas).tolist()
+    if not isinstance(canvas, (list, tuple)):
+        raise ValueError(f"canvas={canvas!r:.80}: expected a list of ids and gaps, or a text with {{gap:n}}")
+    for at, token in enumerate(canvas):
+        if token is not None and (type(token) is not int or not 0 <= token < vocab_size):
+            raise ValueError(f"canvas: expected ids in 0..{vocab_size - 1} and None, got {token!r:.40} at {at}")
+    ids = [None if token == mask_id else token for token in canvas]
+    if None not in ids:
+        raise ValueError(f"canvas: expected at least one gap, None or the mask id {mask_id}, in {len(ids)} positions")
+    return ids
