@@ -40,7 +40,7 @@ def _span(low, high, ends=False):
     """
     if low in ("", "."):
         return ""
-    ends_next = low[0] != "." and (low[1:2] == "." or "." not in low)
+    ends_next = low[1:2] == "." or "." not in low
     zeros, nines = (re.sub("[0-9]", digit, low[1:]) for digit in "09")
     if low[0] == high[0]:
         parts = [re.escape(low[0]) + _span(low[1:], high[1:], ends_next)]
