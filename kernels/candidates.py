@@ -6,8 +6,8 @@
                which a low temperature, k = 1 or a small p makes 1 for every c; under OWN_SOFTMAX p as in greedy
     runner-up  the best id but c of what is left, lowest id on ties, and its probability by the same normaliser
 
-    guided     ids of classes that the position does not allow are no candidates, as if their logits were -inf; where p
-               is a share of all ids they count in the normaliser all the same
+    guided     the same where the ids of classes that the position does not allow have the logit -inf: they are no
+               candidates, and p is a share of those that are allowed
 
     logits [R, L, V], or [M, V] with an index [R, L]; any float type and strides; parameters per row [R]
     -> token [R, L] int64, confidence [R, L] float32. Logits that are an error (NaN, +inf, all that are allowed -inf)
@@ -78,9 +78,7 @@ def candidates_ref(logits, row, position, step, params, ids, flags, tile_v=TILE_
         nothing = (row.new_empty(0), logits.new_empty(0, dtype=torch.float32))
         return nothing * 2 if runner_up else nothing
     if allowed is not None:
-        open_logits = logits.masked_fill(~allowed, float("-inf"))
-        found = candidates_ref(open_logits, row, position, step, params, ids, flags, tile_v, runner_up)
-        return _as_of_all(found, logits, ((params.temperature == 0) | ((flags & OWN_SOFTMAX) != 0))[row])
+        logits = logits.masked_fill(~allowed, float("-inf"))
     ban_mask = (flags & BAN_MASK) != 0
     if not bool((params.temperature > 0).any()):  # sync: the reference alone
         return _greedy_ref(logits, row, ids.mask, ban_mask, runner_up)
@@ -95,18 +93,6 @@ def candidates_ref(logits, row, position, step, params, ids, flags, tile_v=TILE_
         whole = _greedy_ref(logits, row, ids.mask, ban_mask, runner_up)
         found = tuple(into.index_copy_(0, drawn, part) for into, part in zip(whole, found, strict=True))
     return found
-
-
-def _as_of_all(found, logits, own):
-    """Candidates (and runners-up) that were found among some of the ids, as they are among all of logits [M, V]: with
-    confidences that are the model's own where `own` [M] says so, and errors where any logit is one."""
-    bad = (found[0] < 0) | ~(logits < float("inf")).all(-1)
-    result = []
-    for token, confidence, nothing in zip(found[::2], found[1::2], (float("nan"), 0), strict=False):
-        share = torch.where(own, _probability(logits, token.clamp(min=0)), confidence)
-        none = bad | (token < 0)
-        result += token.masked_fill(none, -1), share.masked_fill(none, nothing)
-    return tuple(result)
 
 
 def _slab_rows(logits):
@@ -321,24 +307,20 @@ def _vocab_kernel(
         tile = begin + i
         ids = tile * TILE_V + tl.arange(0, TILE_V // CHUNK)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
         x = tl.load(base + ids.to(tl.int64) * stride_v, mask=ids < vocab, other=_NONE).to(tl.float32)
+        if CLASSES is not None:
+            x = tl.where(_may_stand(base, ids, ids < vocab, table), x, _NONE)
 
         mask_logit = tl.full([], float("-inf"), tl.float32)
         if (mask_id >= tile * TILE_V) & (mask_id < (tile + 1) * TILE_V) & ((flags & _BAN_MASK) != 0):
             mask_logit = tl.sum(tl.where(ids == mask_id, x, 0.0))  # a sum, since a maximum would lose NaN
             x = tl.where(ids == mask_id, _NONE, x)
         best = tl.max(x)
-        every, every_top, weighed = x, best, x  # the model's own but for the mask id; what the masses are of
-        unseen_is_bad = (mask_logit != mask_logit) | (mask_logit == float("inf"))
-        if CLASSES is not None:
-            x = tl.where(_may_stand(base, ids, ids < vocab, table), x, _NONE)
-            best = tl.max(x)
-            weighed = tl.where(sampled, x, every)
-            unseen_is_bad |= tl.max(((every != every) | (every == float("inf"))).to(tl.int32)) > 0
         first = tl.min(tl.where(x == best, ids, _NO_ID))
-        top = tl.where(sampled, best, tl.maximum(every_top, mask_logit))
-        weight = tl.exp2((weighed - _finite(top)) * scale)
+        top = tl.where(sampled, best, tl.maximum(best, mask_logit))
+        weight = tl.exp2((x - _finite(top)) * scale)
         mask_weight = tl.exp2((mask_logit - _finite(top)) * scale)
-        mask_weight = tl.where(sampled, tl.where(unseen_is_bad, float("nan"), 0.0), mask_weight)
+        mask_is_bad = (mask_logit != mask_logit) | (mask_logit == float("inf"))
+        mask_weight = tl.where(sampled, tl.where(mask_is_bad, float("nan"), 0.0), mask_weight)
         mass = tl.sum(weight) + mask_weight  # NaN if the tile holds NaN or +inf
 
         plane = tl.num_programs(0) * TILES
@@ -348,8 +330,8 @@ def _vocab_kernel(
         if sampled:
             if (flags & _OWN_SOFTMAX) != 0:
                 own_scale = _scale(tl.full([], 1.0, tl.float32))
-                own_top = tl.maximum(every_top, mask_logit)
-                own_mass = tl.sum(tl.exp2((every - _finite(own_top)) * own_scale))
+                own_top = tl.maximum(best, mask_logit)
+                own_mass = tl.sum(tl.exp2((x - _finite(own_top)) * own_scale))
                 own_mass += tl.exp2((mask_logit - _finite(own_top)) * own_scale)
                 tl.store(PART + 3 * plane + at, own_top)
                 tl.store(PART + 4 * plane + at, own_mass)

@@ -52,9 +52,12 @@ def compile_regex(pattern: str, max_states: int) -> ByteDFA:
 
 
 def _compile(pattern, max_states):
-    """compile_regex without limits of memory and time. A byte that ends every text is added and taken away again: the
-    library finds the first of several alternatives and leaves out what goes on behind a match, and so it has to go on
-    to the end."""
+    """compile_regex without limits of memory and time.
+
+    A byte is put on either side of every text, and taken away again: the library finds the first of several
+    alternatives and leaves out what goes on behind a match, so that it has to be made to go on to the end; and it keeps
+    account of matches that begin later in a text, which may be exponentially many, unless none can.
+    """
     import outlines_core
 
     try:
@@ -63,8 +66,12 @@ def _compile(pattern, max_states):
         if "DFA" in str(error):
             raise
     vocabulary = outlines_core.Vocabulary(256, {bytes([byte]): [byte] for byte in range(256)})  # 256: none of them
-    index = outlines_core.Index(f"(?:{pattern})\\x00", vocabulary)
-    transitions, final, start = index.get_transitions(), set(index.get_final_states()), index.get_initial_state()
+    try:
+        index = outlines_core.Index(f"\\x00(?:{pattern})\\x00", vocabulary)
+    except ValueError as error:
+        raise ValueError("nothing matches it" if "no transitions" in str(error) else error) from None
+    transitions, final = index.get_transitions(), set(index.get_final_states())
+    start = transitions[index.get_initial_state()][0]
     if len(transitions) - len(final) > max_states:
         raise ValueError(f"it has {len(transitions) - len(final)} states, expected at most {max_states}")
     text = {state: [(byte, behind) for byte, behind in transitions[state].items() if byte] for state in transitions}

@@ -50,7 +50,14 @@ def automaton_of(params, tokenizer, eos_ids: tuple[int, ...], vocab_size: int, m
 def _pattern(params):
     if params.choices is not None:
         return "|".join(map(_escape, params.choices))
-    return params.regex if params.regex is not None else json_regex(params.json_schema)
+    return json_regex(params.json_schema) if params.regex is None else _unanchored(params.regex)
+
+
+def _unanchored(pattern):
+    """Without the anchors on its sides, which mean nothing where the whole text has to match."""
+    pattern = pattern.removeprefix("^")
+    escaped = (len(pattern) - len(pattern[:-1].rstrip("\\"))) % 2 == 0
+    return pattern[:-1] if pattern.endswith("$") and not escaped else pattern
 
 
 def _escape(text):

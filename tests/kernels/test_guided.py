@@ -94,21 +94,21 @@ def all_of(rows, length, vocab, *forbidden):
 
 
 @pytest.mark.parametrize("choice", ["torch", "triton"])
-def test_the_confidence_is_the_model_s_own_however_little_is_left_of_it(choice):
+def test_the_confidence_is_a_share_of_what_is_allowed(choice):
     logits = torch.zeros(1, 2, 10)
-    logits[..., 3], logits[0, 1, 3] = 8.0, 300.0
+    logits[..., 3], logits[0, 1, 3] = 300.0, torch.nan
     with force_ops(choice), interpreted():
         output = refine.refine_step(
             logits, state_of([M, M]), rules_of(flags=BAN_MASK | GUIDED), IDS, allowed=all_of(1, 2, 10, 3)
         )
     assert output.token[0].tolist() == [0, 0]
-    assert output.confidence[0].tolist() == pytest.approx([1 / torch.tensor(8.0).exp().add(9).item(), 0.0], rel=1e-5)
+    assert output.confidence[0].tolist() == pytest.approx([1 / 9, 1 / 9], rel=1e-5)
     assert output.status[0, refine.FLAGS] == 0
 
 
 @pytest.mark.parametrize("choice", ["torch", "triton"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("wrong", ["nan among the forbidden", "inf among the forbidden", "nothing allowed", "-inf"])
+@pytest.mark.parametrize("wrong", ["nan among the allowed", "inf among the allowed", "nothing allowed", "-inf"])
 def test_errors(choice, temperature, wrong):
     logits, allowed = torch.zeros(1, 1, 10), all_of(1, 1, 10, 3)
     if wrong == "nothing allowed":
@@ -117,7 +117,7 @@ def test_errors(choice, temperature, wrong):
         logits[:] = -torch.inf
         logits[..., 3] = 1.0
     else:
-        logits[..., 3] = float(wrong[:3])
+        logits[..., 4] = float(wrong[:3])
     made = state_of([M])
     with force_ops(choice), interpreted():
         output = refine.refine_step(

@@ -24,14 +24,12 @@ def candidate(x, temperature, top_k, top_p, seed, position, step, mask_id, flags
 
     may: bool [V], the ids that it may take, None for all.
     """
-    x = x.double()
+    x = x.double() if may is None else x.double().masked_fill(~may, -math.inf)
     if bool((x.isnan() | (x == math.inf)).any()):
         return None
     y = x.clone()
     if flags & BAN_MASK and 0 <= mask_id < len(x):
         y[mask_id] = -math.inf
-    if may is not None:
-        y[~may] = -math.inf
     if y.max() == -math.inf:
         return None
     if temperature == 0:
