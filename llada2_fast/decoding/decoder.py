@@ -49,8 +49,8 @@ class BlockDecoder:
         lane = sequence.lane = next(lane for lane in range(self.lanes.count) if lane not in self._by_lane)
         self._by_lane[lane] = sequence
         self.lanes.open(
-            lane, sequence.block_start, sequence.given(sequence.block), sequence.total, sequence.limit, rule, sequence.seed,
-            sequence.ending_ids, sequence.prior_flags, sequence.pages,
+            lane, sequence.block_start, sequence.given(sequence.block), sequence.total, sequence.limit, rule,
+            sequence.seed, sequence.ending_ids, sequence.prior_flags, sequence.pages,
         )  # fmt: skip
         if sequence.automaton is not None:
             self.lanes.guide(lane, sequence.automaton.classes)

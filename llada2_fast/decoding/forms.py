@@ -1,4 +1,4 @@
-"""The form of an answer: what is given in it, and what the rest has to be. All that can be said of it before a forward."""
+"""The form of an answer: what is given in it, and what the rest has to be; all that can be said before a forward."""
 
 from dataclasses import replace
 from typing import NamedTuple

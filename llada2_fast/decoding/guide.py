@@ -64,15 +64,16 @@ class BlockGuide:
     def _class_of(self, token):
         return None if token == self.mask_id else int(self.automaton.classes[token])
 
-    def _look_on(self, at):
-        """States from a position on, whose token is new."""
-        for at in range(at, len(self.tokens)):
+    def _look_on(self, first):
+        """What is reached from a position on, whose token is new."""
+        for at in range(first, len(self.tokens)):
             gap, automaton = self._gap[at], self.automaton
             reached = automaton.after(self._reached[at], self._class_of(self.tokens[at])) if gap else automaton.start
             self._reached[at + 1] = reached
 
-    def _look_back(self, at):
-        for at in range(at, -1, -1):
+    def _look_back(self, last):
+        """The goals up to a position, whose token is new."""
+        for at in range(last, -1, -1):
             gap, automaton = self._gap[at], self.automaton
             goals = automaton.before(self._goals[at + 1], self._class_of(self.tokens[at])) if gap else automaton.accept
             self._goals[at] = goals

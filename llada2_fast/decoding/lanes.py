@@ -128,8 +128,8 @@ class Lanes:
             self.page_table[lane, : len(pages)].copy_(pinned(pages, self.device), non_blocking=True)
 
     def give(self, lane: int, block: int, given: list[int | None]):
-        """The ids that are given in a later block of a lane's row, as of `open`. Two are held, of the next block and the
-        one behind it: so many may begin before the host has read that the first did."""
+        """The ids that are given in a later block of a lane's row, as of `open`. Two blocks' are held, of the next one
+        and of the one behind it: so many may begin before the host has read that the first did."""
         ids = [self.mask_id if token is None else token for token in given]
         ids += [self.mask_id] * (self.block_length - len(ids))
         self.bounds.given[lane, block % 2] = torch.tensor(ids, dtype=torch.int64, device="cpu")

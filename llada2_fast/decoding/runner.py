@@ -119,7 +119,7 @@ class StepResult:
         return [(*row, *[None] * (3 - len(lists))) for row in zip(*lists, strict=True)]
 
     def replace(self, lanes: list[int], report: np.ndarray):
-        """In some lanes the step did something else, which the host has decided. report: their rows of RefineOutput's."""
+        """In some lanes the step did something else, which the host has decided. report: their rows of the report."""
         self._report[lanes] = report
         self.rows |= zip(lanes, report[:, : refine.NUM_STATUS + 1].tolist(), strict=True)
 

@@ -144,7 +144,8 @@ def test_what_nobody_constrains_is_free():
     "regex, says",
     [
         ("(", "DFA"), ("a)(?:b", "DFA"), ("(?=a)b", "DFA"), (r"a\1", "DFA"), ("a^b", "nothing"), (r"\x00", "nothing"),
-        ("[ab]*a[ab]{12}", "states, expected at most 4096"), ("(((a{100}){100}){100}){100}", "more than 10 s or 2048 MiB"),
+        ("[ab]*a[ab]{12}", "states, expected at most 4096"),
+        ("(((a{100}){100}){100}){100}", "more than 10 s or 2048 MiB"),
     ],
 )  # fmt: skip
 def test_an_expression_that_cannot_be_had_is_refused(regex, says):
