@@ -18,7 +18,7 @@ from tests.kernels.interpreter import interpreted
 from tests.kernels.test_candidates import RULES, chi_square, drawable, params, random_cases, tables_of
 from tests.kernels.test_candidates import check as check_candidates
 from tests.kernels.test_refine import arguments, compare, decided, make, on_gpu
-from tests.kernels.test_refine_rules import IDS, M, peaks
+from tests.kernels.test_refine_rules import IDS, E, M, peaks
 from tests.kernels.test_refine_rules import params as rules_of
 from tests.kernels.test_refine_rules import state as state_of
 
@@ -104,6 +104,18 @@ def test_the_confidence_is_a_share_of_what_is_allowed(choice):
     assert output.token[0].tolist() == [0, 0]
     assert output.confidence[0].tolist() == pytest.approx([1 / 9, 1 / 9], rel=1e-5)
     assert output.status[0, refine.FLAGS] == 0
+
+
+@pytest.mark.parametrize("choice", ["torch", "triton"])
+@pytest.mark.parametrize("flag", [EOS_STEP, refine.EOS_END, refine.EOS_HOLDS])
+def test_neither_an_eos_nor_the_last_step_ends_anything(choice, flag):
+    made = state_of([E, 1, 2])
+    rules = rules_of(flags=BAN_MASK | GUIDED | EDITING | flag, max_steps=1, max_post_steps=1, edit_threshold=0.5)
+    logits = peaks((1, 0.9), (3, 0.9), (2, 0.9))
+    with force_ops(choice), interpreted():
+        output = refine.refine_step(logits, made, rules, IDS, allowed=all_of(1, 3, 10))
+    assert output.status[0].tolist() == [0, 0, 0, 0, -1, 0, 0, 0] and made.frozen.item() == 0
+    assert made.tokens.tolist() == [[E, 1, 2]] and output.report[0, NUM_STATUS + 1 :][:3].tolist() == [1, 3, 2]
 
 
 @pytest.mark.parametrize("choice", ["torch", "triton"])
