@@ -75,7 +75,7 @@ def _canvas(canvas, tokenizer, mask_id, vocab_size):
             raise ValueError(f"canvas={canvas!r:.80}: expected ids, or a tokenizer for a text")
         return parse_canvas(canvas, tokenizer)
     if isinstance(canvas, (torch.Tensor, np.ndarray)):
-        canvas = token_ids("canvas", canvas).tolist()
+        canvas = token_ids("canvas", canvas).tolist()  # sync: once a call
     if not isinstance(canvas, (list, tuple)):
         raise ValueError(f"canvas={canvas!r:.80}: expected a list of ids and gaps, or a text with {{gap:n}}")
     for at, token in enumerate(canvas):

@@ -56,8 +56,8 @@ class BlockGuide:
         for token in before[first.begin :] if first else ():
             entry = automaton.after(entry, self._class_of(token))
         room = last.end - self.start - length if last else 0
-        self._reached = [entry] * (length + 1)  # in front of each position
-        self._goals = [automaton.within(room)] * (length + 1)  # behind each position, that of `at` at at + 1
+        self._reached: list[int | None] = [entry, *[None] * length]  # in front of each position
+        self._goals: list[int | None] = [*[None] * length, automaton.within(room)]  # behind `at`: number at + 1
         self._look_on(0)
         self._look_back(length - 1)
 
@@ -69,6 +69,8 @@ class BlockGuide:
         for at in range(first, len(self.tokens)):
             gap, automaton = self._gap[at], self.automaton
             reached = automaton.after(self._reached[at], self._class_of(self.tokens[at])) if gap else automaton.start
+            if reached == self._reached[at + 1]:
+                return
             self._reached[at + 1] = reached
 
     def _look_back(self, last):
@@ -76,6 +78,8 @@ class BlockGuide:
         for at in range(last, -1, -1):
             gap, automaton = self._gap[at], self.automaton
             goals = automaton.before(self._goals[at + 1], self._class_of(self.tokens[at])) if gap else automaton.accept
+            if goals == self._goals[at]:
+                return
             self._goals[at] = goals
 
     def _choice(self, at):

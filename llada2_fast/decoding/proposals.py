@@ -15,38 +15,43 @@ from .sequence import Sequence
 
 
 def decide(sequences: list[Sequence], proposed, ids: SpecialIds) -> tuple[BlockState, np.ndarray]:
-    """What a step does to the active blocks of R sequences that have an automaton.
+    """What a step does to the active blocks of R sequences under a language.
 
     proposed: of each its candidates, anything, and their confidences, lists [L].
     ids: the model's special ids.
     Returns the blocks' states after it, and the report int32 [R, 9 + 3 L] of kernels.state.report_ref, on the CPU.
     """
-    kinds, tokens, steps = ([getattr(s, name) for s in sequences] for name in ("kinds", "tokens", "steps"))
-    state = BlockState.fresh(_long(tokens), _long(kinds).to(torch.int8), _long([s.block_start for s in sequences]))
-    state.step, state.post_steps, state.prior_flags = (
-        _long([getattr(s, name) for s in sequences]).int() for name in ("block_steps", "post_steps", "prior_flags")
+    token, confidence = ([one[at] for one in proposed] for at in (0, 2))
+    state = BlockState.fresh(_column(sequences, "tokens"), _column(sequences, "kinds", torch.int8),
+                             _column(sequences, "block_start"), _column(sequences, "prior_flags", torch.int32))  # fmt: skip
+    state.step, state.post_steps, state.commit_step = (
+        _column(sequences, name, torch.int32) for name in ("block_steps", "post_steps", "steps")
     )
-    state.commit_step = _long(steps).int()
-    state.commit_confidence = torch.tensor([s.confidences for s in sequences], dtype=torch.float32, device="cpu")
+    state.commit_confidence = _column(sequences, "confidences", torch.float32)
     params = batch_params([s.rule for s in sequences], [0] * len(sequences), [s.ending_ids for s in sequences])
-    confidence = torch.tensor([one[2] for one in proposed], dtype=torch.float32, device="cpu")
-    token = _long([one[0] for one in proposed])
 
     def check(commit, edit, masked):
-        kept = torch.zeros_like(commit), torch.zeros_like(edit)
-        for row, sequence in enumerate(sequences):
-            guide = sequence.guide()
-            commit[row, guide.forced()] = True
-            order = confidence[row].argsort(descending=True, stable=True).tolist()
-            for chosen, into in zip((commit[row].tolist(), edit[row].tolist()), kept, strict=True):
-                for at in order:
-                    if chosen[at]:
-                        into[row, at] = guide.write(at, int(token[row, at]))
-        return kept
+        rows = zip(sequences, token, confidence, commit.tolist(), edit.tolist(), strict=True)  # sync: on the CPU
+        commits, edits = zip(*(_written(sequence.guide(), *row) for sequence, *row in rows), strict=True)
+        return tuple(torch.tensor(chosen, dtype=torch.bool, device="cpu") for chosen in (commits, edits))
 
-    output = commit_ref(token, confidence, state, params, ids, check=check)
+    output = commit_ref(
+        torch.tensor(token, dtype=torch.int64, device="cpu"),
+        torch.tensor(confidence, dtype=torch.float32, device="cpu"), state, params, ids, check=check,
+    )  # fmt: skip
     return state, output.report.numpy()
 
 
-def _long(numbers):
-    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
+def _written(guide, token, confidence, commit, edit):
+    """Which of the chosen commits and edits of one block are written, bools [L] each."""
+    for at in guide.forced():
+        commit[at] = True
+    order = sorted(range(len(token)), key=lambda at: -confidence[at])  # ties: lowest position
+    for chosen in (commit, edit):
+        for at in order:
+            chosen[at] = chosen[at] and guide.write(at, token[at])
+    return commit, edit
+
+
+def _column(sequences, name, dtype=torch.int64):
+    return torch.tensor([getattr(s, name) for s in sequences], dtype=dtype, device="cpu")

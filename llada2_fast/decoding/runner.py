@@ -121,7 +121,8 @@ class StepResult:
     def replace(self, lanes: list[int], report: np.ndarray):
         """In some lanes the step did something else, which the host has decided. report: their rows of the report."""
         self._report[lanes] = report
-        self.rows |= zip(lanes, report[:, : refine.NUM_STATUS + 1].tolist(), strict=True)
+        numbers = report[:, : refine.NUM_STATUS + 1].tolist()  # sync: NumPy's
+        self.rows.update(zip(lanes, numbers, strict=True))
 
     def read_top(self, lane: int, k: int):
         """(ids, log-probabilities) of the k likeliest ids at the positions of a lane's block, lists [L] of k each; -1
