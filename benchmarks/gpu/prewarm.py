@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import triton
 from triton import knobs
@@ -61,7 +62,8 @@ ENTRY = re.compile(r"([A-Z2-7]{52})/(\w+\.(?:cubin|json))")  # a file of Triton'
 
 
 def steps_of(config, dtype, sizes, pages, prefill, length=BLOCK):
-    """Steps of a network as the decode loop's graphs hold them, with and without top-k and top-p, and its prefill."""
+    """Steps of a network as the decode loop's graphs hold them, with and without top-k and top-p, also of rows under a
+    language, and its prefill."""
     model = LLaDA2Model(config, dtype=dtype, device="meta").eval()
     cache = model.new_cache(max(pages), length)
     for active, carried in sizes:
@@ -71,6 +73,10 @@ def steps_of(config, dtype, sizes, pages, prefill, length=BLOCK):
             step.run()
     step.filters = True
     step.run()
+    lanes.guide(0, np.zeros(config.vocab_size, np.int16))
+    step.guided = True
+    for step.filters in (False, True):
+        step.run()
     for tokens in prefill:
         count = tokens // length
         ids = torch.zeros(tokens, dtype=torch.int64, device=model.device)
