@@ -39,7 +39,7 @@ def forms_of(params, canvas, count, tokenizer, eos_ids, mask_id, vocab_size, max
     """
     automaton = automaton_of(params, tokenizer, eos_ids, vocab_size, max_states)
     forms = []
-    for one in _of_each(canvas, count):
+    for one in canvases(canvas, count):
         ids = None if one is None else _canvas(one, tokenizer, mask_id, vocab_size)
         if ids is not None and not params.traits.shapes:
             raise ValueError(f"canvas: expected none under profile={params.profile!r}, which may leave masks")
@@ -57,8 +57,8 @@ def _check_room(params, ids, fewest):
         raise ValueError(f"{where}: the shortest text that {params.language} allows takes {fewest} tokens")
 
 
-def _of_each(canvas, count):
-    """The canvas of each of several answers."""
+def canvases(canvas, count: int) -> list:
+    """The canvas of each of so many answers, as it is, from one for all or a list with that of each."""
     nested = isinstance(canvas, (list, tuple)) and any(isinstance(one, (str, list, tuple)) for one in canvas)
     nested |= getattr(canvas, "ndim", 1) > 1
     if not nested:

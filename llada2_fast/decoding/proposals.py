@@ -22,8 +22,10 @@ def decide(sequences: list[Sequence], proposed, ids: SpecialIds) -> tuple[BlockS
     Returns the blocks' states after it, and the report int32 [R, 9 + 3 L] of kernels.state.report_ref, on the CPU.
     """
     token, confidence = ([one[at] for one in proposed] for at in (0, 2))
-    state = BlockState.fresh(_column(sequences, "tokens"), _column(sequences, "kinds", torch.int8),
-                             _column(sequences, "block_start"), _column(sequences, "prior_flags", torch.int32))  # fmt: skip
+    state = BlockState.fresh(
+        _column(sequences, "tokens"), _column(sequences, "kinds", torch.int8), _column(sequences, "block_start"),
+        _column(sequences, "prior_flags", torch.int32),
+    )  # fmt: skip
     state.step, state.post_steps, state.commit_step = (
         _column(sequences, name, torch.int32) for name in ("block_steps", "post_steps", "steps")
     )

@@ -410,7 +410,7 @@ class Engine:
             prompt.
         n: answers to each prompt, side by side in what is returned. Of a prompt's own seed they mix their number, too.
         progress: show a bar over answers.
-        stop, stop_token_ids: as of RequestOptions, or a list with those of each prompt.
+        stop, stop_token_ids, canvas: as of RequestOptions, or a list with those of each prompt.
         options: further fields of RequestOptions, for all.
         More prompts than may wait are added as there is room. Everything is checked before anything is begun:
         ValueError names the prompt.

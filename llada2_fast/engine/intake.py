@@ -5,7 +5,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 
 from ..config import MAX_SAMPLES, DecodeParams, RequestOptions, as_int
-from ..decoding.forms import Form, forms_of
+from ..decoding.forms import Form, canvases, forms_of
 from ..decoding.inputs import check_fit, resolve_ids, row_seed, row_seeds, split_prompts
 from ..decoding.rules import row_rule
 from ..decoding.sequence import Sequence
@@ -123,13 +123,14 @@ class Intake:
         count, n = len(prompts), as_int("n", n, 1, MAX_SAMPLES)
         each = zip(
             prompts, self._params_of_each(params, count), _of_each("stop", stop, count),
-            _of_each("stop_token_ids", stop_token_ids, count), strict=True,
+            _of_each("stop_token_ids", stop_token_ids, count), canvases(options.pop("canvas", None), count),
+            strict=True,
         )  # fmt: skip
         if n * count > 1 and options.get("request_id") is not None:
             raise ValueError(f"request_id={options['request_id']!r:.80}: expected None for {n * count} requests")
         requests = []
-        for number, (prompt, own, stops, ids) in enumerate(each):
-            checked = RequestOptions(stop=stops, stop_token_ids=ids, **options)
+        for number, (prompt, own, stops, ids, canvas) in enumerate(each):
+            checked = RequestOptions(stop=stops, stop_token_ids=ids, canvas=canvas, **options)
             first = 0 if isinstance(params, (list, tuple)) else number * n
             requests += [self.request(prompt, sample(own, first + i), checked, number) for i in range(n)]
         return requests

@@ -257,3 +257,14 @@ def test_an_engine_refuses_alike_and_goes_on():
     while engine.has_work:
         engine.step()
     assert is_answer("a+", fine.output.token_ids)
+
+
+def test_an_engine_takes_one_canvas_for_all_or_one_for_each():
+    engine = Engine(random_model(), EngineConfig(max_num_seqs=4, cache_tokens=128), TOKENIZER)
+    params, one, other = DecodeParams(regex="a+", eos_ids=(EOS,)), [None, 3, None], [4, None]
+    first, second = engine.generate([[3], [4]], params, canvas=one)
+    both = engine.generate([[3], [4]], params, canvas=[one, other])
+    assert both[0].token_ids == first.token_ids and len(second.token_ids) == 3 and both[1].token_ids[0] == 4
+    assert first.finish_reason == "length" and [*first.token_ids] == [2, 3, 2]
+    with pytest.raises(ValueError, match="one for each of 2 prompts, got 3"):
+        engine.generate([[3], [4]], params, canvas=[one, other, one])
