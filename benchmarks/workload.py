@@ -7,6 +7,7 @@ from itertools import chain, islice
 import torch
 
 from llada2_fast.cli import options
+from llada2_fast.config import LANGUAGES
 from llada2_fast.decoding.inputs import resolve_ids
 from llada2_fast.demo import tasks
 from llada2_fast.model import LLaDA2Model
@@ -24,7 +25,7 @@ def add_options(parser):
         help="prompts of N random tokens, answered to full length; else questions of the embedded model's tasks",
     )  # fmt: skip
     parser.add_argument("--graphs", action="store_true", help="each step as a CUDA graph, on a GPU")
-    options.add_model_options(parser)
+    options.add_model_options(parser, without=LANGUAGES)
 
 
 @dataclass

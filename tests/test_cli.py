@@ -5,11 +5,13 @@ import codecs
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -142,6 +144,54 @@ def test_every_decoding_option_is_offered_and_explained(call):
     assert f"(default: {DecodeParams.threshold})" in out.replace("\n", " ").replace("  ", "")
 
 
+SCHEMA = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
+
+
+def test_a_json_schema_holds(call, tmp_path):
+    (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
+    code, out, _ = call("generate", QUESTION, QUIET, "--json-schema", str(tmp_path / "schema.json"))
+    assert code == 0
+    jsonschema.validate(json.loads(out), SCHEMA)
+
+
+@pytest.mark.parametrize("given, allowed", [
+    (["--choices", "yes,no"], {"yes", "no"}),
+    (["--choices", "yes, sure", "--choices", "no, never"], {"yes, sure", "no, never"}),
+])  # fmt: skip
+def test_choices_are_separated_by_commas_or_repeated(call, given, allowed):
+    code, out, _ = call("generate", QUESTION, "Spell 4071.", QUIET, *given)
+    assert code == 0 and len(out.splitlines()) == 2 and {*out.splitlines()} <= allowed
+
+
+def test_a_canvas_has_the_text_of_its_gaps_in_a_language(call):
+    code, out, err = call("generate", QUESTION, QUIET, "--canvas", "The answer is {gap:4}, is it?", "--regex", "[0-9]+")
+    assert code == 0 and re.fullmatch(r"The answer is \d+, is it\?\n", out), out
+    assert "finish reason: length" in err
+
+
+def test_a_canvas_is_not_cut_to_the_usual_length(call):
+    text = "The answer is 7. " * 60
+    code, out, _ = call("generate", QUESTION, QUIET, "--canvas", text + "{gap:4}", "--json")
+    answer = json.loads(out)
+    assert code == 0 and answer["text"].startswith(text) and answer["num_tokens"] > options.GEN_LENGTH
+
+
+def test_chat_answers_in_a_language(call):
+    code, out, _ = call("chat", "--regex", "[a-f]{3}", QUIET, stdin="Spell 4071.\n")
+    assert code == 0 and re.fullmatch("[a-f]{3}\n", out)
+
+
+def test_a_missing_extra_is_one_line(call, monkeypatch, tmp_path):
+    """The process that compiles a regex is started by a Python that finds no outlines-core."""
+    python = tmp_path / "python"
+    run = "import runpy, sys; sys.modules['outlines_core'] = None; del sys.argv[0]"
+    run += "; runpy.run_path(sys.argv[0], run_name='__main__')"
+    python.write_text(f'#!/bin/sh\nshift\nexec {sys.executable} -I -c "{run}" "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    assert_refused(call("generate", "x", QUIET, "--regex", "[no]{77}"), 'pip install "llada2-fast[structured]"')
+
+
 def test_version(call):
     assert call("--version")[:2] == (0, f"llada2-fast {__version__}\n")
 
@@ -174,7 +224,20 @@ def test_version(call):
     (["generate", "red " * 5000], ["4096 positions"]),
     (["generate", "x", "--model", "no/such/folder"], ["no/such/folder"]),
     (["generate", "x", "--model", ""], ["no such folder"]),
+    (["generate", "x", "--regex", "("], ["regex='('"]),
+    (["generate", "x", "--regex", "a", "--choices", "b"], ["choices", "regex"]),
+    (["generate", "x", "--regex", "a{9}", "--gen-length", "3"], ["gen_length=3", "takes", "tokens"]),
+    (["generate", "x", "--choices", "yes,,no"], ["choices"]),
+    (["generate", "x", "--choices", "yes,no", "--profile", "hf-2.0"], ["choices", "hf-2.0"]),
+    (["generate", "x", "--json-schema", "no/file.json", "--model", "no/model"], ["no/file.json", "No such file"]),
+    (["generate", "x", "--json-schema", "README.md", "--model", "no/model"], ["README.md", "not valid JSON"]),
+    (["generate", "x", "--canvas", "no gap"], ["canvas='no gap'", "{gap:8}"]),
+    (["generate", "x", "--canvas", "\udfff{gap:8}"], ["canvas: no valid UTF-8"]),
+    (["generate", "x", "--canvas", "{gap:8}", "--gen-length", "9"], ["gen_length=9", "--canvas"]),
+    (["generate", "x", "--canvas", "{gap:5000}"], ["gen_length=5000", "4096"]),
     (["chat", "--steps", "0"], ["steps=0"]),
+    (["chat", "--canvas", "{gap:8}"], ["--canvas"]),
+    (["chat", "--choices", ""], ["choices"]),
     (["chat", "--model", "no/such/folder"], ["no/such/folder"]),
     (["doctor", "now"], ["now"]),
 ])  # fmt: skip

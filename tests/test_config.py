@@ -212,7 +212,8 @@ def test_decode_defaults_are_the_cards_with_editing_off():
         "gen_length": 2048, "block_length": None, "steps": 32, "temperature": 0.0, "top_k": None, "top_p": None,
         "sampling_method": "auto", "threshold": 0.95, "editing_threshold": None, "max_post_steps": 16,
         "minimal_topk": 1, "num_to_transfer": 1, "eos_early_stop": False, "eos_ids": None, "mask_id": None,
-        "pad_id": None, "seed": None, "attend_tail": True, "profile": "default",
+        "pad_id": None, "seed": None, "attend_tail": True, "profile": "default", "regex": None, "json_schema": None,
+        "choices": None,
     }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ def answer(model, tokenizer, rows, options, progress):
     """One dict per row of prompt ids, as --json prints it; a line of statistics goes to stderr."""
     options = fit(options, model, rows)
     started = time.perf_counter()
-    output = model.generate(rows, return_dict=True, progress=progress, **options)
+    output = model.generate(rows, return_dict=True, progress=progress, tokenizer=tokenizer, **options)
     seconds = time.perf_counter() - started
     answers = []
     for i, ids in enumerate(rows):

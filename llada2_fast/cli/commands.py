@@ -66,7 +66,7 @@ def _run(argv):
         return 130
     except BrokenPipeError:  # the reader of our output has gone: nothing can be said there any more
         return 1
-    except ValueError as error:
+    except (ValueError, ModuleNotFoundError) as error:
         return _error(error, 2)
     except (RuntimeError, OSError) as error:
         return _error(error, 1)
@@ -133,6 +133,9 @@ def _parser(argv):
     generate.add_argument("--raw", action="store_true", help="continue the prompts as they are: no chat template")
     generate.add_argument("--trace", metavar="FILE", help="write every step: as a page (.html) or as .json")
     generate.add_argument("--watch", action="store_true", help="show one prompt's answer as it comes about")
+    generate.add_argument(
+        "--canvas", metavar="TEXT", help="the answer with gaps, {gap:N} for N tokens; a language holds for each gap"
+    )
     chat = command(_chat, "chat", "Talk over several turns: a line of stdin is one; /reset forgets, /exit ends.")
     command(doctor, "doctor", "Say what is installed, what each op will run on, and whether the embedded model works.")
     for added in (generate, chat):
@@ -159,13 +162,20 @@ def _generate(args):
     if args.prompts.count("-") > 1:
         raise ValueError("prompts: stdin (-) can be read only once")
     options = decoding(args)
+    if args.canvas is not None and "gen_length" in options:
+        raise ValueError(
+            f"gen_length={options['gen_length']}: expected none beside --canvas, which is as long as it is"
+        )
     traced.check(args.trace, args.watch, args.prompts)
+    canvas = None if args.canvas is None else _checked(args.canvas, "canvas")
     prompts = [_read_stdin() if prompt == "-" else _checked(prompt) for prompt in args.prompts]
     model, tokenizer = _load(args)
     if args.raw:
         rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     else:
         rows = [encode(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
+    if canvas is not None:
+        options |= _canvas(canvas, tokenizer)
     if args.trace is None and not args.watch:
         answers, documents, printed = answer(model, tokenizer, rows, options, args.progress), [], False
     else:
@@ -176,6 +186,14 @@ def _generate(args):
     if documents:
         traced.write(args.trace, documents)
     return 0
+
+
+def _canvas(text, tokenizer):
+    """generate()'s keyword arguments for a canvas that is a text."""
+    from ..structured import parse_canvas
+
+    ids = parse_canvas(text, tokenizer)
+    return {"canvas": ids, "gen_length": len(ids)}
 
 
 def _chat(args):
@@ -213,27 +231,27 @@ def _bench(args):
         sys.argv[0] = invoked
 
 
-def _checked(prompt):
-    """A prompt of the command line as text. Bytes for which the locale has no characters may be UTF-8 all the same."""
+def _checked(prompt, name="prompt"):
+    """An argument as text. Bytes for which the locale has no characters may be UTF-8 all the same."""
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
         try:
-            return _decoded(os.fsencode(prompt))
+            return _decoded(os.fsencode(prompt), name)
         except UnicodeEncodeError:  # a lone surrogate that stands for no byte
-            raise ValueError(f"prompt: no valid UTF-8: {prompt[error.start]!r} at position {error.start}") from None
+            raise ValueError(f"{name}: no valid UTF-8: {prompt[error.start]!r} at position {error.start}") from None
     return prompt
 
 
-def _decoded(data):
-    """A prompt of UTF-8 bytes, or of text if stdin has no bytes."""
+def _decoded(data, name="prompt"):
+    """A text of UTF-8 bytes, or of text if stdin has no bytes."""
     if isinstance(data, str):
-        return _checked(data)
+        return _checked(data, name)
     try:
         return data.decode()
     except UnicodeDecodeError as error:
         where = f"byte 0x{data[error.start]:02x} at position {error.start}"
-        raise ValueError(f"prompt: no valid UTF-8: {where}") from None
+        raise ValueError(f"{name}: no valid UTF-8: {where}") from None
 
 
 def _stdin():

@@ -16,11 +16,13 @@ DECODING = {
     "max_post_steps": _COUNT, "minimal_topk": _COUNT, "num_to_transfer": _COUNT, "temperature": _NUMBER,
     "top_k": _COUNT, "top_p": _NUMBER, "sampling_method": _NAME, "seed": _COUNT, "profile": _NAME,
     "eos_early_stop": _SWITCH, "attend_tail": _SWITCH, "eos_id": _COUNT | {"action": "append"}, "mask_id": _COUNT,
-    "pad_id": _COUNT,
+    "pad_id": _COUNT, "regex": {"metavar": "PATTERN"}, "json_schema": {"metavar": "FILE"},
+    "choices": {"metavar": "TEXT,TEXT", "action": "append"},
 }  # fmt: skip
 _OWN_DEFAULTS = {
     "gen_length": f"{GEN_LENGTH}, or as many as the model has positions left", "eos_early_stop": "on",
-    "eos_id": "may be repeated",
+    "eos_id": "may be repeated", "json_schema": "a file of JSON",
+    "choices": "separated by commas; where it is repeated each TEXT is one choice, commas and all",
 }  # fmt: skip
 
 
@@ -62,8 +64,21 @@ def add_model_options(parser, without=()):
 def decoding(args):
     """generate()'s keyword arguments as asked for. ValueError for what no model allows."""
     given = {name: getattr(args, name) for name in DECODING if hasattr(args, name)}
+    if len(given.get("choices", ())) == 1:
+        given["choices"] = given["choices"][0].split(",")
+    if "json_schema" in given:
+        given["json_schema"] = _read_schema(given["json_schema"])
     params(given)
     return {"eos_early_stop": True} | given
+
+
+def _read_schema(path):
+    from ..config import parse_json
+
+    try:
+        return parse_json(Path(path).read_bytes(), f"--json-schema={path!r:.200}")
+    except OSError as error:
+        raise ValueError(f"--json-schema={path!r:.200}: {error.strerror}") from None
 
 
 def params(decoding):

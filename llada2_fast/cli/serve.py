@@ -20,9 +20,9 @@ _METAVARS = {int: "N", float: "S", str: "NAME"}
 def add_options(parser):
     """The groups "server" and "engine", the fields of ServerConfig and EngineConfig with their defaults and words; and
     those of the model and of decoding, which are for requests that do not say themselves."""
-    from ..config import EngineConfig, ServerConfig
+    from ..config import LANGUAGES, EngineConfig, ServerConfig
 
-    add_model_options(parser, without=("model", "gen_length"))
+    add_model_options(parser, without=("model", "gen_length", *LANGUAGES))
     group = parser.add_argument_group("server")
     for one in fields(ServerConfig):
         _add(group, one, one.name.replace("_", "-"))

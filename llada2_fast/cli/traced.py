@@ -38,10 +38,12 @@ def answer(model, tokenizer, prompts, rows, options, args):
     """
     from ..viewer import ALTERNATIVES, trace_document
 
-    how = params(fit(options, model, rows))
+    options = fit(options, model, rows)
+    wanted = {"trace": args.trace is not None, "canvas": options.pop("canvas", None)}
+    if args.trace:
+        wanted["top_logprobs"] = min(ALTERNATIVES, model.config.vocab_size)
+    how = params(options)
     engine = _engine(model, tokenizer, rows, how)
-    for_pages = {"trace": True, "top_logprobs": min(ALTERNATIVES, model.config.vocab_size)}
-    wanted = for_pages if args.trace else {"trace": False}
     started, printed = time.perf_counter(), False
     if args.watch:
         stream = _terminal(text_last=args.json)

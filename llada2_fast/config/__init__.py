@@ -20,14 +20,14 @@ from .checks import (
 from .decoding import PRESETS, PROFILES, SAMPLING_METHODS, DecodeParams
 from .engine import EngineConfig, room_for
 from .hf import MODEL_TYPES
-from .languages import MAX_STATES
+from .languages import LANGUAGES, MAX_STATES
 from .model import QUANTIZATIONS, ModelConfig
 from .request import MAX_LISTED, MAX_SAMPLES, MAX_TOP_LOGPROBS, RequestOptions
 from .server import ServerConfig
 
 __all__ = [
-    "DTYPES", "MAX_LISTED", "MAX_SAMPLES", "MAX_STATES", "MAX_TOP_LOGPROBS", "MODEL_TYPES", "PRESETS", "PROFILES",
-    "QUANTIZATIONS", "SAMPLING_METHODS", "DecodeParams", "EngineConfig", "ModelConfig", "RequestOptions",
+    "DTYPES", "LANGUAGES", "MAX_LISTED", "MAX_SAMPLES", "MAX_STATES", "MAX_TOP_LOGPROBS", "MODEL_TYPES", "PRESETS",
+    "PROFILES", "QUANTIZATIONS", "SAMPLING_METHODS", "DecodeParams", "EngineConfig", "ModelConfig", "RequestOptions",
     "ServerConfig", "as_flag", "as_float", "as_float32", "as_ids", "as_int", "as_temperature", "choice", "find_device",
     "parse_json", "room_for",
 ]  # fmt: skip
