@@ -16,7 +16,7 @@ ARG TORCH_INDEX=
 COPY constraints.txt /src/
 RUN pip install --no-cache-dir -c /src/constraints.txt ${TORCH_INDEX:+--index-url $TORCH_INDEX} torch
 COPY . /src
-RUN pip install --no-cache-dir -c /src/constraints.txt "/src[serve]" && rm -rf /src
+RUN pip install --no-cache-dir -c /src/constraints.txt "/src[serve,structured]" && rm -rf /src
 
 RUN useradd --create-home llada2 && mkdir /hub && chown llada2 /hub
 USER llada2

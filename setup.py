@@ -12,14 +12,17 @@ DIFFUSERS = ["diffusers>=0.38"]
 EVAL = ["lm-eval[api]>=0.4.13"]  # api: to score a server
 PLOT = ["matplotlib>=3.8"]
 SERVE = ["fastapi>=0.115", "uvicorn>=0.34", "pydantic>=2.8", "prometheus-client>=0.21"]
+STRUCTURED = ["outlines-core>=0.2.14"]  # regular expressions and JSON schemas as automata
 BENCH = ["aiohttp>=3.9", *PLOT]  # aiohttp: the load of `llada2-fast bench serve`
 TEST = [
     *BENCH,
     *SERVE,
+    *STRUCTURED,
     # the oracle of the drop-in tests: its exact behaviour is what they compare with
     "diffusers==0.42.1; python_version >= '3.11'",
     "diffusers==0.41.0; python_version < '3.11'",  # the last for Python 3.10
     "hypothesis>=6.100",
+    "jsonschema>=4.20",
     "openai>=2",
     "pytest>=8",
     "pytest-benchmark>=5",
@@ -65,6 +68,7 @@ setup(
         "eval": EVAL,
         "plot": PLOT,
         "serve": SERVE,
+        "structured": STRUCTURED,
         "test": TEST,
     },
     entry_points={

@@ -105,6 +105,12 @@ def test_wheel_imports_its_own_folders(site):
     assert run("-c", WHERE, cwd="/", path=[site]) == whereabouts(site / "llada2_fast", site / "llada2_fast")
 
 
+def test_a_language_from_a_wheel(site):
+    """A file of the package is run as a program of its own to compile one."""
+    probe = "from llada2_fast.structured.byte_dfa import compile_regex as c; print(len(c('a|bc', 9).accepts))"
+    assert run("-c", probe, cwd="/", path=[site]) == "3\n"
+
+
 def test_bench_from_a_wheel(site, tmp_path):
     """There it has no results folder of its own, and says no commit, whatever repository may be around it."""
     bench = ["bench", "latency", "--num-iters", "1", "--gen-length", "32", "--no-progress", "--save"]

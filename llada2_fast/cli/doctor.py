@@ -37,7 +37,7 @@ def _versions():
 
     installed = {item.metadata["Name"]: item.version for item in metadata.distributions()}
     versions = {"llada2-fast": __version__, "python": platform.python_version()}
-    for name in ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "diffusers"):
+    for name in ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "diffusers", "outlines_core"):
         versions[name] = installed.get(name, "not installed")
     versions["kernels (of HF)"] = installed.get("kernels", "not installed")  # shares the name of our folder kernels/
     return versions
