@@ -73,9 +73,10 @@ def parameters(function):
 
 
 def test_call_has_diffusers_arguments_in_their_order_with_their_defaults():
-    ours = parameters(LLaDA2Pipeline.__call__)
+    *ours, canvas = parameters(LLaDA2Pipeline.__call__)
     assert ours == parameters(diffusers.LLaDA2Pipeline.__call__)
     assert len(ours) == 26  # self and 25
+    assert canvas == ("canvas", None, inspect.Parameter.KEYWORD_ONLY)  # our own
 
 
 @pytest.mark.parametrize("name", ["__init__", "check_inputs", "_prepare_input_ids", "set_progress_bar_config"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from llada2_fast import BlockRefinementScheduler, LLaDA2Model, LLaDA2Pipeline, LLaDA2PipelineOutput
+from llada2_fast import BlockRefinementScheduler, LLaDA2Model, LLaDA2Pipeline, LLaDA2PipelineOutput, demo
 
 MASK, EOS = 255, 252  # of the golden set "tiny"
 
@@ -632,6 +632,79 @@ def test_bad_block_x(returned, text):
         plain(pipeline(Plain()), [[]], gen_length=16, callback_on_step_end=callback)
 
 
+# canvases
+
+GAPS = [[None] * 3 + [40, 41] + [None] * 12 + [42, 43, 44], [None] * 5, [50] + [None] * 20 + [51], [None, 60, None]]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_canvas_gives_the_tokens_of_generate(tiny, case):
+    """With our model, with another implementation of it, and for each row alone."""
+    out = call(pipeline(tiny), **padded("left"), **case, canvas=GAPS).sequences
+    assert torch.equal(call(pipeline(Foreign(tiny)), **padded("left"), **case, canvas=GAPS).sequences, out)
+    early = case.get("eos_early_stop", True)
+    output = tiny.generate(
+        PROMPTS, block_length=8, steps=case.get("num_inference_steps", 32), mask_id=MASK, eos_id=EOS, canvas=GAPS,
+        attend_tail=False, return_dict=True, eos_early_stop=early, threshold=case["threshold"],
+        editing_threshold=case["editing_threshold"] or None, max_post_steps=case.get("max_post_steps", 16),
+        minimal_topk=case.get("minimal_topk", 1),
+    )  # fmt: skip
+    assert out.shape == (4, 22)
+    for i, (prompt, given) in enumerate(zip(PROMPTS, GAPS, strict=True)):
+        n = output.num_tokens[i]
+        assert torch.equal(out[i, :n], output.sequences[i, :n])
+        assert [(at, token) for at, token in enumerate(given) if token not in (None, out[i, at])] == []
+        assert (out[i, len(given) :] == EOS).all() and MASK not in out[i]
+        ids = torch.tensor([prompt], dtype=torch.int64)
+        masked = torch.tensor([MASK if token is None else token for token in given])
+        alone = call(pipeline(tiny), input_ids=ids, **case, canvas=masked).sequences
+        assert torch.equal(alone[0], out[i, : len(given)])
+
+
+def test_what_is_given_on_the_right_is_seen_within_its_block(tiny):
+    def gap(*behind):
+        canvas = [None] * 4 + list(behind)
+        return call(pipeline(tiny), input_ids=torch.tensor(PROMPTS[1]), canvas=canvas).sequences[0, :4].tolist()
+
+    assert gap(9, 9, 9) != gap(90, 91, 92)
+    assert gap(None, None, None, 9) == gap(None, None, None, 90)  # which is in the next block
+
+
+def test_other_models_see_a_canvas_from_the_step_on_that_its_block_begins_with():
+    model, canvas = Plain(), [[None, 9, None, None, None, 8], [10, None]]
+    out = plain(pipeline(model), ((5,) * 4, (6,) * 4), block_length=4, canvas=canvas, num_inference_steps=1)
+    assert out.sequences.tolist() == [[7, 9, 7, 7, 7, 8], [10, 7, 31, 31, 31, 31]]
+    assert model.calls[0][0][:, 4:].tolist() == [[31, 9, 31, 31], [10, 31, 31, 31]]
+    assert [made[1][:, 4:].tolist() for made in model.calls] == [
+        [[1, 1, 1, 1], [1, 1, 0, 0]], [[1, 1, 1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0, 0, 0]],
+    ]  # fmt: skip
+    assert model.calls[1][0][0, 4:].tolist() == [7, 9, 7, 7, 31, 8, 31, 31]
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_callback_cannot_write_over_what_is_given(in_place):
+    seen = []
+
+    def callback(pipe, step, timestep, tensors):
+        seen.append((tensors["active_block"], tensors["transfer_index"], tensors["block_x"].clone()))
+        return put({(0, 0, 5): 8, (0, 0, 4): 3, (1, 0, 5): 31}, in_place)(pipe, step, timestep, tensors)
+
+    out = plain(
+        pipeline(Plain()), canvas=[None, 9, None, None, None, 9], block_length=8, num_inference_steps=3,
+        callback_on_step_end=callback, callback_on_step_end_tensor_inputs=["block_x", "active_block", "transfer_index"],
+    )  # fmt: skip
+    assert out.sequences.tolist() == [[3, 9, 7, 7, 7, 9]]
+    assert not any(flags[0, 5] for active, written, _ in seen for flags in (active, written))
+    assert all(block[0, 5] == 9 for _, _, block in seen)
+
+
+def test_a_canvas_may_be_a_text():
+    pipe = LLaDA2Pipeline.from_pretrained(demo.path(), dtype=torch.float32, progress=False)
+    pipe.set_progress_bar_config(disable=True)
+    (text,) = pipe(prompt="Spell 4071.", canvas="{gap:2} is {gap:5}.", threshold=0.9, editing_threshold=None).texts
+    assert " is " in text and text.endswith(".") and len(pipe.tokenizer(text)["input_ids"]) > 4
+
+
 # the parts
 
 
@@ -761,6 +834,11 @@ IDS = torch.tensor([[1, 2, 3]])
             for odd in (0.5, 2, -1, float("-inf"), float("nan"))
             for made in (torch.tensor, np.array, list)
         ],
+        ({"canvas": [None] * 62}, "gen_length=62: prompt 0 has 3 tokens and the model 64 positions"),
+        ({"canvas": [1, 2, 3]}, "canvas: expected at least one gap, None or the mask id 31"),
+        ({"canvas": [None, 32]}, r"canvas: expected ids in 0..31 and None, got 32 at 1"),
+        ({"canvas": [[None], [None]]}, "canvas: expected one for all, or one for each of 1 prompts, got 2"),
+        ({"canvas": "{gap:3}"}, "canvas='{gap:3}': expected ids, or a tokenizer for a text"),
         ({"attention_mask": "111"}, "`attention_mask`: .* expected, got str"),
         ({"attention_mask": [[1], [1, 1]]}, r"`attention_mask`: .* expected, got \[\[1\], \[1, 1\]\]"),
         ({"callback_on_step_end_tensor_inputs": ["latents"]}, r"has to be in \[.*\], but found \['latents'\]"),

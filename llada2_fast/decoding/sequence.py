@@ -153,6 +153,10 @@ class Sequence:
         begin = block * self.block_length
         return self._given[begin : begin + self.block_length]
 
+    def is_given(self, at: int) -> bool:
+        """A position of the row holds a token of the prompt, or one that is given in the answer."""
+        return at < len(self._given) and self._given[at] is not None
+
     def laid_out(self, block: int) -> list[int]:
         """A block's tokens when it begins."""
         begun = [self.mask_id if token is None else token for token in self.given(block)]

@@ -67,9 +67,9 @@ def rewrite(
     stepped: those the step refined; result: of the step.
     block_x: int64 [B, W], as of step_tensors.
     vocab_size: None where it is not known.
-    Prompts, padding, tails and rows that were finished before the step stay as they are. A change before the active
-    block has that row's keys and values made anew from there. Masks may come back in the active block, until it has had
-    all its steps.
+    Prompts, what a canvas gives, padding, tails and rows that were finished before the step stay as they are. A change
+    before the active block has that row's keys and values made anew from there. Masks may come back in the active
+    block, until it has had all its steps.
     ValueError if block_x does not fit, holds ids outside the vocabulary, or masks before an active block.
     """
     expected = (len(decoder.sequences), _width(decoder))
@@ -81,8 +81,8 @@ def rewrite(
         if sequence.finished and sequence not in stepped:
             continue
         present = sequence.ids[: sequence.block_start] + tokens[sequence.lane]
-        begin, end = sequence.prompt_length, min(len(present), sequence.total)
-        wanted = present[:begin] + wanted[begin:end] + present[end:]
+        free = [at < sequence.total and not sequence.is_given(at) for at in range(len(present))]
+        wanted = [asked if may else there for asked, there, may in zip(wanted, present, free, strict=False)]
         if wanted != present:
             _check_tokens(sequence, wanted, decoder.lanes.mask_id, vocab_size)
             if result.status[sequence.lane][refine.STEP] >= sequence.params.steps:

@@ -2,8 +2,10 @@
 
 import torch
 
-from ...config import MODEL_TYPES, DecodeParams
+from ...config import MAX_STATES, MODEL_TYPES, DecodeParams
+from ...config.checks import INT64
 from ...decoding.decoder import BlockDecoder
+from ...decoding.forms import forms_of
 from ...decoding.inputs import check_fit, check_prompts, row_seeds
 from ...decoding.lanes import Lanes
 from ...decoding.runner import CachedForward, EagerRunner
@@ -14,8 +16,9 @@ from .foreign import BlockCausalForward, WindowForward
 
 
 def open_decoder(
-    model, ids: torch.Tensor, prompt_mask: torch.Tensor, params: DecodeParams, generator, all_logits: bool
-) -> tuple[BlockDecoder, list[Sequence]]:
+    model, ids: torch.Tensor, prompt_mask: torch.Tensor, params: DecodeParams, generator, all_logits: bool, canvas=None,
+    tokenizer=None,
+) -> tuple[BlockDecoder, list[Sequence]]:  # fmt: skip
     """A decoder with a free lane for each prompt, and their sequences, which have pages where they need them.
 
     model: any of the three kinds that LLaDA2Pipeline knows.
@@ -23,7 +26,8 @@ def open_decoder(
     params: of all of them, with ids and block_length.
     generator: one torch.Generator, one per row, or None.
     all_logits: candidates everywhere, as callbacks may ask for.
-    ValueError for prompts or ids that do not fit the model.
+    canvas, tokenizer: as of LLaDA2Pipeline.__call__, and its own.
+    ValueError for prompts, ids or canvases that do not fit the model.
     """
     if not len(ids):
         raise ValueError("`input_ids` must hold at least one row, got none.")
@@ -34,15 +38,18 @@ def open_decoder(
     prompts = list(ids) if padded else [row[keep] for row, keep in zip(ids, prompt_mask.bool(), strict=True)]
     vocab_size = getattr(config, "vocab_size", None)
     positions = getattr(config, "max_position_embeddings", None)
-    check_prompts(prompts, params.gen_length, vocab_size, positions, "`input_ids`")
     if vocab_size is not None and params.mask_id >= vocab_size:
         raise ValueError(f"`mask_token_id` must be in 0..{vocab_size - 1}, got {params.mask_id}.")
-    if own:
-        check_fit(config, prompts, params)
-    seeds, eos = row_seeds(None, generator, len(prompts), params.draws), params.eos_ids
+    eos, known = params.eos_ids, INT64 if vocab_size is None else vocab_size
+    forms = forms_of(params, canvas, len(prompts), tokenizer, eos, params.mask_id, known, MAX_STATES)
+    for number, (prompt, form) in enumerate(zip(prompts, forms, strict=True)):
+        check_prompts([prompt], form.params.gen_length, vocab_size, positions, "`input_ids`", number)
+        if own:
+            check_fit(config, [prompt], form.params, number)
+    seeds = row_seeds(None, generator, len(prompts), params.draws)
     sequences = [
-        Sequence(prompt.tolist(), params, seed, eos, length, params.mask_id)
-        for prompt, seed in zip(prompts, seeds, strict=True)
+        Sequence(prompt.tolist(), form.params, seed, eos, length, params.mask_id, canvas=form.canvas)
+        for prompt, form, seed in zip(prompts, forms, seeds, strict=True)
     ]
     if own:
         cache = model.new_cache(sum(s.num_blocks for s in sequences), length)

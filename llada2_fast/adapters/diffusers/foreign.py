@@ -79,7 +79,7 @@ class WindowForward:
     sequences: all B of them, by lane, finished ones too. Their prompts are the padded ones, so that all generate from
         position P on and are at the same block at every step.
 
-    attention_mask: int64 [B, W], zero at padding and in the tail. What a row gets may depend on the others.
+    attention_mask: int64 [B, W], zero at padding and behind a row's end. What a row gets may depend on the others.
     """
 
     cached = False
@@ -92,14 +92,14 @@ class WindowForward:
         device, length = needed.device, needed.shape[1]
         step = plan.steps[0]
         begin, size = step.block * length, (step.block + 1) * length
-        known = [sequence.canvas[:size] for sequence in self.sequences]
+        known = [(sequence.canvas + [sequence.mask_id] * size)[:size] for sequence in self.sequences]
         ids = torch.tensor(known, dtype=torch.int64, device="cpu").to(device)  # [B, W]
         lanes = torch.tensor(plan.lanes, dtype=torch.int64, device="cpu").to(device)
         ids[lanes, begin:] = state.tokens[lanes]
         position = torch.arange(size, device=device).expand(ids.shape)
-        mask = torch.ones_like(ids)
+        limits = torch.tensor([[sequence.limit] for sequence in self.sequences], dtype=torch.int64, device="cpu")
+        mask = (position < limits.to(device)).long()
         prompt = self.prompt_mask[:, :size]
         mask[:, : prompt.shape[1]] = prompt
-        mask[:, step.limit :] = 0
         logits = self.model(ids, attention_mask=mask, position_ids=position).logits[:, begin:]
         return logits[needed], _index(needed)

@@ -188,6 +188,8 @@ class LLaDA2Pipeline:
         return_dict=True,
         callback_on_step_end=None,
         callback_on_step_end_tensor_inputs=None,
+        *,
+        canvas=None,
     ):
         """Continue prompts.
 
@@ -218,6 +220,9 @@ class LLaDA2Pipeline:
             those of the block that found masks. It may return None, or a dict whose "block_x" takes effect
             (callbacks.rewrite); so does writing into block_x.
         callback_on_step_end_tensor_inputs: names of the tensors it is given (callbacks.step_tensors).
+        canvas: what is given of the answers, with gaps, as of llada2_fast.generate: ids and None or the mask id, or a
+            text where the tokenizer is transformers'; one for all rows or a list with that of each. Answers are as long
+            as it is, whatever gen_length says; shorter rows of `sequences` are filled with the pad id.
 
         Returns LLaDA2PipelineOutput, or (sequences, texts); texts end at the first EOS in any case. Raises ValueError
         on bad arguments before any forward, RuntimeError naming row and step where logits hold NaN or infinity.
@@ -249,7 +254,9 @@ class LLaDA2Pipeline:
         device = self._execution_device
         everywhere = bool(CANDIDATES & {*names})
         ids, prompt_mask = ids.to(device), prompt_mask.to(device)
-        decoder, sequences = open_decoder(self.model, ids, prompt_mask, params, generator, everywhere)
+        decoder, sequences = open_decoder(
+            self.model, ids, prompt_mask, params, generator, everywhere, canvas, self.tokenizer
+        )
         self.scheduler.set_timesteps(num_inference_steps, device=device, block_length=block_length)
         self._num_timesteps = num_inference_steps * max(s.num_blocks - s.first_block for s in sequences)
 
@@ -262,9 +269,9 @@ class LLaDA2Pipeline:
         self._refine(decoder, params, callback_on_step_end, names, pad)
 
         answers = [sequence.answer() for sequence in sequences]
-        rows = [s.canvas[s.prompt_length : s.total] for s in sequences]
-        if eos_early_stop:
-            rows = [answer + [pad] * (params.gen_length - len(answer)) for answer in answers]
+        rows = answers if eos_early_stop else [s.canvas[s.prompt_length : s.total] for s in sequences]
+        width = max(s.gen_length for s in sequences)
+        rows = [row + [pad] * (width - len(row)) for row in rows]
         rows = torch.tensor(rows, dtype=torch.int64, device="cpu").to(device)
         texts = None
         if output_type == "text" and self.tokenizer is not None:
