@@ -166,6 +166,42 @@ def test_the_answers_to_a_prompt_stand_together(tiny):
     assert torch.equal(both, torch.cat(each))
 
 
+def test_a_canvas_is_what_the_decoder_begins_with(tiny):
+    """Over several blocks of 8 tokens, of prompts of different length."""
+    ids, mask = random_ids(2, 12), torch.ones(2, 12, dtype=torch.int64)
+    mask[0, :5] = 0
+    canvas = torch.full((2, 21), MASK)
+    canvas[0, 3:5], canvas[1, 16:] = 9, torch.arange(60, 65)
+    out = tiny.generate(ids, attention_mask=mask, decoder_input_ids=canvas, eos_token_id=-1)
+    assert out.shape == (2, 33) and torch.equal(out[:, :12], ids) and not (out == MASK).any()
+    answers = llada2_fast.generate(
+        tiny, ids, attention_mask=mask, canvas=canvas.tolist(), block_length=8, mask_id=MASK, eos_id=-1
+    )
+    assert torch.equal(out[:, 12:], answers) and torch.equal(out[:, 12:][canvas != MASK], canvas[canvas != MASK])
+    for same in (canvas.int(), canvas.numpy()):
+        assert torch.equal(tiny.generate(ids, attention_mask=mask, decoder_input_ids=same, eos_token_id=-1), out)
+    free = tiny.generate(ids, attention_mask=mask, max_new_tokens=21, eos_token_id=-1)
+    assert not torch.equal(out[0, 12:15], free[0, 12:15])  # what is on the right in the block is seen
+    one = tiny.generate(ids[:1], attention_mask=mask[:1], decoder_input_ids=canvas[0], eos_token_id=-1)
+    assert torch.equal(one[0], out[0])
+    several = tiny.generate(
+        ids, attention_mask=mask, decoder_input_ids=canvas, eos_token_id=-1, num_return_sequences=2, do_sample=True
+    )
+    both = canvas.repeat_interleave(2, 0)
+    assert torch.equal(several[:, 12:][both != MASK], both[both != MASK]) and not torch.equal(several[0], several[1])
+
+
+def test_answers_in_a_language(demo, tokenizer):
+    batch = encode(tokenizer, "Add 847 and 96.", "Spell 4071.")
+    length = batch["input_ids"].shape[1]
+    out = demo.generate(**batch, max_new_tokens=16, tokenizer=tokenizer, choices=["yes", "no"])
+    assert {*tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)} <= {"yes", "no"}
+    with pytest.raises(ValueError, match="gen_length=1: the shortest text that regex allows takes"):
+        demo.generate(**batch, max_new_tokens=1, tokenizer=tokenizer, regex="[0-9]{9}")
+    with pytest.raises(ValueError, match="json_schema: expected a tokenizer"):
+        demo.generate(**batch, max_new_tokens=16, json_schema={"type": "integer"})
+
+
 def test_empty_processors_change_nothing(tiny):
     ids = torch.tensor([[3, 5, 200]])
     empty = {"logits_processor": LogitsProcessorList(), "stopping_criteria": StoppingCriteriaList(), "num_beams": 1}
@@ -177,8 +213,8 @@ def test_empty_processors_change_nothing(tiny):
 
 def test_every_argument_of_the_cards_generate_has_its_place():
     own = set(inspect.signature(llada2_fast.generate).parameters)
-    renamed = {"gen_length", "eos_id", "pad_id", "mask_id"}
-    shared = {"temperature", "top_k", "top_p", "use_cache", "attention_mask", "inputs"}
+    renamed = {"gen_length", "eos_id", "pad_id", "mask_id", "canvas"}
+    shared = {"temperature", "top_k", "top_p", "use_cache", "attention_mask", "inputs", "tokenizer"}
     elsewhere = {"model", "return_dict", "trace", "on_step", "others", "sampling_method"}  # do_sample says the last one
     assert own == renamed | shared | elsewhere | {*_SETTINGS, *_OF_A_CALL}
 
@@ -327,6 +363,10 @@ def test_neutral_values_are_accepted_and_nothing_is_changed(tiny):
     ({"stop_strings": ["x"]}, r"stop_strings=\['x'\]: needs the argument tokenizer"),
     ({"threshold": -1}, "threshold=-1"),
     ({"input_ids": torch.ones(1, 2, dtype=torch.int64)}, "input_ids: give it or inputs"),
+    ({"decoder_input_ids": [MASK]}, r"decoder_input_ids: a tensor \[1, G\] or \[G\] of token ids expected, got list"),
+    ({"decoder_input_ids": torch.full((2, 3), MASK)}, r"decoder_input_ids: .* got \[2, 3\]"),
+    ({"decoder_input_ids": torch.ones(3)}, "decoder_input_ids: int64"),
+    ({"decoder_input_ids": torch.ones(3, dtype=torch.int64)}, "canvas: expected at least one gap"),
     ({"attention_mask": torch.ones(1, 3)}, "attention_mask"),
     ({"attention_mask": "1" * 12}, "attention_mask: .* got str"),
     *[({"attention_mask": made([[odd] * 12])} | more, f"attention_mask: bool, or 0 and 1, expected, got {odd}")

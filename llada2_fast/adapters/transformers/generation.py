@@ -29,7 +29,7 @@ _SETTINGS = (
     "eos_early_stop", "attend_tail", "profile", "seed",
 )  # fmt: skip
 # Further arguments of llada2_fast.generate, which belong to a call.
-_OF_A_CALL = ("generator", "progress", "settle", "graphs")
+_OF_A_CALL = ("generator", "progress", "settle", "graphs", "regex", "json_schema", "choices")
 # What is honoured of transformers' own settings; bos_token_id: of no use where a prompt may be empty.
 _HONOURED = (
     "max_new_tokens", "max_length", "max_time", "stop_strings", "do_sample", "temperature", "top_k", "top_p",
@@ -57,7 +57,7 @@ class LLaDA2GenerationMixin:
         return True
 
     def generate(self, inputs=None, generation_config=None, *, input_ids=None, attention_mask=None,
-                 stopping_criteria=None, streamer=None, tokenizer=None, **kwargs):  # fmt: skip
+                 decoder_input_ids=None, stopping_criteria=None, streamer=None, tokenizer=None, **kwargs):  # fmt: skip
         """Continue prompts, by transformers' convention.
 
         inputs or input_ids: ids [B, P], None = one empty prompt; attention_mask [B, P]: 0 at padding, on either side;
@@ -71,7 +71,10 @@ class LLaDA2GenerationMixin:
           their block; stop_strings (with tokenizer), use_cache, return_dict_in_generate;
         - block_length, steps, threshold, editing_threshold, max_post_steps, minimal_topk, num_to_transfer, attend_tail,
           profile, seed, eos_early_stop (here True but under the hf profiles; see DecodeParams);
-        - kwargs alone: generator, progress, settle, graphs (see llada2_fast.generate).
+        - kwargs alone: generator, progress, settle, graphs; with tokenizer regex, json_schema, choices (see
+          llada2_fast.generate).
+        decoder_input_ids: what is given of the answers, int64 [B, G], or [G] for all prompts, the mask id in gaps;
+        answers are then as long, whatever max_new_tokens says (canvas, see llada2_fast.generate).
         stopping_criteria: asked with (ids [1, n], None) for each row and each of its tokens in order, as soon as their
         block is final; the row ends with the first token they stop at. streamer, for one row: put(the prompt [1, P]),
         put(the tokens of each block that has become final, [1, n]; under hf-2.0 all at the end, since that card may cut
@@ -85,6 +88,7 @@ class LLaDA2GenerationMixin:
             config, rest = self._prepare_generation_config(generation_config, **kwargs)
             _refuse_unsupported(config, rest)
             prompt, mask = _prompts(inputs, input_ids, attention_mask, config)
+            rest |= {"canvas": _canvas(decoder_input_ids, prompt, config), "tokenizer": tokenizer}
             criteria = _criteria(stopping_criteria, config, tokenizer)
             observer = _Observer(prompt, criteria, config.max_time, streamer)
             return self._decode(prompt, mask, config, rest, observer)
@@ -94,7 +98,7 @@ class LLaDA2GenerationMixin:
 
     def _decode(self, prompt, mask, config, call, observer):
         arguments = {name: getattr(config, name, None) for name in (*_SETTINGS, "use_cache")}
-        arguments |= {name: call.get(name) for name in _OF_A_CALL}
+        arguments |= {name: call.get(name) for name in (*_OF_A_CALL, "canvas", "tokenizer")}
         if arguments["eos_early_stop"] is None:
             profile = DecodeParams.profile if arguments["profile"] is None else arguments["profile"]
             arguments["eos_early_stop"] = not PROFILES[choice("profile", profile, tuple(PROFILES))].card
@@ -193,12 +197,33 @@ def _prompts(inputs, input_ids, attention_mask, config):
         raise ValueError(f"inputs: a tensor [B, P] of token ids expected, got {got}")
     ids = token_ids("inputs", ids)
     mask = None if attention_mask is None else padding_mask(attention_mask, ids.shape)
-    copies = 1 if config.num_return_sequences is None else config.num_return_sequences
+    copies = _copies(config)
     if type(copies) is not int or copies < 1:  # that several are sampled is for GenerationConfig to see to
         raise ValueError(f"num_return_sequences={copies!r:.80}: expected an integer >= 1")
     if copies == 1:
         return ids, mask
     return ids.repeat_interleave(copies, 0), mask if mask is None else mask.repeat_interleave(copies, 0)
+
+
+def _copies(config):
+    return 1 if config.num_return_sequences is None else config.num_return_sequences
+
+
+def _canvas(ids, prompt, config):
+    """decoder_input_ids as a canvas of generate(), with that of each row where there are several."""
+    if ids is None:
+        return None
+    copies = _copies(config)
+    rows = len(prompt) // copies
+    if (
+        not isinstance(ids, (torch.Tensor, np.ndarray))
+        or ids.ndim not in (1, 2)
+        or (ids.ndim == 2 and len(ids) != rows)
+    ):
+        got = list(getattr(ids, "shape", ())) or type(ids).__name__
+        raise ValueError(f"decoder_input_ids: a tensor [{rows}, G] or [G] of token ids expected, got {got}")
+    ids = token_ids("decoder_input_ids", ids)
+    return ids if ids.ndim == 1 else ids.repeat_interleave(copies, 0)
 
 
 def _new_tokens(config, prompt):
