@@ -5,6 +5,7 @@ import ast
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +15,14 @@ import pytest
 import llada2_fast
 from benchmarks.own_server import ServerProcess
 from llada2_fast import demo
+from llada2_fast.cli import main
 from tests import hub
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
 WORDS = {  # a call of each block -> a word of its output
+    "canvas=": "The answer is 943.",
+    "json_schema": "The answer is 943.\ndict_keys(['sum'])\n",
     "model.generate": "spell",
     "pipe(": "spell",
     "theirs(": "The answer is 943.",
@@ -71,6 +75,23 @@ def test_there_is_a_block_for_each_face():
 def test_python_block(outputs, name):
     assert "Traceback" not in outputs[name]
     assert WORDS[name] in outputs[name]
+
+
+FORMS = {  # an option of a command that README shows -> what it prints
+    "--canvas": "4071 is four thousand seventy one\n",
+    "--choices": "(yes|no)\n",
+    "--json-schema": r'\{\s*"sum"\s*:\s*-?[0-9]+\s*\}\n',
+}
+
+
+@pytest.mark.parametrize("option", FORMS)
+def test_command_of_a_form(option, tmp_path, monkeypatch, capsys):
+    (line,) = re.findall(f"^    llada2-fast (generate {option} .*)", (ROOT / "README.md").read_text("utf-8"), re.M)
+    schema = {"type": "object", "properties": {"sum": {"type": "integer"}}, "required": ["sum"]}
+    (tmp_path / "schema.json").write_text(json.dumps(schema), "utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert main([*shlex.split(line, comments=True), "--no-progress"]) == 0
+    assert re.fullmatch(FORMS[option], capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=NAMES)
