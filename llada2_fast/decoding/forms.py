@@ -53,8 +53,8 @@ def forms_of(params, canvas, count, tokenizer, eos_ids, mask_id, vocab_size, max
 def _check_room(params, ids, fewest):
     size = min(gap.end - gap.begin for gap in gaps_of(ids or [], params.gen_length))
     if size < fewest:
-        where = f"gen_length={params.gen_length}" if ids is None else f"canvas: a gap of {size} tokens"
-        raise ValueError(f"{where}: the shortest text that {params.language} allows takes {fewest} tokens")
+        where = f"gen_length={params.gen_length}: expected" if ids is None else "canvas: expected in each gap"
+        raise ValueError(f"{where} at least {fewest} tokens, what the shortest text of {params.language} takes")
 
 
 def canvases(canvas, count: int) -> list:

@@ -8,12 +8,15 @@ next, and what is committed is bounded by the request's budget.
 import asyncio
 import os
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 from ..config import MAX_SAMPLES, RequestOptions, as_flag, as_int
 from .engine import Engine
 from .intake import sample
 from .request import DEFAULTS, Request, RequestOutput, check_params
 from .worker import Kind, Reader, Worker
+
+FORMS = 2  # that are made at once
 
 
 class Reading:
@@ -89,6 +92,7 @@ class AsyncEngine:
     def __init__(self, engine: Engine):
         self.engine = engine
         self._worker = Worker(engine)
+        self._forms = ThreadPoolExecutor(FORMS, "llada2-form")  # which has no thread until it is needed
 
     @property
     def _thread(self):
@@ -133,12 +137,11 @@ class AsyncEngine:
         for name, flag in (("drafts", drafts), ("wait", wait), ("until_end", until_end)):
             as_flag(name, flag)
         options, arrived = RequestOptions(**options), self.engine.clock()
-        if params.language is not None:  # new ones take their time, and the engine does not wait for them
-            await asyncio.to_thread(self.engine.intake.form, params, options)
+        form = await self._form(params, options)
         reading = Reading(self._worker, until_end)
 
         def open_request():
-            request = self.engine.submit(prompt_ids, params, options, arrived)
+            request = self.engine.submit(prompt_ids, params, options, arrived, form)
             request.drafts, request.awaited = drafts, until_end
             reading.begin(request)
 
@@ -149,6 +152,13 @@ class AsyncEngine:
             reading.close()
             raise
         return reading
+
+    async def _form(self, params, options):
+        """The form of a request's answer: where it takes its time, neither the engine nor the event loop waits."""
+        intake = self.engine.intake
+        if intake.is_quick(params, options):
+            return intake.form(params, options)
+        return await asyncio.get_running_loop().run_in_executor(self._forms, intake.form, params, options)
 
     async def generate(self, prompt_ids, params=DEFAULTS, *, n=None, wait=False, **options):
         """The RequestOutput of a new request; arguments as of `stream`.
@@ -196,13 +206,17 @@ class AsyncEngine:
 
     def close(self):
         """Cancel all requests, and wait until the thread has ended."""
-        self._worker.stop()
+        self._stop()
         self._worker.join()
 
     async def aclose(self):
         """close(), without holding up the event loop."""
-        self._worker.stop()
+        self._stop()
         await asyncio.to_thread(self._worker.join)
+
+    def _stop(self):
+        self._worker.stop()
+        self._forms.shutdown(wait=False, cancel_futures=True)
 
 
 async def _within(future, seconds):

@@ -136,14 +136,16 @@ class Engine:
 
     @_call
     def submit(
-        self, prompt_ids, params: DecodeParams, options: RequestOptions, arrived: float | None = None
+        self, prompt_ids, params: DecodeParams, options: RequestOptions, arrived: float | None = None, form=None
     ) -> Request:
-        """add_request with its options in one. arrived: when it did, on the clock, None = now."""
+        """add_request with its options in one. arrived: when it did, on the clock, None = now; form: intake.form's of
+        params and options, None = not made yet."""
         check_params(params)
         if not isinstance(options, RequestOptions):
             raise ValueError(f"options={options!r:.80}: expected RequestOptions")
         self.scheduler.check_room()  # before the work that a long prompt is
-        request = self.intake.request(self.intake.prompt(prompt_ids, params, options), params, options, arrived=arrived)
+        prompt = self.intake.prompt(prompt_ids, params, options)
+        request = self.intake.request(prompt, params, options, arrived=arrived, form=form)
         self._queue(request)
         return request
 

@@ -9,6 +9,7 @@ from ..decoding.forms import Form, canvases, forms_of
 from ..decoding.inputs import check_fit, resolve_ids, row_seed, row_seeds, split_prompts
 from ..decoding.rules import row_rule
 from ..decoding.sequence import Sequence
+from ..structured import is_quick
 from .detokenizer import IncrementalDetokenizer
 from .request import Entry, Request
 
@@ -42,15 +43,16 @@ class Intake:
             raise ValueError(f"prompt_ids: one prompt expected, got {len(prompts)}")
         return prompts[0]
 
-    def request(self, prompt, params, options, number=0, arrived=None) -> Request:
+    def request(self, prompt, params, options, number=0, arrived=None, form=None) -> Request:
         """A request that nothing has been done for yet.
 
         prompt: int64 [n].
         number: what errors call it by.
         arrived: on the clock, None = now.
+        form: the Form of params and options, where it is known.
         """
         mask_id, eos_ids, _ = resolve_ids(self.model, params)
-        form = self.form(params, options)
+        form = self.form(params, options) if form is None else form
         params = form.params
         check_fit(self.model.config, [prompt], params, number)
         for name, value, own in (
@@ -99,6 +101,13 @@ class Intake:
             params, options.canvas, 1, self.tokenizer, eos_ids, self.mask_id, vocab_size, self.config.max_states
         )  # fmt: skip
         return form
+
+    def is_quick(self, params, options) -> bool:
+        """Whether `form` takes no time: its language is known, and no text has to be split into tokens."""
+        eos_ids, vocab_size = resolve_ids(self.model, params)[1], self.model.config.vocab_size
+        return not isinstance(options.canvas, str) and is_quick(
+            params, self.tokenizer, eos_ids, vocab_size, self.config.max_states
+        )  # fmt: skip
 
     def _check_options(self, options):
         """ValueError for what needs another model, or a tokenizer."""

@@ -8,7 +8,7 @@ from starlette.responses import JSONResponse
 
 from ..engine import QueueFull
 from ..viewer import trace_document
-from .errors import ApiError, failed, no_place, refused, shutting_down, too_busy
+from .errors import ApiError, failed, missing, no_place, refused, shutting_down, too_busy
 from .formats import ChatFormat, CompletionFormat
 from .jobs import Job, chat_of, prompts_of
 from .schema import ChatRequest
@@ -46,7 +46,8 @@ class Completions:
         request_id = body.request_id or f"{kind.prefix}-{uuid.uuid4().hex}"
         answer = _Answer(self, body, kind(request_id, model, body, self.texts, self._trace), http.state.told)
         if body.stream:
-            await answer.begin(job)
+            if not await unless_gone(http.receive, answer.begin(job)):
+                return JSONResponse({}, 499)
             return EventStream(answer.events(), answer.end, {"X-Request-Id": request_id})
         return await unless_gone(http.receive, answer.whole(job)) or JSONResponse({}, 499)
 
@@ -59,9 +60,12 @@ class Completions:
     async def cancel(self, request_id: str) -> bool:
         """End a running request of this id as it stands. Whether there is one."""
         answer = self.running.get(request_id)
-        names = () if answer is None else answer.names
-        # By name: those that the engine is yet to take come to it before this does.
-        return any(await asyncio.gather(*(self.serving.cancel(name) for name in names)))
+        if answer is None:
+            return False
+        answer.is_cancelled = answer.is_opening
+        # By name: those that were sent to the engine come to it before this does.
+        found = await asyncio.gather(*(self.serving.cancel(name) for name in answer.names))
+        return any(found) or answer.is_cancelled
 
     async def cancel_all(self):
         """End all running requests as they stand, in one go: a call each would take a step for two of them."""
@@ -106,16 +110,23 @@ class _Answer:
     def __init__(self, service, body, form, told):
         self.service, self.body, self.form, self.told = service, body, form, told
         self.names, self.readings = [], []  # names: those of the engine's requests
+        self.is_cancelled = False  # while it was opening
         told["id"] = form.request_id
 
     @property
     def requests(self):
         return [reading.request for reading in self.readings]
 
+    @property
+    def is_opening(self):
+        """The engine is yet to take some of it."""
+        return None in self.readings
+
     async def begin(self, job):
-        """The engine has taken all of it when this returns; ApiError, and it has none of it, where it cannot."""
+        """The engine has taken all of it when this returns, True; ApiError, and it has none of it, where it cannot."""
         service = self.service
         service.check_room(1)  # before the work that a long prompt is
+        job = await job.read(service.texts)
         prompts = await service.prompts(self.body)
         each = job.fit(prompts, service.max_model_len, "messages" if isinstance(self.body, ChatRequest) else "prompt")
         if len(each) > service.most:
@@ -138,6 +149,8 @@ class _Answer:
         opening = [asyncio.ensure_future(open_one(index, *one)) for index, one in enumerate(each)]
         try:
             await asyncio.gather(*opening)
+            if self.is_cancelled:
+                await asyncio.gather(*map(service.serving.cancel, self.names))
         except BaseException as error:
             for task in opening:  # gather leaves them alone where one of them has failed
                 task.cancel()
@@ -146,10 +159,13 @@ class _Answer:
             if isinstance(error, QueueFull):
                 raise too_busy() from error
             if isinstance(error, ValueError):
-                raise refused(error) from error
+                raise refused(error, job.names) from error
+            if isinstance(error, ModuleNotFoundError):
+                raise missing(error, job.names[job.params.language]) from error
             raise
         finally:
             service.opening -= len(each)
+        return True
 
     async def whole(self, job):
         """The plain response."""

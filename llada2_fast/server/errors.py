@@ -1,6 +1,7 @@
 """What is told of a request that cannot be served: OpenAI's error envelope."""
 
 import re
+from types import MappingProxyType
 
 from starlette.responses import JSONResponse
 
@@ -12,7 +13,7 @@ THEIR_NAMES = {
     "prompt_ids": "prompt",
 }
 KINDS = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
-_NAMED = re.compile(r"(\w+)(?:\[\d+\])?=.*?: ((?:expected|with|prompt) .*)", re.S)
+_NAMED = re.compile(r"(\w+)(?:\[\d+\])?(?:=.*?)?: ((?:expected|with|prompt) .*)", re.S)
 
 
 class ApiError(Exception):
@@ -30,12 +31,15 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, self.headers)
 
 
-def refused(error: ValueError) -> ApiError:
-    """A ValueError of our own form, ``name=value: expected ...``, without the value."""
+def refused(error: ValueError, names: dict[str, str] = MappingProxyType({})) -> ApiError:
+    """A ValueError of our own form, ``name=value: expected ...``, without the value.
+
+    names: those of the body's fields that have others than THEIR_NAMES here.
+    """
     found = _NAMED.match(str(error))
     if found is None:
         return ApiError(400, "the request cannot be served as it is", code="invalid_value")
-    name = THEIR_NAMES.get(found[1], found[1])
+    name = names.get(found[1]) or THEIR_NAMES.get(found[1], found[1])
     return ApiError(400, f"{name}: {found[2]:.300}", name, "invalid_value")
 
 
@@ -62,6 +66,11 @@ def invalid(errors: list[dict]) -> ApiError:
     if worst["type"] == "missing":
         return ApiError(400, f"Missing required parameter: {name or 'body'}", name, "missing_required_parameter")
     return ApiError(400, f"{name or 'body'}: {worst['msg']:.300}", name, "invalid_value")
+
+
+def missing(error: ModuleNotFoundError, field: str) -> ApiError:
+    """A package that the field needs. 400, for clients try again what is answered with 501."""
+    return ApiError(400, f"{field} is not supported by this server: {error}", field, "unsupported_parameter")
 
 
 def too_busy() -> ApiError:

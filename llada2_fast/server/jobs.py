@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass, replace
 
-from ..config import PRESETS, DecodeParams, RequestOptions
+from ..config import PRESETS, DecodeParams, RequestOptions, parse_json
 from ..engine.intake import sample
+from ..structured import parse_canvas
 from ..viewer import ALTERNATIVES
 from .errors import ApiError, refused
+from .guard import is_deeper
 from .schema import DECODING, ChatRequest, CompletionRequest, Generation, Message
 
 COMPLETION_TOKENS = 16  # of /v1/completions where nothing is asked for, as everywhere
@@ -17,14 +19,16 @@ class Job:
 
     params: of the decoding; gen_length is a default where max_tokens is None.
     options: of the engine's requests.
-    max_tokens: as asked for.
+    max_tokens: as asked for, or those of the canvas.
     n: answers to each prompt.
+    names: by the field of DecodeParams that says what an answer has to be, the body's that did.
     """
 
     params: DecodeParams
     options: RequestOptions
     max_tokens: int | None
     n: int
+    names: dict[str, str]
 
     @classmethod
     def of(cls, body: Generation, config, defaults: dict) -> "Job":
@@ -36,6 +40,7 @@ class Job:
             given["top_k"] = max(0, body.top_k)
         if body.ignore_eos:
             given["eos_ids"] = ()
+        language, names = _language(body, config)
         preset = PRESETS[body.mode] if body.mode else {}
         chat = isinstance(body, ChatRequest)
         max_tokens = body.max_tokens
@@ -43,22 +48,37 @@ class Job:
             if max_tokens not in (None, body.max_completion_tokens):
                 raise _invalid("max_tokens", "expected the same as max_completion_tokens, or neither")
             max_tokens = body.max_completion_tokens
+        if max_tokens is not None and body.canvas is not None:
+            name = "max_tokens" if body.max_tokens is not None else "max_completion_tokens"
+            raise _invalid(name, "expected none with a canvas, which says how long the answer is")
         if max_tokens is not None and (body.min_tokens or 0) > max_tokens:
             raise _invalid("min_tokens", "expected at most max_tokens")
         usual = config.default_max_tokens if chat else COMPLETION_TOKENS
         longest = config.request_timeout_s
         deadline_s = longest if body.deadline_s is None else min(body.deadline_s, longest)
         try:
-            params = DecodeParams(**{**defaults, **preset, **given, "gen_length": max_tokens or usual})
+            params = DecodeParams(**{**defaults, **preset, **given, **language, "gen_length": max_tokens or usual})
             options = RequestOptions(
                 stop=body.stop, stop_token_ids=body.stop_token_ids, include_stop=bool(body.include_stop_str_in_output),
                 skip_special_tokens=body.skip_special_tokens is not False, min_tokens=body.min_tokens,
                 deadline_s=deadline_s, cache_salt=body.cache_salt, trace=bool(body.trace),
-                top_logprobs=_top_logprobs(body),
+                top_logprobs=_top_logprobs(body), canvas=body.canvas,
             )  # fmt: skip
         except ValueError as error:
-            raise refused(error) from error
-        return cls(params, options, max_tokens, body.n or 1)
+            raise refused(error, names) from error
+        return cls(params, options, max_tokens, body.n or 1, names)
+
+    async def read(self, texts) -> "Job":
+        """With the canvas as ids. texts: Texts. ApiError for a text without gaps, or with too large ones."""
+        canvas = self.options.canvas
+        if canvas is None:
+            return self
+        if isinstance(canvas, str):
+            try:
+                canvas = await texts.run(len(canvas), parse_canvas, canvas, texts.tokenizer)
+            except ValueError as error:
+                raise refused(error) from error
+        return replace(self, options=replace(self.options, canvas=tuple(canvas)), max_tokens=len(canvas))
 
     def fit(self, prompts: list[list[int]], max_model_len: int, field: str) -> list[tuple[list[int], DecodeParams]]:
         """(prompt, params) of each answer: n for each prompt. ApiError for a prompt that is empty or too long.
@@ -80,6 +100,43 @@ class Job:
             params = replace(self.params, gen_length=min(self.params.gen_length, room))
             each += [(prompt, sample(params, len(each) + i)) for i in range(self.n)]
         return each
+
+
+def _language(body, config):
+    """What an answer has to be as a field of DecodeParams, and that field's name in the body: dicts of one entry, or of
+    none. ApiError for several."""
+    form, outputs = body.response_format, body.structured_outputs
+    asked = [
+        one
+        for one in (
+            ("json_schema", "response_format", form and form.json_schema and form.json_schema.json_schema),
+            ("json_schema", "structured_outputs", outputs and outputs.json_schema),
+            ("regex", "structured_outputs", outputs and outputs.regex),
+            ("choices", "structured_outputs", outputs and outputs.choice),
+            ("json_schema", "guided_json", body.guided_json),
+            ("regex", "guided_regex", body.guided_regex),
+            ("choices", "guided_choice", body.guided_choice),
+        )
+        if one[2] is not None
+    ]
+    if len(asked) > 1:
+        raise _invalid(asked[1][1], f"expected one thing that the answer has to be, and {asked[0][1]} says one")
+    if not asked:
+        return {}, {}
+    ((field, name, value),) = asked
+    if field == "json_schema" and isinstance(value, str):
+        value = _parsed(name, value, config.max_depth)
+    return {field: value}, {field: name}
+
+
+def _parsed(name, text, max_depth):
+    """A schema that came as text."""
+    if is_deeper(text.encode(), max_depth):
+        raise ApiError(400, f"{name}: expected nesting of at most {max_depth}", name, "too_deep")
+    try:
+        return parse_json(text.encode(), name)
+    except ValueError:  # which quotes it
+        raise _invalid(name, "expected a JSON schema, an object, or its text") from None
 
 
 def _check(body, config):

@@ -20,6 +20,8 @@ class _FirstError(FailFast):
 Item = TypeVar("Item")
 Ids = Annotated[list[TokenId], _FirstError()]  # a long list that is wrong all through: one error will do
 Several = Annotated[list[Item], _FirstError(), Field(max_length=MAX_LISTED)]
+Gapped = Annotated[list[TokenId | None], _FirstError()]
+Json = dict[str, Any]
 
 
 def _characters(text: str) -> str:
@@ -37,15 +39,20 @@ DECODING = (  # DecodeParams' fields that a request may give by their own names
 # Fields of OpenAI's that this server has not, and values that ask for nothing; null always does.
 NOTHING_ASKED = {
     "audio": (), "best_of": (1,), "chat_template": (), "chat_template_kwargs": ({},), "echo": (False,),
-    "frequency_penalty": (0,), "function_call": ("none", "auto"), "functions": ([],), "guided_json": (),
-    "guided_regex": (), "logit_bias": ({},),
-    "metadata": ({},), "min_p": (0,), "modalities": (["text"],), "parallel_tool_calls": (True, False), "prediction": (),
-    "presence_penalty": (0,), "priority": (0,), "reasoning_effort": (), "repetition_penalty": (1,),
-    "response_format": ({"type": "text"},), "service_tier": ("auto", "default"), "store": (False,), "suffix": ("",),
-    "tool_choice": ("none", "auto", {"type": "none"}), "tools": ([],), "verbosity": (), "web_search_options": (),
+    "frequency_penalty": (0,), "function_call": ("none", "auto"), "functions": ([],), "guided_decoding_backend": (),
+    "guided_grammar": (), "guided_whitespace_pattern": (), "logit_bias": ({},), "metadata": ({},), "min_p": (0,),
+    "modalities": (["text"],), "parallel_tool_calls": (True, False), "prediction": (), "presence_penalty": (0,),
+    "priority": (0,), "reasoning_effort": (), "repetition_penalty": (1,), "service_tier": ("auto", "default"),
+    "store": (False,), "suffix": ("",), "tool_choice": ("none", "auto", {"type": "none"}), "tools": ([],),
+    "verbosity": (), "web_search_options": (),
 }  # fmt: skip
 
 
+# The same of vLLM's structured_outputs. Objects have the properties that are listed alone, asked for or not.
+NOTHING_OUTPUT = {
+    "grammar": (), "json_object": (False,), "structural_tag": (), "disable_any_whitespace": (False,),
+    "whitespace_pattern": (), "disable_fallback": (True, False), "disable_additional_properties": (True, False),
+}  # fmt: skip
 # The same of a message's: answers are sent back as they came.
 NOTHING_TOLD = {name: ([],) for name in ("annotations", "audio", "function_call", "name", "refusal", "tool_calls")}
 
@@ -63,7 +70,7 @@ class Strict(BaseModel):
         if not isinstance(data, dict):
             return data
         kept = dict(data)
-        for name in data.keys() - cls.model_fields.keys():
+        for name in data.keys() - {field.alias or name for name, field in cls.model_fields.items()}:
             if name not in cls.nothing:
                 raise PydanticCustomError("unknown", "Unrecognized request argument", {"name": name})
             value = kept.pop(name)
@@ -97,6 +104,49 @@ class StreamOptions(Strict):
     include_usage: bool | None = None
 
 
+class NamedSchema(Strict):
+    name: Text | None = Field(None, description="taken, and of no effect")
+    description: Text | None = Field(None, description="taken, and of no effect")
+    json_schema: Json = Field(alias="schema", description="a JSON schema that the answer is valid by")
+    strict: bool | None = Field(None, description="taken, and of no effect: answers are valid always")
+
+
+class ResponseFormat(Strict):
+    """OpenAI's."""
+
+    type: Literal["text", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_any_json(cls, data: Any):
+        if isinstance(data, dict) and data.get("type") == "json_object":
+            raise PydanticCustomError(
+                "unsupported",
+                "{name} of type json_object is not supported by this server: any JSON is no regular language, give a "
+                "json_schema",
+                {"name": "response_format"},
+            )
+        return data
+
+    @model_validator(mode="after")
+    def _check_type(self):
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise PydanticCustomError("value", "expected json_schema with type json_schema, and with it alone")
+        return self
+
+
+class StructuredOutputs(Strict):
+    """vLLM's."""
+
+    nothing = NOTHING_OUTPUT
+    json_schema: Json | Text | None = Field(
+        None, alias="json", description="a JSON schema that the answer is valid by, or its text"
+    )
+    regex: Text | None = Field(None, description="a regular expression that the whole answer matches")
+    choice: Several[Text] | None = Field(None, description="texts of which the answer is one")
+
+
 class Generation(Decoding, Options):
     """What both kinds of completions take."""
 
@@ -112,6 +162,15 @@ class Generation(Decoding, Options):
     )
     include_stop_str_in_output: bool | None = Field(None, description="a stop string is part of the text it ends")
     ignore_eos: bool | None = Field(None, description="no token is an end")
+    response_format: ResponseFormat | None = Field(None, description="a JSON schema that the answer is valid by")
+    structured_outputs: StructuredOutputs | None = Field(None, description="what the answer has to be, one of three")
+    guided_json: Json | Text | None = Field(None, description="structured_outputs.json by an older name")
+    guided_regex: Text | None = Field(None, description="structured_outputs.regex by an older name")
+    guided_choice: Several[Text] | None = Field(None, description="structured_outputs.choice by an older name")
+    canvas: Text | Gapped | None = Field(
+        None,
+        description="what is given of the answer, which is as long: a text with {gap:n} for n tokens, or ids and null",
+    )
     mode: Literal[tuple(PRESETS)] | None = Field(None, description="a preset of the fields that are not given")
     policy: Literal["threshold"] | None = Field(None, description="by which rule tokens are committed")
     stream: bool | None = Field(None, description="send blocks as they are committed, as server-sent events")

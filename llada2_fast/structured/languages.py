@@ -1,5 +1,6 @@
 """What an answer has to be, as DecodeParams says it -> an automaton over the tokens of a model, made once."""
 
+import json
 import threading
 import weakref
 from collections import OrderedDict
@@ -32,19 +33,37 @@ def automaton_of(params, tokenizer, eos_ids: tuple[int, ...], vocab_size: int, m
         return None
     if tokenizer is None:
         raise ValueError(f"{name}: expected a tokenizer, which says what the model's tokens are")
-    eos_ids = tuple(token for token in eos_ids if 0 <= token < vocab_size)
+    key = _key(params, eos_ids, vocab_size, max_states)
+    eos_ids = key[1]
     if not eos_ids:
         raise ValueError(f"{name}: expected EOS ids in the vocabulary, by which an answer ends")
-    pattern = _pattern(params)
 
     def make():
         with _making:
             try:
-                return TokenAutomaton(compile_regex(pattern, max_states), token_texts(tokenizer, vocab_size), eos_ids)
+                dfa = compile_regex(_pattern(params), max_states)
+                return TokenAutomaton(dfa, token_texts(tokenizer, vocab_size), eos_ids)
             except ValueError as error:
-                raise ValueError(f"{name}={getattr(params, name)!r:.80}: {error}") from None
+                value = getattr(params, name)
+                raise ValueError(f"{name}={value!r:.80}: expected one that can be had, but {error}") from None
 
-    return _remember(tokenizer, (pattern, eos_ids, vocab_size, max_states), make)
+    return _remember(tokenizer, key, make)
+
+
+def is_quick(params, tokenizer, eos_ids: tuple[int, ...], vocab_size: int, max_states: int) -> bool:
+    """Whether automaton_of, with the same arguments, takes no time: the language is known, or there is none."""
+    if params.language is None or tokenizer is None:
+        return True
+    with _lock:
+        future = _kept.get(tokenizer, {}).get(_key(params, eos_ids, vocab_size, max_states))
+    return future is not None and future.done()
+
+
+def _key(params, eos_ids, vocab_size, max_states):
+    """What a language is known by, and cheap to tell of a schema, too."""
+    name = params.language
+    known = tuple(token for token in eos_ids if 0 <= token < vocab_size)
+    return (name, json.dumps(getattr(params, name))), known, vocab_size, max_states
 
 
 def _pattern(params):
