@@ -6,7 +6,6 @@ reads a pattern from stdin and writes three arrays to stdout, under limits of me
 """
 
 import io
-import os
 import subprocess
 import sys
 from typing import NamedTuple
@@ -105,7 +104,6 @@ def _main():
     try:
         import resource
 
-        os.nice(10)  # others are served meanwhile
         resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
         resource.setrlimit(resource.RLIMIT_CPU, (MAX_SECONDS, MAX_SECONDS))
     except ImportError:  # Windows has no such limits; the caller's clock is one

@@ -44,8 +44,8 @@ def automaton_of(params, tokenizer, eos_ids: tuple[int, ...], vocab_size: int, m
                 dfa = compile_regex(_pattern(params), max_states)
                 return TokenAutomaton(dfa, token_texts(tokenizer, vocab_size), eos_ids)
             except ValueError as error:
-                value = getattr(params, name)
-                raise ValueError(f"{name}={value!r:.80}: expected one that can be had, but {error}") from None
+                value, why = getattr(params, name), str(error).removeprefix(f"{name}: ")
+                raise ValueError(f"{name}={value!r:.80}: expected one that can be had, but {why}") from None
 
     return _remember(tokenizer, key, make)
 
