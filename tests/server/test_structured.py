@@ -225,6 +225,9 @@ def test_nobody_waits_while_a_language_is_made(server):
             assert (await client.post("/requests/late/cancel", cast_to=object))["cancelled"] is True
             assert not any(one.done() for one in (slow, left, cancelled))  # all of that was meanwhile
             left.cancel()
+            while "left" not in [line.get("id") for line in server.told()]:  # its end is in the log
+                await asyncio.sleep(0.05)
+            assert not slow.done()
             with pytest.raises(openai.BadRequestError, match="takes more than|states"):
                 await slow
             assert (await cancelled).choices[0].finish_reason == "abort"
