@@ -32,9 +32,10 @@ class Step:
     """One step of `rows` whole blocks of masks, and all that it needs, on a device.
 
     steady: nothing is ever committed, so that a step can be repeated as it is; else reset() makes the blocks new.
+    guided: the rows may take any id, as tables say.
     """
 
-    def __init__(self, rows, vocab, dtype, device, mode="greedy", steady=False):
+    def __init__(self, rows, vocab, dtype, device, mode="greedy", steady=False, guided=False):
         self.ids = SpecialIds(vocab - 289)
         self.logits = torch.empty(rows, BLOCK, vocab, dtype=dtype, device=device)
         if device != "meta":  # drawn in float32, which is the same in every PyTorch; bfloat16 is not in 2.11
@@ -48,8 +49,13 @@ class Step:
         rule = Rule(
             temperature, top_k, top_p, threshold=2.0 if steady else THRESHOLD, edit_threshold=0.0,
             steps=NEVER if steady else STEPS, min_transfer=0 if steady else 1, max_steps=NEVER, max_post_steps=0,
-            flags=refine.BAN_MASK | refine.EOS_STEP,
+            flags=refine.BAN_MASK | refine.EOS_STEP | guided * refine.GUIDED,
         )  # fmt: skip
+        self.allowed = None
+        if guided:
+            classes = torch.arange(vocab, device=device) % refine.MAX_CLASSES
+            bits = torch.full((rows, BLOCK, refine.WORDS), -1, dtype=torch.int32, device=device)
+            self.allowed = refine.Allowed(classes.to(torch.int16).repeat(rows, 1), bits)
         self.params = batch_params([rule] * rows, range(rows), [(1,)] * rows, device)
         tokens = torch.full((rows, BLOCK), self.ids.mask, device=device)
         kind = torch.zeros_like(tokens, dtype=torch.int8)
@@ -63,7 +69,8 @@ class Step:
             getattr(self.state, name).zero_()
 
     def run(self):
-        return refine.refine_step(self.logits, self.state, self.params, self.ids, filters=self.filters)
+        rules = (self.state, self.params, self.ids)
+        return refine.refine_step(self.logits, *rules, filters=self.filters, allowed=self.allowed)
 
 
 def wide(logits):
