@@ -12,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.schemas import SCHEMAS
 from llada2_fast.structured.ranges import decimals
 from llada2_fast.structured.schema import json_regex
-from tests.structured.schemas import SCHEMAS
 
 pytest.importorskip("outlines_core")
 jsonschema = pytest.importorskip("jsonschema")
