@@ -53,23 +53,32 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     harness.add_options(parser)
     quality.add_prompts_option(parser)
-    parser.add_argument("--model", action="append", metavar="PATH", help="instead of both; may be repeated")
+    add_model_option(parser)
     options = parser.parse_args(argv)
     harness.check_save(parser, options, "sampling")
     n = options.n or (24 if options.quick else tasks.PROMPTS)
-    models = options.model or [demo.path(), *([str(SIBLING)] if harness.IN_CHECKOUT else [])]
     settings = [Setting(*draw, rule) for draw in (QUICK_DRAWS if options.quick else DRAWS) for rule in RULES]
-    draws = [entry for path in models for entry in entries(path, n, settings)]
+    draws = [entry for model in checkpoints(options.model) for entry in entries(*model, n, settings)]
     result = {"threshold": THRESHOLD, "prompts_per_task": n, "seed": tasks.SEED, "draws": draws}
     print(table(result))
     harness.finish("sampling", options, result)
 
 
-def entries(path, n, settings):
+def add_model_option(parser):
+    parser.add_argument("--model", action="append", metavar="PATH", help="instead of both; may be repeated")
+
+
+def checkpoints(paths):
+    """[(name, path)] of the models given, or of the embedded one and, in a checkout, its less trained sibling."""
+    paths = paths or [demo.path(), *([str(SIBLING)] if harness.IN_CHECKOUT else [])]
+    return [("embedded" if path == demo.path() else Path(path).name, path) for path in paths]
+
+
+def entries(name, path, n, settings):
     """A dict for each draw of the settings: the model's name, the draw, and {rule: {"accuracy", "tpf", "tasks"}}, where
     tasks has the accuracy of each."""
     model = LLaDA2Model.from_pretrained(path, dtype=torch.float32, progress=False)
-    name, found = "embedded" if path == demo.path() else Path(path).name, {}
+    found = {}
     for setting, by_task in quality.measure(model, load_tokenizer(path), n, settings).items():
         *draw, rule = setting
         entry = found.setdefault(tuple(draw), {"model": name} | dict(zip(Setting._fields, draw, strict=False)))

@@ -85,7 +85,7 @@ def test_quantised_weights_are_measured_and_named(capsys):
 def test_a_low_temperature_costs_the_less_trained_model_no_accuracy():
     settings = [sampling.Setting(t, None, None, rule) for t in (0.0, 0.1) for rule in ("own", "drawn")]
     settings.append(sampling.Setting(1.0, 1, None, "own"))
-    greedy, cold, narrow = sampling.entries(sampling.SIBLING, 24, settings)
+    greedy, cold, narrow = sampling.entries("undertrained", sampling.SIBLING, 24, settings)
     assert greedy["own"]["accuracy"] == greedy["drawn"]["accuracy"] > 0.6
     assert cold["own"]["accuracy"] > greedy["own"]["accuracy"] - 0.06  # 120 prompts
     assert cold["own"]["tpf"] < 1.1 * greedy["own"]["tpf"]
