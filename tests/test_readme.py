@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
 WORDS = {  # a call of each block -> a word of its output
     "canvas=": "The answer is 943.",
-    "json_schema": "The answer is 943.\ndict_keys(['sum'])\n",
+    "json_schema": "4071 is four thousand seventy one\ndict_keys(['sum'])\n",
     "model.generate": "spell",
     "pipe(": "spell",
     "theirs(": "The answer is 943.",

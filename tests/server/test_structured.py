@@ -204,7 +204,8 @@ def test_nobody_waits_while_a_language_is_made(server):
                     ask(client, extra_body=SLOWLY | {"guided_regex": pattern, "request_id": name}, **rest)
                 )
                 for pattern, name, rest in (
-                    (SLOW, "slow", {}), (f"c{SLOW}", "left", {"stream": True}), ("c[ab]{500}", "late", {"max_tokens": 600}),
+                    (SLOW, "slow", {}), (f"c{SLOW}", "left", {"stream": True}),
+                    ("c[ab]{500}", "late", {"max_tokens": 600}),
                 )
             ]  # fmt: skip
             await asyncio.sleep(0.3)

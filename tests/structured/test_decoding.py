@@ -201,10 +201,10 @@ def test_given_positions_cost_no_step_and_end_nothing():
 @pytest.mark.parametrize(
     "how, says",
     [
-        ({"regex": "a{9}"}, "gen_length=4: the shortest text that regex allows takes 9 tokens"),
-        ({"regex": "aaa", "canvas": [None, 3, None, None, None]}, "canvas: a gap of 1 tokens: the shortest"),
+        ({"regex": "a{9}"}, "gen_length=4: expected at least 9 tokens, what the shortest text of regex takes"),
+        ({"regex": "aaa", "canvas": [None, 3, None, None, None]}, "at least 3 tokens, what the shortest text"),
         ({"regex": "a", "eos_id": -1}, "regex: expected EOS ids in the vocabulary"),
-        ({"regex": "xyz"}, "regex='xyz': no text of it can be made of the tokenizer's tokens"),
+        ({"regex": "xyz"}, "no text of it can be made of the tokenizer's tokens"),
         ({"regex": "("}, "regex='(': "),
         ({"regex": "a", "choices": ["b"]}, "choices=('b',): expected one of regex, json_schema, choices"),
         ({"regex": "a", "tokenizer": None}, "regex: expected a tokenizer"),
@@ -246,7 +246,7 @@ def test_an_engine_refuses_alike_and_goes_on():
     fine = engine.add_request([3], DecodeParams(gen_length=8, regex="a+", eos_ids=(EOS,)))
     for params, options, says in (
         (DecodeParams(gen_length=8, regex="a{30}"), {}, "states, expected at most 8"),
-        (DecodeParams(gen_length=2, regex="a{5}"), {}, "takes 5 tokens"),
+        (DecodeParams(gen_length=2, regex="a{5}"), {}, "at least 5 tokens"),
         (DecodeParams(gen_length=8, regex="a"), {"min_tokens": 2}, "min_tokens=2: expected 0"),
         (DecodeParams(gen_length=8), {"canvas": [2]}, "at least one gap"),
         (DecodeParams(gen_length=8), {"canvas": 7}, "canvas=7: expected"),
