@@ -70,7 +70,8 @@ class DecodeParams:
     which is never reached. A drawn token's confidence is what the model itself gives it, its probability at temperature
     1 among all tokens, so that thresholds mean the same at any temperature, top_k and top_p; under the other profiles
     it is the probability of the draw, as on the cards and in diffusers: near 1 at a low temperature or with narrow
-    filters, where whole blocks are committed at once.
+    filters, where whole blocks are committed at once. In a language all of this is among the tokens that may stand at a
+    position; where that is one alone, it is committed whatever the threshold.
     """
 
     gen_length: int = doc(2048, "most tokens to generate")

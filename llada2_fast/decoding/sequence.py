@@ -93,7 +93,7 @@ class Sequence:
         than asked for where the vocabulary or the logits above -inf are fewer. The distribution is the logits' softmax
         at temperature 1 over all ids, the mask id not listed where the profile never writes it. So a token's own
         log-probability is the logarithm of its confidence, but for tokens drawn under other profiles than the default
-        one: these need not be listed, and their confidence is of the tempered and filtered distribution.
+        one, and for those of a language: these need not be listed, and their confidence is of another distribution.
     finish_reason: "eos" or "length"; error; counters; events.
     """
 
