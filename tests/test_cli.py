@@ -176,6 +176,12 @@ def test_a_canvas_is_not_cut_to_the_usual_length(call):
     assert code == 0 and answer["text"].startswith(text) and answer["num_tokens"] > options.GEN_LENGTH
 
 
+@pytest.mark.parametrize("option", ["--regex", "--json-schema", "--choices", "--canvas"])
+def test_a_server_has_no_form_for_all_its_answers(capsys, option):
+    code = cli.main(["serve", option, "a", "--port", "-1"])  # the port would be the next mistake
+    assert_refused((code, *capsys.readouterr()), f"unrecognized arguments: {option}")
+
+
 def test_chat_answers_in_a_language(call):
     code, out, _ = call("chat", "--regex", "[a-f]{3}", QUIET, stdin="Spell 4071.\n")
     assert code == 0 and re.fullmatch("[a-f]{3}\n", out)
