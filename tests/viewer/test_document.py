@@ -194,7 +194,8 @@ def test_the_command_line_writes_a_page(capsys, tmp_path):
 @pytest.mark.parametrize("options", [
     [], ["--temperature", "1.5", "--seed", "5"], ["--block-length", "8", "--profile", "hf-2.1", "--max-tokens", "40"],
     ["--eos-id", "-1", "--max-tokens", "33"], ["--raw"], ["--choices", "yes,no"],
-    ["--canvas", "The answer is {gap:3}. " * 60, "--regex", "[0-9]+"],
+    ["--canvas", "The answer is {gap:3} or {gap:40}.", "--regex", "[0-9]+"],
+    ["--canvas", "{gap:9}" + "The answer is 7. " * 150, "--block-length", "64"],  # longer than what fits otherwise
 ])  # fmt: skip
 def test_answers_are_those_without_a_trace(capsys, tmp_path, options):
     prompts, file = [doctor.QUESTION, "Reverse moon crow bread lamp."], tmp_path / "out.json"
