@@ -196,7 +196,7 @@ def test_answers_in_a_language(demo, tokenizer):
     length = batch["input_ids"].shape[1]
     out = demo.generate(**batch, max_new_tokens=16, tokenizer=tokenizer, choices=["yes", "no"])
     assert {*tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)} <= {"yes", "no"}
-    with pytest.raises(ValueError, match="gen_length=1: expected at least"):
+    with pytest.raises(ValueError, match="gen_length=1: expected at least 9 tokens"):
         demo.generate(**batch, max_new_tokens=1, tokenizer=tokenizer, regex="[0-9]{9}")
     with pytest.raises(ValueError, match="json_schema: expected a tokenizer"):
         demo.generate(**batch, max_new_tokens=16, json_schema={"type": "integer"})
