@@ -10,6 +10,7 @@ three times, because the three need not move together:
 
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from itertools import islice, takewhile
 from typing import NamedTuple
 
 from ..config import MAX_TOP_LOGPROBS, DecodeParams
@@ -176,7 +177,7 @@ class Sequence:
     @property
     def is_followed(self) -> bool:
         """Its active block is read after every step, not only when it has ended."""
-        return self.watched or self.top_logprobs > 0 or self.automaton is not None
+        return self.watched or self.top_logprobs > 0 or self.automaton is not None or self.has_canvas
 
     @property
     def has_canvas(self) -> bool:
@@ -315,6 +316,17 @@ class Sequence:
                 self.finish("length")
         if flags & refine.FINISHED:
             self.finish("eos")
+        elif self.has_canvas and self._has_ended():
+            self.keep_block()
+            self.finish("eos")
+
+    def _has_ended(self) -> bool:
+        """Whether an EOS behind the last given token ends it, which the device cannot tell from one in a gap before."""
+        if not self.params.eos_early_stop or (self.params.editing_threshold is not None and not self.block_ended):
+            return False
+        begin = max(self.prompt_length + self.min_tokens - self.block_start, self.generated.start)
+        resolved = takewhile(lambda token: token != self.mask_id, self.tokens[self.generated])
+        return any(token in self.eos_ids for token in islice(resolved, begin - self.generated.start, None))
 
     def keep_block(self):
         """The active block's tokens are taken into ids as they stand."""

@@ -85,7 +85,7 @@ class Intake:
         name, arrived = options.request_id, self.clock() if arrived is None else arrived
         if name is None:
             name = f"request-{self._arrivals}"
-        host_ends = sequence.min_tokens and params.eos_early_stop  # the device knows no least number of tokens
+        host_ends = options.min_tokens and params.eos_early_stop  # the device knows no least number of tokens
         return Request(
             name, sequence, options, (arrived - options.priority * self.config.priority_s, self._arrivals), arrived,
             frozenset((*options.stop_token_ids, *(eos_ids if host_ends else ()))),

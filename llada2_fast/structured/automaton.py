@@ -70,7 +70,7 @@ class TokenAutomaton:
         self.start, self.accept = 1 << int(number[dfa.start]), _pack(self._accepts)
         # looked up rather than computed wherever a block has been like this before
         self.after, self.before, self.choice = (
-            lru_cache(2**14)(method) for method in (self._after, self._before, self._choice)
+            lru_cache(2**12)(method) for method in (self._after, self._before, self._choice)
         )
         self.within = lru_cache(2**10)(self._within)
 

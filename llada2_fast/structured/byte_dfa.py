@@ -60,11 +60,8 @@ def _compile(pattern, max_states):
     """
     import outlines_core
 
-    try:
-        outlines_core.Index(pattern, outlines_core.Vocabulary(1, {b"a": [0]}))  # by itself: `a)(?:b` is no pattern
-    except ValueError as error:
-        if "DFA" in str(error):
-            raise
+    if _closes_what_is_not_open(pattern):
+        raise ValueError("a group is closed that was not opened")
     vocabulary = outlines_core.Vocabulary(256, {bytes([byte]): [byte] for byte in range(256)})  # 256: none of them
     try:
         index = outlines_core.Index(f"\\x00(?:{pattern})\\x00", vocabulary)
@@ -88,6 +85,25 @@ def _compile(pattern, max_states):
         for byte, behind in text[state]:
             after[i, byte] = number.get(behind, -1)
     return ByteDFA(after, np.isin(sorted(kept), ends), number.get(start, -1))
+
+
+def _closes_what_is_not_open(pattern):
+    """Whether a parenthesis would close the group that is put around a pattern."""
+    groups = classes = at = 0
+    while at < len(pattern) and groups >= 0:
+        char = pattern[at]
+        if char == "\\":
+            at += 1  # what is escaped means itself
+        elif char == "[":
+            classes += 1
+            at += pattern.startswith("^", at + 1)
+            at += pattern.startswith("]", at + 1)  # first in a class it means itself
+        elif char == "]":
+            classes = max(0, classes - 1)
+        elif not classes:
+            groups += (char == "(") - (char == ")")
+        at += 1
+    return groups < 0
 
 
 def _closure(neighbours, begin):

@@ -114,7 +114,8 @@ def test_what_nobody_constrains_is_free():
 @pytest.mark.parametrize(
     "regex, says",
     [
-        ("(", "DFA"), ("a)(?:b", "DFA"), ("(?=a)b", "DFA"), (r"a\1", "DFA"), ("a^b", "nothing"), (r"\x00", "nothing"),
+        ("(", "DFA"), ("a)(?:b", "closed"), (r"[\])]a)", "closed"),
+        ("(?=a)b", "DFA"), (r"a\1", "DFA"), ("a^b", "nothing"), (r"\x00", "nothing"),
         ("[ab]*a[ab]{12}", "states, expected at most 4096"),
         ("(((a{100}){100}){100}){100}", "more than 10 s or 2048 MiB"),
     ],
@@ -127,6 +128,11 @@ def test_an_expression_that_cannot_be_had_is_refused(regex, says):
 def test_what_the_tokens_cannot_say_is_refused():
     with pytest.raises(ValueError, match="cannot|no text of it"):
         automaton("xyz")
+
+
+@pytest.mark.parametrize("regex", [r"[)]", r"[]b)]", r"\)|a", r"[^])]", r"[a[b)]]", r"(?:a[(])"])
+def test_parentheses_that_close_nothing(regex):
+    assert _compile(regex, 100).accepts.any()
 
 
 def test_the_library_leaves_nothing_out():
