@@ -73,6 +73,10 @@ LONG_BODIES = {
     "stops": {"prompt": "x", "stop": ["x"] * 250_000},
     "stop ids": {"prompt": "x", "stop_token_ids": [1] * 500_000},
     "messages": {"messages": [{"role": "user", "content": ""}] * 27_000},
+    "wrong gaps": {"prompt": "x", "canvas": [None] * 150_000 + ["x"]},
+    "choices": {"prompt": "x", "guided_choice": ["x"] * 250_000},
+    "choices of vLLM's": {"prompt": "x", "structured_outputs": {"choice": ["x"] * 250_000}},
+    "fields of a format": {"prompt": "x", "response_format": {f"a{i}": 1 for i in range(90_000)}},
     "wrong messages": {"messages": [{"role": "x"}] * 50_000},
     "fields of a message": {"messages": [{"role": "user", "content": ""} | {f"a{i}": 1 for i in range(90_000)}]},
     "parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 30_000}]},
@@ -93,6 +97,7 @@ def test_what_is_too_long_is_told_at_once(name):
         ("gen_length=-1: expected an integer >= 1", "max_tokens: expected an integer >= 1", "max_tokens"),
         ("stop='a: b': expected strings", "stop: expected strings", "stop"),
         ("stop_token_ids[3]=9: expected ids in 0..8", "stop_token_ids: expected ids in 0..8", "stop_token_ids"),
+        ("canvas: expected at least one gap", "canvas: expected at least one gap", "canvas"),
         ("/models/mine: no such file", "the request cannot be served as it is", None),
     ],
 )
