@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import time
+from pathlib import Path
 from typing import Literal
 
 import openai
@@ -26,6 +27,7 @@ SCHEMA = {
 }
 FORMAT = {"type": "json_schema", "json_schema": {"name": "thing", "schema": SCHEMA, "strict": True}}
 DIGITS = "[0-9]{4}"
+OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"
 SLOWLY = {"threshold": 2.0, "steps": 16}
 SLOW = "[ab]*a[ab]{17}"  # takes seconds until it is refused
 
@@ -112,6 +114,13 @@ def test_a_pydantic_model_is_parsed(client):
 
     got = client.chat.completions.parse(model=MODEL, messages=chat("x"), max_tokens=64, response_format=Thing)
     assert isinstance(got.choices[0].message.parsed, Thing) and got.choices[0].finish_reason == "stop"
+
+
+def test_the_documents_example(server, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", OPERATIONS.read_text("utf-8"), re.DOTALL)
+    exec(compile(code.replace("http://127.0.0.1:8000", server.url), OPERATIONS.name, "exec"), {})
+    form, parsed, choice = capsys.readouterr().out.splitlines()
+    assert set(json.loads(form)) == {"sum"} and parsed.startswith("sure=") and choice in ("yes", "no")
 
 
 def test_an_answer_that_its_budget_ends_is_valid(client):
@@ -204,10 +213,11 @@ def test_nobody_waits_while_a_language_is_made(server):
                     ask(client, extra_body=SLOWLY | {"guided_regex": pattern, "request_id": name}, **rest)
                 )
                 for pattern, name, rest in (
-                    (SLOW, "slow", {}), (f"c{SLOW}", "left", {"stream": True}),
+                    (SLOW, "slow", {}),
+                    (f"c{SLOW}", "left", {"stream": True}),
                     ("c[ab]{500}", "late", {"max_tokens": 600}),
                 )
-            ]  # fmt: skip
+            ]
             await asyncio.sleep(0.3)
             gaps, last = [], time.monotonic()
 
