@@ -1,6 +1,7 @@
 """Answers under JSON schemas of kinds that people use: all of them valid, by models good and bad."""
 
 import json
+from dataclasses import replace
 
 import jsonschema
 import pytest
@@ -22,7 +23,7 @@ HOW = [  # what answers are decoded by, in turn
 
 def model_of(kind):
     if kind == "random":
-        return random_model(demo_model().config)
+        return random_model(replace(demo_model().config, **demo_model().special_ids))
     return demo_model(UNDERTRAINED if kind == "undertrained" else None)
 
 

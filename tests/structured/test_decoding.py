@@ -268,3 +268,16 @@ def test_an_engine_takes_one_canvas_for_all_or_one_for_each():
     assert first.finish_reason == "length" and [*first.token_ids] == [2, 3, 2]
     with pytest.raises(ValueError, match="one for each of 2 prompts, got 3"):
         engine.generate([[3], [4]], params, canvas=[one, other, one])
+
+
+@pytest.mark.parametrize("editing", [None, 0.3])
+def test_an_end_behind_the_last_given_token_ends_the_answer(editing):
+    """At once, or with editing when its block ends; one in a gap before it does not."""
+    params = DecodeParams(threshold=0.9, eos_ids=(EOS,), eos_early_stop=True, editing_threshold=editing)
+    canvas = [None, None, 3, *[None] * 30]
+    ids, counters, _ = by_itself(MODELS["the end"], [4], params, canvas)
+    assert ids == [EOS, EOS, 3, EOS] and counters.denoise_forwards <= 3
+    engine = Engine(MODELS["the end"], EngineConfig(cache_tokens=64), TOKENIZER)
+    (output,) = engine.generate([[4]], params, canvas=canvas)
+    assert (output.token_ids, output.finish_reason) == (ids, "eos")
+    assert output.counters.denoise_forwards == counters.denoise_forwards
