@@ -62,6 +62,7 @@ def main(argv=None):
     harness.add_plot_option(parser, "right answers against tokens per forward, free and in the language")
     options = parser.parse_args(argv)
     harness.check_save(parser, options, "structured")
+    torch.set_num_threads(1)
     named = checkpoints(options.model)
     tokenizer = load_tokenizer(named[0][1])
     models = {name: LLaDA2Model.from_pretrained(path, torch.float32, progress=False) for name, path in named}

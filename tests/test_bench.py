@@ -11,13 +11,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import bench_host, bench_latency, bench_throughput, harness, workload
+from benchmarks import bench_host, bench_latency, bench_structured, bench_throughput, harness, workload
+from benchmarks.schemas import SCHEMAS
 from llada2_fast import demo
 from llada2_fast.cache import PagedKVCache
 from llada2_fast.cli import commands as cli
 from llada2_fast.cli import options
 from llada2_fast.decoding.runner import CachedForward
 from llada2_fast.model import LLaDA2Model
+from llada2_fast.weights.special_tokens import load_tokenizer
 
 METRICS = {
     f"{which}_{name}_ms" for which in ("mean", "median", "std", "p99") for name in ("ttft", "tpot", "itl", "e2el")
@@ -178,6 +180,57 @@ def test_what_a_benchmark_returns_is_the_exit_code(bench, monkeypatch, returned,
 def test_quality(bench):
     line = line_of(bench("quality", "--quick", "--n", "1", "--json"))
     assert line["benchmark"] == "quality" and 0 <= line["accuracy"] <= 1
+
+
+def test_structured(bench, tmp_path):
+    pytest.importorskip("outlines_core")
+    pytest.importorskip("jsonschema")
+    plot = tmp_path / "structured.svg"
+    few = ["--quick", "--schemas", "2", "--n", "6"]
+    line = line_of(bench("structured", *few, "--json", "--save", str(tmp_path), "--plot", str(plot)))
+    assert json.loads((tmp_path / "structured.jsonl").read_text("utf-8")) == line
+    assert (line["ok"], line["valid"], line["invalid"]) == (True, 1.0, [])
+    assert (line["schemas"], line["answers"], line["builds"]["refused"]) == (2, 8, {})  # 2 models, 2 draws
+    assert (
+        line["accuracy_constrained"] >= line["accuracy_free"] > 0.8 and line["tpf_constrained"] > 5 < line["tpf_free"]
+    )
+    assert line["launches_guided"] == line["launches_free"] == 3
+    assert 0 < line["host_us_per_step"] == line["hosts"][0]["us_per_step"]
+    assert 2 < line["builds"]["median_states"] <= line["builds"]["worst_states"] and line["builds"]["worst_ms"] > 0
+    first, *_, last = line["points"]
+    assert (first["model"], last["model"]) == ("embedded", "undertrained")
+    assert last["constrained"]["accuracy"] > last["free"]["accuracy"]  # what is impossible is not written
+    assert "<svg" in plot.read_text("utf-8")
+
+
+@pytest.mark.parametrize("text, fault", [
+    ('{"n": 3}', None),
+    ('{"n": 30}', "30 is greater than the maximum of 12"),
+    ('{"n": 3', "Expecting ',' delimiter: line 1 column 8 (char 7)"),
+    ('{"n": NaN}', "NaN is no JSON"),
+])  # fmt: skip
+def test_an_answer_is_valid_if_it_parses_and_its_schema_allows_it(text, fault):
+    pytest.importorskip("jsonschema")
+    assert bench_structured.fault_of(text, SCHEMAS["nullable"]) == fault
+
+
+def test_a_schema_that_is_refused_is_named_and_an_invalid_answer_is_counted(monkeypatch):
+    pytest.importorskip("outlines_core")
+    model = LLaDA2Model.from_pretrained(demo.path(), dtype=torch.float32, progress=False)
+    schemas = {"boolean": SCHEMAS["boolean"], "not": {"not": {"type": "null"}}}
+    monkeypatch.setattr(bench_structured, "fault_of", lambda text, schema: "so" if text == "true" else None)
+    figures = bench_structured.validity(model, load_tokenizer(demo.path()), schemas, ((0.3, 1.0),), each=5)
+    assert set(figures["builds"]["refused"]) == {"not"} and figures["schemas"] == 1 and figures["answers"] == 10
+    assert 0 < len(figures["invalid"]) < 10 and figures["valid"] == 1 - len(figures["invalid"]) / 10
+
+
+@pytest.mark.parametrize("valid, own, launches, ok", [
+    (1.0, 0.5, 3, True), (0.9, 0.5, 3, False), (1.0, 0.4, 3, False), (1.0, 0.5, 4, False),
+])  # fmt: skip
+def test_the_verdict_on_structured_answers(valid, own, launches, ok):
+    point = {"free": {"accuracy": 0.5}, "constrained": {"accuracy": own}}
+    results = {"points": [point], "valid": valid, "launches_free": 3, "launches_guided": launches}
+    assert bench_structured.is_ok(results) is ok
 
 
 def test_soak(bench, tmp_path):

@@ -18,6 +18,7 @@ COMMANDS = {  # benchmark -> the module that makes its lines, unless that has th
     "latency": "bench_latency",
     "host": "bench_host",
     "bench_refine": "kernels.bench_refine",
+    "structured": "bench_structured",
 }
 UNSEEN = "{} unseen prompts for each of five tasks"
 NOT_MEASURED = "Not measured yet: `python -m benchmarks.{}` measures it."
@@ -456,6 +457,22 @@ BLOCKS = {
             (f"{title}: worst task", lambda draw, rule=rule: f"{min(draw[rule]['tasks'].values()):.3f}"),
             f"{title}: TPF {{{rule}[tpf]:.2f}}",
         )),
+    ]),
+    "structured-points": each_machine("structured", "points", [
+        "model", "threshold {threshold:g}", "free: exact match {free[accuracy]:.3f}", "free: TPF {free[tpf]:.2f}",
+        "free: forwards {free[forwards]}", "in its language: exact match {constrained[accuracy]:.3f}",
+        "in its language: TPF {constrained[tpf]:.2f}", "in its language: forwards {constrained[forwards]}",
+    ]),
+    "structured-hosts": each_machine("structured", "hosts", [
+        "language", "states", "classes", "µs more per step {us_per_step:.0f}",
+        "µs more per step, first answer {first_us_per_step:.0f}",
+    ]),
+    "structured-schemas": each_machine("structured", "valid", [
+        "schemas", "answers", "valid {valid:.1%}", ("refused", lambda data: str(len(data["builds"]["refused"]))),
+        "median ms of a build {builds[median_ms]:.0f}", "worst {builds[worst_ms]:.0f}",
+        "median states {builds[median_states]:g}", "most {builds[worst_states]}",
+        "median classes {builds[median_classes]:g}", "most classes {builds[worst_classes]}",
+        "launches, free {launches_free}", "launches, guided {launches_guided}",
     ]),
     "refine-points": each_machine("bench_refine", "points", [
         "rows", "vocabulary {vocab}", "mode", "µs {ours_us:.0f}", "compiled µs {compiled_us:.0f}",

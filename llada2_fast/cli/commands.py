@@ -31,6 +31,7 @@ BENCHMARKS = {
     "kernels": ("kernels.__main__", "every op against its reference"),
     "quality": ("quality", "the embedded model's right answers against its tokens per forward"),
     "sampling": ("sampling", "the embedded model's right answers when tokens are drawn"),
+    "structured": ("bench_structured", "answers in a language: valid, as right as free ones, and what they cost"),
     "decode": ("bench_decode", "side by side with diffusers on the same weights"),
     "soak": ("soak", "minutes of an AsyncEngine under everything at once: right answers, nothing left behind"),
     "chaos": ("chaos.__main__", "the server under everything that clients do wrong: its scorecard"),
