@@ -469,8 +469,8 @@ BLOCKS = {
     ]),
     "structured-schemas": each_machine("structured", "valid", [
         "schemas", "answers", "valid {valid:.1%}", ("refused", lambda data: str(len(data["builds"]["refused"]))),
-        "median ms of a build {builds[median_ms]:.0f}", "worst {builds[worst_ms]:.0f}",
-        "median states {builds[median_states]:g}", "most {builds[worst_states]}",
+        "median ms of a build {builds[median_ms]:.0f}", "worst ms {builds[worst_ms]:.0f}",
+        "median states {builds[median_states]:g}", "most states {builds[worst_states]}",
         "median classes {builds[median_classes]:g}", "most classes {builds[worst_classes]}",
         "launches, free {launches_free}", "launches, guided {launches_guided}",
     ]),
