@@ -35,7 +35,7 @@ KINDS = {  # of a figure by its name; the first that matches counts
     r"|^(bf16_tflops|fp8_tflops|confidence_error|relative_error|draws_differing|rerouted|duration|steps_per_block|ok)$"
     r"|^total_.*_tokens$|^(refusals|polls)_s$",
     "count": r"(^|_)(launches|syncs|forwards|bytes|operations|passes|registers|spilled|shared)(_|$)"
-    r"|(^|_)(instructions|calls|pages)(_|$)",
+    r"|(^|_)(instructions|calls|pages|states|classes)(_|$)",
     "exact": r"^(accuracy|tpf)(_free|_constrained)?$|^(tokens_per_forward|equal_tokens|valid)$",
     "speed": r"(^|_)(tok_s|tok_s_tpf_.*|steps_s|gb_s|throughput|throughput_rounds|percent_of_(copy|read))$"
     r"|^(ratio|speedup)",
