@@ -55,7 +55,7 @@ class BlockDecoder:
         if sequence.automaton is not None:
             self.lanes.guide(lane, sequence.automaton.classes)
         sequence.begin()
-        for block in (sequence.block + 1, sequence.block + 2):
+        for block in (sequence.block + 1, sequence.block + 2) if sequence.has_canvas else ():
             self.lanes.give(lane, block, sequence.given(block))
 
     def release(self, sequence: Sequence):

@@ -51,6 +51,7 @@ class Lanes:
             self._new(count, 0, torch.int64),
         )  # fmt: skip
         self._open: set[int] = set()
+        self._given: set[int] = set()  # lanes for which `give` has left something
         self.close_all()
         # a row's numbers are entered by the column, which is one copy
         self._whole = self._new((len(WHOLE), count), 0, torch.int32)
@@ -126,6 +127,9 @@ class Lanes:
         self.params.eos_ids[lane] = torch.tensor([*eos_ids, *unused], dtype=torch.int64, device="cpu")
         if self.page_table.shape[1]:
             self.page_table[lane, : len(pages)].copy_(pinned(pages, self.device), non_blocking=True)
+        if lane in self._given:
+            self.bounds.given[lane] = self.mask_id
+            self._given.remove(lane)
 
     def give(self, lane: int, block: int, given: list[int | None]):
         """The ids that are given in a later block of a lane's row, as of `open`. Two blocks' are held, of the next one
@@ -133,6 +137,7 @@ class Lanes:
         ids = [self.mask_id if token is None else token for token in given]
         ids += [self.mask_id] * (self.block_length - len(ids))
         self.bounds.given[lane, block % 2] = torch.tensor(ids, dtype=torch.int64, device="cpu")
+        self._given.add(lane)
 
     @lasting
     def guide(self, lane: int, classes: np.ndarray):
