@@ -122,8 +122,8 @@ def validity(model, tokenizer, schemas, draws, each):
 def language(model, tokenizer, **params):
     """The automaton of what DecodeParams ask for, as an engine would have it."""
     params = DecodeParams(**params)
-    _, eos_ids, _ = resolve_ids(model, params)
-    return automaton_of(params, tokenizer, eos_ids, model.config.vocab_size, MAX_STATES)
+    mask_id, eos_ids, _ = resolve_ids(model, params)
+    return automaton_of(params, tokenizer, eos_ids, mask_id, model.config.vocab_size, MAX_STATES)
 
 
 def build(model, tokenizer, schema):

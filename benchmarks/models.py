@@ -232,7 +232,7 @@ class SchedulerLanes(Lanes):
     def needed(self):
         return (self.state.frozen == 0)[:, None].expand(self.state.tokens.shape)
 
-    def step(self, logits, index=None, filters=True, only_needed=False):
+    def step(self, logits, index=None, filters=True, only_needed=False, guided=False):
         state, mask_id = self.state, self.mask_id
         output = self.scheduler.step(
             logits[index], int(state.step[0]), state.tokens, mask_token_id=mask_id,

@@ -107,7 +107,8 @@ def test_wheel_imports_its_own_folders(site):
 
 def test_a_language_from_a_wheel(site):
     """A file of the package is run as a program of its own to compile one."""
-    probe = "from llada2_fast.structured.byte_dfa import compile_regex as c; print(len(c('a|bc', 9).accepts))"
+    called = "print(len(compile_tokens('a|bc', [b'a', b'b', b'c'], (9, 9)).accepts))"
+    probe = f"from llada2_fast.structured.compiler import compile_tokens; {called}"
     assert run("-c", probe, cwd="/", path=[site]) == "3\n"
 
 

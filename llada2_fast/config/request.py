@@ -31,8 +31,13 @@ def _as_stops(value):
 def _as_canvas(name, value):
     if isinstance(value, str):
         return _as_text(name, value, MAX_CANVAS)
-    value = value.tolist() if hasattr(value, "tolist") else value
-    if not isinstance(value, (list, tuple)) or not 0 < len(value) <= MAX_CANVAS:
+    if hasattr(value, "tolist"):
+        try:
+            value = value.tolist()
+        except RuntimeError:  # a tensor on the meta device, or a sparse one
+            raise bad(name, value, "ids, or a dense tensor that has values") from None
+    known = isinstance(value, (list, tuple)) and 0 < len(value) <= MAX_CANVAS
+    if not known or any(isinstance(one, (str, list, tuple)) for one in value):
         raise bad(name, value, f"a text, or ids and None, at most {MAX_CANVAS} of them")
     return tuple(value)
 

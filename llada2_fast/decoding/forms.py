@@ -10,6 +10,7 @@ from ..config import DecodeParams
 from ..config.habits import token_ids
 from ..structured import TokenAutomaton, automaton_of, parse_canvas
 from .guide import gaps_of
+from .inputs import plain_integers
 
 
 class Form(NamedTuple):
@@ -37,7 +38,7 @@ def forms_of(params, canvas, count, tokenizer, eos_ids, mask_id, vocab_size, max
     max_states: of a language.
     Raises ValueError for what cannot be had, before anything is done.
     """
-    automaton = automaton_of(params, tokenizer, eos_ids, vocab_size, max_states)
+    automaton = automaton_of(params, tokenizer, eos_ids, mask_id, vocab_size, max_states)
     forms = []
     for one in canvases(canvas, count):
         ids = None if one is None else _canvas(one, tokenizer, mask_id, vocab_size)
@@ -73,11 +74,12 @@ def _canvas(canvas, tokenizer, mask_id, vocab_size):
     if isinstance(canvas, str):
         if tokenizer is None:
             raise ValueError(f"canvas={canvas!r:.80}: expected ids, or a tokenizer for a text")
-        return parse_canvas(canvas, tokenizer)
+        canvas = parse_canvas(canvas, tokenizer)
     if isinstance(canvas, (torch.Tensor, np.ndarray)):
         canvas = token_ids("canvas", canvas).tolist()  # sync: once a call
     if not isinstance(canvas, (list, tuple)):
         raise ValueError(f"canvas={canvas!r:.80}: expected a list of ids and gaps, or a text with {{gap:n}}")
+    canvas = plain_integers(canvas)
     for at, token in enumerate(canvas):
         if token is not None and (type(token) is not int or not 0 <= token < vocab_size):
             raise ValueError(f"canvas: expected ids in 0..{vocab_size - 1} and None, got {token!r:.40} at {at}")

@@ -30,6 +30,8 @@ from ..kernels.refine import (
 from ..kernels.top_logprobs import top_logprobs
 from .rules import REAL, WHOLE, Rule
 
+_ON_CPU = {"dtype": torch.int64, "device": "cpu"}
+
 
 class Lanes:
     """S lanes, all closed.
@@ -153,14 +155,19 @@ class Lanes:
 
     def allow(self, lanes: list[int], words: np.ndarray):
         """What may stand in the blocks that the next step refines in some guided lanes: int32 [n, L, WORDS]."""
-        at = torch.tensor(lanes, dtype=torch.int64, device="cpu").to(self.device)
-        self._allowed.bits[at] = torch.from_numpy(words).to(self.device)
+        self._allowed.bits[self._sent(torch.tensor(lanes, **_ON_CPU))] = self._sent(torch.from_numpy(words))
 
     def write(self, lanes: list[int], state: BlockState):
         """What the host has decided for some guided lanes: their blocks after a step, on the CPU."""
-        at = torch.tensor(lanes, dtype=torch.int64, device="cpu").to(self.device)
+        at = self._sent(torch.tensor(lanes, **_ON_CPU))
         for name in ("tokens", "step", "post_steps", "frozen", "commit_step", "commit_confidence", "changed"):
-            getattr(self.state, name)[at] = getattr(state, name).to(self.device, non_blocking=True)
+            getattr(self.state, name)[at] = self._sent(getattr(state, name))
+
+    def _sent(self, tensor):
+        """A tensor of the CPU on the lanes' device, without waiting for what runs there."""
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def close(self, lane: int):
         """Nothing happens to a closed lane."""

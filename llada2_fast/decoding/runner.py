@@ -59,7 +59,7 @@ class Plan(NamedTuple):
     filters: some row draws with top-k or top-p.
     carried: how many lanes have to carry the block that has ended with its next one, None = some may, nobody knows yet.
     top: by lane, how many of the likeliest ids a row wants for each token, at most MAX_TOP_LOGPROBS; empty = none does.
-    guided: some row is in a language.
+    guided: some lane is, of those that take part or not.
     """
 
     lanes: list[int]

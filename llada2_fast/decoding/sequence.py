@@ -237,6 +237,8 @@ class Sequence:
         """Whether the next so many steps, none of which was read, may end the active block by changing it, so that its
         K/V are not final when the next one begins."""
         begins = self.phase is Phase.BLOCK_END  # the active one is the next
+        if self.automaton is not None:  # all that is known of its block is up to date
+            return begins and self.num_final_blocks <= self.block
         if self.block + begins + 1 >= self.num_blocks:
             return False
         if not self.rule.flags & refine.EDITING or self.rule.max_post_steps == 0:

@@ -13,10 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from ..config import MAX_SAMPLES, RequestOptions, as_flag, as_int
 from .engine import Engine
 from .intake import sample
-from .request import DEFAULTS, Request, RequestOutput, check_params
+from .request import DEFAULT_OPTIONS, DEFAULTS, QueueFull, Request, RequestOutput, check_params
 from .worker import Kind, Reader, Worker
 
-FORMS = 2  # that are made at once
+MAX_FORMS = 16  # that may be in the making, two at a time; further ones are refused as where too many requests wait
 
 
 class Reading:
@@ -92,7 +92,8 @@ class AsyncEngine:
     def __init__(self, engine: Engine):
         self.engine = engine
         self._worker = Worker(engine)
-        self._forms = ThreadPoolExecutor(FORMS, "llada2-form")  # which has no thread until it is needed
+        self._forms = ThreadPoolExecutor(2, "llada2-form")  # which has no thread until it is needed
+        self._num_forms = 0  # that are being made
 
     @property
     def _thread(self):
@@ -137,7 +138,7 @@ class AsyncEngine:
         for name, flag in (("drafts", drafts), ("wait", wait), ("until_end", until_end)):
             as_flag(name, flag)
         options, arrived = RequestOptions(**options), self.engine.clock()
-        form = await self._form(params, options)
+        form = await self.prepare(params, options)
         reading = Reading(self._worker, until_end)
 
         def open_request():
@@ -147,18 +148,41 @@ class AsyncEngine:
 
         try:
             call = self._send(open_request, Kind.ROOM if wait else Kind.REQUEST, options.priority)
-            await _within(call, options.deadline_s if wait else None)
+            left = None if options.deadline_s is None else arrived + options.deadline_s - self.engine.clock()
+            await _within(call, left if wait else None)
         except BaseException:
             reading.close()
             raise
         return reading
 
-    async def _form(self, params, options):
-        """The form of a request's answer: where it takes its time, neither the engine nor the event loop waits."""
+    async def prepare(self, params, options=DEFAULT_OPTIONS):
+        """The form of the answers of requests with some DecodeParams and RequestOptions, which is known from then on.
+        Where that takes its time, as with a new language, neither the engine nor the event loop waits.
+
+        Raises what `open` does of it: ValueError, TimeoutError where a deadline_s is over, QueueFull where MAX_FORMS
+        are being made.
+        """
         intake = self.engine.intake
-        if intake.is_quick(params, options):
-            return intake.form(params, options)
-        return await asyncio.get_running_loop().run_in_executor(self._forms, intake.form, params, options)
+        if intake.is_quick(params):
+            return await self._known(params, options)
+        if self._num_forms >= MAX_FORMS:
+            raise QueueFull(f"{MAX_FORMS} languages and canvases are being made, and so many may")
+        try:
+            made = asyncio.get_running_loop().run_in_executor(self._forms, intake.form, params, options)
+        except RuntimeError:
+            raise RuntimeError("the engine is closed") from None
+        self._num_forms += 1
+        made.add_done_callback(self._form_is_made)
+        return await _within(made, options.deadline_s)
+
+    async def _known(self, params, options):
+        """The form of an answer that is in no new language: a canvas' text may have to be split into tokens."""
+        if isinstance(options.canvas, str):
+            return await asyncio.to_thread(self.engine.intake.form, params, options)
+        return self.engine.intake.form(params, options)
+
+    def _form_is_made(self, made):
+        self._num_forms -= 1
 
     async def generate(self, prompt_ids, params=DEFAULTS, *, n=None, wait=False, **options):
         """The RequestOutput of a new request; arguments as of `stream`.
@@ -170,6 +194,7 @@ class AsyncEngine:
         check_params(params)
         if as_int("n", n, 1, MAX_SAMPLES) > 1 and options.get("request_id") is not None:
             raise ValueError(f"request_id={options['request_id']!r:.80}: expected None for {n} requests")
+        await self.prepare(params, RequestOptions(**options))  # once
         several = [self._generate(prompt_ids, sample(params, i), wait, options) for i in range(n)]
         tasks = [asyncio.ensure_future(one) for one in several]
         try:
@@ -229,4 +254,6 @@ async def _within(future, seconds):
     if not done:
         future.cancel()
         raise asyncio.TimeoutError
+    if future.cancelled():
+        raise RuntimeError("the engine is closed")
     return future.result()

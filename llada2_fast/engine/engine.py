@@ -212,9 +212,10 @@ class Engine:
 
     def forward(self, work):
         """A step's work done. Returns the result of the step whose results have come, None if none has."""
-        self.num_steps += bool(work.requests())
         prefill = [(request.sequence, blocks) for request, blocks in work.prefill]
-        return self.decoder.step([request.sequence for request in work.denoise], prefill)
+        result = self.decoder.step([request.sequence for request in work.denoise], prefill)
+        self.num_steps += self.decoder.launched
+        return result
 
     def _end_overdue(self):
         while (due := self.next_deadline()) is not None and due <= self.clock():

@@ -102,12 +102,10 @@ class Intake:
         )  # fmt: skip
         return form
 
-    def is_quick(self, params, options) -> bool:
-        """Whether `form` takes no time: its language is known, and no text has to be split into tokens."""
+    def is_quick(self, params) -> bool:
+        """Whether the language of an answer is known, or there is none."""
         eos_ids, vocab_size = resolve_ids(self.model, params)[1], self.model.config.vocab_size
-        return not isinstance(options.canvas, str) and is_quick(
-            params, self.tokenizer, eos_ids, vocab_size, self.config.max_states
-        )  # fmt: skip
+        return is_quick(params, self.tokenizer, eos_ids, self.mask_id, vocab_size, self.config.max_states)
 
     def _check_options(self, options):
         """ValueError for what needs another model, or a tokenizer."""

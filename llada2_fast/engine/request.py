@@ -10,7 +10,7 @@ from ..decoding.trace import Trace, logprob
 from .detokenizer import IncrementalDetokenizer
 
 WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
-DEFAULTS = DecodeParams()
+DEFAULTS, DEFAULT_OPTIONS = DecodeParams(), RequestOptions()
 
 
 def check_params(params):

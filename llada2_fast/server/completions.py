@@ -145,9 +145,12 @@ class _Answer:
         if base in service.running:
             raise ApiError(400, "request_id: expected one that no running request has", "request_id", "invalid_value")
         service.running[base] = self
-        service.opening += len(each)
-        opening = [asyncio.ensure_future(open_one(index, *one)) for index, one in enumerate(each)]
+        opening = []
         try:
+            await service.serving.prepare(job.params, job.options)  # once for all, which do not count meanwhile
+            service.check_room(len(each))
+            service.opening += len(each)
+            opening += [asyncio.ensure_future(open_one(index, *one)) for index, one in enumerate(each)]
             await asyncio.gather(*opening)
             if self.is_cancelled:
                 await asyncio.gather(*map(service.serving.cancel, self.names))
@@ -158,13 +161,15 @@ class _Answer:
             self.end()
             if isinstance(error, QueueFull):
                 raise too_busy() from error
+            if isinstance(error, asyncio.TimeoutError):
+                raise no_place() from error
             if isinstance(error, ValueError):
                 raise refused(error, job.names) from error
             if isinstance(error, ModuleNotFoundError):
                 raise missing(error, job.names[job.params.language]) from error
             raise
         finally:
-            service.opening -= len(each)
+            service.opening -= len(opening)
         return True
 
     async def whole(self, job):

@@ -13,6 +13,10 @@ def parse_canvas(text: str, tokenizer) -> list[int | None]:
     tokenizer: of transformers'; each part of the text is tokenised by itself, without special tokens around it.
     Raises ValueError for a text without a gap, for a gap without tokens, and for more than MAX_GAP tokens in gaps.
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"canvas={text!r:.80}: expected a text without surrogates") from None
     ids: list[int | None] = []
     left = MAX_GAP
     parts = _GAP.split(text)  # text, number, text, ..., text

@@ -29,5 +29,9 @@ def _texts(tokenizer):
     vocabulary = {token: at for token, at in tokenizer.get_vocab().items() if token not in added}
     texts: list[bytes | None] = [None] * (max(vocabulary.values(), default=-1) + 1)
     for token, at in vocabulary.items():
+        if not byte_of.keys() >= {*token}:
+            raise ValueError(
+                f"{type(tokenizer).__name__}: expected tokens in GPT-2's alphabet of bytes, got {token!r:.40}"
+            )
         texts[at] = bytes(byte_of[char] for char in token)
     return texts

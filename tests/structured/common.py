@@ -8,9 +8,10 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from llada2_fast.structured.automaton import TokenAutomaton
-from llada2_fast.structured.byte_dfa import _compile
+from llada2_fast.structured.compiler import Limits, token_dfa
 from tests.engine.common import EOS, MASK, VOCAB
 
+LIMITS = Limits(4096, 1000)
 WORDS = ["a", "b", "c", "ab", "ca", "Ã©", "Ã", "©"]  # in the alphabet of byte-level tokens; the last three make an é
 OTHER_EOS = 21
 IDS = [*range(2, 2 + len(WORDS)), OTHER_EOS, EOS]  # what may stand in an answer
@@ -19,9 +20,13 @@ TEXTS += [None] * (VOCAB - len(TEXTS))
 
 
 @functools.cache
-def word_tokenizer():
-    """The tokenizer of the vocabulary."""
-    vocabulary = {word: at for at, word in enumerate(WORDS, 2)} | {"<eos>": EOS, "<mask>": MASK, "<other>": OTHER_EOS}
+def word_tokenizer(shift: int = 0):
+    """The tokenizer of the vocabulary. shift: to ids that it does not have."""
+    vocabulary = {word: at + shift for at, word in enumerate(WORDS, 2)} | {
+        "<eos>": EOS,
+        "<mask>": MASK,
+        "<other>": OTHER_EOS,
+    }
     backend = Tokenizer(models.BPE(vocabulary, []))
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
@@ -42,7 +47,7 @@ def regex_of(rng: random.Random, depth: int = 3) -> str:
 
 
 def automaton(regex: str, eos_ids=(EOS, OTHER_EOS)) -> TokenAutomaton:
-    return TokenAutomaton(_compile(regex, 4096), TEXTS, eos_ids)
+    return TokenAutomaton(token_dfa(regex, TEXTS, LIMITS), eos_ids)
 
 
 def is_answer(regex: str, ids) -> bool:

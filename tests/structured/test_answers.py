@@ -53,7 +53,9 @@ def test_a_budget_that_no_answer_fits_is_refused_with_the_least_that_would_do():
     for name, schema in SCHEMAS.items():
         params = DecodeParams(gen_length=64, eos_early_stop=True, json_schema=schema)
         eos_ids = (tokenizer().eos_token_id,)
-        fewest = automaton_of(params, tokenizer(), eos_ids, demo_model().config.vocab_size, 8192).fewest
+        fewest = automaton_of(
+            params, tokenizer(), eos_ids, tokenizer().mask_token_id, demo_model().config.vocab_size, 8192
+        ).fewest
         if fewest > 1:
             with pytest.raises(ValueError, match=f"at least {fewest} tokens"):
                 engine.add_request(prompt, DecodeParams(gen_length=fewest - 1, json_schema=schema))

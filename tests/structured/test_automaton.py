@@ -1,8 +1,11 @@
 """Automata over tokens and the passes over a block, against brute force; compiling under limits."""
 
 import itertools
+import os
 import random
 import re
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -14,10 +17,11 @@ from llada2_fast import demo
 from llada2_fast.config import DecodeParams
 from llada2_fast.decoding.guide import BlockGuide, gaps_of
 from llada2_fast.structured import automaton_of
-from llada2_fast.structured.byte_dfa import _compile, compile_regex
+from llada2_fast.structured.compiler import MAX_TABLE, Limits, byte_dfa, compile_tokens, token_dfa
+from llada2_fast.structured.syntax import unanchored
 from llada2_fast.structured.vocabulary import token_texts
 from llada2_fast.weights.special_tokens import load_tokenizer
-from tests.structured.common import EOS, IDS, MASK, OTHER_EOS, automaton, is_answer, regex_of
+from tests.structured.common import EOS, IDS, LIMITS, MASK, OTHER_EOS, TEXTS, automaton, is_answer, regex_of
 
 seeds = st.integers(0, 2**32)
 
@@ -114,15 +118,14 @@ def test_what_nobody_constrains_is_free():
 @pytest.mark.parametrize(
     "regex, says",
     [
-        ("(", "DFA"), ("a)(?:b", "closed"), (r"[\])]a)", "closed"),
-        ("(?=a)b", "DFA"), (r"a\1", "DFA"), ("a^b", "nothing"), (r"\x00", "nothing"),
+        ("(", "DFA"), ("(?=a)b", "DFA"), (r"a\1", "DFA"), (r"\x00", "nothing"),
         ("[ab]*a[ab]{12}", "states, expected at most 4096"),
         ("(((a{100}){100}){100}){100}", "more than 10 s or 2048 MiB"),
     ],
 )  # fmt: skip
 def test_an_expression_that_cannot_be_had_is_refused(regex, says):
     with pytest.raises(ValueError, match=re.escape(says)):
-        compile_regex(regex, 4096)
+        compile_tokens(regex, TEXTS, LIMITS)
 
 
 def test_what_the_tokens_cannot_say_is_refused():
@@ -130,15 +133,36 @@ def test_what_the_tokens_cannot_say_is_refused():
         automaton("xyz")
 
 
-@pytest.mark.parametrize("regex", [r"[)]", r"[]b)]", r"\)|a", r"[^])]", r"[a[b)]]", r"(?:a[(])"])
-def test_parentheses_that_close_nothing(regex):
-    assert _compile(regex, 100).accepts.any()
+@pytest.mark.parametrize(
+    "pattern, bare",
+    [
+        ("^a$", "a"), ("^a|^b", "a|b"), ("^a$|^b$", "a|b"), ("(?i)^(yes|no)$", "(?i)(yes|no)"), (r"\Aab\z", "ab"),
+        ("^^a$$", "a"), ("a|b$", "a|b"), (r"a\$", r"a\$"), (r"\^a", r"\^a"), ("[$]", "[$]"), ("[^$]", "[^$]"),
+        (r"[\]$]", r"[\]$]"), ("[]$]", "[]$]"), ("[a[$]b]$", "[a[$]b]"), (r"\\$", r"\\"), ("[)]", "[)]"),
+        (r"\)", r"\)"), ("^", ""),
+    ],
+)  # fmt: skip
+def test_anchors_on_the_sides_mean_nothing(pattern, bare):
+    assert unanchored(pattern) == bare
+
+
+@pytest.mark.parametrize(
+    "pattern, says",
+    [
+        ("(^a|b)c", "an anchor, '^', inside"), ("^(a|b$)", "an anchor, '$', inside"), ("a^b", "inside"),
+        ("a$b", "inside"), (r"a\zb", "inside"), ("a)(?:b", "closed"), (r"[\])]a)", "closed"),
+        ("(?x) a b # hi", "flag x"), ("a(?ix:b)", "flag x"),
+    ],
+)  # fmt: skip
+def test_what_would_mean_something_else_inside_is_refused(pattern, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        unanchored(pattern)
 
 
 def test_the_library_leaves_nothing_out():
     """It finds the first of several alternatives, and drops what goes on behind a match, unless it has to go on."""
     for regex, text in (("a|ab", b"ab"), ("a(?:ba)*", b"ababa"), ("(?:a|ab)c?", b"abc")):
-        dfa = _compile(regex, 100)
+        dfa = byte_dfa(regex, 100)
         state = dfa.start
         for byte in text:
             state = dfa.after[state, byte]
@@ -163,7 +187,7 @@ def test_a_language_is_made_once_for_all_who_ask(tokenizer):
     params, found = DecodeParams(regex="[0-9]{1,3} cats"), []
 
     def ask():
-        found.append(automaton_of(params, tokenizer, (tokenizer.eos_token_id,), len(tokenizer), 4096))
+        found.append(automaton_of(params, tokenizer, (tokenizer.eos_token_id,), MASK, len(tokenizer), 4096))
 
     threads = [threading.Thread(target=ask) for _ in range(4)]
     for thread in threads:
@@ -176,7 +200,7 @@ def test_a_language_is_made_once_for_all_who_ask(tokenizer):
 def accepted(tokenizer, texts, **language):
     """Those of some texts that are in a language."""
     eos_ids = (tokenizer.eos_token_id,)
-    made = automaton_of(DecodeParams(**language), tokenizer, eos_ids, len(tokenizer), 4096)
+    made = automaton_of(DecodeParams(**language), tokenizer, eos_ids, tokenizer.mask_token_id, len(tokenizer), 4096)
 
     def accepts(text):
         states = made.start
@@ -192,7 +216,52 @@ def test_choices_are_literal(tokenizer):
     assert accepted(tokenizer, [*choices, "acb", "x", "a."], choices=choices) == choices
 
 
-@pytest.mark.parametrize("regex", ["a|b", "^a|b$", "^(?:a|b)$"])
-def test_anchors_on_the_sides_mean_nothing(tokenizer, regex):
-    assert accepted(tokenizer, ["a", "b", "ab", "a$"], regex=regex) == ["a", "b"]
-    assert accepted(tokenizer, ["a", "a$", "a\\"], regex=r"a\$") == ["a$"]
+def test_an_end_that_is_a_text_is_refused(tokenizer):
+    (token,) = tokenizer("7", add_special_tokens=False)["input_ids"]
+    with pytest.raises(ValueError, match="expected none that is a text beside regex"):
+        automaton_of(DecodeParams(regex="7+"), tokenizer, (token,), MASK, len(tokenizer), 4096)
+
+
+def test_the_mask_is_in_no_language(tokenizer):
+    (token,) = tokenizer("7", add_special_tokens=False)["input_ids"]
+    with pytest.raises(ValueError, match="no text of it can be made"):
+        automaton_of(DecodeParams(regex="7"), tokenizer, (tokenizer.eos_token_id,), token, len(tokenizer), 4096)
+
+
+def test_a_refusal_is_remembered(tokenizer):
+    errors = []
+    for _ in range(2):
+        with pytest.raises(ValueError) as error:
+            automaton_of(DecodeParams(regex="(((b{100}){100}){100}){100}"), tokenizer, (0,), MASK, len(tokenizer), 4096)
+        errors.append(error.value)
+    assert str(errors[0]) == str(errors[1]) and errors[0] is not errors[1]
+
+
+def test_a_fork_makes_its_own_languages(tokenizer):
+    """What another thread was making there nobody makes."""
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork here")
+    child = "\n".join([
+        "import os, threading, time, signal",
+        "from llada2_fast import demo, DecodeParams",
+        "from llada2_fast.structured import automaton_of",
+        "from llada2_fast.weights.special_tokens import load_tokenizer",
+        "tokenizer = load_tokenizer(demo.path())",
+        "ask = lambda: automaton_of(DecodeParams(regex='[0-9]+'), tokenizer, (0,), 1, 300, 4096)",
+        "threading.Thread(target=ask, daemon=True).start()",
+        "time.sleep(0.02)",
+        "pid = os.fork()",
+        "if pid == 0:",
+        "    signal.alarm(30)",
+        "    os._exit(int(ask().fewest != 1))",
+        "raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))",
+    ])  # fmt: skip
+    assert subprocess.run([sys.executable, "-c", child], timeout=120).returncode == 0
+
+
+def test_large_automata_are_refused_by_what_a_step_of_theirs_costs():
+    texts = [None] * 20 + [bytes([97 + i % 26, 97 + i // 26 % 26]) for i in range(676)]
+    words = "|".join(text.decode() + "x" * (i % 40) for i, text in enumerate(texts[20:]))
+    with pytest.raises(ValueError, match=r"states tell more than \d+ classes of tokens apart"):
+        token_dfa(words, texts, Limits(30_000, 4000))
+    assert MAX_TABLE // 4096 >= 256

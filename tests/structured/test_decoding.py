@@ -1,6 +1,8 @@
 """Decoding under a language and with a canvas: whatever the model says, in any batch, by every path."""
 
+import asyncio
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,13 +11,13 @@ from hypothesis import strategies as st
 
 from llada2_fast.config import DecodeParams, EngineConfig
 from llada2_fast.decoding.guide import gaps_of
-from llada2_fast.engine import Engine
+from llada2_fast.engine import AsyncEngine, Engine, QueueFull
 from llada2_fast.generate import generate
 from llada2_fast.model import LLaDA2Model
 from tests.engine.common import prompt_of, random_model
 from tests.structured.common import EOS, MASK, OTHER_EOS, automaton, is_answer, regex_of, word_tokenizer
 
-TOKENIZER = word_tokenizer()
+TOKENIZER, OTHER_TOKENIZER = word_tokenizer(), word_tokenizer(97)
 FORBIDDEN = 0  # no text
 LIKES = {"anything": None, "nothing more": None, "the forbidden": FORBIDDEN, "the end": EOS, "masks": MASK, "a": 2}
 
@@ -216,6 +218,8 @@ def test_given_positions_cost_no_step_and_end_nothing():
         ({"canvas": "a"}, "canvas='a': expected at least one gap"),
         ({"canvas": "a {gap:0}"}, "expected gaps of 1.."),
         ({"canvas": "a {gap:2}", "tokenizer": None}, "expected ids, or a tokenizer"),
+        ({"canvas": "a{gap:1}", "tokenizer": OTHER_TOKENIZER}, "canvas: expected ids in 0..23 and None, got 99 at 0"),
+        ({"canvas": "a\ud800{gap:1}"}, "expected a text without surrogates"),
         ({"canvas": [[None], [None]]}, "canvas: expected one for all, or one for each of 1 prompts, got 2"),
         ({"canvas": [None] * 600}, "gen_length=600"),
         ({"choices": []}, "choices=[]: expected texts that are not empty"),
@@ -239,6 +243,35 @@ class None_Model(Stubborn):
 
     def forward_blocks(self, *args, **kwargs):
         raise AssertionError("a forward")
+
+
+def test_a_mask_in_a_text_is_a_gap():
+    out = generate(random_model(), [[4]], canvas="a<mask>b{gap:2}ab<mask>", tokenizer=TOKENIZER, regex="a+", eos_id=EOS)
+    check_answer(out[0].tolist(), "a+", [2, None, 3, None, None, 2, 3, None], 8)
+
+
+async def _while_a_language_is_made():
+    slow = DecodeParams(gen_length=8, regex="[ab]*a[ab]{18}", eos_ids=(EOS,))  # some seconds until it is refused
+    quick = DecodeParams(gen_length=8, eos_ids=(EOS,))
+    serving = AsyncEngine(Engine(random_model(), EngineConfig(cache_tokens=64), TOKENIZER))
+    with pytest.raises(asyncio.TimeoutError):
+        await serving.generate([4], slow, deadline_s=0.2)
+    waiting = [asyncio.ensure_future(serving.generate([4], replace(slow, regex=f"{slow.regex}{i}"))) for i in range(17)]
+    await asyncio.sleep(0.1)
+    others = await asyncio.gather(*waiting[16:], return_exceptions=True)
+    assert [type(other) for other in others] == [QueueFull]
+    assert (await serving.generate([4], quick)).error is None
+    assert not any(one.done() for one in waiting[:16])
+    await serving.aclose()
+    ends = await asyncio.gather(*waiting[2:16], return_exceptions=True)
+    assert {str(end) for end in ends} == {"the engine is closed"}
+    with pytest.raises(RuntimeError, match="the engine is closed"):
+        await serving.generate([4], replace(slow, regex="[ab]*a[ab]{18}z"))
+    await asyncio.gather(*waiting, return_exceptions=True)
+
+
+def test_nobody_waits_for_a_language_but_who_wants_it():
+    asyncio.run(_while_a_language_is_made())
 
 
 def test_an_engine_refuses_alike_and_goes_on():
