@@ -15,7 +15,7 @@ from .patterns import MAX_COUNT, string_pattern
 from .ranges import decimals
 
 MAX_CHARS = 200_000  # of the regular expressions of a schema and of all its parts
-MAX_PROPERTIES = 256  # of an object: where all are optional, the expression grows with their square
+MAX_PROPERTIES = 256  # of an object, or schemas of oneOf: what is done grows with their square
 MAX_INTEGER, MAX_NUMBER = 2**64, 10**9  # ends of ranges
 PLACES = 6  # behind the point of a number with a range: up to MAX_NUMBER that is 15 digits, which a float tells apart
 
@@ -145,6 +145,8 @@ class _Reader:
         if kind == "allOf" and len(several) > 1:
             raise _bad(at, "allOf", f"{len(several)} schemas, expected one")
         parts = [self.regex(one, f"{at}/{kind}/{i}", refs) for i, one in enumerate(several)]
+        if kind == "oneOf" and len(several) > MAX_PROPERTIES:
+            raise _bad(at, "oneOf", f"{len(several)} schemas, expected at most {MAX_PROPERTIES}, or anyOf")
         for (i, one), (j, other) in combinations(enumerate(several), 2):
             if kind == "oneOf" and not self._disjoint(one, other, at):
                 raise _bad(at, "oneOf", f"{i} and {j} may overlap, expected other types or values, or anyOf")
