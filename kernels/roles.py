@@ -54,6 +54,19 @@ _PROMPT, _PADDING = tl.constexpr(PROMPT), tl.constexpr(PADDING)
 _FILL_PROMPT, _EDITING = tl.constexpr(FILL_PROMPT), tl.constexpr(EDITING)
 
 
+def block_kinds(given: list[int | None], start: int, length: int, total: int, limit: int) -> list[int]:
+    """The kinds of a block's positions.
+
+    given: the ids that it begins with, None where none is.
+    start: position of its first token.
+    length: L.
+    total: the row's positions that are prompt or generated; limit: those that exist.
+    """
+    given = given + [None] * (length - len(given))
+    behind = [GENERATED if at < total else TAIL if at < limit else PADDING for at in range(start, start + length)]
+    return [kind if token is None else PROMPT for kind, token in zip(behind, given, strict=True)]
+
+
 def roles_ref(
     tokens: torch.Tensor,
     kind: torch.Tensor,

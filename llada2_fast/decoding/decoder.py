@@ -34,7 +34,7 @@ class BlockDecoder:
         self.runner, self.lanes, self.overlap = runner, runner.lanes, overlap
         self._by_lane: dict[int, Sequence] = {}  # a step must not grow with the lanes that are free
         self._launched: deque[tuple[list[Sequence], StepResult]] = deque()
-        self.launched = False  # the last step had something to launch
+        self.has_launched = False  # whether the last step had something to launch
 
     @property
     def sequences(self) -> list[Sequence | None]:
@@ -89,16 +89,16 @@ class BlockDecoder:
         Returns the result of the step that was read, None if it is too early for one.
         """
         self._check_left_out(sequences)
-        self.launched = False
+        self.has_launched = False
         pending = {s for launched, _ in self._launched for s in launched if s.automaton is not None}
         sequences = [s for s in sequences if s not in pending]
         plan = self._plan(sequences, prefill)
         if sequences:
             self._launched.append((list(sequences), self.runner.execute(plan)))
-            self.launched = True
+            self.has_launched = True
         elif prefill:
             self.runner.prefill(plan.prefill)
-            self.launched = True
+            self.has_launched = True
         self._note(sequences, prefill)
         ahead = self.overlap if sequences or not pending else 0
         return self._apply(*self._launched.popleft()) if len(self._launched) > ahead else None

@@ -27,6 +27,7 @@ from ..kernels.refine import (
     needed_positions,
     refine_step,
 )
+from ..kernels.roles import block_kinds
 from ..kernels.top_logprobs import top_logprobs
 from .rules import REAL, WHOLE, Rule
 
@@ -112,13 +113,8 @@ class Lanes:
         pages: of the row's K/V from position 0 on, where runners read them here.
         """
         self._open.add(lane)
-        length = self.block_length
-        given = given + [None] * (length - len(given))
-        text, tail = (min(max(end - block_start, 0), length) for end in (total, limit))
-        kind = [refine.GENERATED] * text + [refine.TAIL] * (tail - text)
-        kind += [refine.PADDING] * (length - len(kind))
-        kind = [behind if token is None else refine.PROMPT for behind, token in zip(kind, given, strict=True)]
-        tokens = [self.mask_id if token is None else token for token in given]
+        kind = block_kinds(given, block_start, self.block_length, total, limit)
+        tokens = self._laid_out(given)
         tokens, kind = torch.tensor([tokens, kind], dtype=torch.int64, device="cpu").to(self.device).unbind()
         self.state.reset_block(lane, tokens, kind, block_start, prior_flags)
         unused = [-1] * (self.max_eos - len(eos_ids))
@@ -136,10 +132,13 @@ class Lanes:
     def give(self, lane: int, block: int, given: list[int | None]):
         """The ids that are given in a later block of a lane's row, as of `open`. Two blocks' are held, of the next one
         and of the one behind it: so many may begin before the host has read that the first did."""
-        ids = [self.mask_id if token is None else token for token in given]
-        ids += [self.mask_id] * (self.block_length - len(ids))
-        self.bounds.given[lane, block % 2] = torch.tensor(ids, dtype=torch.int64, device="cpu")
+        self.bounds.given[lane, block % 2] = torch.tensor(self._laid_out(given), **_ON_CPU)
         self._given.add(lane)
+
+    def _laid_out(self, given):
+        """A block's tokens, masks where nothing is given."""
+        ids = [self.mask_id if token is None else token for token in given]
+        return ids + [self.mask_id] * (self.block_length - len(ids))
 
     @lasting
     def guide(self, lane: int, classes: np.ndarray):
@@ -187,7 +186,7 @@ class Lanes:
         self, logits, index=None, filters: bool = True, only_needed: bool = False, guided: bool = False
     ) -> RefineOutput:
         """One refinement step of all lanes, or of the leading ones that `index` has; arguments as of
-        kernels.refine.refine_step. guided: some lane that takes part is."""
+        kernels.refine.refine_step. guided: some lane is."""
         count = self.count if index is None else len(index)
         state, params = self.leading(count)
         allowed = Allowed(*(part[:count] for part in self._allowed)) if guided else None

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from ..config import MAX_TOP_LOGPROBS, DecodeParams
 from ..kernels import refine
+from ..kernels.roles import block_kinds
 from ..structured import TokenAutomaton
 from .guide import BlockGuide, gaps_of
 from .rules import row_rule
@@ -110,9 +111,7 @@ class Sequence:
         self._given = [*prompt, *(canvas or ())]  # by position, None in gaps
         while len(self._given) > len(prompt) and self._given[-1] is None:
             self._given.pop()
-        self.min_tokens = max(
-            min_tokens, len(self._given) - len(prompt)
-        )  # an EOS in a gap before a given token ends it
+        self.min_tokens = max(min_tokens, len(self._given) - len(prompt))  # an EOS before a given token ends nothing
         self.ending_ids = () if self.min_tokens else eos_ids  # what the device is told of them
         self.rule = row_rule(params, block_length)
         self.gen_length = params.gen_length
@@ -166,13 +165,7 @@ class Sequence:
     @property
     def kinds(self) -> list[int]:
         """Of the active block's positions, as of kernels.roles."""
-        given = self.given(self.block)
-        given += [None] * (self.block_length - len(given))
-        behind = [
-            refine.GENERATED if at < self.total else refine.TAIL if at < self.limit else refine.PADDING
-            for at in range(self.block_start, self.block_start + self.block_length)
-        ]
-        return [kind if token is None else refine.PROMPT for kind, token in zip(behind, given, strict=True)]
+        return block_kinds(self.given(self.block), self.block_start, self.block_length, self.total, self.limit)
 
     @property
     def is_followed(self) -> bool:

@@ -214,7 +214,7 @@ class Engine:
         """A step's work done. Returns the result of the step whose results have come, None if none has."""
         prefill = [(request.sequence, blocks) for request, blocks in work.prefill]
         result = self.decoder.step([request.sequence for request in work.denoise], prefill)
-        self.num_steps += self.decoder.launched
+        self.num_steps += self.decoder.has_launched
         return result
 
     def _end_overdue(self):
