@@ -149,7 +149,7 @@ class Lanes:
         if self._allowed is None:
             bits = self._new((self.count, self.block_length, WORDS), 0, torch.int32)
             self._allowed = Allowed(self._new((self.count, len(classes)), 0, torch.int16), bits)
-        self._allowed.classes[lane] = torch.from_numpy(classes)
+        self._allowed.classes[lane] = self._sent(torch.from_numpy(classes))
         self.params.flags[lane] |= refine.GUIDED
 
     def allow(self, lanes: list[int], words: np.ndarray):
