@@ -6,6 +6,7 @@ valid: the share of answers that parse as JSON and validate under the schema tha
     benchmarks.schemas has prompts at several thresholds and temperatures, of the first model and of random weights of
     its shape, together with rows without a language, which must be what generate() gives them alone.
 builds: from the schema to its automaton; median and worst.
+real_size: the same of a nested schema over as many made-up tokens as LLaDA2's vocabulary has.
 points: the task json of the embedded model, whose answers are lines key=value, free and in the language of such lines:
     exact match, tokens per forward (TPF) and denoise forwards. Prompts are those of benchmarks.quality; all is exact.
 hosts: what a row under a language adds to a step's host work (the passes over the automaton, deciding, writing): median
@@ -20,11 +21,13 @@ answers are valid, those in the language are as right as free ones at every thre
 
 import argparse
 import json
+import random
 import statistics
 import time
 from dataclasses import replace
 from itertools import chain, product
 
+import numpy as np
 import torch
 
 from llada2_fast import LLaDA2Model
@@ -32,8 +35,11 @@ from llada2_fast.config import MAX_STATES, DecodeParams, EngineConfig
 from llada2_fast.decoding.inputs import resolve_ids
 from llada2_fast.demo import tasks
 from llada2_fast.engine import Engine
-from llada2_fast.structured import automaton_of
+from llada2_fast.kernels.refine import MAX_CLASSES
+from llada2_fast.structured import TokenAutomaton, automaton_of
+from llada2_fast.structured.compiler import Limits, compile_tokens
 from llada2_fast.structured.ranges import decimals
+from llada2_fast.structured.schema import json_regex
 from llada2_fast.weights.special_tokens import load_tokenizer
 
 from . import harness, quality
@@ -49,6 +55,7 @@ HEADLINE = 0.95  # threshold of the figures that stand for the first model
 DRAWS = tuple(product((0.95, 0.3), (0.0, 1.0)))  # threshold and temperature of answers under schemas
 QUICK_DRAWS = (DRAWS[0], DRAWS[-1])
 ROOM = 64  # tokens of an answer under a schema
+REAL_SIZE = 157_184  # tokens of LLaDA2's vocabulary
 TOGETHER = 16  # schemas in one batch, and its places
 ONE_BY_ONE = {"threshold": quality.NEVER, "gen_length": ROOM, "eos_early_stop": True}
 
@@ -77,7 +84,7 @@ def main(argv=None):
     results["points"] = [
         point(name, model, tokenizer, prompts, threshold) for name, model in models.items() for threshold in thresholds
     ]
-    results |= headline(results["points"]) | launches() | {"prompts": len(prompts)}
+    results |= headline(results["points"]) | launches() | {"prompts": len(prompts), "real_size": real_size()}
     results["ok"] = is_ok(results)
     print("\n".join(told(results)))
     if options.plot:
@@ -177,6 +184,27 @@ def fault_of(text, schema):
 
 def _no_json(name):
     raise ValueError(f"{name} is no JSON")
+
+
+def real_size():
+    """Figures of an automaton over a vocabulary of LLaDA2's size: words of letters, some with a space, and what JSON is
+    made of."""
+    rng, texts = random.Random(0), {bytes([byte]): None for byte in range(256)}
+    while len(texts) < REAL_SIZE:
+        word = "".join(rng.choices("etaoinshrdlucmfwypvbgkjqxz", k=rng.randint(2, 9)))
+        parts = ['"', '",', '":', '{"', '"}', ", ", "[", "1", "23", ""]
+        texts[(rng.choice(parts) + word if rng.random() < 0.1 else rng.choice(["", " "]) + word).encode()] = None
+    string = {"type": "string", "maxLength": 40}
+    person = {"name": string, "zip": {"type": "string", "pattern": "[0-9]{5}"}, "age": {"type": "integer"}}
+    tags = {"type": "array", "items": string, "minItems": 1, "maxItems": 4}
+    inner = {"type": "object", "properties": person, "required": [*person]}
+    schema = {"type": "object", "properties": {"who": inner, "tags": tags}, "required": ["who", "tags"]}
+    started = time.perf_counter()
+    dfa = compile_tokens(json_regex(schema), [*texts], Limits(MAX_STATES, MAX_CLASSES - 1))
+    automaton = TokenAutomaton(dfa._replace(classes=np.append(dfa.classes, np.int16(0))), (len(texts),))
+    seconds = time.perf_counter() - started
+    return {"vocab": len(texts), "states": automaton.num_states, "classes": automaton.table.shape[1],
+            "seconds": round(seconds, 2)}  # fmt: skip
 
 
 # The task.
@@ -287,6 +315,8 @@ def told(results):
     )
     for name, unit in (("ms", " ms"), ("states", ""), ("classes", "")):
         yield f"{name} of a build: median {builds[f'median_{name}']:g}{unit}, worst {builds[f'worst_{name}']:g}{unit}"
+    real = results["real_size"]
+    yield f"{real['vocab']} tokens: {real['states']} states, {real['classes']} classes, {real['seconds']} s"
     yield f"{'model':<16}{'threshold':<12}{'free: exact match, TPF':>28}{'in its language':>28}{'forwards':>16}"
     for one in results["points"]:
         free, own = one["free"], one["constrained"]

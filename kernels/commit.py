@@ -57,8 +57,8 @@ def commit_ref(
 
     token, confidence: the candidates [R, L].
     state, params, ids: as of refine_step.
-    check: has the last word on what is written: of commit, edit and what is masked, bool [R, L] each, it makes the
-        commits (of masked positions) and edits that are. None for those that the rules select.
+    check: has the last word on what is written: of commits and edits, bool [R, L] each, it makes those that are.
+        None for those that the rules select.
     """
     asked = reduce(or_, params.flags.tolist(), 0)  # sync: the reference alone; what no row asks for is skipped
     masked, editable = roles_ref(state.tokens, state.kind, state.frozen, params.flags, ids.mask, asked)  # [R, L]
@@ -79,7 +79,7 @@ def commit_ref(
     commit = _select_ref(masked, confidence, state, params)
     edit = _edit_ref(editable, token, confidence, state.tokens, params, asked)
     if check is not None:
-        commit, edit = check(commit, edit, masked)
+        commit, edit = check(commit, edit)
     written = commit | edit
     torch.where(written, token, state.tokens, out=state.tokens)
     torch.where(written, confidence, state.commit_confidence, out=state.commit_confidence)

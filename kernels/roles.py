@@ -54,6 +54,11 @@ _PROMPT, _PADDING = tl.constexpr(PROMPT), tl.constexpr(PADDING)
 _FILL_PROMPT, _EDITING = tl.constexpr(FILL_PROMPT), tl.constexpr(EDITING)
 
 
+def block_tokens(given: list[int | None], length: int, mask_id: int) -> list[int]:
+    """A block's tokens when it begins: masks where nothing is given; arguments as of block_kinds."""
+    return [mask_id if token is None else token for token in given] + [mask_id] * (length - len(given))
+
+
 def block_kinds(given: list[int | None], start: int, length: int, total: int, limit: int) -> list[int]:
     """The kinds of a block's positions.
 

@@ -15,6 +15,7 @@ from .decoding.runner import CachedForward, EagerRunner
 from .decoding.sequence import Counters, Sequence
 from .decoding.trace import Trace
 from .kernels.refine import SpecialIds
+from .structured import automaton_of
 
 
 @dataclass
@@ -125,7 +126,9 @@ def generate(
     )  # fmt: skip
     habits.refuse("generate", others, habits.GENERATING | {"do_sample": (params.temperature > 0,)})
     mask, eos, pad = resolve_ids(model, params)
-    forms = forms_of(params, canvas, len(prompts), tokenizer, eos, mask, model.config.vocab_size, MAX_STATES)
+    vocab_size = model.config.vocab_size
+    automaton = automaton_of(params, tokenizer, eos, mask, vocab_size, MAX_STATES)
+    forms = forms_of(params, canvas, len(prompts), tokenizer, mask, vocab_size, automaton)
     for number, (prompt, form) in enumerate(zip(prompts, forms, strict=True)):
         check_fit(model.config, [prompt], form.params, number)
     seeds = row_seeds(seed, generator, len(prompts), params.draws)

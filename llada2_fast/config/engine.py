@@ -33,7 +33,9 @@ class EngineConfig:
     graphs: bool = doc(False, "replay each denoise step as a CUDA graph, on a GPU")
     capture: bool = doc(True, "False does what the graphs would do launch by launch, on any device")
     overlap: bool = doc(
-        True, "with graphs, a step is launched before the last one's results are read, which come a step late"
+        True,
+        "with graphs, a step is launched before the last one's results are read, which come a step late; a row in a "
+        "language takes part in every second step then",
     )
 
     def __post_init__(self):

@@ -29,10 +29,10 @@ def as_schema(name, value):
     if not isinstance(value, dict):
         raise bad(name, value, allowed)
     try:
-        text = json.dumps(value, allow_nan=False)
+        text = json.dumps(value, allow_nan=False, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError):
         raise bad(name, value, allowed) from None
-    if len(text) > MAX_PATTERN or (copy := json.loads(text)) != value:
+    if len(text) > MAX_PATTERN or not _is_text(text) or (copy := json.loads(text)) != value:
         raise bad(name, value, allowed)
     return copy
 

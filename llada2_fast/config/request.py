@@ -67,7 +67,7 @@ class RequestOptions:
     canvas: str | tuple[int | None, ...] | None = doc(
         None,
         "what is given of the answer, which is as long: ids and gaps, None or the mask id, or a text with {gap:n} for "
-        "n tokens",
+        "n tokens. An EOS or a stop in front of the last given token ends nothing",
     )
 
     def __post_init__(self):

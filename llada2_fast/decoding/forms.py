@@ -8,7 +8,7 @@ import torch
 
 from ..config import DecodeParams
 from ..config.habits import token_ids
-from ..structured import TokenAutomaton, automaton_of, parse_canvas
+from ..structured import TokenAutomaton, parse_canvas
 from .guide import gaps_of
 from .inputs import plain_integers
 
@@ -25,37 +25,44 @@ class Form(NamedTuple):
     canvas: list[int | None] | None
     automaton: TokenAutomaton | None
 
+    def of(self, params: DecodeParams) -> "Form":
+        """The same for an answer with other params, in the same language."""
+        own = params if self.canvas is None else replace(params, gen_length=len(self.canvas))
+        form = self._replace(params=own)
+        form.check_room()
+        return form
 
-def forms_of(params, canvas, count, tokenizer, eos_ids, mask_id, vocab_size, max_states) -> list[Form]:
+    def check_room(self):
+        """ValueError where a gap is too small for any text of the language."""
+        if self.automaton is None:
+            return
+        fewest, length = self.automaton.fewest, self.params.gen_length
+        if min(gap.end - gap.begin for gap in gaps_of(self.canvas or [], length)) < fewest:
+            where = f"gen_length={length}: expected" if self.canvas is None else "canvas: expected in each gap"
+            raise ValueError(
+                f"{where} at least {fewest} tokens, what the shortest text of {self.params.language} takes"
+            )
+
+
+def forms_of(params, canvas, count, tokenizer, mask_id, vocab_size, automaton=None) -> list[Form]:
     """The Form of each of several answers.
 
     params: DecodeParams of them all.
     canvas: one for all, or a list with that of each; of ids, None or the mask id in gaps, or a text with `{gap:n}`.
     count: how many there are.
-    tokenizer: for a text, and for a language.
-    eos_ids, mask_id: resolved.
+    tokenizer: for a text.
+    mask_id: resolved.
     vocab_size: of the model.
-    max_states: of a language.
+    automaton: of the language that params ask for.
     Raises ValueError for what cannot be had, before anything is done.
     """
-    automaton = automaton_of(params, tokenizer, eos_ids, mask_id, vocab_size, max_states)
     forms = []
     for one in canvases(canvas, count):
         ids = None if one is None else _canvas(one, tokenizer, mask_id, vocab_size)
         if ids is not None and not params.traits.shapes:
             raise ValueError(f"canvas: expected none under profile={params.profile!r}, which may leave masks")
-        own = params if ids is None else replace(params, gen_length=len(ids))
-        if automaton is not None:
-            _check_room(own, ids, automaton.fewest)
-        forms.append(Form(own, ids, automaton))
+        forms.append(Form(params, ids, automaton).of(params))
     return forms
-
-
-def _check_room(params, ids, fewest):
-    size = min(gap.end - gap.begin for gap in gaps_of(ids or [], params.gen_length))
-    if size < fewest:
-        where = f"gen_length={params.gen_length}: expected" if ids is None else "canvas: expected in each gap"
-        raise ValueError(f"{where} at least {fewest} tokens, what the shortest text of {params.language} takes")
 
 
 def canvases(canvas, count: int) -> list:

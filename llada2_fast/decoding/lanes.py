@@ -27,7 +27,7 @@ from ..kernels.refine import (
     needed_positions,
     refine_step,
 )
-from ..kernels.roles import block_kinds
+from ..kernels.roles import block_kinds, block_tokens
 from ..kernels.top_logprobs import top_logprobs
 from .rules import REAL, WHOLE, Rule
 
@@ -114,7 +114,7 @@ class Lanes:
         """
         self._open.add(lane)
         kind = block_kinds(given, block_start, self.block_length, total, limit)
-        tokens = self._laid_out(given)
+        tokens = block_tokens(given, self.block_length, self.mask_id)
         tokens, kind = torch.tensor([tokens, kind], dtype=torch.int64, device="cpu").to(self.device).unbind()
         self.state.reset_block(lane, tokens, kind, block_start, prior_flags)
         unused = [-1] * (self.max_eos - len(eos_ids))
@@ -132,13 +132,9 @@ class Lanes:
     def give(self, lane: int, block: int, given: list[int | None]):
         """The ids that are given in a later block of a lane's row, as of `open`. Two blocks' are held, of the next one
         and of the one behind it: so many may begin before the host has read that the first did."""
-        self.bounds.given[lane, block % 2] = torch.tensor(self._laid_out(given), **_ON_CPU)
+        ids = block_tokens(given, self.block_length, self.mask_id)
+        self.bounds.given[lane, block % 2] = torch.tensor(ids, **_ON_CPU)
         self._given.add(lane)
-
-    def _laid_out(self, given):
-        """A block's tokens, masks where nothing is given."""
-        ids = [self.mask_id if token is None else token for token in given]
-        return ids + [self.mask_id] * (self.block_length - len(ids))
 
     @lasting
     def guide(self, lane: int, classes: np.ndarray):
@@ -158,9 +154,18 @@ class Lanes:
 
     def write(self, lanes: list[int], state: BlockState):
         """What the host has decided for some guided lanes: their blocks after a step, on the CPU."""
-        at = self._sent(torch.tensor(lanes, **_ON_CPU))
-        for name in ("tokens", "step", "post_steps", "frozen", "commit_step", "commit_confidence", "changed"):
-            getattr(self.state, name)[at] = self._sent(getattr(state, name))
+        at, length = torch.tensor(lanes, **_ON_CPU), self.block_length
+        blocks = (state.tokens.int(), state.commit_step, state.commit_confidence.view(torch.int32))
+        names = ("step", "post_steps", "frozen", "changed")
+        rows = (at.int(), *(getattr(state, name) for name in names))
+        sent = self._sent(torch.cat((*blocks, torch.stack(rows, 1)), 1))  # in one copy
+        tokens, steps, confidences, rows = sent.split([length, length, length, len(names) + 1], 1)
+        at, *rows = rows.unbind(1)
+        at = at.long()
+        self.state.tokens[at], self.state.commit_step[at] = tokens.long(), steps
+        self.state.commit_confidence[at] = confidences.contiguous().view(torch.float32)
+        for name, row in zip(names, rows, strict=True):
+            getattr(self.state, name)[at] = row
 
     def _sent(self, tensor):
         """A tensor of the CPU on the lanes' device, without waiting for what runs there."""

@@ -23,16 +23,15 @@ def decide(sequences: list[Sequence], proposed, ids: SpecialIds) -> tuple[BlockS
     """
     token, confidence = ([one[at] for one in proposed] for at in (0, 2))
     state = BlockState.fresh(
-        _column(sequences, "tokens"), _column(sequences, "kinds", torch.int8), _column(sequences, "block_start"),
-        _column(sequences, "prior_flags", torch.int32),
-    )  # fmt: skip
+        _column(sequences, "tokens"), _column(sequences, "kinds", torch.int8), _column(sequences, "block_start")
+    )
     state.step, state.post_steps, state.commit_step = (
         _column(sequences, name, torch.int32) for name in ("block_steps", "post_steps", "steps")
     )
     state.commit_confidence = _column(sequences, "confidences", torch.float32)
     params = batch_params([s.rule for s in sequences], [0] * len(sequences), [s.ending_ids for s in sequences])
 
-    def check(commit, edit, masked):
+    def check(commit, edit):
         rows = zip(sequences, token, confidence, commit.tolist(), edit.tolist(), strict=True)  # sync: on the CPU
         commits, edits = zip(*(_written(sequence.guide(), *row) for sequence, *row in rows), strict=True)
         return tuple(torch.tensor(chosen, dtype=torch.bool, device="cpu") for chosen in (commits, edits))

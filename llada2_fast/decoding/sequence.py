@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from ..config import MAX_TOP_LOGPROBS, DecodeParams
 from ..kernels import refine
-from ..kernels.roles import block_kinds
+from ..kernels.roles import block_kinds, block_tokens
 from ..structured import TokenAutomaton
 from .guide import BlockGuide, gaps_of
 from .rules import row_rule
@@ -89,7 +89,7 @@ class Sequence:
     ids: the tokens of all blocks before it, its own as well once it has ended.
     tokens, steps, confidences: of the active block, as the last step that was read left it (where details are kept).
     block_steps, post_steps: of it, all and mask-free ones, as far as they were read.
-    token_steps, token_confidences: of the generated tokens in ids (likewise).
+    token_steps, token_confidences: of the generated tokens in ids (likewise); -1 and 1.0 of given ones.
     top: of the active block, and token_top: of the generated tokens in ids, where they are kept: for each position the
         likeliest (id, log-probability), best first and lowest id on ties, at the write that put its token there; fewer
         than asked for where the vocabulary or the logits above -inf are fewer. The distribution is the logits' softmax
@@ -159,8 +159,7 @@ class Sequence:
 
     def laid_out(self, block: int) -> list[int]:
         """A block's tokens when it begins."""
-        begun = [self.mask_id if token is None else token for token in self.given(block)]
-        return begun + [self.mask_id] * (self.block_length - len(begun))
+        return block_tokens(self.given(block), self.block_length, self.mask_id)
 
     @property
     def kinds(self) -> list[int]:
@@ -330,7 +329,8 @@ class Sequence:
             begin = self.generated.start
             at = self.block_start + begin - self.prompt_length
             self.token_steps[at:] = self.row_steps()[begin:]
-            self.token_confidences[at:] = self.confidences[begin:]
+            own = enumerate(self.confidences[begin:], self.block_start + begin)
+            self.token_confidences[at:] = [1.0 if self.is_given(position) else p for position, p in own]
         if self.top_logprobs:
             self.token_top[at:] = self.top[begin:]
 

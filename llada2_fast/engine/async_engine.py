@@ -6,17 +6,19 @@ next, and what is committed is bounded by the request's budget.
 """
 
 import asyncio
+import contextlib
 import os
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from ..config import MAX_SAMPLES, RequestOptions, as_flag, as_int
+from ..decoding.forms import Form
 from .engine import Engine
 from .intake import sample
 from .request import DEFAULT_OPTIONS, DEFAULTS, QueueFull, Request, RequestOutput, check_params
 from .worker import Kind, Reader, Worker
 
-MAX_FORMS = 16  # that may be in the making, two at a time; further ones are refused as where too many requests wait
+MAX_LANGUAGES = 16  # that may be in the making, two at a time
 
 
 class Reading:
@@ -92,8 +94,8 @@ class AsyncEngine:
     def __init__(self, engine: Engine):
         self.engine = engine
         self._worker = Worker(engine)
-        self._forms = ThreadPoolExecutor(2, "llada2-form")  # which has no thread until it is needed
-        self._num_forms = 0  # that are being made
+        self._makers = ThreadPoolExecutor(2, "llada2-language")  # which has no thread until it is needed
+        self._making: dict[tuple, Future] = {}  # languages, by what they are known by
 
     @property
     def _thread(self):
@@ -129,16 +131,24 @@ class AsyncEngine:
             async for event in reading:
                 yield event
 
-    async def open(self, prompt_ids, params=DEFAULTS, *, drafts=False, wait=False, until_end=False, **options):
+    async def open(
+        self, prompt_ids, params=DEFAULTS, *, drafts=False, wait=False, until_end=False, form=None, arrived=None,
+        **options,
+    ):  # fmt: skip
         """The Reading of a new request, which the engine has taken when this returns. Arguments and errors: `stream`.
 
         until_end: its reader is woken once, at its end.
+        form: what `prepare` has made of the same params, but for gen_length and seed, and options; None = not made yet.
+        arrived: when it did, on the engine's clock, None = now.
         """
         check_params(params)
         for name, flag in (("drafts", drafts), ("wait", wait), ("until_end", until_end)):
             as_flag(name, flag)
-        options, arrived = RequestOptions(**options), self.engine.clock()
-        form = await self.prepare(params, options)
+        options, arrived = RequestOptions(**options), self.engine.clock() if arrived is None else arrived
+        if form is None:
+            form = await self.prepare(params, options, wait=wait, arrived=arrived)
+        else:
+            form = form.of(params)
         reading = Reading(self._worker, until_end)
 
         def open_request():
@@ -155,34 +165,48 @@ class AsyncEngine:
             raise
         return reading
 
-    async def prepare(self, params, options=DEFAULT_OPTIONS):
-        """The form of the answers of requests with some DecodeParams and RequestOptions, which is known from then on.
-        Where that takes its time, as with a new language, neither the engine nor the event loop waits.
+    async def prepare(self, params, options=DEFAULT_OPTIONS, *, wait=False, arrived=None) -> Form:
+        """The form of the answers of requests with some DecodeParams and RequestOptions, for `open`. Where that takes
+        its time, as with a new language, neither the engine nor the event loop waits, nor who wants another language.
 
-        Raises what `open` does of it: ValueError, TimeoutError where a deadline_s is over, QueueFull where MAX_FORMS
-        are being made.
+        wait: where MAX_LANGUAGES are in the making, wait for one, instead of raising QueueFull.
+        arrived: on the engine's clock, from where on a deadline_s counts, None = now.
+        Raises what `open` does of it: ValueError, QueueFull, TimeoutError where the deadline is over.
         """
-        intake = self.engine.intake
-        if intake.is_quick(params):
-            return await self._known(params, options)
-        if self._num_forms >= MAX_FORMS:
-            raise QueueFull(f"{MAX_FORMS} languages and canvases are being made, and so many may")
-        try:
-            made = asyncio.get_running_loop().run_in_executor(self._forms, intake.form, params, options)
-        except RuntimeError:
-            raise RuntimeError("the engine is closed") from None
-        self._num_forms += 1
-        made.add_done_callback(self._form_is_made)
-        return await _within(made, options.deadline_s)
+        self._worker.check_process()
+        intake, automaton = self.engine.intake, None
+        arrived = self.engine.clock() if arrived is None else arrived
+        key, known = intake.known_as(params)
+        if known:
+            automaton = intake.language(params)
+        else:
+            while key not in self._making and len(self._making) >= MAX_LANGUAGES:
+                if not wait:
+                    raise QueueFull(f"{MAX_LANGUAGES} languages are being made, and so many may")
+                with contextlib.suppress(ValueError):  # which is somebody else's
+                    await self._made(next(iter(self._making.values())), options, arrived)
+            automaton = await self._made(self._language(key, params), options, arrived)
+        if isinstance(options.canvas, str):  # which has to be split into tokens
+            return await asyncio.to_thread(intake.form, params, options, automaton)
+        return intake.form(params, options, automaton)
 
-    async def _known(self, params, options):
-        """The form of an answer that is in no new language: a canvas' text may have to be split into tokens."""
-        if isinstance(options.canvas, str):
-            return await asyncio.to_thread(self.engine.intake.form, params, options)
-        return self.engine.intake.form(params, options)
+    def _language(self, key, params):
+        """The concurrent Future of a language, one for all who wait for it."""
+        making = self._making.get(key)
+        if making is None:
+            try:
+                making = self._making[key] = self._makers.submit(self.engine.intake.language, params)
+            except RuntimeError:
+                raise RuntimeError("the engine is closed") from None
+            making.add_done_callback(lambda _: self._making.pop(key, None))
+        return making
 
-    def _form_is_made(self, made):
-        self._num_forms -= 1
+    async def _made(self, making, options, arrived):
+        """The result of a concurrent Future, which others may wait for, too; TimeoutError if the deadline is over."""
+        left = None if options.deadline_s is None else arrived + options.deadline_s - self.engine.clock()
+        made = asyncio.wrap_future(making)
+        made.add_done_callback(lambda one: one.cancelled() or one.exception())  # who asked for it may have left
+        return await _within(asyncio.shield(made), left)
 
     async def generate(self, prompt_ids, params=DEFAULTS, *, n=None, wait=False, **options):
         """The RequestOutput of a new request; arguments as of `stream`.
@@ -194,8 +218,10 @@ class AsyncEngine:
         check_params(params)
         if as_int("n", n, 1, MAX_SAMPLES) > 1 and options.get("request_id") is not None:
             raise ValueError(f"request_id={options['request_id']!r:.80}: expected None for {n} requests")
-        await self.prepare(params, RequestOptions(**options))  # once
-        several = [self._generate(prompt_ids, sample(params, i), wait, options) for i in range(n)]
+        arrived = self.engine.clock()
+        form = await self.prepare(params, RequestOptions(**options), wait=wait, arrived=arrived)
+        known = {"form": form, "arrived": arrived}
+        several = [self._generate(prompt_ids, sample(params, i), wait, options | known) for i in range(n)]
         tasks = [asyncio.ensure_future(one) for one in several]
         try:
             return await asyncio.gather(*tasks)
@@ -241,7 +267,7 @@ class AsyncEngine:
 
     def _stop(self):
         self._worker.stop()
-        self._forms.shutdown(wait=False, cancel_futures=True)
+        self._makers.shutdown(wait=False, cancel_futures=True)
 
 
 async def _within(future, seconds):

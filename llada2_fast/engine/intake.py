@@ -9,7 +9,7 @@ from ..decoding.forms import Form, canvases, forms_of
 from ..decoding.inputs import check_fit, resolve_ids, row_seed, row_seeds, split_prompts
 from ..decoding.rules import row_rule
 from ..decoding.sequence import Sequence
-from ..structured import is_quick
+from ..structured import TokenAutomaton, automaton_of, known_as
 from .detokenizer import IncrementalDetokenizer
 from .request import Entry, Request
 
@@ -52,7 +52,7 @@ class Intake:
         form: the Form of params and options, where it is known.
         """
         mask_id, eos_ids, _ = resolve_ids(self.model, params)
-        form = self.form(params, options) if form is None else form
+        form = self.form(params, options, self.language(params)) if form is None else form
         params = form.params
         check_fit(self.model.config, [prompt], params, number)
         for name, value, own in (
@@ -92,20 +92,25 @@ class Intake:
             [Entry(None, sequence.mark(), self._detokenizer(options))], self.home,
         )  # fmt: skip
 
-    def form(self, params, options) -> Form:
-        """The form of a request's answer. It may take seconds where its language is new, in any thread."""
+    def form(self, params, options, automaton) -> Form:
+        """The form of a request's answer. automaton: of the language that params ask for."""
         if params.language is not None and options.min_tokens:
             raise ValueError(f"min_tokens={options.min_tokens}: expected 0, since {params.language} says what may end")
-        eos_ids, vocab_size = resolve_ids(self.model, params)[1], self.model.config.vocab_size
-        (form,) = forms_of(
-            params, options.canvas, 1, self.tokenizer, eos_ids, self.mask_id, vocab_size, self.config.max_states
-        )  # fmt: skip
+        vocab_size = self.model.config.vocab_size
+        (form,) = forms_of(params, options.canvas, 1, self.tokenizer, self.mask_id, vocab_size, automaton)
         return form
 
-    def is_quick(self, params) -> bool:
-        """Whether the language of an answer is known, or there is none."""
+    def language(self, params) -> TokenAutomaton | None:
+        """Of the answers that params ask for. It may take seconds where it is new, in any thread."""
+        return automaton_of(params, *self._of_languages(params))
+
+    def known_as(self, params):
+        """(what the language is known by, whether it is known) of the answers that params ask for."""
+        return known_as(params, *self._of_languages(params))
+
+    def _of_languages(self, params):
         eos_ids, vocab_size = resolve_ids(self.model, params)[1], self.model.config.vocab_size
-        return is_quick(params, self.tokenizer, eos_ids, self.mask_id, vocab_size, self.config.max_states)
+        return self.tokenizer, eos_ids, self.mask_id, vocab_size, self.config.max_states
 
     def _check_options(self, options):
         """ValueError for what needs another model, or a tokenizer."""

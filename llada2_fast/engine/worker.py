@@ -127,11 +127,7 @@ class Worker:
 
         priority: of calls that wait for room, the highest comes first.
         """
-        if os.getpid() != self.process:
-            raise RuntimeError(
-                f"this AsyncEngine belongs to process {self.process}, and its thread is not in this one, a fork of it: "
-                "make Engine and AsyncEngine where they are used"
-            )
+        self.check_process()
         order = self.engine.clock() - priority * self.engine.config.priority_s, next(self._numbers)
         call = Call(Future(), function, kind, order)
         with self._lock:
@@ -139,6 +135,14 @@ class Worker:
                 raise RuntimeError("the engine is closed")
             self._calls.put(call)
         return call.future
+
+    def check_process(self):
+        """RuntimeError in another process than its own."""
+        if os.getpid() != self.process:
+            raise RuntimeError(
+                f"this AsyncEngine belongs to process {self.process}, and its thread is not in this one, a fork of it: "
+                "make Engine and AsyncEngine where they are used"
+            )
 
     def leave(self, requests: list[Request]):
         """Nobody reads these requests any more, nor those that are put into the list by calls sent before."""

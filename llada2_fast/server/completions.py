@@ -137,17 +137,17 @@ class _Answer:
 
         async def open_one(index, prompt, params):
             self.readings[index] = await service.serving.open(
-                prompt, params, drafts=bool(self.body.draft), until_end=not self.body.stream,
-                **vars(job.options) | {"request_id": self.names[index]},
+                prompt, params, drafts=bool(self.body.draft), until_end=not self.body.stream, form=form,
+                arrived=arrived, **vars(job.options) | {"request_id": self.names[index]},
             )  # fmt: skip
 
         service.check_room(len(each))
         if base in service.running:
             raise ApiError(400, "request_id: expected one that no running request has", "request_id", "invalid_value")
         service.running[base] = self
-        opening = []
+        opening, arrived = [], service.serving.engine.clock()
         try:
-            await service.serving.prepare(job.params, job.options)  # once for all, which do not count meanwhile
+            form = await service.serving.prepare(job.params, job.options)  # once for all, which do not count meanwhile
             service.check_room(len(each))
             service.opening += len(each)
             opening += [asyncio.ensure_future(open_one(index, *one)) for index, one in enumerate(each)]

@@ -3,6 +3,6 @@ canvases with gaps. The packages that it needs are the extra `structured`."""
 
 from .automaton import TokenAutomaton
 from .canvas import parse_canvas
-from .languages import automaton_of, is_quick
+from .languages import automaton_of, known_as
 
-__all__ = ["TokenAutomaton", "automaton_of", "is_quick", "parse_canvas"]
+__all__ = ["TokenAutomaton", "automaton_of", "known_as", "parse_canvas"]

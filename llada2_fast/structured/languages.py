@@ -9,7 +9,7 @@ from concurrent.futures import Future
 
 from ..kernels.refine import MAX_CLASSES
 from .automaton import TokenAutomaton
-from .compiler import Limits, compile_tokens
+from .compiler import Limits, TooLong, compile_tokens
 from .schema import json_regex
 from .syntax import unanchored
 from .vocabulary import token_texts
@@ -63,18 +63,19 @@ def automaton_of(params, tokenizer, eos_ids: tuple[int, ...], mask_id: int, voca
             return TokenAutomaton(dfa, eos_ids)
         except ValueError as error:
             value, why = getattr(params, name), str(error).removeprefix(f"{name}: ")
-            raise ValueError(f"{name}={value!r:.80}: expected one that can be had, but {why}") from None
+            raise ValueError(f"{name}={value!r:.80}: expected one that can be had, but {why}") from error
 
     return _remember(tokenizer, key, make)
 
 
-def is_quick(params, tokenizer, eos_ids: tuple[int, ...], mask_id: int, vocab_size: int, max_states: int) -> bool:
-    """Whether automaton_of, with the same arguments, takes no time: the language is known, or there is none."""
+def known_as(params, tokenizer, eos_ids: tuple[int, ...], mask_id: int, vocab_size: int, max_states: int):
+    """(what a language is known by, whether automaton_of, with the same arguments, takes no time)."""
     if params.language is None or tokenizer is None:
-        return True
+        return None, True
+    key = _key(params, eos_ids, mask_id, vocab_size, max_states)
     with _lock:
-        future = _kept.get(tokenizer, {}).get(_key(params, eos_ids, mask_id, vocab_size, max_states))
-    return future is not None and future.done()
+        future = _kept.get(tokenizer, {}).get(key)
+    return key, future is not None and future.done()
 
 
 def _key(params, eos_ids, mask_id, vocab_size, max_states):
@@ -95,26 +96,29 @@ def _escape(text):
 
 
 def _remember(tokenizer, key, make):
-    """make(), once for all who ask for it now or later; that it is refused is remembered as well."""
-    with _lock:
-        own = _kept.setdefault(tokenizer, OrderedDict())
-        future, is_new = own.get(key), key not in own
-        if is_new:
-            future = own[key] = Future()
+    """make(), once for all who ask for it now or later; that it is refused is remembered as well, unless another time
+    might do."""
+    mine = Future()
+    try:
+        with _lock:
+            own = _kept.setdefault(tokenizer, OrderedDict())
+            future = own.setdefault(key, mine)
+            own.move_to_end(key)
             while len(own) > KEPT:
                 own.popitem(last=False)
-        own.move_to_end(key)
-    if is_new:
-        try:
-            future.set_result(make())
-        except ValueError as error:
-            future.set_result(error)
-        except BaseException as error:
-            with _lock:
-                own.pop(key, None)
-            waiting = error if isinstance(error, Exception) else RuntimeError("who was making it was interrupted")
-            future.set_exception(waiting)
-            raise
+        if future is mine:
+            try:
+                future.set_result(make())
+            except ValueError as error:
+                if isinstance(error.__cause__, TooLong):
+                    raise
+                future.set_result(error)
+    except BaseException as error:
+        with _lock:
+            if own.get(key) is mine:
+                del own[key]
+        mine.set_exception(error if isinstance(error, Exception) else RuntimeError("who was making it was interrupted"))
+        raise
     made = future.result()
     if isinstance(made, ValueError):
         raise ValueError(*made.args)  # of its own, since each raise adds to an exception

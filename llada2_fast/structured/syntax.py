@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 
-_FLAGS = re.compile(r"\(\?([A-Za-z-]+)\)")
+_FLAGS = re.compile(r"\(\?([A-Za-z-]*)([:)])")
 _BEGIN, _END = ("^", r"\A"), ("$", r"\z")
 
 
@@ -13,8 +13,6 @@ def unanchored(pattern: str) -> str:
     Raises ValueError for anchors inside, for a group that is closed and was not opened, and for the flag x.
     """
     marks = list(_marks(pattern))
-    if any("x" in flags.partition("-")[0] for flags in re.findall(r"\(\?([A-Za-z-]*)[:)]", pattern)):
-        raise ValueError("the flag x is not supported")
     removed, begins, trailing = set(), True, []  # trailing: anchors behind which the alternative may end
     for at, mark, depth in [*marks, (len(pattern), "|", 0)]:
         if depth < 0:
@@ -44,7 +42,9 @@ def _marks(pattern: str) -> Iterator[tuple[int, str, int]]:
     while at < len(pattern):
         begin, char = at, pattern[at]
         flags = _FLAGS.match(pattern, at)
-        if flags:
+        if flags and "x" in flags[1].partition("-")[0]:
+            raise ValueError("the flag x is not supported")
+        if flags and flags[2] == ")":
             yield begin, "flags", depth
             at = flags.end()
             continue

@@ -256,18 +256,31 @@ async def _while_a_language_is_made():
     serving = AsyncEngine(Engine(random_model(), EngineConfig(cache_tokens=64), TOKENIZER))
     with pytest.raises(asyncio.TimeoutError):
         await serving.generate([4], slow, deadline_s=0.2)
-    waiting = [asyncio.ensure_future(serving.generate([4], replace(slow, regex=f"{slow.regex}{i}"))) for i in range(17)]
+    waiting = [asyncio.ensure_future(serving.generate([4], replace(slow, regex=f"{slow.regex}{i}"))) for i in range(16)]
     await asyncio.sleep(0.1)
-    others = await asyncio.gather(*waiting[16:], return_exceptions=True)
+    others = await asyncio.gather(*waiting[15:], return_exceptions=True)  # the first is in the making still
     assert [type(other) for other in others] == [QueueFull]
     assert (await serving.generate([4], quick)).error is None
-    assert not any(one.done() for one in waiting[:16])
     await serving.aclose()
-    ends = await asyncio.gather(*waiting[2:16], return_exceptions=True)
+    ends = await asyncio.gather(*waiting[8:15], return_exceptions=True)  # two at a time, they would take a while
     assert {str(end) for end in ends} == {"the engine is closed"}
     with pytest.raises(RuntimeError, match="the engine is closed"):
         await serving.generate([4], replace(slow, regex="[ab]*a[ab]{18}z"))
     await asyncio.gather(*waiting, return_exceptions=True)
+
+
+async def _wait_for_one_language(serving):
+    params = DecodeParams(gen_length=30, regex="[ab]{3}", eos_ids=(EOS,))
+    outputs = await asyncio.gather(*(serving.generate([4], params) for _ in range(24)))
+    assert len({tuple(output.token_ids) for output in outputs}) == 1 and outputs[0].error is None
+    others = [replace(params, regex=f"[ab]{{3}}{'c' * i}") for i in range(1, 24)]
+    outputs = await asyncio.gather(*(serving.generate([4], one, wait=True) for one in others))
+    assert all(output.error is None for output in outputs)
+
+
+def test_a_new_language_is_made_once_and_those_who_may_wait_do():
+    with AsyncEngine(Engine(random_model(), EngineConfig(cache_tokens=512), TOKENIZER)) as serving:
+        asyncio.run(_wait_for_one_language(serving))
 
 
 def test_nobody_waits_for_a_language_but_who_wants_it():

@@ -2,7 +2,7 @@
 
 import torch
 
-from ...config import MAX_STATES, MODEL_TYPES, DecodeParams
+from ...config import MODEL_TYPES, DecodeParams
 from ...config.checks import INT64
 from ...decoding.decoder import BlockDecoder
 from ...decoding.forms import forms_of
@@ -41,7 +41,7 @@ def open_decoder(
     if vocab_size is not None and params.mask_id >= vocab_size:
         raise ValueError(f"`mask_token_id` must be in 0..{vocab_size - 1}, got {params.mask_id}.")
     eos, known = params.eos_ids, INT64 if vocab_size is None else vocab_size
-    forms = forms_of(params, canvas, len(prompts), tokenizer, eos, params.mask_id, known, MAX_STATES)
+    forms = forms_of(params, canvas, len(prompts), tokenizer, params.mask_id, known)
     for number, (prompt, form) in enumerate(zip(prompts, forms, strict=True)):
         check_prompts([prompt], form.params.gen_length, vocab_size, positions, "`input_ids`", number)
         if own:
