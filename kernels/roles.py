@@ -21,9 +21,7 @@ BAN_MASK = 1  # the mask id is never a candidate
 FILL_PROMPT = 2  # mask ids at prompt positions are filled like any other (model cards)
 EDITING = 4  # T2T editing
 OWN_SOFTMAX = 256  # a drawn token's confidence is its share of all ids at temperature 1, not of what it was drawn from
-GUIDED = (
-    512  # candidates come from allowed ids alone, and nothing is written: the report holds them, for a host to decide
-)
+GUIDED = 512  # candidates come from allowed ids alone and are not written: they are in the report, for a host to decide
 
 
 MAX_CLASSES = 4096  # of a row's ids

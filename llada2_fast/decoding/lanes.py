@@ -31,8 +31,6 @@ from ..kernels.roles import block_kinds, block_tokens
 from ..kernels.top_logprobs import top_logprobs
 from .rules import REAL, WHOLE, Rule
 
-_ON_CPU = {"dtype": torch.int64, "device": "cpu"}
-
 
 class Lanes:
     """S lanes, all closed.
@@ -133,7 +131,7 @@ class Lanes:
         """The ids that are given in a later block of a lane's row, as of `open`. Two blocks' are held, of the next one
         and of the one behind it: so many may begin before the host has read that the first did."""
         ids = block_tokens(given, self.block_length, self.mask_id)
-        self.bounds.given[lane, block % 2] = torch.tensor(ids, **_ON_CPU)
+        self.bounds.given[lane, block % 2] = torch.tensor(ids, dtype=torch.int64, device="cpu")
         self._given.add(lane)
 
     @lasting
@@ -150,11 +148,12 @@ class Lanes:
 
     def allow(self, lanes: list[int], words: np.ndarray):
         """What may stand in the blocks that the next step refines in some guided lanes: int32 [n, L, WORDS]."""
-        self._allowed.bits[self._sent(torch.tensor(lanes, **_ON_CPU))] = self._sent(torch.from_numpy(words))
+        at = self._sent(torch.tensor(lanes, dtype=torch.int64, device="cpu"))
+        self._allowed.bits[at] = self._sent(torch.from_numpy(words))
 
     def write(self, lanes: list[int], state: BlockState):
         """What the host has decided for some guided lanes: their blocks after a step, on the CPU."""
-        at, length = torch.tensor(lanes, **_ON_CPU), self.block_length
+        at, length = torch.tensor(lanes, dtype=torch.int64, device="cpu"), self.block_length
         blocks = (state.tokens.int(), state.commit_step, state.commit_confidence.view(torch.int32))
         names = ("step", "post_steps", "frozen", "changed")
         rows = (at.int(), *(getattr(state, name) for name in names))

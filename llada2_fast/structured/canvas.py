@@ -2,7 +2,8 @@
 
 import re
 
-MAX_GAP = 2**20  # tokens of all gaps together
+from ..config.request import MAX_CANVAS
+
 _GAP = re.compile(r"(?<!\{)\{gap:([0-9]+)\}")  # doubled braces stand for themselves
 
 
@@ -11,22 +12,22 @@ def parse_canvas(text: str, tokenizer) -> list[int | None]:
 
     text: `{gap:n}` is a gap of n tokens; what `{{gap:n}}` says is `{gap:n}`.
     tokenizer: of transformers'; each part of the text is tokenised by itself, without special tokens around it.
-    Raises ValueError for a text without a gap, for a gap without tokens, and for more than MAX_GAP tokens in gaps.
+    Raises ValueError for a text without a gap, for a gap without tokens, and for more than MAX_CANVAS tokens in gaps.
     """
     try:
         text.encode()
     except UnicodeEncodeError:
         raise ValueError(f"canvas={text!r:.80}: expected a text without surrogates") from None
     ids: list[int | None] = []
-    left = MAX_GAP
+    left = MAX_CANVAS
     parts = _GAP.split(text)  # text, number, text, ..., text
     for part, size in zip(parts[::2], [*parts[1::2], None], strict=True):
         literal = re.sub(r"\{(\{gap:[0-9]+\})\}", r"\1", part)
         ids += tokenizer(literal, add_special_tokens=False)["input_ids"] if literal else []
         if size is not None:
-            if len(size) > len(str(MAX_GAP)) or not 0 < int(size) <= left:
+            if len(size) > len(str(MAX_CANVAS)) or not 0 < int(size) <= left:
                 raise ValueError(
-                    f"canvas={text!r:.80}: expected gaps of 1..{MAX_GAP} tokens in all, one is of {size:.20}"
+                    f"canvas={text!r:.80}: expected gaps of 1..{MAX_CANVAS} tokens in all, one is of {size:.20}"
                 )
             ids += [None] * int(size)
             left -= int(size)

@@ -1,7 +1,10 @@
 """What the server's tests ask, and what the embedded model answers without a server."""
 
+from contextlib import contextmanager
+
 import openai
 
+from benchmarks.own_server import ServerProcess
 from llada2_fast import DecodeParams, Engine, EngineConfig
 from tests.engine.common import demo_model, tokenizer
 
@@ -12,6 +15,15 @@ LONG = {"ignore_eos": True, "threshold": 2.0, "steps": 16}  # a token a step
 
 def chat(text):
     return [{"role": "user", "content": text}]
+
+
+@contextmanager
+def flawless_server(*options):
+    """A server's process, which has to end well, without a traceback in its log."""
+    with ServerProcess(*options) as server:
+        yield server
+        assert server.stop() == 0
+        assert not [line for line in server.told() if "traceback" in line]
 
 
 def client_of(server, key="none", kind=openai.OpenAI):

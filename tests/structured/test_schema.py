@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.schemas import SCHEMAS
+from llada2_fast.structured.compiler import byte_dfa
 from llada2_fast.structured.ranges import decimals
 from llada2_fast.structured.schema import json_regex
 
@@ -24,18 +25,14 @@ class Language:
     """The texts of an expression, by its automaton over bytes."""
 
     def __init__(self, regex):
-        from outlines_core import Index, Vocabulary
-
-        # A NUL before and behind: the library's automaton is of the shortest match, and it also looks for matches
-        # that begin later, which takes exponentially many states where a text may contain what begins one.
-        index = Index(f"\\x00(?:{regex})\\x00", Vocabulary(256, {bytes([byte]): [byte] for byte in range(256)}))
-        self.after = index.get_transitions()
-        self.start = self.after[index.get_initial_state()][0]
+        dfa = byte_dfa(regex, 100_000)
+        self.after = [{byte: row[byte] for byte in range(256) if row[byte] >= 0} for row in dfa.after.tolist()]
+        self.start = dfa.start
         before = {}
-        for state, successors in self.after.items():
+        for state, successors in enumerate(self.after):
             for successor in successors.values():
                 before.setdefault(successor, set()).add(state)
-        ends = [state for state, successors in self.after.items() if successors.get(0) in index.get_final_states()]
+        ends = dfa.accepts.nonzero()[0].tolist()
         self.distance, queue = dict.fromkeys(ends, 0), deque(ends)
         while queue:
             state = queue.popleft()
@@ -57,9 +54,8 @@ class Language:
         text, state = bytearray(), self.start
         while True:
             ways = {}  # by the state behind: else nearly all walks would write strings of odd bytes
-            for byte, successor in sorted(self.after[state].items()):
-                if byte and byte < 256 and successor in self.distance:
-                    ways.setdefault(successor, []).append(byte)
+            for byte, successor in self.after[state].items():
+                ways.setdefault(successor, []).append(byte)
             if self.distance[state] == 0 and (not ways or len(text) >= length or rng.random() < 0.2):
                 return text.decode()
             if len(text) >= length:
