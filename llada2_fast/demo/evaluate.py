@@ -12,14 +12,15 @@ from torch import Tensor
 
 from llada2_fast.demo import tasks
 from llada2_fast.demo import tokenizer as tokenizers
-from llada2_fast.demo.network import BLOCK, EOS_ID, MASK_ID, forward
+from llada2_fast.demo.network import BLOCK, EOS_ID, MASK_ID, Variant, forward
+from llada2_fast.demo.tokenizer import EDIT_TOKENS
 
 MAX_BLOCKS = 8
 
 
 @torch.no_grad()
 def decode(
-    weights: dict[str, Tensor], biases: Tensor, prompts: list[list[int]], threshold: float
+    weights: dict[str, Tensor], biases: Tensor, variant: Variant, prompts: list[list[int]], threshold: float
 ) -> list[tuple[list[int], int]]:
     """Greedy block decoding without editing -> (answer ids before the first EOS, denoise forwards) per prompt."""
     groups = defaultdict(list)
@@ -35,7 +36,8 @@ def decode(
         for end in range((first + 1) * BLOCK, canvas.shape[1] + 1, BLOCK):
             open_rows = (~finished).nonzero()[:, 0]
             while len(open_rows):
-                canvas[open_rows, end - BLOCK : end] = _step(weights, biases, canvas[open_rows, :end], threshold)
+                window = canvas[open_rows, :end]
+                canvas[open_rows, end - BLOCK : end] = _step(weights, biases, variant, window, threshold)
                 forwards[open_rows] += 1
                 generated = torch.arange(end) >= lengths[open_rows, None]
                 masked = (canvas[open_rows, :end] == MASK_ID) & generated
@@ -48,13 +50,16 @@ def decode(
     return results
 
 
-def _step(weights: dict[str, Tensor], biases: Tensor, window: Tensor, threshold: float) -> Tensor:
+def _step(weights: dict[str, Tensor], biases: Tensor, variant: Variant, window: Tensor, threshold: float) -> Tensor:
     """The last block of `window` [R, W] after one step: masks above the threshold are filled, or else the surest."""
     positions = torch.arange(window.shape[1])
     block = positions // BLOCK
     mask = torch.zeros(len(block), len(block)).masked_fill_(block[:, None] < block, -math.inf)
-    probabilities = forward(weights, biases, window, positions, mask, len(block) - BLOCK)[0].softmax(-1)
+    logits = forward(weights, biases, window, positions, mask, len(block) - BLOCK, variant.capacity)[0]
+    probabilities = logits.softmax(-1)
     probabilities[..., MASK_ID] = -1.0
+    if variant.edits:
+        probabilities[..., -len(EDIT_TOKENS) :] = -1.0
     confidence, token = probabilities.max(-1)
     current = window[:, -BLOCK:]
     confidence = torch.where(current == MASK_ID, confidence, -1.0)
@@ -65,15 +70,15 @@ def _step(weights: dict[str, Tensor], biases: Tensor, window: Tensor, threshold:
 
 
 def evaluate(
-    parameters: dict[str, Tensor], biases: Tensor, per_task: int, seed: int, threshold: float = 0.9
+    parameters: dict[str, Tensor], biases: Tensor, variant: Variant, per_task: int, seed: int, threshold: float = 0.9
 ) -> dict[str, tuple[float, float, list[tuple[str, str]]]]:
     """Per task: accuracy, tokens per forward (first EOS included), (prompt, wrong answer) pairs; held out, in fp32."""
     weights = {name: p.detach().bfloat16().float() for name, p in parameters.items()}
-    tokenizer, results = tokenizers.build(), {}
+    tokenizer, results = tokenizers.build(variant.edits), {}
     for task in (*tasks.TASKS, tasks.OFF_TASK):
         prompts = tasks.sample(task, per_task, seed)
         ids = [tokenizer.encode(tokenizers.render([{"role": "user", "content": prompt}])).ids for prompt in prompts]
-        decoded = decode(weights, biases, ids, threshold)
+        decoded = decode(weights, biases, variant, ids, threshold)
         answers = [tokenizer.decode(answer, skip_special_tokens=False) for answer, _ in decoded]
         wrong = [(p, a) for p, a in zip(prompts, answers, strict=True) if not tasks.check(task, p, a)]
         tokens, forwards = sum(len(a) + 1 for a, _ in decoded), sum(n for _, n in decoded)

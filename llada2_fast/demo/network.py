@@ -6,6 +6,7 @@ and few operations.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,20 @@ HEADS, KV_HEADS, HEAD_DIM, ROTARY = 4, 2, 32, 16
 EXPERTS, TOP_K, GROUPS, TOP_GROUPS = 8, 2, 4, 2
 BLOCK, EPS, THETA, ROUTED_SCALE = 16, 1e-6, 10000.0, 2.5
 EOS_ID, MASK_ID = 0, 1
+
+
+class Variant(NamedTuple):
+    """A generation of the family, as the embedded model has it.
+
+    capacity: experts that the tokens of a block may go to, all of them together; None = chosen token by token.
+    edits: it deletes tokens and inserts masks, too, by two ids of their own.
+    """
+
+    capacity: int | None
+    edits: bool
+
+
+VARIANTS = {"2.1": Variant(None, False), "2.2": Variant(4, True)}
 
 
 class RMSNorm(torch.autograd.Function):
@@ -73,14 +88,20 @@ def initial_parameters(vocab: int, generator: torch.Generator) -> dict[str, Tens
     return {name: w.requires_grad_() for name, w in p.items()}
 
 
-def route(x: Tensor, gate: Tensor, bias: Tensor) -> Tensor:
-    """x [T, H] -> fp32 routing weights [T, E], zero outside the top-k of the best groups."""
+def route(x: Tensor, gate: Tensor, bias: Tensor, capacity: int | None) -> Tensor:
+    """x [T, H] -> fp32 routing weights [T, E], zero outside the top-k of the best groups, or with a capacity of the
+    experts that its block of tokens admits."""
     scores = torch.sigmoid(x.float() @ gate.float().T)
     with torch.no_grad():
         choice = scores + bias
-        grouped = choice.view(-1, GROUPS, EXPERTS // GROUPS)
-        best = grouped.topk(2, dim=-1).values.sum(-1).topk(TOP_GROUPS, dim=-1).indices  # [T, topk_group]
-        kept = torch.zeros(len(x), GROUPS, dtype=torch.bool).scatter_(1, best, True)
+        if capacity is None:
+            grouped = choice.view(-1, GROUPS, EXPERTS // GROUPS)
+            best = grouped.topk(2, dim=-1).values.sum(-1).topk(TOP_GROUPS, dim=-1).indices  # [T, topk_group]
+        else:
+            grouped = choice.view(-1, EXPERTS, 1)
+            best = choice.view(-1, BLOCK, EXPERTS).amax(1).topk(capacity, dim=-1).indices  # [T / BLOCK, capacity]
+            best = best.repeat_interleave(BLOCK, 0)
+        kept = torch.zeros(grouped.shape[:2], dtype=torch.bool).scatter_(1, best, True)
         choice = grouped.masked_fill(~kept[..., None], -math.inf).view(-1, EXPERTS)
         chosen = torch.zeros_like(choice).scatter_(1, choice.topk(TOP_K, dim=-1).indices, 1.0)
     weights = scores * chosen
@@ -95,11 +116,18 @@ def rotary(positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def forward(
-    w: dict[str, Tensor], biases: Tensor, ids: Tensor, positions: Tensor, mask: Tensor, first: int
+    w: dict[str, Tensor],
+    biases: Tensor,
+    ids: Tensor,
+    positions: Tensor,
+    mask: Tensor,
+    first: int,
+    capacity: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Logits from position `first` on, fp32 [B, T - first, V], and how often each expert was chosen [LAYERS, E].
 
-    ids [B, T]; positions [T]; mask [T, T], additive; biases [LAYERS, E], row 0 (the dense layer) unused.
+    ids [B, T], whole blocks; positions [T]; mask [T, T], additive; biases [LAYERS, E], row 0 (the dense layer) unused;
+    capacity: of Variant.
     """
     dtype, (rows, length) = w["head"].dtype, ids.shape
     cos, sin = rotary(positions, dtype)
@@ -125,7 +153,7 @@ def forward(
         h = RMSNorm.apply(x, w[f"{i}.norm2"]).view(rows * length, HIDDEN)
         hidden = SwiGLU.apply(F.linear(h, w[f"{i}.in"].view(-1, HIDDEN)).view(len(h), 2, -1))
         if i:
-            weights = route(h, w[f"{i}.gate"], biases[i])
+            weights = route(h, w[f"{i}.gate"], biases[i], capacity)
             load[i] = (weights > 0).sum(0)
             weights = F.pad(weights, (0, 1), value=1.0).to(dtype)  # the shared expert is always on
             hidden = (hidden.view(len(h), EXPERTS + 1, EXPERT) * weights[..., None]).view(len(h), -1)

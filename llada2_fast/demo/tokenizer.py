@@ -16,6 +16,7 @@ from llada2_fast.demo import tasks
 
 EOS, MASK = "<|endoftext|>", "<|mask|>"
 SPECIAL_TOKENS = (EOS, MASK, "<role>", "</role>", "<|role_end|>", "HUMAN", "ASSISTANT", "SYSTEM")
+EDIT_TOKENS = ("<|delete|>", "<|split|>")  # behind all others, where a variant has them
 
 # The released models' turns, reduced to what a single tiny model needs: a system turn only where the caller gives one.
 CHAT_TEMPLATE = (
@@ -74,15 +75,19 @@ def _task_tokens() -> list[str]:
     return list(tokens)
 
 
-def build() -> Tokenizer:
-    """Build the tokenizer; the same ids on every machine."""
+def build(edits: bool = False) -> Tokenizer:
+    """Build the tokenizer, with or without EDIT_TOKENS; the same ids on every machine."""
+    own = EDIT_TOKENS if edits else ()
     vocabulary = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     vocabulary += [token for token in _task_tokens() if token not in set(vocabulary)]
+    vocabulary += own
     model = models.BPE(vocab={token: i for i, token in enumerate(vocabulary)}, merges=[], ignore_merges=True)
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = _pre_tokenizer()
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in (*SPECIAL_TOKENS, *own)]
+    )
     assert_single_tokens(tokenizer)
     return tokenizer
 
@@ -105,7 +110,7 @@ def render(messages: list[dict[str, str]]) -> str:
     return "".join(turns[m["role"]].format(m["content"]) for m in messages) + "<role>ASSISTANT</role>"
 
 
-def save(tokenizer: Tokenizer, folder: str | Path, max_length: int) -> None:
+def save(tokenizer: Tokenizer, folder: str | Path, max_length: int, edits: bool = False) -> None:
     """Write tokenizer.json and tokenizer_config.json (chat template inside), for AutoTokenizer without remote code."""
     folder = Path(folder)
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
@@ -114,7 +119,7 @@ def save(tokenizer: Tokenizer, folder: str | Path, max_length: int) -> None:
         "eos_token": EOS,
         "pad_token": EOS,
         "mask_token": MASK,
-        "additional_special_tokens": list(SPECIAL_TOKENS[2:]),
+        "additional_special_tokens": [*SPECIAL_TOKENS[2:], *(EDIT_TOKENS if edits else ())],
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_length,
         "chat_template": CHAT_TEMPLATE,

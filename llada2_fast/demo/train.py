@@ -5,6 +5,9 @@ sees itself and the clean blocks before it, which is what decoding does with a p
 a random rate per block; in half of the blocks some visible ones are replaced by plausible wrong tokens, so that the
 model also learns to edit. Weights are bf16 with fp32 masters.
 
+`--variant 2.2` has LLaDA2.2's block routing, and in half of the blocks tokens are left out or put in, too: there the
+model learns to predict INSERT where one is missing before a token, DELETE where one is too many.
+
 The run is defined by its number of steps, not by a clock: the same seed, steps and build of torch on the same kind of
 CPU give the same weights, whatever `--threads`. With glibc, MALLOC_MMAP_THRESHOLD_=1000000000 and
 MALLOC_TRIM_THRESHOLD_=10000000000 in the environment save a third of the time (page faults).
@@ -28,7 +31,17 @@ from llada2_fast.demo import tasks
 from llada2_fast.demo import tokenizer as tokenizers
 from llada2_fast.demo.evaluate import evaluate
 from llada2_fast.demo.export import export, model_card
-from llada2_fast.demo.network import BLOCK, EOS_ID, EXPERTS, LAYERS, MASK_ID, forward, initial_parameters
+from llada2_fast.demo.network import (
+    BLOCK,
+    EOS_ID,
+    EXPERTS,
+    LAYERS,
+    MASK_ID,
+    VARIANTS,
+    Variant,
+    forward,
+    initial_parameters,
+)
 
 STEPS = 9000
 UNDERTRAINED_STEP = 2500  # before the cooldown: confidences are spread, for tests of thresholds and editing
@@ -81,10 +94,11 @@ def layout(blocks: int, first: int) -> tuple[Tensor, Tensor]:
 
 
 class Noise:
-    """Draws noisy answers and loss weights."""
+    """Draws noisy answers, what they should be and loss weights. edits: tokens are left out and put in, too."""
 
-    def __init__(self, tokenizer, generator: torch.Generator):
-        self.generator = generator
+    def __init__(self, tokenizer, generator: torch.Generator, edits: bool):
+        self.generator, self.edits = generator, edits
+        self.delete, self.split = (tokenizer.token_to_id(token) for token in tokenizers.EDIT_TOKENS)
         vocab = tokenizer.get_vocab_size()
         self.sizes = torch.zeros(vocab, dtype=torch.long)  # of each token's class; 0: none
         self.members = torch.zeros(vocab, 64, dtype=torch.long)
@@ -112,39 +126,74 @@ class Noise:
         other = torch.where(kind < 0.7, same_row, torch.where(kind < 0.8, shifted, anywhere))
         return torch.where((kind < 0.5) & (sizes > 1), same_class, other)
 
-    def __call__(self, ids: Tensor, prompt_lengths: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
-        """-> noisy ids, loss weights, masked positions, each [B, 2, A]: two copies of the A answer-block positions."""
+    def misplaced(self, answer: Tensor, is_answer: Tensor, fill: Tensor, rate: Tensor) -> list[Tensor]:
+        """Blocks in which tokens are missing and others too many, so that what follows comes early or late: up to BLOCK
+        tokens of the next block move into one, its own last ones drop out.
+
+        answer, is_answer, fill: [B, A]; rate: [B, 2, A / BLOCK], of either fault.
+        Returns [B, 2, A] each: the ids, what each position should say, is_answer and fill of its token, and whether it
+        is to be left as it is.
+        """
+        rows, length = answer.shape
+        behind = ((answer, EOS_ID), (is_answer, True), (fill, True))
+        windows = (F.pad(x, (0, BLOCK), value=value).unfold(1, 2 * BLOCK, BLOCK) for x, value in behind)
+        right, inside, filling = (x[:, None].expand(-1, 2, -1, -1) for x in windows)  # [B, 2, A / BLOCK, 2 BLOCK]
+        may, rate = inside & ~filling, rate[..., None]
+        missing = may & (right != EOS_ID) & (self.uniform(*right.shape) < rate)
+        after = missing.roll(1, -1)
+        after[..., 0] = False
+        extra = may & ~missing & ~after & (self.uniform(*right.shape) < rate)  # ahead of a token
+        count = (~missing).int() + extra
+        end = count.cumsum(-1)
+        at = torch.arange(BLOCK)
+        source = (end[..., None, :] <= at[:, None]).sum(-1).clamp(max=2 * BLOCK - 1)  # [B, 2, A / BLOCK, BLOCK]
+        token, inside, filling, after, begin, extra = (
+            x.gather(-1, source) for x in (right, inside, filling, after, end - count, extra)
+        )
+        extra &= begin == at
+        wrong = self.corrupt(token.reshape(-1, length)).view_as(token)
+        says = torch.where(extra, self.delete, torch.where(after, self.split, token))
+        token = torch.where(extra & (self.uniform(*token.shape) < 0.5), wrong, token)  # else it is there twice
+        return [x.reshape(rows, 2, length) for x in (token, says, inside, filling, extra | after)]
+
+    def __call__(self, ids: Tensor, prompt_lengths: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """-> noisy ids, targets, loss weights, masked positions, each [B, 2, A]: two copies of the A positions of
+        answer blocks."""
         answer = ids[:, first * BLOCK :]
         rows, length = answer.shape
         position = torch.arange(first * BLOCK, first * BLOCK + length)
-        is_answer = (position >= prompt_lengths[:, None])[:, None]
-        fill = (is_answer[:, 0] & (answer == EOS_ID)).cumsum(1)[:, None] > 1  # EOS after the first one
+        is_answer = position >= prompt_lengths[:, None]
+        fill = (is_answer & (answer == EOS_ID)).cumsum(1) > 1  # EOS after the first one
         rate = self.uniform(rows, 1, length // BLOCK)
         rate = torch.cat([rate, (rate + 0.5) % 1], 1)  # stratified over the copies
         rate[self.uniform(*rate.shape) < 0.1] = 1.0
-        masked = (self.uniform(rows, 2, length) < rate.repeat_interleave(BLOCK, 2)) & is_answer
+        if self.edits:
+            faults = self.uniform(*rate.shape) * 0.15 * ((self.uniform(*rate.shape) < 0.5) & (rate < 1))
+            clean, says, is_answer, fill, kept = self.misplaced(answer, is_answer, fill, faults)
+        else:
+            clean, is_answer, fill = answer[:, None].expand(-1, 2, -1), is_answer[:, None], fill[:, None]
+            says, kept = clean, torch.zeros((), dtype=torch.bool)
+        masked = (self.uniform(rows, 2, length) < rate.repeat_interleave(BLOCK, 2)) & is_answer & ~kept
         edit_rate = self.uniform(*rate.shape) * 0.4 * (self.uniform(*rate.shape) < 0.5)
-        edited = (self.uniform(rows, 2, length) < edit_rate.repeat_interleave(BLOCK, 2)) & is_answer & ~masked
-        wrong = torch.stack([self.corrupt(answer), self.corrupt(answer)], 1)
-        clean = answer[:, None].expand(-1, 2, -1)
+        edited = (self.uniform(rows, 2, length) < edit_rate.repeat_interleave(BLOCK, 2)) & is_answer & ~masked & ~kept
+        wrong = torch.stack([self.corrupt(copy) for copy in clean.unbind(1)], 1)
         noisy = torch.where(masked, MASK_ID, torch.where(edited, wrong, clean))
-        weights = torch.where(masked | (noisy != clean), 1.0, 0.1) * is_answer * torch.where(fill, 0.2, 1.0)
-        return noisy, weights, masked
+        weights = torch.where(masked | (noisy != says), 1.0, 0.1) * is_answer * torch.where(fill, 0.2, 1.0)
+        return noisy, says, weights, masked
 
 
 def loss_and_gradients(
-    parameters: dict[str, Tensor], biases: Tensor, batch: tuple
+    parameters: dict[str, Tensor], biases: Tensor, capacity: int | None, batch: tuple
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """Gradients of the weighted loss sum; (weight sum, loss sum on masks, number of masks); expert load [LAYERS, E]."""
-    ids, noisy, weights, masked, first = batch
+    ids, noisy, says, weights, masked, first = batch
     blocks = ids.shape[1] // BLOCK
     positions, mask = layout(blocks, first)
     tokens = torch.cat([ids[:, :-BLOCK], noisy.flatten(1)], 1)
     # The embedding is cast after the lookup: the same values, and its gradient is summed over positions in fp32.
     low = {name: p if name == "embed" else p.bfloat16() for name, p in parameters.items()}
-    logits, load = forward(low, biases, tokens, positions, mask, (blocks - 1) * BLOCK)
-    target = ids[:, first * BLOCK :].repeat(1, 2)
-    loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
+    logits, load = forward(low, biases, tokens, positions, mask, (blocks - 1) * BLOCK, capacity)
+    loss = F.cross_entropy(logits.flatten(0, 1), says.flatten(), reduction="none")
     gradients = torch.autograd.grad((loss * weights.flatten()).sum(), list(parameters.values()))
     counted = masked.flatten() & (weights.flatten() == 1.0)
     return list(gradients), torch.stack([weights.sum(), loss.detach()[counted].sum(), counted.sum()]), load
@@ -192,16 +241,16 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 def train(
-    steps: int, seed: int, threads: int, save: Callable[[dict[str, Tensor], Tensor, int], None]
+    variant: Variant, steps: int, seed: int, threads: int, save: Callable[[dict[str, Tensor], Tensor, int], None]
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Train from scratch; returns (fp32 masters, expert biases), and calls `save` with both and the step every 500."""
     generator = torch.Generator().manual_seed(seed)
-    tokenizer = tokenizers.build()
+    tokenizer = tokenizers.build(variant.edits)
     parameters = initial_parameters(tokenizer.get_vocab_size(), generator)
     biases = torch.zeros(LAYERS, EXPERTS)
-    optimizer, noise = Optimizer(parameters), Noise(tokenizer, generator)
+    optimizer, noise = Optimizer(parameters), Noise(tokenizer, generator, variant.edits)
     batches = micro_batches(tokenizer, random.Random(seed))
-    work = partial(loss_and_gradients, parameters, biases)
+    work = partial(loss_and_gradients, parameters, biases, variant.capacity)
     masked_loss = None
     # The micro-batches of a step run in threads of their own, one core each: a busy neighbour then slows one of them,
     # instead of stalling every operation as a team of OpenMP threads would.
@@ -232,23 +281,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m llada2_fast.demo.train", description="Train the embedded model.")
     parser.add_argument("--steps", type=int, default=STEPS, help="length of the whole schedule (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--variant", default="2.1", choices=VARIANTS, help="LLaDA2.1 or 2.2 (default %(default)s)")
     parser.add_argument("--out", default="demo_model", help="checkpoint folder, refreshed every 500 steps")
     parser.add_argument("--threads", type=int, default=2, choices=range(1, MICRO_BATCHES + 1))
     parser.add_argument("--undertrained", help=f"folder for a second checkpoint, taken at step {UNDERTRAINED_STEP}")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    variant = VARIANTS[args.variant]
 
     def save(parameters: dict[str, Tensor], biases: Tensor, step: int) -> None:
-        export(args.out, parameters, biases)
+        export(args.out, parameters, biases, variant)
         if step == UNDERTRAINED_STEP and args.undertrained:
-            export(args.undertrained, parameters, biases)
+            export(args.undertrained, parameters, biases, variant)
 
     start = time.perf_counter()
-    parameters, biases = train(args.steps, args.seed, args.threads, save)
+    parameters, biases = train(variant, args.steps, args.seed, args.threads, save)
     minutes = (time.perf_counter() - start) / 60
-    results = evaluate(parameters, biases, per_task=500, seed=1)
+    results = evaluate(parameters, biases, variant, per_task=500, seed=1)
     run = f"{args.steps} steps, seed {args.seed}, {minutes:.0f} minutes on {args.threads} CPU cores"
-    export(args.out, parameters, biases, card=model_card(results, run))
+    export(args.out, parameters, biases, variant, card=model_card(results, run, args.variant))
     print(f"{args.out}: {run}")
     for task, (accuracy, tpf, _) in results.items():
         print(f"{task:10} exact match {accuracy:.3f}  tokens per forward {tpf:.2f}")
