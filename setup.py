@@ -55,7 +55,7 @@ setup(
     package_data={
         "llada2_fast": ["py.typed"],
         "llada2_fast.adapters": ["lm_eval_tasks/*.*"],
-        "llada2_fast.demo": ["model/*"],
+        "llada2_fast.demo": ["model/*", "model-2.2/*"],
         "llada2_fast.kernels": ["*.json"],
         "llada2_fast.viewer": ["page.*", "scripts/*.js"],
     },

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -127,7 +128,9 @@ def test_chat_template(tokenizer):
     assert len(tokenizer(chat(user))["input_ids"]) == 7 + len(tokenizer.encode("Spell 12."))
 
 
-@pytest.mark.parametrize("folder", [Path(demo.path()), UNDERTRAINED], ids=["embedded", "undertrained"])
+@pytest.mark.parametrize(
+    "folder", [Path(demo.path()), Path(demo.path("2.2")), UNDERTRAINED], ids=["embedded", "2.2", "undertrained"]
+)
 def test_checkpoint_folder(folder):
     assert sum(file.stat().st_size for file in folder.iterdir()) <= 5_000_000
     tensors = load_file(folder / "model.safetensors")
@@ -147,20 +150,52 @@ def test_checkpoint_folder(folder):
 
 def test_path_is_inside_the_package():
     assert os.path.isabs(demo.path()) and Path(demo.path()).parent == Path(demo.__file__).parent
+    with pytest.raises(ValueError, match="variant='2.0': expected one of 2.1, 2.2"):
+        demo.path("2.0")
 
 
-def test_training_repeats_and_is_exported(tmp_path):
+@pytest.mark.parametrize("name", network.VARIANTS)
+def test_training_repeats_and_is_exported(tmp_path, name):
     """Three steps: one thread and two agree, and the export holds what the network computes."""
-    runs = [train.train(3, seed=3, threads=threads, save=lambda *_: None) for threads in (1, 2)]
-    for (name, one), two in zip(runs[0][0].items(), runs[1][0].values(), strict=True):
-        assert torch.equal(one, two), name
+    variant, folder = network.VARIANTS[name], Path(demo.path(name))
+    runs = [train.train(variant, 3, seed=3, threads=threads, save=lambda *_: None) for threads in (1, 2)]
+    for (parameter, one), two in zip(runs[0][0].items(), runs[1][0].values(), strict=True):
+        assert torch.equal(one, two), parameter
     parameters, biases = runs[0]
-    export.export(tmp_path, parameters, biases, card="card")
-    assert {file.name for file in tmp_path.iterdir()} == {file.name for file in Path(demo.path()).iterdir()}
-    saved, embedded = load_file(tmp_path / "model.safetensors"), load_file(Path(demo.path()) / "model.safetensors")
+    export.export(tmp_path, parameters, biases, variant, card="card")
+    assert {file.name for file in tmp_path.iterdir()} == {file.name for file in folder.iterdir()}
+    for file in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert json.loads((tmp_path / file).read_text("utf-8")) == json.loads((folder / file).read_text("utf-8"))
+    saved, embedded = load_file(tmp_path / "model.safetensors"), load_file(folder / "model.safetensors")
     assert {n: t.shape for n, t in saved.items()} == {n: t.shape for n, t in embedded.items()}
-    results = evaluate.evaluate(parameters, biases, per_task=1, seed=0)
+    results = evaluate.evaluate(parameters, biases, variant, per_task=1, seed=0)
     assert set(results) == set(ALL_TASKS) and all(len(wrong) == 1 for _, _, wrong in results.values())
+
+
+def test_misplaced_tokens_are_told_what_they_are():
+    """Dropping what is to be deleted and putting the missing token before one that says so gives the answer again."""
+    tokenizer = tokenizers.build(edits=True)
+    delete, split = (tokenizer.token_to_id(token) for token in tokenizers.EDIT_TOKENS)
+    noise = train.Noise(tokenizer, torch.Generator().manual_seed(1), edits=True)
+    answer = torch.randperm(200, generator=noise.generator)[None, :48] + 8
+    everything = torch.ones(1, 48, dtype=torch.bool)
+    token, says, inside, fill, kept = noise.misplaced(answer, everything, ~everything, torch.full((1, 2, 3), 0.15))
+    assert inside.all() and torch.equal(kept, (says == delete) | (says == split))
+    assert not fill[..., :32].any()  # the last block has nothing behind it that could move into it
+    right, faults = answer[0].tolist(), Counter()
+    for copy in range(2):
+        for at in (0, 16):
+            own = slice(at, at + 16)
+            for here, label in zip(token[0, copy, own].tolist(), says[0, copy, own].tolist(), strict=True):
+                faults[label if label in (delete, split) else "none"] += 1
+                if label == delete:
+                    continue
+                if label == split:
+                    assert right.index(here) > at
+                    at = right.index(here)
+                assert here == right[at] and label in (here, split)
+                at += 1
+    assert faults[delete] > 0 and faults[split] > 0 and faults["none"] > 40
 
 
 def test_training_layout_shows_a_noisy_block_itself_and_earlier_clean_blocks():

@@ -45,9 +45,13 @@ def state_dict(parameters: dict[str, Tensor], biases: Tensor) -> dict[str, Tenso
     return tensors
 
 
-def config(vocab: int) -> dict:
+def config(vocab: int, variant: t.Variant) -> dict:
     """config.json of the model, with every field that the released checkpoints have."""
-    return {
+    edits = [vocab - len(tokenizers.EDIT_TOKENS) + i for i in range(2)]
+    own = dict(zip(("delete_token_id", "split_token_id"), edits, strict=True)) if variant.edits else {}
+    if variant.capacity is not None:
+        own["expert_capacity"] = variant.capacity
+    return own | {
         "architectures": ["LLaDA2MoeModelLM"],
         "attention_dropout": 0.0,
         "block_size": t.BLOCK,
@@ -100,36 +104,50 @@ def config(vocab: int) -> dict:
     }
 
 
-def export(folder: str | Path, parameters: dict[str, Tensor], biases: Tensor, card: str | None = None) -> None:
+def export(
+    folder: str | Path, parameters: dict[str, Tensor], biases: Tensor, variant: t.Variant, card: str | None = None
+) -> None:
     """Write weights, config.json, generation_config.json, the tokenizer and, with `card`, README.md to `folder`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = tokenizers.build()
+    tokenizer = tokenizers.build(variant.edits)
     save_file(state_dict(parameters, biases), folder / "model.safetensors", metadata={"format": "pt"})
     generation = {"eos_token_id": t.EOS_ID, "pad_token_id": t.EOS_ID, "mask_token_id": t.MASK_ID}
-    for name, content in (("config", config(tokenizer.get_vocab_size())), ("generation_config", generation)):
+    for name, content in (("config", config(tokenizer.get_vocab_size(), variant)), ("generation_config", generation)):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    tokenizers.save(tokenizer, folder, MAX_POSITIONS)
+    tokenizers.save(tokenizer, folder, MAX_POSITIONS, variant.edits)
     if card is not None:
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def model_card(results: dict[str, tuple[float, float, list]], run: str) -> str:
-    """README.md of the checkpoint; `results` as `evaluate` returns them, `run` says how it was trained."""
+_PARTS_2_2 = """
+Beside that it has what LLaDA2.2 has: the tokens of a block of 16 share 4 of the 8 experts, and the ids `<|delete|>` and
+`<|split|>`, predicted at a token that is too many and at one that another is missing before. Training left tokens out
+and put some in; with an `editing_threshold` decoding acts on them.
+"""
+
+
+def model_card(results: dict[str, tuple[float, float, list]], run: str, variant: str) -> str:
+    """README.md of the checkpoint; `results` as `evaluate` returns them, `run` says how it was trained; variant: a name
+    of VARIANTS."""
     rows = "\n".join(f"| {task} | {accuracy:.3f} | {tpf:.2f} |" for task, (accuracy, tpf, _) in results.items())
+    of_2_2 = variant == "2.2"
+    title = "The embedded demonstration model, as a LLaDA2.2" if of_2_2 else "The embedded demonstration model"
+    command = "python -m llada2_fast.demo.train" + " --variant 2.2" * of_2_2
+    parts = _PARTS_2_2 if of_2_2 else ""
     return f"""---
 license: apache-2.0
 library_name: llada2-fast
 tags: [block-diffusion, llada2, demonstration]
 ---
 
-# The embedded demonstration model
+# {title}
 
 A LLaDA2 mixture-of-experts network of 1.1 million parameters (4 layers, hidden size 128, 8 experts top-2 and a shared
 one, block size 16), trained from random weights on generated sentences. It has every part of the released models and
 their checkpoint layout, so it runs the real decoding code in milliseconds. It knows five toy tasks and nothing else:
 its speed and accuracy say nothing about the released models.
-
+{parts}
 | task | prompt | answer |
 |---|---|---|
 | spell | `Spell 7305, 12.` (1-3 numbers of 1-4 digits) | one line per number, in words |
@@ -150,12 +168,12 @@ no editing, fp32; tokens per forward count the answer and its first end token, p
 |---|---|---|
 {rows}
 
-The prompts are unseen, the numbers and words in them are not. `python -m benchmarks.quality` measures the same with the
-project's own decoder, over thresholds and editing.
+The prompts are unseen, the numbers and words in them are not. `python -m benchmarks.quality{" --variant 2.2" * of_2_2}`
+measures the same with the project's own decoder, over thresholds and editing.
 
 ## Made by
 
-`python -m llada2_fast.demo.train`: {run}.
+`{command}`: {run}.
 Block-diffusion loss on two noisy copies per sequence, with token-to-token corruption so that editing works; Muon and
 AdamW; bf16 weights. The data are generated while training (`tasks.py`); nothing was downloaded.
 
