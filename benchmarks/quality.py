@@ -1,8 +1,9 @@
 """Quality against speed of the embedded model: exact match, tokens per forward (TPF) and tokens/s on prompts held out
-of its training. `python -m benchmarks.quality --json` ends with one JSON line; `--plot FILE` draws it; `--quantization
-int4` (or fp8) measures it with such weights.
+of its training. `python -m benchmarks.quality --json` ends with one JSON line; `--plot FILE` draws it; `--variant 2.2`
+measures the one that was trained as a LLaDA2.2, `--quantization int4` (or fp8) either with such weights.
 
-    thresholds   committed is what is more confident; with and without editing, at the block length of the training
+    thresholds   committed is what is more confident; with and without editing, at the block length of the training; a
+                 LLaDA2.2 edits by deleting and inserting, too
     blocks       the same without editing at half and at twice that length, which the model has never seen
     schedule     no threshold: a block in a fixed number of steps, the most confident positions first
 
@@ -28,6 +29,7 @@ SCHEDULES, QUICK_SCHEDULES = (8, 4, 2, 1), (8, 4)  # positions that a step commi
 EDITING = {  # name -> what generate() is given beside the threshold
     "off": {},
     "0.9, 16 post steps": {"editing_threshold": 0.9, "max_post_steps": 16},
+    "0.5, 16 post steps": {"editing_threshold": 0.5, "max_post_steps": 16},
     "0.5, 0 post steps": {"editing_threshold": 0.5, "max_post_steps": 0},
 }
 GEN_LENGTH = 128  # the longest right answer, a story, has 56 tokens
@@ -72,17 +74,20 @@ def main(argv=None):
     harness.add_options(parser)
     add_prompts_option(parser)
     parser.add_argument(
-        "--model", default=demo.path(), metavar="PATH", help="another checkpoint with the same tokenizer"
+        "--variant", default="2.1", choices=demo.FOLDERS, help="which embedded model (default: %(default)s)"
     )
+    parser.add_argument("--model", metavar="PATH", help="another checkpoint with the same tokenizer")
     parser.add_argument("--quantization", metavar="NAME", help="fp8 or int4; else the checkpoint's")
     parser.add_argument("--device", default="cpu")
     harness.add_plot_option(parser, "accuracy against speed")
     options = parser.parse_args(argv)
-    harness.check_save(parser, options, "quality")
+    name = "quality" if options.variant == "2.1" else f"quality-{options.variant}"
+    harness.check_save(parser, options, name)
+    path = options.model or demo.path(options.variant)
     model = LLaDA2Model.from_pretrained(
-        options.model, torch.float32, options.device, progress=False, quantization=options.quantization
+        path, torch.float32, options.device, progress=False, quantization=options.quantization
     )
-    tokenizer = load_tokenizer(options.model)
+    tokenizer = load_tokenizer(path)
     n = options.n or (24 if options.quick else tasks.PROMPTS)
     settings = settings_of(model.block_length, options.quick)
     scores = measure(model, tokenizer, n, settings)
@@ -97,7 +102,7 @@ def main(argv=None):
             draw(result, panels[0], "tok_s")
             draw(result, panels[1], "tpf")
             panels[1].get_legend().remove()
-    harness.finish("quality", options, result, options.device)
+    harness.finish(name, options, result, options.device)
 
 
 def add_prompts_option(parser):
