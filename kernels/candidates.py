@@ -2,6 +2,8 @@
 
     greedy     c = argmax_{v != mask} x_v                  lowest id on ties
                p = exp(x_c) / sum_v exp(x_v)               the mask logit counts in the normaliser
+    2.2        the ids of deletions and insertions are left out like the mask: where they count, levenshtein.py sees to
+               them
     sampling   the mask logit removed; temperature, top-k, top-p (filters.py); draw c; p = its renormalised probability,
                which a low temperature, k = 1 or a small p makes 1 for every c; under OWN_SOFTMAX p as in greedy
     runner-up  the best id but c of what is left, lowest id on ties, and its probability by the same normaliser
@@ -39,6 +41,7 @@ from .filters import (
     _filter_kernel,
     _filters,
     _finite,
+    _hidden,
     _may_stand,
     _scale,
     _table,
@@ -46,13 +49,13 @@ from .filters import (
 )
 from .overlap import inputs_ready
 from .philox import _pick, _uniform, pick_ref, uniform_ref
-from .roles import BAN_MASK, GUIDED, ID_ARGUMENTS, OWN_SOFTMAX, SpecialIds, _locate
+from .roles import BAN_EDITS, BAN_MASK, GUIDED, ID_ARGUMENTS, LEVENSHTEIN, OWN_SOFTMAX, SpecialIds, _locate
 
 TILE_V = 4096  # part of the definition of a draw: the same in the reference and in every kernel
 _SLAB = 2**19  # logits whose probabilities the reference holds at a time: they stay in a CPU's cache
 _WIDTH = 256  # the reference takes maxima of so many ids first: argmax, slow on a CPU, then sees one such tile
 
-_BAN_MASK, _OWN_SOFTMAX = tl.constexpr(BAN_MASK), tl.constexpr(OWN_SOFTMAX)
+_OWN_SOFTMAX = tl.constexpr(OWN_SOFTMAX)
 _NONE = tl.constexpr(float("-inf"))
 _NO_ID = tl.constexpr(2**31 - 1)
 
@@ -79,18 +82,17 @@ def candidates_ref(logits, row, position, step, params, ids, flags, tile_v=TILE_
         return nothing * 2 if runner_up else nothing
     if allowed is not None:
         logits = logits.masked_fill(~allowed, float("-inf"))
-    ban_mask = (flags & BAN_MASK) != 0
     if not bool((params.temperature > 0).any()):  # sync: the reference alone
-        return _greedy_ref(logits, row, ids.mask, ban_mask, runner_up)
+        return _greedy_ref(logits, _hidden_ref(ids, flags[row], logits.shape[1]), runner_up)
     drawn = torch.where((params.temperature > 0)[row])[0]
     own = (flags[row[drawn]], *(parameter[row[drawn]] for parameter in params))
     slabs = (
-        _sample_ref(logits[at], flag, position[at], step[at], SampleParams(*parameters), ids.mask, tile_v, runner_up)
+        _sample_ref(logits[at], flag, position[at], step[at], SampleParams(*parameters), ids, tile_v, runner_up)
         for at, flag, *parameters in zip(*(tensor.split(_slab_rows(logits)) for tensor in (drawn, *own)), strict=True)
     )
     found = tuple(torch.cat(parts) for parts in zip(*slabs, strict=True))
     if drawn.shape[0] < row.shape[0]:
-        whole = _greedy_ref(logits, row, ids.mask, ban_mask, runner_up)
+        whole = _greedy_ref(logits, _hidden_ref(ids, flags[row], logits.shape[1]), runner_up)
         found = tuple(into.index_copy_(0, drawn, part) for into, part in zip(whole, found, strict=True))
     return found
 
@@ -99,20 +101,29 @@ def _slab_rows(logits):
     return max(1, _SLAB // logits.shape[1])
 
 
-def _greedy_ref(logits, row, mask_id, ban_mask, runner_up):
-    """row [M], ban_mask [R]. Where the mask id is no row's favourite nothing but the favourite's tile is read again."""
+def _hidden_ref(ids, flags, vocab):
+    """The special ids that are no candidates, of those that are there: [(id, bool [M]: where)]. flags [M]."""
+    bans = (BAN_MASK, BAN_EDITS, BAN_EDITS)
+    return [
+        (token, (flags & (ban | LEVENSHTEIN)) != 0) for token, ban in zip(ids, bans, strict=True) if 0 <= token < vocab
+    ]
+
+
+def _greedy_ref(logits, hidden, runner_up):
+    """hidden: of _hidden_ref. Where none of them is a favourite nothing but the favourite's tile is read again."""
     vocab = logits.shape[1]
     width = min(_WIDTH, vocab)
     tops = _by_parts(torch.amax, logits, width)
     best, token = _first_best(logits, tops, width)
-    beaten = bool((token == mask_id).any())  # sync: the reference alone
+    beaten = any(bool((token == one).any()) for one, _ in hidden)  # sync: the reference alone
     if beaten:
-        hidden = ban_mask[row]
-        home = mask_id // width
-        tile = logits[:, home * width : (home + 1) * width].clone()
-        tile[:, mask_id % width].masked_fill_(hidden, float("-inf"))
-        tops[:, home] = tile.amax(-1)
-        best, token = _first_best(logits, tops, width, torch.where(hidden, mask_id, -1))
+        for home in {one // width for one, _ in hidden}:
+            tile = logits[:, home * width : (home + 1) * width].clone()
+            for one, where in hidden:
+                if one // width == home:
+                    tile[:, one % width].masked_fill_(where, float("-inf"))
+            tops[:, home] = tile.amax(-1)
+        best, token = _first_best(logits, tops, width, hidden)
     confidence = _probability(logits, token)  # NaN where the logits hold NaN or +inf, or nothing but -inf
     if beaten:
         confidence.masked_fill_(best == float("-inf"), float("nan"))
@@ -120,23 +131,23 @@ def _greedy_ref(logits, row, mask_id, ban_mask, runner_up):
     if not runner_up:
         return token.masked_fill_(bad, -1), confidence
     others = logits.scatter(1, token[:, None], float("-inf"))
-    if 0 <= mask_id < vocab:
-        others[:, mask_id].masked_fill_(ban_mask[row], float("-inf"))
+    for one, where in hidden:
+        others[:, one].masked_fill_(where, float("-inf"))
     logit, second = others.max(-1)
     none = bad | (logit == float("-inf"))
     share = _probability(logits, second).masked_fill_(none, 0)
     return token.masked_fill_(bad, -1), confidence, second.masked_fill_(none, -1), share
 
 
-def _first_best(logits, tops, width, hidden=None):
+def _first_best(logits, tops, width, hidden=()):
     """Largest logit [M] and its lowest id [M], NaN being the largest; tops [M, tiles]: maxima of `width` ids each."""
     home = tops.max(-1).indices
     ids = home[:, None] * width + torch.arange(width, device=logits.device)
     if logits.shape[1] % width:
         ids.clamp_(max=logits.shape[1] - 1)
     tile = logits.gather(1, ids)
-    if hidden is not None:
-        tile = tile.masked_fill(ids == hidden[:, None], float("-inf"))
+    for one, where in hidden:
+        tile.masked_fill_((ids == one) & where[:, None], float("-inf"))
     best, at = tile.max(-1)
     return best, home * width + at
 
@@ -172,15 +183,15 @@ def _window(weight, part, width):
     return inside.masked_fill_(ids >= weight.shape[1], 0), ids[:, 0]
 
 
-def _sample_ref(logits, flags, position, step, params, mask_id, tile_v, runner_up):
+def _sample_ref(logits, flags, position, step, params, ids, tile_v, runner_up):
     """Draw from the filtered distributions of logits [M, V]; all else but the last three is [M]."""
     vocab = logits.shape[1]
-    ban, own = (flags & BAN_MASK) != 0, (flags & OWN_SOFTMAX) != 0
+    own = (flags & OWN_SOFTMAX) != 0
     x = logits.to(torch.float32, copy=True)
-    bad = torch.zeros_like(ban)
-    if 0 <= mask_id < vocab:
-        bad = ban & ~(x[:, mask_id] < float("inf"))
-        x[:, mask_id].masked_fill_(ban, float("-inf"))
+    bad = torch.zeros_like(own)
+    for one, where in _hidden_ref(ids, flags, vocab):
+        bad |= where & ~(x[:, one] < float("inf"))
+        x[:, one].masked_fill_(where, float("-inf"))
     top = x.amax(-1, keepdim=True)
     if bool((((params.top_k > 0) & (params.top_k < vocab)) | (params.top_p < 1)).any()):  # sync: the reference alone
         x.masked_fill_(x < cut_ref(x, params.temperature, params.top_k, params.top_p), float("-inf"))
@@ -274,6 +285,23 @@ def _allowed_ref(allowed, at):
 
 
 @triton.jit
+def _take_out(x, ids, token, tile, TILE_V: tl.constexpr):
+    """The logits x of a tile without that of a token, and this; -inf where it is not among them."""
+    logit = tl.full([], float("-inf"), tl.float32)
+    if (token >= tile * TILE_V) & (token < (tile + 1) * TILE_V):
+        logit = tl.sum(tl.where(ids == token, x, 0.0))  # a sum, since a maximum would lose NaN
+        x = tl.where(ids == token, _NONE, x)
+    return x, logit
+
+
+@triton.jit
+def _weight_beside(logit, top, scale, sampled):
+    """What a logit that was taken out adds to the mass: nothing to that of a draw, but NaN if it is an error."""
+    bad = (logit != logit) | (logit == float("inf"))
+    return tl.where(sampled, tl.where(bad, float("nan"), 0.0), tl.exp2((logit - top) * scale))
+
+
+@triton.jit
 def _vocab_kernel(
     LOGITS, INDEX, TOKENS, KIND, FROZEN,  # see _locate
     FLAGS, START, STEP, TEMPERATURE, TOP_K, TOP_P, SEED,  # [R]
@@ -281,9 +309,10 @@ def _vocab_kernel(
     PART,  # float32 [5 or 7, R*L, TILES]: maximum, mass, candidate's logit; own maximum, own mass; (two best)
     PART_ID,  # int32 [1 or 3, R*L, TILES]: candidate, (two best)
     CHUNK_MAX, CHUNK_MASS,  # float32 [R*L, chunks] of positions that filter; None if no row does
-    vocab, mask_id, stride_r, stride_l, stride_v,
+    vocab, special, stride_r, stride_l, stride_v,
     L: tl.constexpr, TILE_V: tl.constexpr, CHUNK: tl.constexpr, TILES: tl.constexpr,
-    ONLY_NEEDED: tl.constexpr, RUNNER_UP: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+    ONLY_NEEDED: tl.constexpr, RUNNER_UP: tl.constexpr, EDITS: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (R*L, tiles / SPAN): what each tile of TILE_V ids says about one position, from one read of its logits."""
     inputs_ready(EARLY)
@@ -293,10 +322,11 @@ def _vocab_kernel(
     row = n // L
     flags = tl.load(FLAGS + row).to(tl.int32)
     base, wanted = _locate(
-        LOGITS, INDEX, TOKENS, KIND, FROZEN, flags, mask_id, n, stride_r, stride_l, L, ONLY_NEEDED
+        LOGITS, INDEX, TOKENS, KIND, FROZEN, flags, special.mask, n, stride_r, stride_l, L, ONLY_NEEDED
     )  # fmt: skip
     if not wanted:
         return
+    hidden = _hidden(special, flags, EDITS)
     temperature = tl.load(TEMPERATURE + row)
     sampled = temperature > 0
     scale = _scale(temperature)
@@ -310,18 +340,21 @@ def _vocab_kernel(
         if CLASSES is not None:
             x = tl.where(_may_stand(base, ids, ids < vocab, table), x, _NONE)
 
-        mask_logit = tl.full([], float("-inf"), tl.float32)
-        if (mask_id >= tile * TILE_V) & (mask_id < (tile + 1) * TILE_V) & ((flags & _BAN_MASK) != 0):
-            mask_logit = tl.sum(tl.where(ids == mask_id, x, 0.0))  # a sum, since a maximum would lose NaN
-            x = tl.where(ids == mask_id, _NONE, x)
+        x, mask_logit = _take_out(x, ids, hidden[0], tile, TILE_V)
+        left_out = mask_logit  # the largest of these
+        if EDITS:
+            x, delete_logit = _take_out(x, ids, hidden[1], tile, TILE_V)
+            x, split_logit = _take_out(x, ids, hidden[2], tile, TILE_V)
+            left_out = tl.maximum(left_out, tl.maximum(delete_logit, split_logit))
         best = tl.max(x)
         first = tl.min(tl.where(x == best, ids, _NO_ID))
-        top = tl.where(sampled, best, tl.maximum(best, mask_logit))
+        top = tl.where(sampled, best, tl.maximum(best, left_out))
         weight = tl.exp2((x - _finite(top)) * scale)
-        mask_weight = tl.exp2((mask_logit - _finite(top)) * scale)
-        mask_is_bad = (mask_logit != mask_logit) | (mask_logit == float("inf"))
-        mask_weight = tl.where(sampled, tl.where(mask_is_bad, float("nan"), 0.0), mask_weight)
-        mass = tl.sum(weight) + mask_weight  # NaN if the tile holds NaN or +inf
+        beside = _weight_beside(mask_logit, _finite(top), scale, sampled)
+        if EDITS:
+            beside += _weight_beside(delete_logit, _finite(top), scale, sampled)
+            beside += _weight_beside(split_logit, _finite(top), scale, sampled)
+        mass = tl.sum(weight) + beside  # NaN if the tile holds NaN or +inf
 
         plane = tl.num_programs(0) * TILES
         at = n * TILES + tile
@@ -330,14 +363,16 @@ def _vocab_kernel(
         if sampled:
             if (flags & _OWN_SOFTMAX) != 0:
                 own_scale = _scale(tl.full([], 1.0, tl.float32))
-                own_top = tl.maximum(best, mask_logit)
+                own_top = tl.maximum(best, left_out)
                 own_mass = tl.sum(tl.exp2((x - _finite(own_top)) * own_scale))
                 own_mass += tl.exp2((mask_logit - _finite(own_top)) * own_scale)
+                if EDITS:
+                    own_mass += tl.exp2((delete_logit - _finite(own_top)) * own_scale)
+                    own_mass += tl.exp2((split_logit - _finite(own_top)) * own_scale)
                 tl.store(PART + 3 * plane + at, own_top)
                 tl.store(PART + 4 * plane + at, own_mass)
             uniform = _uniform(tl.load(SEED + row), tl.load(START + row) + n % L, tl.load(STEP + row), tile + 1)
             masses = tl.sum(weight, 1)
-            hidden = tl.where((flags & _BAN_MASK) != 0, mask_id, -1)
             token, logit = _draw(
                 base, stride_v, tile * TILE_V, vocab, hidden, table, masses, _finite(top), scale, _NONE, uniform, CHUNK
             )  # fmt: skip
@@ -372,7 +407,8 @@ def _weigh(TOPS, plane, at, there, scale):
 
 @triton.jit
 def _combine(PART, PART_ID, n, wanted, plane, tiles, temperature, flags, seed, position, step, TILES: tl.constexpr):
-    """Positions n [P] of one row from their parts: token int32, confidence, largest logit, mass and scale to it.
+    """Positions n [P] of one row from their parts: token int32, confidence, largest logit, mass and scale to it; and
+    the largest logit among those that were candidates.
 
     Token -1 and confidence NaN where the logits are an error, or where not wanted.
     """
@@ -391,12 +427,13 @@ def _combine(PART, PART_ID, n, wanted, plane, tiles, temperature, flags, seed, p
     token = tl.min(tl.where(own, tokens, _NO_ID), 1)
     logit = tl.max(tl.where(own, logits, _NONE), 1)
     bad = (logit == _NONE) | (mass != mass)
+    best = tl.where(temperature > 0, top, logit)
     if (temperature > 0) & ((flags & _OWN_SOFTMAX) != 0):
         scale = _scale(tl.full([], 1.0, tl.float32))
         top, masses = _weigh(PART + 3 * plane, plane, at, there, scale)
         mass = tl.sum(masses, 1)
     confidence = tl.where(bad, float("nan"), tl.exp2((logit - top) * scale) / mass)
-    return tl.where(bad, -1, token), confidence, top, mass, scale
+    return tl.where(bad, -1, token), confidence, top, mass, scale, best
 
 
 @triton.jit
@@ -414,7 +451,7 @@ def _candidates_kernel(
     if INDEX is not None:
         wanted &= tl.load(INDEX + n, mask=column < L, other=-1) >= 0
     plane = tl.num_programs(0) * L * TILES
-    token, confidence, top, mass, scale = _combine(
+    token, confidence, top, mass, scale, _best = _combine(
         PART, PART_ID, n, wanted, plane, tiles, tl.load(TEMPERATURE + row), tl.load(FLAGS + row).to(tl.int32),
         tl.load(SEED + row), tl.load(START + row) + column, tl.load(STEP + row), TILES,
     )  # fmt: skip
@@ -464,9 +501,9 @@ def launch_parts(
     inputs = (logits, index, tokens, kind, frozen, flags, start, step, *params, *tables, parts, part_ids, *chunks)
     shape = {
         "L": length, "TILE_V": tile_v, "CHUNK": CHUNK, "TILES": room, "ONLY_NEEDED": roles is not None,
-        "RUNNER_UP": runner_up,
+        "RUNNER_UP": runner_up, "EDITS": ids.edits,
     }  # fmt: skip
-    where = (vocab, ids.mask, stride_r, stride_l, stride_v)
+    where = (vocab, ids, stride_r, stride_l, stride_v)
     vocab_pass, filter_pass = pass_layout(device, logits.dtype, vocab)
     grid = (positions, triton.cdiv(tiles, vocab_pass["SPAN"]))
     run_kernel(_vocab_kernel, grid, *inputs, *where, **shape, **vocab_pass)

@@ -15,14 +15,15 @@ import torch
 from ._triton import tl, triton
 from .overlap import inputs_ready
 from .philox import _pick, _uniform
-from .roles import BAN_MASK, GUIDED, WORDS, _locate
+from .roles import BAN_EDITS, BAN_MASK, GUIDED, LEVENSHTEIN, WORDS, _locate
 
 CHUNK = 64  # ids; a tile of the vocabulary pass is a whole number of chunks
 PIVOTS = 4
 GROUP = 32  # chunks that are looked at together
 STEP_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}  # float32 bits that are always zero
 
-_BAN_MASK, _GUIDED, _WORDS = tl.constexpr(BAN_MASK), tl.constexpr(GUIDED), tl.constexpr(WORDS)
+_GUIDED, _WORDS = tl.constexpr(GUIDED), tl.constexpr(WORDS)
+_HIDE_MASK, _HIDE_EDITS = tl.constexpr(BAN_MASK | LEVENSHTEIN), tl.constexpr(BAN_EDITS | LEVENSHTEIN)
 _NONE = tl.constexpr(float("-inf"))
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -95,10 +96,22 @@ def _may_stand(base, ids, there, table):
 
 
 @triton.jit
+def _hidden(special, flags, EDITS: tl.constexpr):
+    """The special ids (SpecialIds) that are no candidates of a row, -1 in place of others: the mask, and with EDITS
+    those of deletions and insertions."""
+    mask = tl.where((flags & _HIDE_MASK) != 0, special.mask, -1)
+    if not EDITS:
+        return (mask,)
+    hide = (flags & _HIDE_EDITS) != 0
+    return mask, tl.where(hide, special.delete, -1), tl.where(hide, special.split, -1)
+
+
+@triton.jit
 def _load_logits(base, stride_v, ids, there, hidden, table):
-    """float32: the logits of ids, -inf where not there, of id `hidden` and where the _table, if any, forbids them."""
+    """float32: the logits of ids, -inf where not there, of _hidden ids and where the _table, if any, forbids them."""
     x = tl.load(base + ids.to(tl.int64) * stride_v, mask=there, other=_NONE).to(tl.float32)
-    x = tl.where(ids == hidden, _NONE, x)
+    for i in tl.static_range(len(hidden)):
+        x = tl.where(ids == hidden[i], _NONE, x)
     if table is not None:
         x = tl.where(_may_stand(base, ids, there, table), x, _NONE)
     return x
@@ -190,9 +203,9 @@ def _filter_kernel(
     CLASSES, BITS,  # Allowed, or None
     PART, PART_ID, CHUNK_MAX, CHUNK_MASS,  # see _vocab_kernel
     CHUNK_LIST,  # int32 [R*L, chunks]: the memory of CHUNK_MAX
-    vocab, mask_id, stride_r, stride_l, stride_v, tiles,
+    vocab, special, stride_r, stride_l, stride_v, tiles,
     L: tl.constexpr, TILE_V: tl.constexpr, CHUNK: tl.constexpr, TILES: tl.constexpr,
-    ONLY_NEEDED: tl.constexpr, RUNNER_UP: tl.constexpr,
+    ONLY_NEEDED: tl.constexpr, RUNNER_UP: tl.constexpr, EDITS: tl.constexpr,
     STEP_BITS: tl.constexpr, PIVOTS: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (R*L,): draws one position anew among what its row's filters keep; its first part replaces all its parts."""
@@ -201,7 +214,7 @@ def _filter_kernel(
     row = n // L
     flags = tl.load(FLAGS + row).to(tl.int32)
     base, wanted = _locate(
-        LOGITS, INDEX, TOKENS, KIND, FROZEN, flags, mask_id, n, stride_r, stride_l, L, ONLY_NEEDED
+        LOGITS, INDEX, TOKENS, KIND, FROZEN, flags, special.mask, n, stride_r, stride_l, L, ONLY_NEEDED
     )  # fmt: skip
     temperature = tl.load(TEMPERATURE + row)
     top_k = tl.load(TOP_K + row)
@@ -209,7 +222,7 @@ def _filter_kernel(
     if not (wanted & (temperature > 0) & _filters(top_k, top_p, vocab)):
         return
     scale = _scale(temperature)
-    hidden = tl.where((flags & _BAN_MASK) != 0, mask_id, -1)
+    hidden = _hidden(special, flags, EDITS)
     table = None
     if CLASSES is not None:
         table = _table(CLASSES, BITS, flags, n, row, vocab)

@@ -22,6 +22,8 @@ FILL_PROMPT = 2  # mask ids at prompt positions are filled like any other (model
 EDITING = 4  # T2T editing
 OWN_SOFTMAX = 256  # a drawn token's confidence is its share of all ids at temperature 1, not of what it was drawn from
 GUIDED = 512  # candidates come from allowed ids alone and are not written: they are in the report, for a host to decide
+BAN_EDITS = 1024  # the ids of deletions and insertions are never candidates
+LEVENSHTEIN = 2048  # LLaDA2.2's editing: tokens are deleted and masks inserted, too (levenshtein.py)
 
 
 MAX_CLASSES = 4096  # of a row's ids
@@ -44,6 +46,11 @@ class SpecialIds(NamedTuple):
     mask: int  # a position that is not filled yet
     delete: int = -1  # LLaDA2.2: drops its position; -1 where a model has none, as below
     split: int = -1  # LLaDA2.2: puts a mask before its position
+
+    @property
+    def edits(self) -> bool:
+        """The model deletes and inserts."""
+        return self.delete >= 0
 
 
 ID_ARGUMENTS = ", ".join(f"int {name}_id" for name in SpecialIds._fields)  # of an op, which takes them one by one

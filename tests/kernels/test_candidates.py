@@ -185,7 +185,9 @@ def test_the_cut_of_nearly_flat_rows(top_k, top_p):
 @triton.jit
 def _search_kernel(LOGITS, LIST, KEY, low, least, scale, BY_COUNT: tl.constexpr):
     top = tl.max(tl.load(LOGITS + tl.arange(0, 64)), 0)
-    found, _mass = filters._search(LOGITS, 1, LIST, 1, 64, -1, None, top, scale, low, least, BY_COUNT, 0, 4, 1, 64, 1)
+    found, _mass = filters._search(
+        LOGITS, 1, LIST, 1, 64, (-1,), None, top, scale, low, least, BY_COUNT, 0, 4, 1, 64, 1
+    )
     tl.store(KEY, found)
 
 
