@@ -2,6 +2,7 @@
 
     select      M2T: what is committed
     edit        T2T: what is edited
+    moves       LLaDA2.2's deletions and insertions (levenshtein.py)
     block end   whether the block has ended, and the row's counters
     EOS         whether the row has
 
@@ -19,10 +20,13 @@ from operator import or_
 
 import torch
 
+from . import levenshtein
 from ._triton import tl, triton
 from .candidates import _combine
+from .levenshtein import Moves, _been_here, _begin, _best_new, _splice
+from .levenshtein import _candidates as _with_edits
 from .overlap import inputs_ready
-from .roles import EDITING, FILL_PROMPT, GENERATED, GUIDED, PADDING, PROMPT, SpecialIds, _roles, roles_ref
+from .roles import BAN_MASK, EDITING, FILL_PROMPT, GENERATED, GUIDED, PADDING, PROMPT, SpecialIds, _roles, roles_ref
 from .state import (
     BLOCK_DONE,
     CHANGED,
@@ -52,6 +56,9 @@ def commit_ref(
     params: RefineParams,
     ids: SpecialIds,
     check: Callable | None = None,
+    moves: Moves | None = None,
+    logits: torch.Tensor | None = None,
+    index: torch.Tensor | None = None,
 ) -> RefineOutput:
     """All that follows the candidates, in the order of _commit_kernel.
 
@@ -59,6 +66,7 @@ def commit_ref(
     state, params, ids: as of refine_step.
     check: has the last word on what is written: of commits and edits, bool [R, L] each, it makes those that are.
         None for those that the rules select.
+    moves: as of refine_step; with them logits and index, as there, are read.
     """
     asked = reduce(or_, params.flags.tolist(), 0)  # sync: the reference alone; what no row asks for is skipped
     masked, editable = roles_ref(state.tokens, state.kind, state.frozen, params.flags, ids.mask, asked)  # [R, L]
@@ -76,24 +84,43 @@ def commit_ref(
     if error is not None or shown is not None:
         masked, editable = masked & live[:, None], editable & live[:, None]
 
-    commit = _select_ref(masked, confidence, state, params)
-    edit = _edit_ref(editable, token, confidence, state.tokens, params, asked)
-    if check is not None:
-        commit, edit = check(commit, edit)
-    written = commit | edit
-    torch.where(written, token, state.tokens, out=state.tokens)
-    torch.where(written, confidence, state.commit_confidence, out=state.commit_confidence)
-    torch.where(written, state.step[:, None], state.commit_step, out=state.commit_step)
-    # what moves tokens within the block, as LLaDA2.2's deletions and insertions do, belongs here
+    mask_free = before == 0
+    if moves is None:
+        commit = _select_ref(masked, confidence, state, params)
+        edit = _edit_ref(editable, token, confidence, state.tokens, params, asked)
+        if check is not None:
+            commit, edit = check(commit, edit)
+        written = commit | edit
+        torch.where(written, token, state.tokens, out=state.tokens)
+        torch.where(written, confidence, state.commit_confidence, out=state.commit_confidence)
+        torch.where(written, state.step[:, None], state.commit_step, out=state.commit_step)
+    else:
+        now = levenshtein.begin_ref(masked, live, state, params, moves)
+        text, held = (token, confidence), state.tokens.clone()
+        wanted = masked | editable
+        token, confidence = levenshtein.candidates_ref(token, confidence, wanted, now, params, ids, logits, index)
+        commit = _select_ref(masked, confidence, state, params, now.introduced, now.whole)
+        commit, now = levenshtein.finish_ref(masked, commit, now, params)
+        edit = _edit_ref(editable, token, confidence, held, params, asked)
+        written = commit | edit
+        over = torch.where(now.on, now.last | ~written.any(-1), False)
+        token, confidence = levenshtein.settle_ref(
+            token, confidence, text, written, now, state, ids, moves, logits, index
+        )
+        edit &= token != held
+        levenshtein.splice_ref(token, confidence, written, now, state, ids, moves)
+        mask_free = torch.where(now.on, ~now.open.any(-1), mask_free)
 
-    left, edits, done = _block_end_ref(state.tokens, state.kind, live, before, edit, state, params, ids, asked)
+    left, edits, done = _block_end_ref(state.tokens, state.kind, live, mask_free, edit, state, params, ids, asked)
+    changed = written.any(-1)
+    if moves is not None:
+        done, changed = torch.where(now.on, over, done), torch.where(now.on, (state.tokens != held).any(-1), changed)
     finished, eos_at = _eos_ref(state.tokens, state.kind, live, commit, done, state, params, ids, asked)
     state.frozen |= done * BLOCK_DONE
     state.frozen |= finished * FINISHED
     if error is not None:
         state.frozen |= error * ERROR
-    commits = commit.sum(-1, dtype=torch.int32)  # [R, L] -> [R]
-    changed = (commits + edits).sign()
+    commits, changed = commit.sum(-1, dtype=torch.int32), changed.int()  # [R, L] -> [R]
     torch.where(live, changed, state.changed, out=state.changed)
     told = state
     if shown is not None:
@@ -103,7 +130,8 @@ def commit_ref(
             commit_confidence=torch.where(shown, confidence, state.commit_confidence),
         )  # fmt: skip
     status = (state.frozen | changed * CHANGED, left, commits, edits, eos_at, state.step, state.post_steps, before)
-    return RefineOutput(report_ref(status, told), token, confidence, commit, edit)
+    chosen = None if moves is None else torch.where(written, token, -1)
+    return RefineOutput(report_ref(status, told, chosen), token, confidence, commit, edit)
 
 
 def judge_ref(
@@ -122,19 +150,24 @@ def judge_ref(
     before = torch.where(masked.any(-1), 1, status[:, MASKS_BEFORE])  # [R, L] -> [R]
     state = replace(state, step=state.step - 1, post_steps=state.post_steps - (before == 0).int())  # it was counted
     edits = status[:, EDITS, None]
-    _, _, done = _block_end_ref(state.tokens, state.kind, live, before, edits, state, params, ids, asked=~0)
+    _, _, done = _block_end_ref(state.tokens, state.kind, live, before == 0, edits, state, params, ids, asked=~0)
     finished, _ = _eos_ref(state.tokens, state.kind, live, commit, done, state, params, ids, asked=~0)
     return done.int() * BLOCK_DONE | finished.int() * FINISHED
 
 
-def _select_ref(masked, confidence, state, params):
-    """M2T -> commit bool [R, L]: the masked positions above the threshold if they are enough, else the quota's best."""
+def _select_ref(masked, confidence, state, params, introduced=0, whole=None):
+    """M2T -> commit bool [R, L]: the masked positions above the threshold if they are enough, else the quota's best.
+
+    introduced: int32 [R], masks that make the quota larger; whole: bool [R], rows that commit all masks."""
     length = masked.shape[1]
     steps = params.steps.clamp(min=1)
     late = torch.minimum(state.step, steps - 1)
-    quota = torch.maximum(length // steps + (late < length % steps), params.min_transfer)[:, None]  # [R] -> [R, 1]
+    quota = torch.maximum(length // steps + (late < length % steps), params.min_transfer) + introduced
+    quota = quota[:, None]  # [R] -> [R, 1]
     high = masked & (confidence > params.threshold[:, None])
     enough = high.sum(-1, keepdim=True) >= quota
+    if whole is not None:
+        high, enough = torch.where(whole[:, None], masked, high), enough | whole[:, None]
     if bool(enough.all()):  # sync: the reference alone
         return high
     ranked = torch.where(masked, confidence.clamp(min=-1), -2.0)  # whatever is masked comes before all else
@@ -150,15 +183,14 @@ def _edit_ref(editable, token, confidence, held, params, asked):
     return editable & (token != held) & (confidence > params.edit_threshold[:, None])
 
 
-def _block_end_ref(tokens, kind, live, before, edit, state, params, ids, asked):
+def _block_end_ref(tokens, kind, live, mask_free, edit, state, params, ids, asked):
     """How many masks are left and how many tokens were edited, int32 [R], and whether the block has ended, bool [R];
-    counts the step in `state`. tokens: those after this step; before: the masks ahead of it."""
+    counts the step in `state`. tokens: those after this step; mask_free: it is a post step."""
     fillable = kind != PROMPT
     if asked & FILL_PROMPT:
         fillable = fillable | ((params.flags & FILL_PROMPT) != 0)[:, None]
     left = ((tokens == ids.mask) & (kind != PADDING) & fillable).sum(-1, dtype=torch.int32)  # [R, L] -> [R]
     edits = edit.sum(-1, dtype=torch.int32)  # [R, L] -> [R]
-    mask_free = before == 0
     state.step += live
     state.post_steps += live & mask_free
     ended = left == 0
@@ -204,6 +236,7 @@ def _first(mask):
 
 _GENERATED, _PROMPT, _PADDING = tl.constexpr(GENERATED), tl.constexpr(PROMPT), tl.constexpr(PADDING)
 _FILL_PROMPT, _EDITING, _GUIDED = tl.constexpr(FILL_PROMPT), tl.constexpr(EDITING), tl.constexpr(GUIDED)
+_BAN_MASK = tl.constexpr(BAN_MASK)
 _EOS_STEP, _EOS_END, _EOS_COMMIT = tl.constexpr(EOS_STEP), tl.constexpr(EOS_END), tl.constexpr(EOS_COMMIT)
 _EOS_HOLDS, _EOS_CLEAN = tl.constexpr(EOS_HOLDS), tl.constexpr(EOS_CLEAN)
 _PRIOR_MASK, _PRIOR_EOS = tl.constexpr(PRIOR_MASK), tl.constexpr(PRIOR_EOS)
@@ -224,17 +257,17 @@ def _first_column(mask, column, L: tl.constexpr):
 
 
 @triton.jit
-def _select(masked, confidence, STATE, PARAMS, row, column, L: tl.constexpr):
+def _select(masked, confidence, introduced, whole, STATE, PARAMS, row, column, L: tl.constexpr):
     """_select_ref of one row's positions."""
     steps = tl.maximum(tl.load(PARAMS.steps + row), 1)
     extra = (tl.minimum(tl.load(STATE.step + row), steps - 1) < L % steps).to(tl.int32)
-    quota = tl.maximum(L // steps + extra, tl.load(PARAMS.min_transfer + row))
+    quota = tl.maximum(L // steps + extra, tl.load(PARAMS.min_transfer + row)) + introduced
     high = masked & (confidence > tl.load(PARAMS.threshold + row))
     ranked = tl.where(masked, tl.maximum(confidence, -1.0), -2.0)  # whatever is masked comes before all else
     tied = (ranked[None, :] == ranked[:, None]) & (column[None, :] < column[:, None])  # [L] -> [L, L]
     ahead = (ranked[None, :] > ranked[:, None]) | tied
     rank = tl.sum(ahead.to(tl.int32), 1)  # [L, L] -> [L]
-    return tl.where(_count(high) >= quota, high, masked & (rank < quota))
+    return tl.where(_count(high) >= quota, high, masked & (rank < quota)) | (masked & whole)
 
 
 @triton.jit
@@ -244,13 +277,12 @@ def _edit(editable, token, confidence, held, PARAMS, row):
 
 
 @triton.jit
-def _block_end(tokens, kind, live, before, edit, STATE, PARAMS, ids, row):
+def _block_end(tokens, kind, live, mask_free, edit, STATE, PARAMS, ids, row):
     """_block_end_ref of one row, whose counters it returns as well."""
     flags = tl.load(PARAMS.flags + row)
     fillable = (kind != _PROMPT) | ((flags & _FILL_PROMPT) != 0)
     left = _count((tokens == ids.mask) & (kind != _PADDING) & fillable)
     edits = _count(edit)
-    mask_free = before == 0
     step = tl.load(STATE.step + row) + live.to(tl.int32)
     post_steps = tl.load(STATE.post_steps + row) + (live & mask_free).to(tl.int32)
     max_post_steps = tl.load(PARAMS.max_post_steps + row)
@@ -292,11 +324,12 @@ def _eos(
 
 @triton.jit
 def _commit_kernel(
-    INDEX, PART, PART_ID,  # see candidates.py
+    LOGITS, INDEX, PART, PART_ID,  # see candidates.py
     STATE, PARAMS, OUT,  # BlockState, RefineParams, RefineOutput
-    ids, tiles,
+    MOVES,  # Moves of STEPS steps, None if no row is LEVENSHTEIN; LOGITS is read with them alone
+    ids, tiles, vocab, stride_r, stride_l, stride_v,
     L: tl.constexpr, TILES: tl.constexpr, COLUMNS: tl.constexpr, ONLY_NEEDED: tl.constexpr, NUM_EOS: tl.constexpr,
-    ANY_GUIDED: tl.constexpr, EARLY: tl.constexpr,
+    STEPS: tl.constexpr, ANY_GUIDED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (R,): one row from its parts to its next block, as commit_ref; frozen and GUIDED rows only report."""
     inputs_ready(EARLY)
@@ -317,7 +350,7 @@ def _commit_kernel(
         wanted &= tl.load(INDEX + n, mask=inside, other=-1) >= 0
     if ONLY_NEEDED:
         wanted &= masked | editable
-    token, confidence, _top, _mass, _scale_ = _combine(
+    token, confidence, top, mass, scale, best = _combine(
         PART, PART_ID, n, wanted, tl.num_programs(0) * L * TILES, tiles, tl.load(PARAMS.temperature + row), flags,
         tl.load(PARAMS.seed + row), start + column, old_step, TILES,
     )  # fmt: skip
@@ -328,25 +361,86 @@ def _commit_kernel(
     if ANY_GUIDED:
         live &= (flags & _GUIDED) == 0
 
-    commit = _select(masked, confidence, STATE, PARAMS, row, column, L) & live
-    edit = _edit(editable, token, confidence, held, PARAMS, row) & live
-    written = commit | edit
-    new = tl.where(written, token, held)
-    # what moves tokens within the block, as LLaDA2.2's deletions and insertions do, belongs here
+    mask_free = before == 0
+    if MOVES is None:
+        commit = _select(masked, confidence, 0, column < 0, STATE, PARAMS, row, column, L) & live
+        edit = _edit(editable, token, confidence, held, PARAMS, row) & live
+        written = commit | edit
+        new = tl.where(written, token, held)
+        put = written
+        moved = written
+    else:
+        max_post_steps = tl.load(PARAMS.max_post_steps + row)
+        on, original, unfilled, introduced, last = _begin(
+            masked, live, flags, old_step, tl.load(STATE.post_steps + row), max_post_steps,
+            tl.load(PARAMS.max_steps + row), MOVES, n, inside, STEPS,
+        )  # fmt: skip
+        if INDEX is None:
+            begin = row.to(tl.int64) * stride_r + column.to(tl.int64) * stride_l
+        else:
+            begin = tl.load(INDEX + n, mask=wanted, other=0) * stride_r
+        text, text_confidence = token, confidence
+        banned = ((flags & _BAN_MASK) != 0) | (unfilled & (last == 0))
+        token, confidence = _with_edits(
+            LOGITS + begin, stride_v, token, confidence, tl.load(PARAMS.temperature + row) > 0, wanted, on, banned,
+            ids, top, mass, scale, best,
+        )  # fmt: skip
+        num_open = _count(unfilled)
+        whole = on & (last | (num_open == 0))
+        commit = _select(masked, confidence, introduced, whole, STATE, PARAMS, row, column, L) & live
+        last |= on & (max_post_steps == 0) & (_count(unfilled & (commit == 0)) == 0)
+        commit |= masked & on & last
+        edit = _edit(editable, token, confidence, held, PARAMS, row) & live
+        written = commit | edit
+        over = last | (_count(written) == 0)
 
-    left, edits, step, post_steps, done = _block_end(new, kind, live, before, edit, STATE, PARAMS, ids, row)
+        control = on & last & ((token == ids.mask) | (token == ids.delete) | (token == ids.split))
+        token, confidence = tl.where(control, text, token), tl.where(control, text_confidence, confidence)
+        changing = written & (token != held)
+        SEEN, WRITTEN = MOVES.seen + row.to(tl.int64) * STEPS * L, MOVES.written + row.to(tl.int64) * STEPS * L
+        if on & (last == 0) & (_count(changing) > 0):
+            if _been_here(held, old_step, SEEN, column, inside, L):
+                least = tl.min(tl.where(changing, confidence, float("inf")), 0)
+                at = _first_column(changing & (confidence == least), column, L)
+                own = column == at
+                own_begin = tl.sum(tl.where(own, begin, 0), 0)
+                hidden = tl.where(_count(own & unfilled) > 0, ids.mask, -1)
+                fresh, logit = _best_new(LOGITS + own_begin, stride_v, vocab, WRITTEN + at, old_step, hidden, L)
+                token = tl.where(own, fresh.to(tl.int64), token)
+                confidence = tl.where(own, tl.exp2((logit - top) * scale) / mass, confidence)
+        chosen = tl.where(written, token, -1).to(tl.int32)
+        tl.store(SEEN + old_step * L + column, held.to(tl.int32), mask=inside & on)
+        tl.store(WRITTEN + old_step * L + column, chosen, mask=inside & on)
+        edit &= token != held
+        source, blank, apart = _splice(token, written, on, kind, ids, column, L)
+        put = written & (apart == 0)
+        new = tl.where(blank, ids.mask, tl.gather(tl.where(put, token, held), source, 0))
+        moved = tl.where(on, inside, written)
+        mask_free = tl.where(on, num_open == 0, mask_free)
+
+    left, edits, step, post_steps, done = _block_end(new, kind, live, mask_free, edit, STATE, PARAMS, ids, row)
+    changed = _count(written) > 0
+    if MOVES is not None:
+        done = tl.where(on, over, done)
+        changed = tl.where(on, _count(inside & (new != held)) > 0, changed)
     finished, eos_at = _eos(new, kind, live, commit, done, STATE, PARAMS, ids, row, column, L, NUM_EOS)
     now = frozen | done.to(tl.int32) * _BLOCK_DONE | finished.to(tl.int32) * _FINISHED | error.to(tl.int32) * _ERROR
-    changed = (_count(written) > 0).to(tl.int32)
+    changed = changed.to(tl.int32)
     # read this late for the sake of registers; where it is written below, what is there does not matter
-    commit_step = tl.where(written, old_step, tl.load(STATE.commit_step + n, mask=inside, other=-1))
+    commit_step = tl.where(put, old_step, tl.load(STATE.commit_step + n, mask=inside, other=-1))
     commit_confidence = tl.load(STATE.commit_confidence + n, mask=inside, other=0.0)
-    commit_confidence = tl.where(written, confidence, commit_confidence)
+    commit_confidence = tl.where(put, confidence, commit_confidence)
+    if MOVES is not None:
+        commit_step = tl.where(blank, -1, tl.gather(commit_step, source, 0))
+        commit_confidence = tl.where(blank, 0.0, tl.gather(commit_confidence, source, 0))
+        original = tl.where(blank, 0, tl.gather(original.to(tl.int32), source, 0))
 
     tl.debug_barrier()  # every thread has read the state
-    tl.store(STATE.tokens + n, new, mask=inside & written)
-    tl.store(STATE.commit_step + n, commit_step, mask=inside & written)
-    tl.store(STATE.commit_confidence + n, commit_confidence, mask=inside & written)
+    tl.store(STATE.tokens + n, new, mask=inside & moved)
+    tl.store(STATE.commit_step + n, commit_step, mask=inside & moved)
+    tl.store(STATE.commit_confidence + n, commit_confidence, mask=inside & moved)
+    if MOVES is not None:
+        tl.store(MOVES.original + n, original.to(tl.int8), mask=inside & on)
     tl.store(STATE.step + row, step)
     tl.store(STATE.post_steps + row, post_steps)
     tl.store(STATE.frozen + row, now)
@@ -360,7 +454,8 @@ def _commit_kernel(
         shown = guided & (masked | editable)
         new, commit_confidence = tl.where(shown, token, new), tl.where(shown, confidence, commit_confidence)
         eos_at = tl.where(guided, -1, eos_at)
-    REPORT = OUT.report + row * (_NUM_STATUS + 1 + 3 * L)
+    PARTS: tl.constexpr = 3 if MOVES is None else 4
+    REPORT = OUT.report + row * (_NUM_STATUS + 1 + PARTS * L)
     tl.store(REPORT + 0, now | changed * _CHANGED)
     tl.store(REPORT + 1, left)
     tl.store(REPORT + 2, _count(commit))
@@ -374,3 +469,5 @@ def _commit_kernel(
     tl.store(COLUMN, new.to(tl.int32), mask=inside)
     tl.store(COLUMN + L, commit_step, mask=inside)
     tl.store(COLUMN + 2 * L, commit_confidence.to(tl.int32, bitcast=True), mask=inside)
+    if MOVES is not None:
+        tl.store(COLUMN + 3 * L, chosen, mask=inside)
