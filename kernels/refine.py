@@ -27,13 +27,16 @@ from ._ambient import run_kernel
 from ._triton import register_op, use_triton
 from .candidates import TILE_V, SampleParams, block_candidates_ref, launch_parts, row_layout
 from .commit import _commit_kernel, commit_ref
+from .levenshtein import MAX_POST_STEPS, Moves  # noqa: F401  for callers
 from .roles import (  # noqa: F401  some for callers, beside the others
+    BAN_EDITS,
     BAN_MASK,
     EDITING,
     FILL_PROMPT,
     GENERATED,
     GUIDED,
     ID_ARGUMENTS,
+    LEVENSHTEIN,
     MAX_CLASSES,
     OWN_SOFTMAX,
     PADDING,
@@ -88,6 +91,7 @@ def refine_step_ref(
     only_needed: bool = False,
     tile_v: int = TILE_V,
     allowed: Allowed | None = None,
+    moves: Moves | None = None,
 ) -> RefineOutput:
     """One step in PyTorch; see refine_step. tile_v: ids that a draw takes together, smaller in tests alone."""
     sampling = SampleParams(params.temperature, params.top_k, params.top_p, params.seed)
@@ -95,7 +99,7 @@ def refine_step_ref(
     token, confidence = block_candidates_ref(
         logits, state.block_start, state.step, sampling, ids, params.flags, index, wanted, tile_v, allowed=allowed
     )  # fmt: skip
-    return commit_ref(token, confidence, state, params, ids)
+    return commit_ref(token, confidence, state, params, ids, moves=moves, logits=logits, index=index)
 
 
 def launch(
@@ -108,13 +112,15 @@ def launch(
     only_needed: bool,
     tile_v: int = TILE_V,
     allowed: Allowed | None = None,
+    moves: Moves | None = None,
 ) -> RefineOutput:
-    """refine_step's launches. Raises ValueError where a tensor of state, params, allowed or index is not contiguous."""
+    """refine_step's launches. Raises ValueError where a tensor of state, params, allowed, moves or index is not
+    contiguous."""
     rows, length = state.tokens.shape
-    output = _empty(state.tokens)
+    output = _empty(state.tokens, moves is not None)
     if rows * length == 0:
         return output
-    tables = {} if allowed is None else allowed._asdict()
+    tables = {name: part for table in (allowed, moves) if table is not None for name, part in table._asdict().items()}
     for name, tensor in (vars(state) | vars(params) | {"index": index} | tables).items():
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
@@ -127,19 +133,21 @@ def launch(
     columns, num_warps = row_layout(length)
     run_kernel(
         _commit_kernel, (rows,),
-        index, parts, part_ids, StateTensors(**vars(state)), ParamTensors(**vars(params)), output, ids, tiles,
+        None if moves is None else logits, index, parts, part_ids, StateTensors(**vars(state)),
+        ParamTensors(**vars(params)), output, moves, ids, tiles, logits.shape[-1],
+        logits.stride(0), logits.stride(1) if index is None else 0, logits.stride(-1),
         L=length, TILES=parts.shape[2], COLUMNS=columns, ONLY_NEEDED=only_needed, NUM_EOS=params.eos_ids.shape[1],
-        ANY_GUIDED=allowed is not None,
+        STEPS=0 if moves is None else moves.seen.shape[1], ANY_GUIDED=allowed is not None,
         num_warps=num_warps,
     )  # fmt: skip
     return output
 
 
-def _empty(tokens):
+def _empty(tokens, moves):
     rows, length = tokens.shape
     new = tokens.new_empty
     return RefineOutput(
-        new((rows, report_width(length)), dtype=torch.int32),
+        new((rows, report_width(length, moves)), dtype=torch.int32),
         new((rows, length)), new((rows, length), dtype=torch.float32),
         new((rows, length), dtype=torch.bool), new((rows, length), dtype=torch.bool),
     )  # fmt: skip
@@ -148,11 +156,12 @@ def _empty(tokens):
 def _dispatch(logits, *arguments):
     state = BlockState(*arguments[:_NUM_STATE])
     params = RefineParams(*arguments[_NUM_STATE:_NUM_TENSORS])
-    index, classes, bits, filters, only_needed, *ids = arguments[_NUM_TENSORS:]
+    index, classes, bits, original, seen, written, filters, only_needed, *ids = arguments[_NUM_TENSORS:]
     ids, allowed = SpecialIds(*ids), None if classes is None else Allowed(classes, bits)
+    moves = None if original is None else Moves(original, seen, written)
     if use_triton(logits):
-        return tuple(launch(logits, state, params, ids, index, filters, only_needed, allowed=allowed))
-    return tuple(refine_step_ref(logits, state, params, ids, index, only_needed, allowed=allowed))
+        return tuple(launch(logits, state, params, ids, index, filters, only_needed, allowed=allowed, moves=moves))
+    return tuple(refine_step_ref(logits, state, params, ids, index, only_needed, allowed=allowed, moves=moves))
 
 
 _ALIAS = {  # what a step writes, in the notation of torch.library
@@ -164,10 +173,11 @@ _NUM_TENSORS = _NUM_STATE + len(fields(RefineParams))
 _op = register_op(
     "refine_step(Tensor logits, "
     + ", ".join(f"Tensor{_ALIAS.get(f.name, '')} {f.name}" for f in (*fields(BlockState), *fields(RefineParams)))
-    + f", Tensor? index, Tensor? classes, Tensor? bits, bool filters, bool only_needed, {ID_ARGUMENTS})"
+    + ", Tensor? index, Tensor? classes, Tensor? bits, Tensor(h!)? original, Tensor(i!)? seen, Tensor(j!)? written"
+    + f", bool filters, bool only_needed, {ID_ARGUMENTS})"
     + " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _dispatch,
-    lambda logits, tokens, *arguments: tuple(_empty(tokens)),
+    lambda logits, tokens, *arguments: tuple(_empty(tokens, arguments[_NUM_TENSORS + 2] is not None)),
 )
 
 
@@ -185,8 +195,9 @@ def refine_step(
     filters: bool = True,
     only_needed: bool = False,
     allowed: Allowed | None = None,
+    moves: Moves | None = None,
 ) -> RefineOutput:
-    """One refinement step of R rows; updates `state` in place.
+    """One refinement step of R rows; updates `state` and `moves` in place.
 
     logits: [R, L, V] for all positions, or [M, V] for some; of any float type
     state: the rows' blocks
@@ -196,6 +207,7 @@ def refine_step(
     filters: False promises that no row has top_k or top_p, which saves a launch on a GPU
     only_needed: leave out the positions that the step does not need, whatever logits there are
     allowed: what GUIDED rows may choose from, rows that are not never read it; None promises that no row is GUIDED
+    moves: what LEVENSHTEIN rows remember, others' is left undefined; None promises that no row is LEVENSHTEIN
 
     Returns what was done. A row whose needed logits hold NaN or +inf, or -inf alone where they are allowed, gets the
     ERROR bit, is frozen and keeps its block. Raises ValueError on shapes that do not fit, and on ids of another type.
@@ -210,11 +222,17 @@ def refine_step(
                          f"{tuple(index.shape)}")  # fmt: skip
     if allowed is not None:
         shapes = Allowed((rows, logits.shape[-1]), (rows, length, WORDS))
-        for name, tensor, shape, dtype in zip(
-            Allowed._fields, allowed, shapes, (torch.int16, torch.int32), strict=True
-        ):
-            if tensor.shape != shape or tensor.dtype != dtype:
-                raise ValueError(f"allowed.{name}: expected {dtype} {list(shape)}, got {tensor.dtype} "
-                                 f"{list(tensor.shape)}")  # fmt: skip
-    tensors = (logits, *_values(state), *_values(params), index, *(allowed or (None, None)))
+        _check_table("allowed", allowed, shapes, (torch.int16, torch.int32))
+    if moves is not None:
+        steps = moves.seen.shape[1] if moves.seen.ndim == 3 else 0
+        shapes = Moves((rows, length), *[(rows, steps, length)] * 2)
+        _check_table("moves", moves, shapes, (torch.int8, torch.int32, torch.int32))
+    tensors = (logits, *_values(state), *_values(params), index, *(allowed or (None,) * 2), *(moves or (None,) * 3))
     return RefineOutput(*_op(*tensors, filters, only_needed, *ids))
+
+
+def _check_table(name, table, shapes, dtypes):
+    """ValueError unless the tensors of a NamedTuple have these shapes and types."""
+    for field, tensor, shape, dtype in zip(table._fields, table, shapes, dtypes, strict=True):
+        if tensor.shape != shape or tensor.dtype != dtype:
+            raise ValueError(f"{name}.{field}: expected {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")

@@ -25,9 +25,9 @@ NUM_STATUS = 8
 BLOCK_DONE, FINISHED, ERROR, CHANGED = 1, 2, 4, 8
 
 
-def report_width(length):
-    """Columns of a step's report, see report_ref."""
-    return NUM_STATUS + 1 + 3 * length
+def report_width(length, moves=False):
+    """Columns of a step's report, see report_ref; moves: with what was chosen."""
+    return NUM_STATUS + 1 + (4 if moves else 3) * length
 
 
 @dataclass
@@ -121,7 +121,7 @@ class BlockState:
 class RefineOutput(NamedTuple):
     """What one step did. The report is the only thing a host ever needs to read."""
 
-    report: torch.Tensor  # int32 [R, 9 + 3 L], see report_ref
+    report: torch.Tensor  # int32 [R, 9 + 3 L or 9 + 4 L], see report_ref
     token: torch.Tensor  # int64 [R, L]: candidate, -1 where none was computed
     confidence: torch.Tensor  # float32 [R, L]: its confidence, -inf where none was computed
     commit: torch.Tensor  # bool [R, L]: written by M2T
@@ -133,13 +133,17 @@ class RefineOutput(NamedTuple):
         return self.report[:, :NUM_STATUS]
 
 
-def report_ref(status: tuple[torch.Tensor, ...], state: BlockState) -> torch.Tensor:
+def report_ref(status: tuple[torch.Tensor, ...], state: BlockState, chosen: torch.Tensor | None = None) -> torch.Tensor:
     """The report int32 [R, 9 + 3 L] of the columns of a status: these, the number of the block in its row, and after
     the step its tokens, their steps of commit and the bits of their confidences at commit [L each]; of a GUIDED row
-    token and confidence of the candidates at masked and editable positions (commit.py)."""
+    token and confidence of the candidates at masked and editable positions (commit.py). With `chosen` int64 [R, L] also
+    this: by position ahead of the step the candidate that was written there, deletions and insertions among them, -1
+    for none."""
     block = (state.block_start // state.tokens.shape[1]).int()
-    confidence = state.commit_confidence.view(torch.int32)
-    return torch.cat((torch.stack((*status, block), 1), state.tokens.int(), state.commit_step, confidence), 1)
+    each = [state.tokens.int(), state.commit_step, state.commit_confidence.view(torch.int32)]
+    if chosen is not None:
+        each.append(chosen.int())
+    return torch.cat((torch.stack((*status, block), 1), *each), 1)
 
 
 # Their tensors by the same names, as kernels take them
