@@ -45,6 +45,7 @@ from llada2_fast.layers import MLP, Linear, MoE, RMSNorm
 from .roofline import MODELS
 
 VOCAB, IDS = 157184, refine.SpecialIds(156895)  # LLaDA2.0 and 2.1
+EDIT_IDS = refine.SpecialIds(156895, 156930, 156931)  # LLaDA2.2
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -139,7 +140,7 @@ def _advance(entries, carried, length=32):
 
 def _refine(
     dtype, length=32, vocab=VOCAB, rows=8, packed=False, only_needed=False, filters=False, transposed=False,
-    guided=False,
+    guided=False, edits=False,
 ):  # fmt: skip
     whole, real, long = _int32(rows), _meta(rows), _int64(rows)
     params = refine.RefineParams(real, whole, real, long, real, real, *[whole] * 5, eos_ids=long[:, None])
@@ -148,7 +149,9 @@ def _refine(
     logits = logits.flatten(0, 1) if packed else logits
     classes, bits = _meta(rows, vocab, dtype=torch.int16), _int32(rows, length, refine.WORDS)
     allowed = refine.Allowed(classes, bits) if guided else None
-    refine.launch(logits, _state(rows, length), params, IDS, index, filters, only_needed, allowed=allowed)
+    moves = refine.Moves.fresh(rows, length, "meta") if edits else None
+    ids = EDIT_IDS if edits else IDS
+    refine.launch(logits, _state(rows, length), params, ids, index, filters, only_needed, allowed=allowed, moves=moves)
 
 
 def _candidates(dtype, runner_up, filters):
@@ -224,6 +227,14 @@ SCENARIOS = {
         for name in ("bf16", "fp32")
         for filters in (False, True)
     },
+    **{
+        f"refine 2.2 {name}{' guided' * guided}{' filters' * filters}": partial(
+            _refine, TYPES[name], packed=True, only_needed=True, filters=filters, guided=guided, edits=True
+        )
+        for name in TYPES
+        for guided, filters in ((False, False), (False, True), (True, True))
+    },
+    **{f"refine 2.2 bf16 L={length}": partial(_refine, BF16, length, edits=True) for length in (8, 16, 64)},
     **{f"refine bf16 L={length}": partial(_refine, BF16, length) for length in (1, 4, 8, 16, 48, 64, 128)},
     "refine bf16 V=2^18": partial(_refine, BF16, vocab=2**18, filters=True),
     "refine fp32 V=4096": partial(_refine, FP32, length=16, vocab=4096, filters=True),
