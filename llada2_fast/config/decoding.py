@@ -33,7 +33,9 @@ class Profile(NamedTuple):
     needs_tail: attend_tail must be on.
     padded: generate() fills answers up to gen_length; else up to the longest one.
     cuts_canvas: an early return is cut at the first EOS of prompt and tail, too.
-    levenshtein: a LLaDA2.2 checkpoint may be decoded by it, as a plain LLaDA2.1 one.
+    levenshtein: with editing it deletes and inserts where the checkpoint is a LLaDA2.2 one.
+    only_levenshtein: it is for such checkpoints alone, and draws nothing.
+    plain: a LLaDA2.2 checkpoint is decoded as a LLaDA2.1 one, its special ids are ids like others.
     shapes: an answer may be in a language or have a canvas: masks are never committed, nor ends of answers undone.
     """
 
@@ -44,15 +46,18 @@ class Profile(NamedTuple):
     padded: bool = False
     cuts_canvas: bool = False
     levenshtein: bool = False
+    only_levenshtein: bool = False
+    plain: bool = False
     shapes: bool = True
 
 
 PROFILES = {
-    "default": Profile(needs_tail=False, padded=True),
+    "default": Profile(needs_tail=False, padded=True, levenshtein=True),
     "hf-2.0": Profile(edits=False, card=True, cuts_canvas=True, shapes=False),
-    "hf-2.1": Profile(editing_threshold=0.9, card=True, levenshtein=True, shapes=False),
+    "hf-2.1": Profile(editing_threshold=0.9, card=True, plain=True, shapes=False),
     "sglang-lowconf": Profile(edits=False),
     "sglang-joint": Profile(editing_threshold=0.0),
+    "sglang-indel": Profile(editing_threshold=0.0, levenshtein=True, only_levenshtein=True, shapes=False),
     "diffusers": Profile(needs_tail=False, padded=True),
 }
 PRESETS = {  # the modes of the LLaDA2.1 model card
@@ -84,10 +89,11 @@ class DecodeParams:
     threshold: float = doc(0.95, "commit tokens with a confidence above this; above 1 by quota alone")
     editing_threshold: float | None = doc(
         None,
-        "replace committed tokens by others with a confidence above this; off unless given, but 0.9 under hf-2.1 and "
-        "0.0 under sglang-joint",
+        "replace committed tokens by others with a confidence above this, and delete and insert some where the "
+        "checkpoint is a LLaDA2.2 one; off unless given, but 0.9 under hf-2.1 and 0.0 under sglang-joint and "
+        "sglang-indel",
     )
-    max_post_steps: int = doc(16, "most editing steps of a block without masks")
+    max_post_steps: int = doc(16, "most editing steps of a block without masks of its own")
     minimal_topk: int = doc(1, "least tokens to commit per step; not read under the sglang profiles")
     num_to_transfer: int = doc(1, "least tokens to commit per step under profile hf-2.1, and of no use elsewhere")
     eos_early_stop: bool = doc(False, "stop at the first end token")
@@ -98,7 +104,9 @@ class DecodeParams:
     pad_id: int | None = doc(None, "the padding token; the checkpoint's unless given")
     seed: int | None = doc(None, "of the draws, an int64; drawn itself unless given")
     attend_tail: bool = doc(True, "denoise the last block whole, also behind gen_length")
-    profile: str = doc("default", "whose rules: default, hf-2.0, hf-2.1, sglang-lowconf, sglang-joint or diffusers")
+    profile: str = doc(
+        "default", "whose rules: default, hf-2.0, hf-2.1, sglang-lowconf, sglang-joint, sglang-indel or diffusers"
+    )
     regex: str | None = doc(
         None, "a regular expression, in the syntax of Rust's regex crate, that the whole text of the answer matches"
     )
@@ -173,6 +181,8 @@ class DecodeParams:
         if len(given) > 1:
             raise bad(given[1], getattr(self, given[1]), f"one of {', '.join(LANGUAGES)}, and {given[0]} is there")
         if given and not profile.shapes:
-            raise bad(given[0], getattr(self, given[0]), f"none under profile={name!r}, which may leave masks")
+            raise bad(given[0], getattr(self, given[0]), f"none under profile={name!r}, which may leave masks or move")
+        if profile.only_levenshtein and self.draws:
+            raise bad("temperature", self.temperature, f"0 under profile={name!r}, which draws nothing")
         if self.editing_threshold is None:
             put(self, "editing_threshold", profile.editing_threshold)

@@ -1,7 +1,7 @@
 """DecodeParams -> the rule of a row -> RefineParams. Nowhere else does a profile become numbers and flags.
 
-Whose rules: `generate` of the LLaDA2.0 and 2.1 model cards, SGLang's LowConfidence and
-JointThreshold, diffusers' BlockRefinementScheduler, and our own default.
+Whose rules: `generate` of the LLaDA2.0 and 2.1 model cards, SGLang's LowConfidence, JointThreshold and
+JointThresholdInDel, diffusers' BlockRefinementScheduler, and our own default.
 """
 
 from collections.abc import Callable, Sequence
@@ -72,7 +72,7 @@ def _card_21(params, block_length):
     return Quota(block_length, params.num_to_transfer, min(block_length + params.max_post_steps + 1, NEVER))
 
 
-_BAN, _FILL = refine.BAN_MASK, refine.FILL_PROMPT
+_BAN, _FILL = refine.BAN_MASK | refine.BAN_EDITS, refine.FILL_PROMPT
 PROFILES = {
     "default": Profile(_as_asked, _BAN | refine.OWN_SOFTMAX, refine.EOS_STEP, refine.EOS_END),
     "diffusers": Profile(_as_asked, _BAN, refine.EOS_STEP, refine.EOS_END),
@@ -80,23 +80,31 @@ PROFILES = {
     "hf-2.1": Profile(_card_21, _FILL, refine.EOS_CLEAN, refine.EOS_CLEAN),
     "sglang-lowconf": Profile(_most_confident, _BAN, refine.EOS_END, refine.EOS_END),
     "sglang-joint": Profile(_most_confident, _BAN, refine.EOS_END, refine.EOS_END),
+    "sglang-indel": Profile(_most_confident, refine.BAN_EDITS, refine.EOS_END, refine.EOS_END),
 }
 
 
-def row_rule(params: DecodeParams, block_length: int) -> Rule:
-    """The rule of a row. Ids, lengths and the seed of `params` are not read, but for hf-2.0's gen_length."""
+def row_rule(params: DecodeParams, block_length: int, edits: bool = False) -> Rule:
+    """The rule of a row. Ids, lengths and the seed of `params` are not read, but for hf-2.0's gen_length.
+
+    edits: the model deletes and inserts (SpecialIds.edits), which it then does where tokens are edited.
+    """
     profile = PROFILES[params.profile]
     editing = params.editing_threshold is not None
     flags = profile.flags | (refine.EDITING if editing else 0)
     if params.eos_early_stop:
         flags |= profile.editing_early_stop if editing else profile.early_stop
+    quota = profile.quota(params, block_length)
+    if edits and editing and params.traits.levenshtein:
+        flags |= refine.LEVENSHTEIN
+        quota = quota._replace(max_steps=block_length + params.max_post_steps + 1)
     return Rule(
         temperature=params.temperature if params.draws else 0.0,
         top_k=params.top_k or 0,
         top_p=1.0 if params.top_p is None else params.top_p,
         threshold=params.threshold,
         edit_threshold=params.editing_threshold if editing else 0.0,
-        **profile.quota(params, block_length)._asdict(),
+        **quota._asdict(),
         max_post_steps=params.max_post_steps,
         flags=flags,
     )
