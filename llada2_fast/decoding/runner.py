@@ -109,18 +109,20 @@ class StepResult:
         self.rows = dict(zip(self.lanes, numbers, strict=True))
 
     def read(self, lanes: list[int], details: bool = True):
-        """[(tokens, steps, confidences)] of the blocks in some lanes, lists of L numbers each; without details the last
-        two are None."""
+        """[(tokens, steps, confidences, chosen)] of the blocks in some lanes, lists of L numbers each; chosen: of
+        kernels.state.report_ref, None where tokens cannot move. Without details the last three are None."""
         if not lanes:
             return []
-        columns = np.split(self._report[lanes, refine.NUM_STATUS + 1 :], 3, 1)  # [n, L] each
+        length = self.output.token.shape[1]
+        begins = range(refine.NUM_STATUS + 1, self._report.shape[1], length)
+        columns = [self._report[lanes, begin : begin + length] for begin in begins]  # [n, L] each
         columns[2] = columns[2].view(np.float32)
-        lists = [column.tolist() for column in columns[: 3 if details else 1]]  # sync: on the host already
-        return [(*row, *[None] * (3 - len(lists))) for row in zip(*lists, strict=True)]
+        lists = [column.tolist() for column in columns[: None if details else 1]]  # sync: on the host already
+        return [(*row, *[None] * (4 - len(lists))) for row in zip(*lists, strict=True)]
 
     def replace(self, lanes: list[int], report: np.ndarray):
         """In some lanes the step did something else, which the host has decided. report: their rows of the report."""
-        self._report[lanes] = report
+        self._report[lanes, : report.shape[1]] = report
         numbers = report[:, : refine.NUM_STATUS + 1].tolist()  # sync: NumPy's
         self.rows.update(zip(lanes, numbers, strict=True))
 

@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 from ..config import MAX_TOP_LOGPROBS, DecodeParams
 from ..kernels import refine
-from ..kernels.roles import block_kinds, block_tokens
+from ..kernels.roles import SpecialIds, block_kinds, block_tokens
 from ..structured import TokenAutomaton
 from .guide import BlockGuide, gaps_of
 from .rules import row_rule
-from .trace import Event
+from .trace import Event, sources
 
 
 class Phase(Enum):
@@ -68,7 +68,7 @@ class Sequence:
     seed: int64, of its draws.
     eos_ids: resolved, a tuple of ints.
     block_length: L.
-    mask_id: what stands where nothing has been written.
+    special: SpecialIds of the model.
     trace: keep every commit and edit.
     detailed: keep the confidence and the step of every token.
     min_tokens: an EOS among so many of the first generated tokens does not end the answer; above 0 no EOS ends the
@@ -101,19 +101,19 @@ class Sequence:
 
     def __init__(
         self, prompt: list[int], params: DecodeParams, seed: int, eos_ids: tuple[int, ...], block_length: int,
-        mask_id: int, trace: bool = False, detailed: bool = False, min_tokens: int = 0, top_logprobs: int = 0,
+        special: SpecialIds, trace: bool = False, detailed: bool = False, min_tokens: int = 0, top_logprobs: int = 0,
         canvas: list[int | None] | None = None, automaton: TokenAutomaton | None = None,
     ):  # fmt: skip
         assert 0 <= top_logprobs <= MAX_TOP_LOGPROBS, "refused by name where it comes from"
         assert canvas is None or len(canvas) == params.gen_length, "an answer is as long as its canvas"
         self.prompt, self.params, self.seed, self.eos_ids = prompt, params, seed, eos_ids
-        self.block_length, self.mask_id, self.automaton = block_length, mask_id, automaton
+        self.block_length, self.special, self.automaton = block_length, special, automaton
         self._given = [*prompt, *(canvas or ())]  # by position, None in gaps
         while len(self._given) > len(prompt) and self._given[-1] is None:
             self._given.pop()
         self.min_tokens = max(min_tokens, len(self._given) - len(prompt))  # an EOS before a given token ends nothing
         self.ending_ids = () if self.min_tokens else eos_ids  # what the device is told of them
-        self.rule = row_rule(params, block_length)
+        self.rule = row_rule(params, block_length, special.edits)
         self.gen_length = params.gen_length
         self.prompt_length = len(prompt)
         self.total = self.prompt_length + params.gen_length
@@ -141,6 +141,16 @@ class Sequence:
         self.events: list[Event] | None = [] if trace else None
 
     # where things lie
+
+    @property
+    def mask_id(self) -> int:
+        """What stands where nothing has been written."""
+        return self.special.mask
+
+    @property
+    def moves(self) -> bool:
+        """Tokens are deleted and inserted, so that others of their block move."""
+        return bool(self.rule.flags & refine.LEVENSHTEIN)
 
     @property
     def block_start(self) -> int:
@@ -272,13 +282,14 @@ class Sequence:
         return self._guide
 
     def take_step(
-        self, status: list[int], block: tuple[list[int], list[int], list[float]] | None,
+        self, status: list[int], block: tuple[list[int], list[int], list[float], list[int]] | None,
         top: tuple[list[list[int]], list[list[float]]] | None = None,
     ):  # fmt: skip
         """A step has refined the active block.
 
         status: the row's columns of RefineOutput.status, and whatever is behind them.
-        block: its tokens, steps and confidences, where the step has ended it or details are kept.
+        block: its tokens, steps and confidences, where the step has ended it or details are kept, and what was chosen,
+            all as of StepResult.read.
         top: the likeliest ids at its positions and their log-probabilities, where they are kept.
         """
         flags, counters = status[refine.FLAGS], self.counters
@@ -292,10 +303,14 @@ class Sequence:
             self.fail(f"logits hold NaN or infinity at {where}")
             return
         if block is not None:
-            before, (self.tokens, self.steps, self.confidences) = self.tokens, block
-            self._record(before)
+            before, (self.tokens, self.steps, self.confidences, chosen) = self.tokens, block
+            source = range(self.block_length)
+            if self.moves and chosen is not None:
+                source = sources(chosen, self.special, self.limit - self.block_start)
+                self._record_moves(before, chosen)
+            self._record(before, source)
             if top is not None:
-                self._keep_top(*top)
+                self._keep_top(source, *top)
         self._end(flags)
         if flags & refine.FINISHED and status[refine.EOS_AT] >= 0:
             self.eos_position = self.block_start + status[refine.EOS_AT]
@@ -343,23 +358,39 @@ class Sequence:
         """The events of the active block so far."""
         return (self.events or [])[self._events_before :]
 
-    def _record(self, before):
-        """Keep what the last step has written over `before`, by rising position: commits first, then edits."""
+    def _record(self, before, source):
+        """Keep what the last step has written over `before`, by rising position: commits first, then edits. source:
+        where the positions' tokens were then."""
         if self.events is None:
             return
-        now = self.counters.denoise_forwards - 1
         written = self._written()
         for kind, masked in (("commit", True), ("edit", False)):
             for at in written:
-                if (before[at] == self.mask_id) == masked:
-                    position = self.block_start + at
-                    self.events.append(
-                        Event(now, self.block, position, kind, self.tokens[at], self.confidences[at], before[at])
-                    )
+                old = before[source[at]]
+                if (old == self.mask_id) == masked:
+                    self._add_event(at, kind, self.tokens[at], self.confidences[at], old)
 
-    def _keep_top(self, ids, logprobs):
+    def _record_moves(self, before, chosen):
+        """Keep what the last step has deleted and inserted, and what has moved for it; arguments as of `sources`."""
+        if self.events is None:
+            return
+        for kind, special in (("delete", self.special.delete), ("insert", self.special.split)):
+            for at, token in enumerate(chosen):
+                if token == special:
+                    self._add_event(at, kind, token, 0.0, before[at])
+        written = set(self._written())
+        for at, token in enumerate(self.tokens):
+            if token != before[at] and at not in written:
+                self._add_event(at, "move", token, self.confidences[at], before[at])
+
+    def _add_event(self, at, kind, token, confidence, old):
+        now = self.counters.denoise_forwards - 1
+        self.events.append(Event(now, self.block, self.block_start + at, kind, token, confidence, old))
+
+    def _keep_top(self, source, ids, logprobs):
+        self.top = [[] if at is None else self.top[at] for at in source]
         for at in self._written():
-            listed = zip(ids[at], logprobs[at], strict=True)
+            listed = zip(ids[source[at]], logprobs[source[at]], strict=True)
             self.top[at] = [(token, logprob) for token, logprob in listed if token >= 0]
 
     def _written(self):

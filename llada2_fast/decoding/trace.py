@@ -1,23 +1,33 @@
 """What was committed and edited, when, and how sure the model was.
 
-A token belongs to the last write of its position: its commit, or the edit that put it there later.
+A token belongs to the last write of its position: its commit, or the edit or the move that put it there later. Whoever
+writes the events' tokens to their positions in their order, but for deletions and insertions, has the block as it stood
+after each step.
 """
 
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ..kernels.roles import SpecialIds
+
 
 class Event(NamedTuple):
-    """One token written. position: row-local; step: the row's denoise forward, from 0; confidence: float32 softmax."""
+    """One token written, or a deletion or insertion of LLaDA2.2 and what has moved for it.
+
+    kind: "commit"; "edit"; "delete" and "insert", at the position ahead of the step, whose token is the special id;
+        "move", what stands at the position after the step comes from another one, or is a mask that was put there.
+    position: row-local; step: the row's denoise forward, from 0; confidence: float32 softmax, of a move what its token
+        was written with.
+    """
 
     step: int
     block: int
     position: int
-    kind: str  # "commit" or "edit"
+    kind: str
     token: int
     confidence: float
-    old: int  # the token replaced; the mask id for a commit
+    old: int  # the token replaced; the mask id for a commit; of an insertion the one that stays behind the new mask
 
 
 @dataclass(frozen=True)
@@ -35,8 +45,8 @@ class Trace:
         return cls(sequence.prompt_length, sequence.block_length, tuple(events))
 
     def commits(self):
-        """{position: the event that put its token there: its commit, or the last edit}."""
-        return {event.position: event for event in self.events}
+        """{position: the event that put its token there: its commit, or the last edit or move}."""
+        return {event.position: event for event in self.events if event.kind not in ("delete", "insert")}
 
     def first_commits(self):
         """{position: its commit, whatever has replaced the token since}."""
@@ -54,5 +64,21 @@ def logprob(confidence: float) -> float:
 
 
 def until(events, end):
-    """Events without the edits from position `end` on."""
+    """Events without those from position `end` on that are no commits."""
     return [event for event in events if event.kind == "commit" or event.position < end]
+
+
+def sources(chosen: list[int], special: SpecialIds, exist: int) -> list[int | None]:
+    """Where what stands at a block's positions after a step comes from: positions ahead of it, None for a mask that was
+    put there.
+
+    chosen: by position ahead of the step the candidate that was written there, -1 for none.
+    special: the model's ids; exist: how many of the positions do.
+    """
+    found: list[int | None] = []
+    for at, token in enumerate(chosen[:exist]):
+        if token == special.split:
+            found.append(None)
+        if token != special.delete:
+            found.append(at)
+    return (found + [None] * exist)[:exist] + list(range(exist, len(chosen)))
