@@ -32,7 +32,7 @@ from .outputs import Output
 from .weights import checkpoint
 from .weights.conversion import OnOurDevices
 from .weights.shapes import WHOLE, Share
-from .weights.special_tokens import save_special_ids, special_ids, special_ids_of
+from .weights.special_tokens import release_in, release_of, save_special_ids, special_ids, special_ids_of
 
 
 @dataclass(eq=False)
@@ -97,6 +97,7 @@ class LLaDA2Model(OnOurDevices):
         self.config = config
         self.block_length = config.block_size
         self.special_ids = {}  # what the folder says of mask, eos and pad, see special_tokens.py
+        self.release: str | None = None  # "2.0", "2.1" or "2.2", where the checkpoint's name says so
         self._exact, self._fp8 = True, config.fp8
         self._angle_tables = {}
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, **kw)
@@ -212,6 +213,7 @@ class LLaDA2Model(OnOurDevices):
         model.to_empty(device=device)
         checkpoint.load(folder, config, dict(model.named_parameters()), progress, plan=plan)
         model.special_ids = ids
+        model.release = release_of(folder, path)
         model.exact = exact
         return model
 
@@ -234,6 +236,7 @@ class LLaDA2Model(OnOurDevices):
         network = cls(config, params["word_embeddings.weight"].dtype, device="meta").eval()
         network.load_state_dict(params, assign=True)
         network.special_ids = special_ids_of(model, config.vocab_size)
+        network.release = release_in(getattr(model.config, "_name_or_path", None))
         return network
 
     def save_pretrained(

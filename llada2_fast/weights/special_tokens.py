@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from .hub import resolve
 NAMES = ("mask_token_id", "eos_token_id", "pad_token_id")
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 TEMPLATE = "chat_template.jinja"
+_RELEASE = re.compile(r"llada-?(2\.\d)", re.IGNORECASE)
 
 Ids = dict[str, int | tuple[int, ...]]  # of some of NAMES; eos_token_id's is a tuple
 
@@ -52,6 +54,21 @@ def special_ids_of(module: torch.nn.Module, vocab_size: int) -> Ids:
     if isinstance(eos, (int, list)):
         ids["eos_token_id"] = (eos,) if isinstance(eos, int) else tuple(eos)
     return check_ids(ids, vocab_size, type(module).__name__)
+
+
+def release_of(folder: str | os.PathLike, name: str | os.PathLike) -> str | None:
+    """Which LLaDA2 a checkpoint calls itself, "2.0", "2.1", ...; None if it does not say.
+
+    folder: its own, whose config.json may name where it comes from.
+    name: what it was asked for by, a folder or a hub id.
+    """
+    return release_in(_read(Path(folder), "config.json").get("_name_or_path")) or release_in(name) or release_in(folder)
+
+
+def release_in(name: str | os.PathLike | None) -> str | None:
+    """Which LLaDA2 the last part of a name speaks of that speaks of one."""
+    found = _RELEASE.findall(str(name))
+    return found[-1] if found else None
 
 
 def check_ids(ids: Ids, vocab_size: int, source: str | os.PathLike) -> Ids:
