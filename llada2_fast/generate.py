@@ -9,12 +9,11 @@ from .config import MAX_STATES, DecodeParams, habits
 from .decoding.decoder import BlockDecoder, decode_all, prefill_all
 from .decoding.forms import forms_of
 from .decoding.graph_runner import GraphRunner, power_of_two
-from .decoding.inputs import check_fit, resolve_ids, row_seeds, split_prompts
+from .decoding.inputs import check_fit, resolve_ids, row_seeds, special_ids, split_prompts, warn_of_editing
 from .decoding.lanes import Lanes
 from .decoding.runner import CachedForward, EagerRunner
 from .decoding.sequence import Counters, Sequence
 from .decoding.trace import Trace
-from .kernels.refine import SpecialIds
 from .structured import automaton_of
 
 
@@ -111,7 +110,8 @@ def generate(
     Returns int64 [1, n] cut after the first EOS for one prompt, [B, max n] filled with the pad id for several, or a
     GenerateOutput. Raises ValueError on bad arguments before any forward, RuntimeError on NaN logits.
     Source: generate() of the LLaDA2.0 and 2.1 model cards (profiles hf-2.0 and hf-2.1 give exactly their tokens,
-    sglang-lowconf and sglang-joint those of SGLang's LowConfidence and JointThreshold).
+    sglang-lowconf, sglang-joint and sglang-indel those of SGLang's LowConfidence, JointThreshold and
+    JointThresholdInDel).
     """
     if settle not in ("carry", "separate"):
         raise ValueError(f"settle={settle!r:.80}: expected 'carry' or 'separate'")
@@ -130,12 +130,13 @@ def generate(
     automaton = automaton_of(params, tokenizer, eos, mask, vocab_size, MAX_STATES)
     forms = forms_of(params, canvas, len(prompts), tokenizer, mask, vocab_size, automaton)
     for number, (prompt, form) in enumerate(zip(prompts, forms, strict=True)):
-        check_fit(model.config, [prompt], form.params, number)
+        check_fit(model.config, [prompt], form, number)
+    warn_of_editing(model, params)
     seeds = row_seeds(seed, generator, len(prompts), params.draws)
-    length = params.block_length or model.block_length
+    length, ids = params.block_length or model.block_length, special_ids(model.config, mask)
     sequences = [
         Sequence(
-            prompt.tolist(), form.params, one, eos, length, mask, trace, canvas=form.canvas, automaton=form.automaton
+            prompt.tolist(), form.params, one, eos, length, ids, trace, canvas=form.canvas, automaton=form.automaton
         )
         for prompt, form, one in zip(prompts, forms, seeds, strict=True)
     ]  # fmt: skip
@@ -163,7 +164,7 @@ def _eager_runner(model, sequences, use_cache):
 
 def _room(model, one, count, pages, width=0):
     """(an empty cache of so many pages, `count` lanes for sequences like `one` with tables of `width` pages)."""
-    lanes = Lanes(count, one.block_length, SpecialIds(one.mask_id), model.device, max(1, len(one.eos_ids)), width)
+    lanes = Lanes(count, one.block_length, one.special, model.device, max(1, len(one.eos_ids)), width)
     return model.new_cache(pages, one.block_length), lanes
 
 
@@ -180,7 +181,7 @@ def _kept_runner(model, sequences):
     if runner is not None and addresses == _addresses(model):
         lanes = runner.lanes
         room = *lanes.page_table.shape, runner.cache.num_pages, lanes.max_eos
-        alike = (lanes.block_length, lanes.mask_id) == (one.block_length, one.mask_id)
+        alike = (lanes.block_length, lanes.ids) == (one.block_length, one.special)
         if alike and all(there >= n for there, n in zip(room, (*asked, len(one.eos_ids)), strict=True)):
             return runner, runner.cache
     del runner  # before its successor's cache is made

@@ -37,6 +37,7 @@ from dataclasses import dataclass
 import torch
 
 from ..config import DecodeParams
+from ..decoding.inputs import EDIT_IDS
 from ..decoding.rules import batch_params, row_rule
 from ..kernels import refine
 from ..kernels.refine import BlockState, SpecialIds, refine_step
@@ -137,11 +138,11 @@ class Refinement:
         from sglang.srt.arg_groups.model_override_base import model_config_of
 
         config = model_config_of(server_args).hf_config
-        edits = [name for name in ("delete_token_id", "split_token_id") if getattr(config, name, None) is not None]
+        edits = [name for name in EDIT_IDS if getattr(config, name, None) is not None]
         if edits:
             raise ValueError(
-                f"--dllm-algorithm {NAME}: the checkpoint has {' and '.join(edits)} (LLaDA2.2), whose Levenshtein "
-                "editing is not there yet; expected JointThresholdInDel, or a checkpoint without them"
+                f"--dllm-algorithm {NAME}: the checkpoint has {' and '.join(edits)} (LLaDA2.2), but SGLang moves no "
+                "state of ours; expected JointThresholdInDel, or a checkpoint without them"
             )
 
     @classmethod

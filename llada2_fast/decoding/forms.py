@@ -60,7 +60,7 @@ def forms_of(params, canvas, count, tokenizer, mask_id, vocab_size, automaton=No
     for one in canvases(canvas, count):
         ids = None if one is None else _canvas(one, tokenizer, mask_id, vocab_size)
         if ids is not None and not params.traits.shapes:
-            raise ValueError(f"canvas: expected none under profile={params.profile!r}, which may leave masks")
+            raise ValueError(f"canvas: expected none under profile={params.profile!r}, which may leave masks or move")
         forms.append(Form(params, ids, automaton).of(params))
     return forms
 

@@ -1,6 +1,7 @@
 """What a face is given -> what a decoder takes: prompts, special ids, seeds; all checks that need the model."""
 
 import math
+import warnings
 from array import array
 from collections.abc import Sequence
 from numbers import Integral
@@ -8,8 +9,11 @@ from numbers import Integral
 import numpy as np
 import torch
 
-from ..config import PROFILES, as_float, as_float32, as_temperature
+from ..config import as_float, as_float32, as_temperature
 from ..config.habits import as_bool, as_tensor, check_vocabulary, holds_ids, token_ids
+from ..kernels.refine import MAX_POST_STEPS, SpecialIds
+
+EDIT_IDS = ("delete_token_id", "split_token_id")  # of a LLaDA2.2 checkpoint's config
 
 
 def split_prompts(inputs, attention_mask=None, name="inputs"):
@@ -116,16 +120,63 @@ def _first(*values):
     return next((value for value in values if value is not None), None)
 
 
-def check_fit(config, prompts, params, first=0):
-    """ValueError if a prompt does not fit the model: ids outside the vocabulary, too many positions, 2.2 decoding.
-    first: the number of the first prompt."""
-    edits = [name for name in ("delete_token_id", "split_token_id") if getattr(config, name) is not None]
-    if edits and not PROFILES[params.profile].levenshtein:
-        raise ValueError(
-            f"profile={params.profile!r}: the checkpoint has {' and '.join(edits)} (LLaDA2.2), whose Levenshtein "
-            "editing is not there yet; expected 'hf-2.1', which decodes it as a plain LLaDA2.1 checkpoint"
-        )
+def special_ids(config, mask_id: int) -> SpecialIds:
+    """The ids that mean something to a model's rules. config: ModelConfig, or another model's, which may lack them."""
+    edits = (getattr(config, name, None) for name in EDIT_IDS)
+    return SpecialIds(mask_id, *(-1 if token is None else token for token in edits))
+
+
+def check_fit(config, prompts, form, first=0):
+    """ValueError if an answer cannot be had of the model: ids outside the vocabulary, too many positions, editing that
+    its checkpoint was not trained for. form: of the answers; first: the number of the first prompt."""
+    params = form.params
+    _check_edits(config, form)
     check_prompts(prompts, params.gen_length, config.vocab_size, config.max_position_embeddings, first=first)
+
+
+def _check_edits(config, form):
+    """ValueError where tokens cannot be edited as the profile does it, by the checkpoint's special ids or without."""
+    params, traits = form.params, form.params.traits
+    there = {name: value for name in EDIT_IDS if (value := getattr(config, name, None)) is not None}
+    missing = [name for name in EDIT_IDS if name not in there]
+    if traits.only_levenshtein and missing:
+        raise ValueError(
+            f"profile={params.profile!r}: it deletes and inserts (LLaDA2.2), but the checkpoint's config has no "
+            f"{' and no '.join(missing)}; expected another profile"
+        )
+    if not there or traits.plain:
+        return
+    if missing:
+        raise ValueError(f"{missing[0]}=None: the checkpoint's config has {there}, expected both, or profile='hf-2.1'")
+    if params.editing_threshold is None and not traits.card:
+        return
+    if not traits.levenshtein:
+        raise ValueError(
+            f"profile={params.profile!r}: the checkpoint has {' and '.join(there)} (LLaDA2.2), but the profile neither "
+            "deletes nor inserts; expected 'default' or 'sglang-indel', 'hf-2.1', which decodes it as a LLaDA2.1 "
+            "checkpoint, or no editing_threshold"
+        )
+    if params.max_post_steps > MAX_POST_STEPS:
+        raise ValueError(
+            f"max_post_steps={params.max_post_steps}: expected at most {MAX_POST_STEPS} where tokens are deleted and "
+            "inserted (LLaDA2.2 with an editing_threshold)"
+        )
+    if form.canvas is not None or params.language is not None:
+        name = "canvas" if form.canvas is not None else params.language
+        raise ValueError(
+            f"{name}: expected none where tokens are deleted and inserted (LLaDA2.2 with an editing_threshold), since "
+            "what is given would move"
+        )
+
+
+def warn_of_editing(model, params):
+    """Warn, by name, where tokens are edited that a LLaDA2.0 model says: it was not trained for it."""
+    if params.editing_threshold is not None and model.release == "2.0":
+        warnings.warn(
+            f"editing_threshold={params.editing_threshold}: the checkpoint calls itself LLaDA2.0, which was not "
+            "trained to edit; its text gets worse. LLaDA2.1 and 2.2 edit.",
+            stacklevel=3,
+        )
 
 
 def check_prompts(prompts, gen_length, vocab_size, max_positions, name="inputs", first=0):

@@ -21,6 +21,7 @@ from ..kernels.refine import (
     WORDS,
     Allowed,
     BlockState,
+    Moves,
     RefineOutput,
     RefineParams,
     SpecialIds,
@@ -67,6 +68,7 @@ class Lanes:
         self.bounds = RowBounds(*self._bounds.unbind(), self._new((count, 2, block_length), ids.mask, torch.int64))
         self.page_table = self._new((count, pages), 0, torch.int32)
         self._allowed: Allowed | None = None  # from the first lane on that is guided
+        self._moves = Moves.fresh(count, block_length, self.device) if ids.edits else None
         self._leading = {}  # views of the first n lanes, as they are asked for
 
     def _new(self, shape, value, dtype):
@@ -194,7 +196,8 @@ class Lanes:
         count = self.count if index is None else len(index)
         state, params = self.leading(count)
         allowed = Allowed(*(part[:count] for part in self._allowed)) if guided else None
-        return refine_step(logits, state, params, self.ids, index, filters, only_needed, allowed)
+        moves = None if self._moves is None else self._moves.leading(count)
+        return refine_step(logits, state, params, self.ids, index, filters, only_needed, allowed, moves)
 
     def top_logprobs(self, logits, index, lanes: torch.Tensor, k: int):
         """The k likeliest ids at the positions of some lanes' blocks, as of kernels.top_logprobs.

@@ -22,7 +22,6 @@ from ..decoding.graph_runner import GraphRunner
 from ..decoding.lanes import Lanes
 from ..decoding.runner import CachedForward, EagerRunner
 from ..decoding.sequence import Phase
-from ..kernels.refine import SpecialIds
 from .gate import Gate, is_callers
 from .intake import Intake
 from .output_processor import draft, finish, process
@@ -80,8 +79,8 @@ class Engine:
         widest = min(pages, -(-model.config.max_position_embeddings // length))
         self.cache = model.new_cache(pages, length)
         self.intake = Intake(model, config, tokenizer, clock, pages)
-        ids, table = SpecialIds(self.intake.mask_id), widest if config.graphs else 0
-        lanes = Lanes(config.max_num_seqs, length, ids, model.device, config.max_eos_ids, table)
+        table = widest if config.graphs else 0
+        lanes = Lanes(config.max_num_seqs, length, self.intake.ids, model.device, config.max_eos_ids, table)
         if config.graphs:
             self.decoder = BlockDecoder(GraphRunner(model, self.cache, lanes, config.capture), int(config.overlap))
         else:

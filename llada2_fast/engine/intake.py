@@ -6,7 +6,15 @@ from dataclasses import replace
 
 from ..config import MAX_SAMPLES, DecodeParams, RequestOptions, as_int
 from ..decoding.forms import Form, canvases, forms_of
-from ..decoding.inputs import check_fit, resolve_ids, row_seed, row_seeds, split_prompts
+from ..decoding.inputs import (
+    check_fit,
+    resolve_ids,
+    row_seed,
+    row_seeds,
+    special_ids,
+    split_prompts,
+    warn_of_editing,
+)
 from ..decoding.rules import row_rule
 from ..decoding.sequence import Sequence
 from ..structured import TokenAutomaton, automaton_of, known_as
@@ -28,6 +36,7 @@ class Intake:
         self.model, self.config, self.tokenizer, self.clock, self.num_pages = model, config, tokenizer, clock, num_pages
         self.block_length = config.block_length or model.block_length
         self.mask_id = resolve_ids(model, DecodeParams(mask_id=config.mask_id, eos_ids=()))[0]
+        self.ids = special_ids(model.config, self.mask_id)
         self.home = object()  # what requests of this engine are known by
         self._arrivals = 0
 
@@ -54,7 +63,7 @@ class Intake:
         mask_id, eos_ids, _ = resolve_ids(self.model, params)
         form = self.form(params, options, self.language(params)) if form is None else form
         params = form.params
-        check_fit(self.model.config, [prompt], params, number)
+        check_fit(self.model.config, [prompt], form, number)
         for name, value, own in (
             ("block_length", params.block_length, self.block_length), ("mask_id", mask_id, self.mask_id),
         ):  # fmt: skip
@@ -68,10 +77,11 @@ class Intake:
                 f"profile='hf-2.0', which takes no step otherwise"
             )
         self._check_options(options)
+        warn_of_editing(self.model, params)
         traced = self.config.trace if options.trace is None else options.trace
         seed = row_seeds(params.seed, None, 1, params.draws)[0]
         sequence = Sequence(
-            prompt.tolist(), params, seed, eos_ids, self.block_length, self.mask_id, traced, detailed=True,
+            prompt.tolist(), params, seed, eos_ids, self.block_length, self.ids, traced, detailed=True,
             min_tokens=options.min_tokens, top_logprobs=options.top_logprobs, canvas=form.canvas,
             automaton=form.automaton,
         )  # fmt: skip

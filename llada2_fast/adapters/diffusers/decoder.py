@@ -6,7 +6,7 @@ from ...config import MODEL_TYPES, DecodeParams
 from ...config.checks import INT64
 from ...decoding.decoder import BlockDecoder
 from ...decoding.forms import forms_of
-from ...decoding.inputs import check_fit, check_prompts, row_seeds
+from ...decoding.inputs import check_fit, check_prompts, row_seeds, special_ids, warn_of_editing
 from ...decoding.lanes import Lanes
 from ...decoding.runner import CachedForward, EagerRunner
 from ...decoding.sequence import Sequence
@@ -45,10 +45,13 @@ def open_decoder(
     for number, (prompt, form) in enumerate(zip(prompts, forms, strict=True)):
         check_prompts([prompt], form.params.gen_length, vocab_size, positions, "`input_ids`", number)
         if own:
-            check_fit(config, [prompt], form.params, number)
+            check_fit(config, [prompt], form, number)
+    if own:
+        warn_of_editing(model, params)
     seeds = row_seeds(None, generator, len(prompts), params.draws)
+    special = special_ids(config, params.mask_id) if own else SpecialIds(params.mask_id)
     sequences = [
-        Sequence(prompt.tolist(), form.params, seed, eos, length, params.mask_id, canvas=form.canvas)
+        Sequence(prompt.tolist(), form.params, seed, eos, length, special, canvas=form.canvas)
         for prompt, form, seed in zip(prompts, forms, seeds, strict=True)
     ]
     if own:
@@ -58,5 +61,5 @@ def open_decoder(
         forward = CachedForward(model, cache)
     else:
         forward = WindowForward(model, prompt_mask, sequences) if padded else BlockCausalForward(model)
-    lanes = Lanes(len(sequences), length, SpecialIds(params.mask_id), ids.device, max(1, len(eos)))
+    lanes = Lanes(len(sequences), length, special, ids.device, max(1, len(eos)))
     return BlockDecoder(EagerRunner(forward, lanes, all_logits)), sequences
