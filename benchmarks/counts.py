@@ -126,10 +126,10 @@ class _Counted(GraphRunner):
 def around_the_graph():
     """Calls of operators by the loop that replays graphs, all but those inside a step; here a step runs as it is."""
     model = tiny()
-    row = Sequence(list(range(40)), DecodeParams(gen_length=64), 0, (252,), model.block_length, mask_id=255)
+    row = Sequence(list(range(40)), DecodeParams(gen_length=64), 0, (252,), model.block_length, special=SpecialIds(255))
     with torch.inference_mode(), torch_products(padded=False), Calls() as all_calls:
         cache = model.new_cache(row.num_blocks, row.block_length)
-        runner = _Counted(model, cache, Lanes(1, row.block_length, SpecialIds(row.mask_id), pages=row.num_blocks))
+        runner = _Counted(model, cache, Lanes(1, row.block_length, row.special, pages=row.num_blocks))
         decoder = BlockDecoder(runner)
         row.pages = cache.allocate(row.num_blocks)
         prefill_all(decoder, [row])

@@ -273,7 +273,7 @@ def scheduled(model, task):
 
     def call():
         scheduler.set_timesteps(task.steps, block_length=BLOCK)
-        row = Sequence(task.prompt[0].tolist(), params, 0, eos_ids, BLOCK, mask_id)
+        row = Sequence(task.prompt[0].tolist(), params, 0, eos_ids, BLOCK, refine.SpecialIds(mask_id))
         cache = model.new_cache(row.num_blocks, BLOCK)
         lanes = SchedulerLanes(scheduler, 1, BLOCK, refine.SpecialIds(mask_id))
         decoder = BlockDecoder(EagerRunner(CachedForward(model, cache), lanes))

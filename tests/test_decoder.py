@@ -3,9 +3,11 @@
 import copy
 import functools
 import json
+import math
 import time
+from collections import Counter
 from dataclasses import replace
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 from pathlib import Path
 
 import pytest
@@ -15,13 +17,14 @@ from llada2_fast.cache import PagedKVCache
 from llada2_fast.config import DecodeParams
 from llada2_fast.decoding import decoder as decoder_module
 from llada2_fast.decoding.decoder import BlockDecoder, decode_all, prefill_all
+from llada2_fast.decoding.inputs import special_ids
 from llada2_fast.decoding.lanes import Lanes
 from llada2_fast.decoding.runner import CachedForward, EagerRunner
 from llada2_fast.decoding.sequence import Phase, Sequence
 from llada2_fast.decoding.trace import Trace
 from llada2_fast.kernels import refine
 from llada2_fast.model import LLaDA2Model
-from tests.rounding import undecided_from
+from tests.rounding import rules_of, undecided_from
 
 GOLDEN = Path(__file__).parent / "golden"
 MASK, EOS, VOCAB = 255, 252, 256  # of the golden set "tiny"
@@ -80,18 +83,19 @@ class Made:
         row.pages = ()
 
 
-def sequence(job, length=8, mask=MASK):
+def sequence(job, length=8, ids=None):
     prompt, params, seed, eos = job
-    return Sequence(list(prompt), params, seed, eos, length, mask, trace=True)
+    return Sequence(list(prompt), params, seed, eos, length, ids or refine.SpecialIds(MASK), trace=True)
 
 
 def start(model, jobs, length=8, settle="carry", cached=True, mask=MASK, spare=0):
     """A decoder with one row per job (prompt, DecodeParams, seed, eos ids); every page is its own and none is left."""
-    rows = [sequence(job, length, mask) for job in jobs]
+    ids = special_ids(model.config, mask)
+    rows = [sequence(job, length, ids) for job in jobs]
     cache = PagedKVCache(model.config, spare + sum(r.num_blocks for r in rows), length, model.dtype, model.device)
     cache.k.fill_(float("nan"))  # what nobody wrote must not be read
     cache.v.fill_(float("nan"))
-    lanes = Lanes(len(jobs), length, refine.SpecialIds(mask), max_eos=max(1, *(len(eos) for *_, eos in jobs)))
+    lanes = Lanes(len(jobs), length, ids, max_eos=max(1, *(len(eos) for *_, eos in jobs)))
     made = Made(BlockDecoder(EagerRunner(Watched(model, cache, cached), lanes)), rows, settle, [job[3] for job in jobs])
     for row in rows:
         row.pages = cache.allocate(row.num_blocks)
@@ -109,8 +113,8 @@ def finished(*args, **kwargs):
 
 
 def golden_job(case):
-    rules = {k: v for k, v in case["params"].items() if k not in ("mask_id", "eos_id", "block_length")}
-    return case["prompt"], DecodeParams(profile="hf-" + case["version"], **rules), 0, (case["params"]["eos_id"],)
+    rules = {k: v for k, v in rules_of(case).items() if k not in ("mask_id", "eos_id", "block_length")}
+    return case["prompt"], DecodeParams(**rules), 0, (case["params"]["eos_id"],)
 
 
 def modes(name):
@@ -142,6 +146,42 @@ def test_recorded_decodings_step_by_step(name):
                 assert row.canvas[: len(case["final_canvas"])] == case["final_canvas"], what
         seen += len(cases)
     assert seen == 88
+
+
+@pytest.mark.parametrize("mode", [dict(), dict(settle="separate"), dict(cached=False)], ids=str)
+def test_recorded_decodings_of_2_2_step_by_step(mode):
+    """Deletions and insertions as SGLang's JointThresholdInDel decides them, 32 rows at once; it spends one forward
+    more on a block that its last step has changed. The events alone give the blocks that are fed, too."""
+    cases = recorded("block22")
+    made = finished(load("block22"), [golden_job(case) for case in cases], 8, mask=155, **mode)
+    kinds = Counter()
+    for lane, (row, case) in enumerate(zip(made.rows, cases, strict=True)):
+        fed, theirs = made.forward.fed[lane], case["trace"]
+        if row.answer() != case["output"]:
+            assert undecided_from(load("block22"), case) < math.inf, case["label"]
+            continue
+        assert row.canvas[: len(case["final_canvas"])] == case["final_canvas"], case["label"]
+        assert row.counters.denoise_forwards == len(fed)
+        replayed, forward = list(prompt_and_masks(row)), 0
+        for block, group in groupby(fed, key=lambda step: step[0]):
+            own, wanted = list(group), [step for step in theirs if step[0] == block]
+            assert own == wanted[: len(own)], case["label"]
+            assert len(wanted) - len(own) in (0, 1)
+            for _, tokens in own:
+                assert replayed[block - 8 : block] == tokens
+                for event in row.events:
+                    if event.step == forward and event.kind not in ("delete", "insert"):
+                        assert event.old == replayed[event.position] or event.kind != "move"
+                        replayed[event.position] = event.token
+                forward += 1
+            if len(wanted) > len(own):
+                assert wanted[-1][1] == row.ids[block - 8 : block]
+        kinds.update(event.kind for event in row.events)
+    assert min(kinds[kind] for kind in ("commit", "edit", "delete", "insert", "move")) > 5
+
+
+def prompt_and_masks(row):
+    return [*row.prompt, *[row.mask_id] * (row.num_blocks * row.block_length - len(row.prompt))]
 
 
 def job(n=13, gen_length=21, seed=0, eos=(), fill=0, **rules):

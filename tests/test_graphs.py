@@ -65,7 +65,7 @@ def decoder_of(model, lengths, params, overlap=None, capture=False, trace=False,
     rows = []
     for n in lengths:
         prompt = torch.randint(0, 250, (n,), generator=torch.Generator().manual_seed(n)).tolist()
-        rows.append(Sequence(prompt, params, n, (252,), 8, 255, trace, top_logprobs=top))
+        rows.append(Sequence(prompt, params, n, (252,), 8, SpecialIds(255), trace, top_logprobs=top))
     cache = PagedKVCache(model.config, sum(row.num_blocks for row in rows), 8, model.dtype, model.device)
     lanes = Lanes(len(rows) + free, 8, SpecialIds(255), model.device, pages=max(row.num_blocks for row in rows))
     if overlap is None:

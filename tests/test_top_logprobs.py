@@ -10,6 +10,7 @@ from benchmarks.counts import Calls
 from llada2_fast.decoding.decoder import decode_all, prefill_all
 from llada2_fast.decoding.graph_runner import StepGraph
 from llada2_fast.decoding.sequence import MAX_TOP_LOGPROBS, Phase, Sequence
+from llada2_fast.kernels.refine import SpecialIds
 from llada2_fast.model import LLaDA2Model
 from tests.test_fake_cuda import fake_cuda, move
 from tests.test_graphs import LENGTHS, PARAMS, decode, decoder_of, facts
@@ -215,7 +216,7 @@ def test_captured_graphs_list_what_the_cpu_does(golden, model, params, overlap):
 
 def test_an_error_keeps_what_was_there(model):
     """A step whose logits are an error writes nothing."""
-    row = Sequence([1, 2], decode(model, [3], {})[0].params, 0, (252,), 8, 255, top_logprobs=2)
+    row = Sequence([1, 2], decode(model, [3], {})[0].params, 0, (252,), 8, SpecialIds(255), top_logprobs=2)
     row.begin()
     row.take_step([4, 6, 0, 0, -1, 1, 0, 6], ([255] * 8, [0] * 8, [0.0] * 8), ([[-1, -1]] * 8, [[math.nan] * 2] * 8))
     assert row.error and not any(row.top) and row.token_top == []
