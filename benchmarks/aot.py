@@ -192,7 +192,7 @@ def _moe(model, tokens, dtype=BF16, gate=None, **changes):
     config = replace(MODELS[model], **changes)
     layer = MoE(config, dtype=dtype, device="meta")
     layer.router.to(gate)
-    block = config.expert_capacity and TokenBlocks(None, _int64(tokens // 32))
+    block = config.expert_capacity and TokenBlocks(None, _int64(tokens // 32), _meta(tokens, dtype=torch.bool))
     x = _meta(tokens, config.hidden_size, dtype=dtype)
     delta, _ = layer(quantized(x) if config.fp8 else x, block, _int64(tokens))
     RMSNorm(config.hidden_size, 1e-6, config.fp8, dtype=dtype, device="meta").add(x, delta)

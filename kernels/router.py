@@ -2,7 +2,7 @@
 
 s = sigmoid(h32 W32^T);  c = s + bias                        h [T, H], W [E, H] -> [T, E] float32
 2.0/2.1: group score = sum of the two largest c of a group; keep the topk_group best groups; top-k of the rest by c
-2.2:     per block, admit the `capacity` experts with the largest max_t c; top-k of those by c
+2.2:     per block, admit the `capacity` experts with the largest max_t c, padding left out; top-k of those by c
 w = s[ids] (without bias), normalised over the K if K > 1, times `scale`;  ties: the lower expert id
 
 On a GPU also, for grouped products, the pairs p = t * K + k sorted by expert and token, cut into tiles of pairs of one
@@ -35,10 +35,14 @@ _LOWEST = tl.constexpr(-(2**63))
 
 
 class TokenBlocks(NamedTuple):
-    """How T packed tokens make blocks: each token's block, and each block's first token."""
+    """How T packed tokens make blocks: each token's block, and each block's first token.
+
+    Padding has no say in which experts its block is admitted to, and chooses among these.
+    """
 
     ids: torch.Tensor  # [T] int64, ascending
     starts: torch.Tensor  # [blocks] int64
+    real: torch.Tensor | None = None  # [T] bool: False for padding; None where there is none
 
 
 class Routing(NamedTuple):
@@ -52,18 +56,18 @@ class Routing(NamedTuple):
     tile_m: int = 0  # pairs per tile
 
 
-def token_blocks(rows, size, length, device=None):
+def token_blocks(rows, size, length, device=None, real=None):
     """TokenBlocks of `rows` packed rows of `size` tokens in blocks of `length`, the last of a row maybe shorter."""
     blocks = -(-size // length)
     row = torch.arange(rows, device=device)[:, None]
     ids = row * blocks + torch.arange(size, device=device) // length
-    return TokenBlocks(ids.flatten(), (row * size + torch.arange(0, size, length, device=device)).flatten())
+    return TokenBlocks(ids.flatten(), (row * size + torch.arange(0, size, length, device=device)).flatten(), real)
 
 
-def route_ref(h, weight, bias, top_k, n_group, topk_group, scale, capacity=None, block=None):
+def route_ref(h, weight, bias, top_k, n_group, topk_group, scale, capacity=None, block=None, real=None):
     """h [T, H]; weight [E, H]; bias [E] float32 -> ids [T, K] int64, weights [T, K] float32.
 
-    capacity selects block routing; block int64 [T] is then each token's block, 0 .. max.
+    capacity selects block routing; block int64 [T] is then each token's block, 0 .. max, and real as of TokenBlocks.
     """
     if h.shape[0] == 0:
         return h.new_empty(0, top_k, dtype=torch.int64), h.new_empty(0, top_k, dtype=torch.float32)
@@ -72,7 +76,8 @@ def route_ref(h, weight, bias, top_k, n_group, topk_group, scale, capacity=None,
     choice = score + bias
     if capacity is not None:
         best = choice.new_full((int(block[-1]) + 1, choice.shape[1]), float("-inf"))  # sync: CPU reference
-        best.scatter_reduce_(0, block[:, None].expand_as(choice), choice, "amax")
+        heard = choice if real is None else choice.masked_fill(~real[:, None], float("-inf"))
+        best.scatter_reduce_(0, block[:, None].expand_as(choice), heard, "amax")
         admitted = _keep_best(best, capacity)[block]
         choice = choice.masked_fill(~admitted, float("-inf"))
     elif topk_group < n_group:
@@ -273,15 +278,16 @@ def _sort_pairs(IDS, ORDER, TILES, NUM_TILES, pairs, C: tl.constexpr, TILE_P: tl
 
 @triton.jit(do_not_specialize=["T", "groups"])
 def _select_kernel(
-    LOGITS, BIAS, STARTS, SLOT, IDS, WEIGHTS, COUNTS, DONE, ORDER, TILES, NUM_TILES, T, groups, scale,
+    LOGITS, BIAS, STARTS, REAL, SLOT, IDS, WEIGHTS, COUNTS, DONE, ORDER, TILES, NUM_TILES, T, groups, scale,
     E: tl.constexpr, K: tl.constexpr, G: tl.constexpr, KEEP: tl.constexpr, CAPACITY: tl.constexpr,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, TILE_K: tl.constexpr, PARTS: tl.constexpr,
     TOKENS: tl.constexpr, TILE_P: tl.constexpr, TILE_M: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (groups,) of tokens: blocks if there are STARTS, else TOKENS each. CAPACITY 0: no block routing.
 
-    Ids, -1 for tokens whose SLOT is negative, and weights; with COUNTS, how many tokens of the group chose each column;
-    without, whoever arrives last, as DONE says, which was 0, sorts the pairs of all, TILE_P at most.
+    REAL: as of TokenBlocks. Ids, -1 for tokens whose SLOT is negative, and weights; with COUNTS, how many tokens of the
+    group chose each column; without, whoever arrives last, as DONE says, which was 0, sorts the pairs of all, TILE_P at
+    most.
     """
     inputs_ready(EARLY)
     C: tl.constexpr = GROUPS * WIDTH
@@ -290,10 +296,13 @@ def _select_kernel(
     bias = tl.load(BIAS + e, mask=e < E, other=0.0).to(tl.float32)
     begin, end = _range(STARTS, T, groups, TOKENS)
     if CAPACITY > 0:
-        race = tl.full((C,), _LOWEST, tl.int64)
+        # where nobody is real all experts are tied, so that a block never has more than its capacity
+        race = tl.where(e < E, _key(tl.full((C,), float("-inf"), tl.float32), column, C), _LOWEST)
         for first in range(begin, end, TOKENS):
-            own = _choice_keys(LOGITS, bias, first + tl.arange(0, TOKENS), end, column, e, T, E, PARTS, C)
-            race = tl.maximum(race, tl.max(own, 0))
+            t = first + tl.arange(0, TOKENS)
+            if REAL is not None:
+                t = tl.where(tl.load(REAL + t, mask=t < end, other=0) != 0, t, end)
+            race = tl.maximum(race, tl.max(_choice_keys(LOGITS, bias, t, end, column, e, T, E, PARTS, C), 0))
         admitted = (_rank(race, C) < CAPACITY)[None, :]
     counts = tl.zeros((C,), tl.int32)
     for first in range(begin, end, TOKENS):
@@ -377,8 +386,8 @@ def route(
     if use_triton(h):
         tile_m = tile_m or gemm.tiles(h.device, h.shape[1], h.shape[0], quantization)["tile_m"]
         return launch(h, weight, bias, top_k, n_group, topk_group, scale, capacity, block, tile_m, slot)
-    ids = None if block is None else block.ids
-    return Routing(*route_ref(h, weight, bias, top_k, n_group, topk_group, scale, capacity, ids))
+    ids, real = (None, None) if block is None else (block.ids, block.real)
+    return Routing(*route_ref(h, weight, bias, top_k, n_group, topk_group, scale, capacity, ids, real))
 
 
 def launch(h, weight, bias, top_k, n_group, topk_group, scale, capacity, block, tile_m, slot):
@@ -406,7 +415,7 @@ def launch(h, weight, bias, top_k, n_group, topk_group, scale, capacity, block, 
     at_once = tokens <= AT_ONCE
     done = new(1, dtype=torch.int32) if at_once else None
     logits = _scores(h, weight, done)
-    starts = None if capacity is None else block.starts
+    starts, real = (None, None) if capacity is None else (block.starts, block.real)
     own = TOKENS["block" if starts is not None else "few" if tokens <= FEW else "many"]
     groups = triton.cdiv(tokens, own) if starts is None else len(starts)
     tile = {
@@ -417,7 +426,7 @@ def launch(h, weight, bias, top_k, n_group, topk_group, scale, capacity, block, 
     counts = None if at_once else new(groups, tile["GROUPS"] * tile["WIDTH"], dtype=torch.int32)
     run_kernel(
         _select_kernel, (groups,),
-        logits, bias, starts, slot, out.ids, out.weights, counts, done, out.order, out.tiles, out.num_tiles,
+        logits, bias, starts, real, slot, out.ids, out.weights, counts, done, out.order, out.tiles, out.num_tiles,
         tokens, groups, scale,
         KEEP=topk_group, CAPACITY=capacity or 0, PARTS=len(logits),
         TILE_P=triton.next_power_of_2(pairs) if at_once else 0, **tile,

@@ -74,6 +74,16 @@ def _whole(tensor):
     return tensor if tensor._base is None else tensor._base
 
 
+def _exist(positions, blocks, length):
+    """bool [T]: which of the positions [T] of blocks, a list of Span or a BlockBatch, are positions of their rows."""
+    if isinstance(blocks, BlockBatch):
+        limit = blocks.limit[blocks.block_row.long()]  # of the last row where it is -1: nobody reads such a block
+    else:
+        limits = [span.limit for span in blocks for _ in range(span.num_blocks)]
+        limit = torch.tensor(limits, dtype=torch.int64, device=positions.device)
+    return (positions.view(-1, length) < limit[:, None]).flatten()
+
+
 def _longest(spans, length):
     """Positions that the rows of the spans, a list of Span or a BlockBatch, have at most."""
     if isinstance(spans, BlockBatch):
@@ -283,10 +293,6 @@ class LLaDA2Model(OnOurDevices):
             self._angle_tables[key] = self._angles(torch.arange(size, device=self.device))
         return self._angle_tables[key]
 
-    def _token_blocks(self, rows, size, length):
-        """TokenBlocks of packed rows, if experts are chosen per block."""
-        return None if self.config.expert_capacity is None else token_blocks(rows, size, length, self.device)
-
     @isolated
     def forward(
         self,
@@ -305,7 +311,8 @@ class LLaDA2Model(OnOurDevices):
         position_ids: [B or 1, S], None = 0..S-1; of angles only, masks use sequence indices.
         block_length: positions of a block, None = the network's.
         attention_mask: None = block-causal; [B, S] padding (1 = real), AND-ed with block-causal; [B, 1 or heads, S, S],
-            taken as given: bool, or numbers 0 and 1 (1 = attend), or additive floats, none of them above 0.
+            taken as given: bool, or numbers 0 and 1 (1 = attend), or additive floats, none of them above 0. Where
+            experts are chosen per block, only [B, S] says which positions are padding and have no say in that.
         output_hidden_states: return those of all layers.
         output_router_indices: return each token's experts.
         return_dict: False returns the values of ModelOutput as a tuple, logits first.
@@ -332,7 +339,11 @@ class LLaDA2Model(OnOurDevices):
             attention_mask, (batch, size), block_length, self.layers[0].attention.heads, self.dtype, self.device
         )
         angles = Angles(*self._angles(position_ids.expand(batch, size).flatten()))
-        block = self._token_blocks(batch, size, block_length)
+        block = None
+        if self.config.expert_capacity is not None:
+            padded = attention_mask is not None and attention_mask.ndim == 2
+            real = habits.as_bool(attention_mask).flatten() if padded else None
+            block = token_blocks(batch, size, block_length, self.device, real)
 
         def attend(q, k, v):
             return masked_attention(*(t.unflatten(0, (batch, size)) for t in (q, k, v)), mask).flatten(0, 1)
@@ -382,7 +393,9 @@ class LLaDA2Model(OnOurDevices):
         length = cache.block_length
         x, delta = self.word_embeddings(tokens), None
         blocks, slot = place_blocks(spans, length, x) if slots is None else (spans, slots)
-        block = self._token_blocks(1, tokens.shape[0], length)
+        block = None
+        if self.config.expert_capacity is not None:
+            block = token_blocks(1, tokens.shape[0], length, x.device, _exist(positions, blocks, length))
         angles = look_up(*self._angle_table(_longest(spans, length)), positions)
         *layers, last = zip(self.layers, cache.k, cache.v, strict=True)
         for layer, k, v in layers if read is not None else [*layers, last]:
@@ -398,7 +411,7 @@ class LLaDA2Model(OnOurDevices):
             within, after = read.rows, slice(None)
         else:  # experts are chosen for whole blocks
             within, after = slice(None), read.rows
-            block = self._token_blocks(1, len(own), length)
+            block = token_blocks(1, len(own), length, x.device, block.real[own])
         attend = partial(_attend, k, v, blocks, own=own, rows=within)
         x, delta, _ = layer(x, delta, angles, attend, block, (k, v, slot), own[within])
         return self.norm.add(x, delta)[1][after]

@@ -187,7 +187,7 @@ def test_a_block_s_pages_hold_its_last_forward():
     assert (stale - wanted).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("name", ["tiny", "flat"])
+@pytest.mark.parametrize("name", ["tiny", "flat", "block22"])
 def test_positions_beyond_the_limit_do_not_exist(name):
     """A row of 13 in blocks of 8: the last three positions of its second page change nothing."""
     model, length = load(name), 8

@@ -163,7 +163,7 @@ def test_a_four_dimensional_mask_is_taken_as_given():
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32], ids=str)
-@pytest.mark.parametrize("name", ["tiny", "flat", "moe256"])
+@pytest.mark.parametrize("name", ["tiny", "flat", "moe256", "block22"])
 def test_right_padding_equals_the_row_alone(name, dtype):
     model, ids = load(name), ids_of(name)
     mask = torch.ones(2, 32)

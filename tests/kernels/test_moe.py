@@ -70,7 +70,7 @@ def listed(ids, experts, tile_m):
 
 
 def check_route(got, tensors, rule, blocks):
-    ids, weights = router.route_ref(*tensors, **rule, block=blocks and blocks.ids)
+    ids, weights = router.route_ref(*tensors, **rule, block=blocks and blocks.ids, real=blocks and blocks.real)
     assert torch.equal(got.ids, ids) and got.ids.dtype == torch.int64
     torch.testing.assert_close(got.weights, weights, atol=1e-6, rtol=1e-5)
     order, tiles = listed(ids, len(tensors[1]), got.tile_m)
@@ -160,6 +160,24 @@ def test_ragged_blocks_of_several_rows():
     assert blocks.starts.tolist() == [0, 8, 13, 21, 26, 34]
     assert blocks.ids.tolist() == sum(([2 * r] * 8 + [2 * r + 1] * 5 for r in range(3)), [])
     check_route(run(router.route, *tensors, **rule, block=blocks), tensors, rule, blocks)
+
+
+@pytest.mark.parametrize("at_once", [router.AT_ONCE, 0])
+@pytest.mark.parametrize("name", [name for name, rule in ROUTES.items() if "length" in rule])
+def test_padding_has_no_say_in_what_its_block_is_admitted_to(name, at_once, monkeypatch):
+    """The others get what they get without it, wherever it stands; a block of padding alone gets no more experts."""
+    monkeypatch.setattr(router, "AT_ONCE", at_once)
+    tensors, rule, blocks = route_inputs(ROUTES[name], 100)
+    length = ROUTES[name]["length"]
+    real = torch.rand(100, generator=torch.Generator().manual_seed(2)) < 0.5
+    real[length : 2 * length] = False
+    tensors[0][~real] *= 50.0  # would win every race
+    blocks = blocks._replace(real=real)
+    got = run(router.route, *tensors, **rule, block=blocks)
+    check_route(got, tensors, rule, blocks)
+    alone = router.route_ref(tensors[0][real], *tensors[1:], **rule, block=blocks.ids[real])
+    assert torch.equal(got.ids[real], alone[0])
+    assert all(len(got.ids[blocks.ids == block].unique()) <= rule["capacity"] for block in blocks.ids.unique())
 
 
 def test_all_tokens_to_the_same_experts():
