@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import triton
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
@@ -153,6 +155,87 @@ def test_ties_go_to_the_lower_expert_and_group(name, tokens):
     check_route(run(router.route, *tensors, **rule, block=blocks), tensors, rule, blocks)
 
 
+def exact_inputs(choices, bias, top_k, capacity, length):
+    """h, weight, bias, the rule and blocks such that a token's c is exactly 0, 1/2 or 1 plus bias, rounded once.
+
+    choices: [T, E] of -1, 0, 1.
+    """
+    h, weight = torch.eye(len(choices)), 200.0 * choices.T.contiguous()  # sigmoid(+-200) is 1 or 0 in float32
+    rule = {"top_k": top_k, "n_group": 1, "topk_group": 1, "scale": 1.0, "capacity": capacity}
+    return (h, weight, bias), rule, router.token_blocks(1, len(choices), length)
+
+
+def chosen(c, top_k, capacity):
+    """A block's experts by exact comparisons of its c [n, E], ties to the lower id: its pool, and each token's ids."""
+    c = c.tolist()
+    best = [max(of_expert) for of_expert in zip(*c, strict=True)]
+    pool = sorted(range(len(best)), key=lambda e: -best[e])[:capacity]
+    return pool, [sorted(sorted(pool), key=lambda e: -own[e])[:top_k] for own in c]
+
+
+@st.composite
+def near_ties(draw):
+    """choices, bias, top_k, capacity and length; c are apart by some ulp, by 1e-7 or not at all."""
+    experts, tokens, length = draw(st.integers(2, 19)), draw(st.integers(1, 12)), draw(st.sampled_from([1, 3, 8]))
+    capacity = draw(st.integers(1, experts))
+    steps = st.lists(st.integers(-2, 2), min_size=experts, max_size=experts)
+    base = torch.tensor(draw(st.sampled_from([0.0, 0.3, -0.3, 1.0]))).expand(experts).contiguous()
+    if draw(st.booleans()):
+        bias = base + 1e-7 * torch.tensor(draw(steps))
+    else:
+        bias = (base.view(torch.int32) + torch.tensor(draw(steps), dtype=torch.int32).abs()).view(torch.float32)
+    row = st.lists(st.sampled_from([-1.0, 0.0, 1.0]), min_size=experts, max_size=experts)
+    choices = torch.tensor(draw(st.lists(row, min_size=tokens, max_size=tokens)))
+    return choices, bias, draw(st.integers(1, capacity)), capacity, length
+
+
+@given(near_ties(), st.booleans())
+@settings(max_examples=60)
+def test_ties_and_near_ties_of_blocks_are_decided_exactly(case, at_once):
+    """In both stages. torch.topk promises no order of equal values: which they are it must say alike."""
+    choices, bias, top_k, capacity, length = case
+    tensors, rule, blocks = exact_inputs(*case)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(router, "AT_ONCE", router.AT_ONCE if at_once else 0)
+        got = run(router.route, *tensors, **rule, block=blocks)
+    check_route(got, tensors, rule, blocks)
+    for c, ids in zip(((choices + 1) / 2 + bias).split(length), got.ids.split(length), strict=True):
+        pool, wanted = chosen(c, top_k, capacity)
+        assert ids.tolist() == wanted
+        best = c.amax(0)
+        assert torch.equal(best.topk(capacity).values, best[pool])
+        values = torch.full_like(c, float("-inf")).index_copy_(1, torch.tensor(pool), c[:, pool]).topk(top_k).values
+        assert torch.equal(values, c.gather(1, ids))
+
+
+def nudged(c, top_k, capacity):
+    """chosen() as SGLang's block routing had it at first (sgl-project/sglang#31768): scores lowered by 3e-7 for each
+    expert id, and -10000 for those that are not admitted. 0.5.23 compares the scores themselves, see
+    tests/hosts/test_sglang.py."""
+    c = c - 3e-7 * torch.arange(c.shape[1])
+    pool = c.amax(0).sort(descending=True, stable=True).indices[:capacity]
+    admitted = torch.full_like(c, -10000.0).index_copy_(1, pool, c[:, pool])
+    return pool.tolist(), admitted.sort(descending=True, stable=True).indices[:, :top_k].tolist()
+
+
+@pytest.mark.parametrize(
+    "bias, capacity, ours, sglang",
+    [  # of experts 0 .. 7; one of top_k
+        ([0, 1, 1, 1, 1, 1, 1, 1], 8, 1, 1),  # equal: both take the lower id
+        ([0, 1, 0, 0, 0, 0, 1 + 1e-6, 0], 8, 6, 1),  # better, but by less than 5 * 3e-7: another expert of the token
+        ([0, 1, 0, 0, 0, 0, 1 + 1e-6, 0], 1, 6, 1),  # and another one admitted
+        ([0, 1, 0, 0, 0, 0, 1 + 3e-6, 0], 1, 6, 6),
+    ],
+)
+def test_what_lowering_scores_by_expert_would_choose(bias, capacity, ours, sglang):
+    case = torch.full((2, 8), -1.0), torch.tensor(bias, dtype=torch.float32), 1, capacity, 8
+    tensors, rule, blocks = exact_inputs(*case)
+    by_kernel = run(router.route, *tensors, **rule, block=blocks)
+    by_reference = router.route(*tensors, **rule, block=blocks)
+    assert by_kernel.ids.tolist() == by_reference.ids.tolist() == [[ours], [ours]]
+    assert nudged(tensors[2].expand(2, 8), 1, capacity)[1] == [[sglang], [sglang]]
+
+
 def test_ragged_blocks_of_several_rows():
     """Three rows of 13 tokens in blocks of 8: blocks of 8 and 5 tokens, none across rows."""
     tensors, rule, _ = route_inputs(ROUTES["block"], 39)
@@ -178,6 +261,17 @@ def test_padding_has_no_say_in_what_its_block_is_admitted_to(name, at_once, monk
     alone = router.route_ref(tensors[0][real], *tensors[1:], **rule, block=blocks.ids[real])
     assert torch.equal(got.ids[real], alone[0])
     assert all(len(got.ids[blocks.ids == block].unique()) <= rule["capacity"] for block in blocks.ids.unique())
+
+
+@pytest.mark.parametrize("name", [name for name, rule in ROUTES.items() if "length" in rule])
+@pytest.mark.parametrize("tokens", [1, 8, 40, 41, 129])
+def test_tiles_are_of_the_experts_that_blocks_are_admitted_to(name, tokens):
+    """Of at most `capacity` experts for one block, of the union of what blocks chose for several."""
+    tensors, rule, blocks = route_inputs(ROUTES[name], tokens)
+    got = run(router.route, *tensors, **rule, block=blocks)
+    each = [set(got.ids[blocks.ids == block].flatten().tolist()) for block in range(len(blocks.starts))]
+    assert max(map(len, each)) <= rule["capacity"]
+    assert set(got.tiles[: got.num_tiles, 0].tolist()) == set.union(*each)
 
 
 def test_all_tokens_to_the_same_experts():
