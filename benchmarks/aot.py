@@ -42,7 +42,7 @@ from llada2_fast.kernels.gemm import Wanted
 from llada2_fast.kernels.router import TokenBlocks
 from llada2_fast.layers import MLP, Linear, MoE, RMSNorm
 
-from .roofline import MODELS
+from .roofline import CAPACITY, MODELS
 
 VOCAB, IDS = 157184, refine.SpecialIds(156895)  # LLaDA2.0 and 2.1
 EDIT_IDS = refine.SpecialIds(156895, 156930, 156931)  # LLaDA2.2
@@ -263,7 +263,7 @@ SCENARIOS = {
     **{f"add_rms_norm fp8 H={size}": partial(_norm, BF16, size, add=True, fp8=True) for size in (2048, 4096)},
     **{f"add_rms_norm fp32 H={size}": partial(_norm, FP32, size, add=True) for size in (2048, 64)},
     **{f"moe {model} bf16 T={t}": partial(_moe, model, t) for model in MODELS for t in (32, 64, 128, 512, 4096)},
-    **{f"moe flash 2.2 T={t}": partial(_moe, "flash", t, expert_capacity=48) for t in (32, 256)},
+    **{f"moe flash 2.2 T={t}": partial(_moe, "flash", t, expert_capacity=CAPACITY) for t in (32, 256)},
     "moe mini bf16 fp32 gate": partial(_moe, "mini", 32, gate=FP32),
     "moe mini fp32 nothing shared": partial(_moe, "mini", 32, FP32, num_shared_experts=0),
     **{f"moe mini fp8 T={t}": partial(_moe, "mini", t, quantization="fp8") for t in (32, 512, 4096)},

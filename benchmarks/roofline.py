@@ -5,13 +5,15 @@
 
 One step forwards one block of every row over its cached prefix and refines it. Every weight that is touched is read
 once, keys and values of the prefix once, activations and logits stay on chip. Experts: T tokens that choose K of E
-independently touch E (1 - (1 - K/E)^T) of them; real routing inside a block is correlated and touches fewer. fp8 stores
-all weights but the router in one byte (scales not counted); int4 those of experts in half a byte with scales of 16 bits
-per 128; operations are priced at the bf16 rate.
+independently touch E (1 - (1 - K/E)^T) of them; real routing inside a block is correlated and touches fewer. Where a
+block is admitted to C of them (LLaDA2.2), it touches no more, and blocks are admitted independently. fp8 stores all
+weights but the router in one byte (scales not counted); int4 those of experts in half a byte with scales of 16 bits per
+128; operations are priced at the bf16 rate.
 """
 
 import argparse
 import re
+from dataclasses import replace
 from itertools import product
 from typing import NamedTuple
 
@@ -46,6 +48,7 @@ MODELS = {
     ),
 }  # fmt: skip
 MINI = MODELS["mini"]
+CAPACITY = 48  # experts that a block of LLaDA2.2-flash is admitted to
 
 
 class Cost(NamedTuple):
@@ -60,10 +63,11 @@ def gpu_of(name):
     return next((gpu for gpu, known in _NAMES.items() if re.fullmatch(known, name)), None)
 
 
-def touched_experts(config, tokens):
-    """Expected number of distinct experts of one layer for `tokens` tokens."""
-    miss = 1 - config.num_experts_per_tok / config.num_experts
-    return config.num_experts * (1 - miss**tokens)
+def touched_experts(config, tokens, block=BLOCK):
+    """Expected number of distinct experts of one layer for `tokens` tokens in blocks of `block`."""
+    capacity = config.expert_capacity or config.num_experts
+    by_block = capacity * (1 - (1 - config.num_experts_per_tok / capacity) ** block)
+    return config.num_experts * (1 - (1 - by_block / config.num_experts) ** (tokens / block))
 
 
 def expert_bytes(quantization):
@@ -94,7 +98,7 @@ def step_costs(config, batch, prefix, quantization=None, block=BLOCK, carried=0)
         ),
         "router": matmul(hidden * c.num_experts, tokens, moe_layers, 2),
         "routed experts": Cost(
-            touched_experts(c, tokens) * expert * of_experts * moe_layers,
+            touched_experts(c, tokens, block) * expert * of_experts * moe_layers,
             2.0 * expert * c.num_experts_per_tok * tokens * moe_layers,
         ),
         "shared expert": matmul(expert * c.num_shared_experts, tokens, moe_layers, of_experts),
@@ -128,7 +132,8 @@ def main(argv=None):
     if bandwidth <= 0 or tflops <= 0:
         parser.error("--bandwidth and --tflops must be above 0")
     print(f"{args.gpu}: {bandwidth} TB/s, {tflops} TFLOP/s; one step of blocks of {BLOCK}")
-    for (name, config), quantization, prefix in product(MODELS.items(), (None, "fp8", "int4"), (1024, 32768)):
+    models = {**MODELS, "flash 2.2": replace(MODELS["flash"], expert_capacity=CAPACITY)}
+    for (name, config), quantization, prefix in product(models.items(), (None, "fp8", "int4"), (1024, 32768)):
         for batch in (1, 8, 32, 128):
             costs = step_costs(config, batch, prefix, quantization)
             floor = floor_ms(costs, bandwidth, tflops)

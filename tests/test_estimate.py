@@ -1,5 +1,7 @@
 """What a step launches, priced: the counts behind it, and how far the prices are from what was measured."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from benchmarks import estimate, harness, launches
 from benchmarks.estimate import CARDS, UNKNOWN, Rate, Work
 from benchmarks.lines import lines_of
-from benchmarks.roofline import MINI, step_costs
+from benchmarks.roofline import BLOCK, CAPACITY, GPUS, MINI, MODELS, floor_ms, step_costs, touched_experts
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +31,26 @@ def test_a_step_reads_the_weights_that_the_floor_counts(quantization):
     assert costs["LM head"].bytes < head.bytes < 1.04 * costs["LM head"].bytes
     assert found["_qk_norm_rope_kernel"].launches == MINI.num_hidden_layers
     assert found["aten::embedding"].bytes == 2 * 64 * MINI.hidden_size * 2  # of a block and a place
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("capacity", [None, 48])
+def test_experts_that_blocks_touch(capacity, blocks):
+    """Against blocks that are admitted to experts, and tokens that choose among these, at random."""
+    config, generator = replace(MODELS["flash"], expert_capacity=capacity), torch.Generator().manual_seed(0)
+    race = torch.rand(200, blocks, 1, 256, generator=generator)
+    outside = race < race.topk(capacity or 256).values[..., -1:]
+    choice = torch.rand(200, blocks, BLOCK, 256, generator=generator).masked_fill(outside, -1.0)
+    ids = choice.topk(8).indices.flatten(1)
+    touched = torch.zeros(200, 256).scatter_(1, ids, 1.0).sum(1).mean().item()
+    assert touched_experts(config, blocks * BLOCK) == pytest.approx(touched, rel=0.02)
+
+
+def test_a_step_of_2_2_reads_the_experts_of_its_capacity():
+    """A block behind 1024 tokens on an H200."""
+    costs = step_costs(replace(MODELS["flash"], expert_capacity=CAPACITY), 1, 1024)
+    assert sum(cost.bytes for cost in costs.values()) == pytest.approx(42.2e9, rel=0.002)
+    assert floor_ms(costs, *GPUS["h200"]) == pytest.approx(9.82, rel=0.002)
 
 
 def test_what_is_left_of_pytorchs_operators_beside_products():

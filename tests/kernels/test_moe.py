@@ -209,17 +209,17 @@ def test_ties_and_near_ties_of_blocks_are_decided_exactly(case, at_once):
 
 
 def nudged(c, top_k, capacity):
-    """chosen() as SGLang's block routing had it at first (sgl-project/sglang#31768): scores lowered by 3e-7 for each
-    expert id, and -10000 for those that are not admitted. 0.5.23 compares the scores themselves, see
-    tests/hosts/test_sglang.py."""
+    """Each token's ids as SGLang's block routing chose them at first (sgl-project/sglang#31768): by scores lowered by
+    3e-7 times the expert's id, -10000 for who is not admitted. SGLang 0.5.23 compares the scores themselves, see
+    tests/hosts/test_sglang_routing.py."""
     c = c - 3e-7 * torch.arange(c.shape[1])
     pool = c.amax(0).sort(descending=True, stable=True).indices[:capacity]
     admitted = torch.full_like(c, -10000.0).index_copy_(1, pool, c[:, pool])
-    return pool.tolist(), admitted.sort(descending=True, stable=True).indices[:, :top_k].tolist()
+    return admitted.sort(descending=True, stable=True).indices[:, :top_k].tolist()
 
 
 @pytest.mark.parametrize(
-    "bias, capacity, ours, sglang",
+    "bias, capacity, ours, nudge",
     [  # of experts 0 .. 7; one of top_k
         ([0, 1, 1, 1, 1, 1, 1, 1], 8, 1, 1),  # equal: both take the lower id
         ([0, 1, 0, 0, 0, 0, 1 + 1e-6, 0], 8, 6, 1),  # better, but by less than 5 * 3e-7: another expert of the token
@@ -227,13 +227,13 @@ def nudged(c, top_k, capacity):
         ([0, 1, 0, 0, 0, 0, 1 + 3e-6, 0], 1, 6, 6),
     ],
 )
-def test_what_lowering_scores_by_expert_would_choose(bias, capacity, ours, sglang):
+def test_what_lowering_scores_by_expert_would_choose(bias, capacity, ours, nudge):
     case = torch.full((2, 8), -1.0), torch.tensor(bias, dtype=torch.float32), 1, capacity, 8
     tensors, rule, blocks = exact_inputs(*case)
     by_kernel = run(router.route, *tensors, **rule, block=blocks)
     by_reference = router.route(*tensors, **rule, block=blocks)
     assert by_kernel.ids.tolist() == by_reference.ids.tolist() == [[ours], [ours]]
-    assert nudged(tensors[2].expand(2, 8), 1, capacity)[1] == [[sglang], [sglang]]
+    assert nudged(tensors[2].expand(2, 8), 1, capacity) == [[nudge], [nudge]]
 
 
 def test_ragged_blocks_of_several_rows():
