@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from ..kernels.roles import SpecialIds
 
+EDITS = ("edit", "delete", "insert")  # kinds of events by which the model takes back what it has written
+
 
 class Event(NamedTuple):
     """One token written, or a deletion or insertion of LLaDA2.2 and what has moved for it.
@@ -18,7 +20,7 @@ class Event(NamedTuple):
     kind: "commit"; "edit"; "delete" and "insert", at the position ahead of the step, whose token is the special id;
         "move", what stands at the position after the step comes from another one, or is a mask that was put there.
     position: row-local; step: the row's denoise forward, from 0; confidence: float32 softmax, of a move what its token
-        was written with.
+        was written with, 0 of a deletion or insertion.
     """
 
     step: int

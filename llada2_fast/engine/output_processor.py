@@ -2,7 +2,7 @@
 
 from itertools import takewhile
 
-from ..decoding.trace import Trace, until
+from ..decoding.trace import EDITS, Trace, until
 from .request import Entry, Event, Request, RequestOutput
 
 
@@ -102,7 +102,7 @@ def _entry(request, fresh, now):
 def _edits(sequence, num_tokens):
     """Edits of the active block so far among the first num_tokens generated ones, none without a trace."""
     events = until(sequence.block_events(), sequence.prompt_length + num_tokens)
-    return [event for event in events if event.kind == "edit"]
+    return [event for event in events if event.kind in EDITS]
 
 
 def finish(request: Request, last: Entry, reason: str, now: float, stop=None, error: str | None = None) -> Entry:

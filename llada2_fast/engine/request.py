@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from ..config import DecodeParams, RequestOptions
 from ..decoding.sequence import Counters, Mark, Phase, Sequence
+from ..decoding.trace import EDITS, Trace, logprob
 from ..decoding.trace import Event as TraceEvent
-from ..decoding.trace import Trace, logprob
 from .detokenizer import IncrementalDetokenizer
 
 WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
@@ -99,8 +99,9 @@ class RequestOutput:
 
     @property
     def edits(self) -> list[TraceEvent]:
-        """Every token of the answer that was replaced: trace events of kind "edit"."""
-        return [event for event in self.trace.events if event.kind == "edit"] if self.trace else []
+        """Every token of the answer that was replaced, deleted or pushed on by an insertion: trace events of these
+        kinds."""
+        return [event for event in self.trace.events if event.kind in EDITS] if self.trace else []
 
     @property
     def tokens_per_forward(self) -> float:

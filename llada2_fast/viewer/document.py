@@ -7,8 +7,9 @@ block_length, mask_id
 text, finish_reason, token_ids
 vocabulary           {"17": its text} of every id in the document, decoded by itself; special tokens by their name
 special_ids          those of them that are special
-events               every write in order of steps; position counts generated tokens from 0, and may lie behind the
-                     answer's end; old: the id replaced, the mask id for a commit
+events               every write in order of steps, of kind "commit", "edit", or "move" where deletions and insertions
+                     have brought a token, or a mask, there; position counts generated tokens from 0, and may lie
+                     behind the answer's end; old: the id replaced, the mask id for a commit
 alternatives         for each of token_ids [[id, logprob], ...], best first; None where they were not asked for
 statistics, params   what it cost; the DecodeParams that are not at their defaults, and gen_length
 """
@@ -65,6 +66,7 @@ def trace_document(
                 "confidence": event.confidence, "old": event.old,
             }
             for event in trace.events
+            if event.kind not in ("delete", "insert")
         ],
         "alternatives": None if alternatives is None else [[list(pair) for pair in listed] for listed in alternatives],
         "statistics": _statistics(output),

@@ -74,7 +74,8 @@ function alternatives(trace, told, chosen) {
 function history(trace, position) {
   const items = trace.writes[position].map((event, i) => {
     const mono = (id) => make("span", { class: "mono" }, quoted(trace, id));
-    const what = event.kind === "edit" ? [mono(event.old), " → ", mono(event.token)] : ["written ", mono(event.token)];
+    const what = event.kind === "edit" ? [mono(event.old), " → ", mono(event.token)]
+      : [event.kind === "move" ? "moved here " : "written ", mono(event.token)];
     const happened = i < trace.applied[position];
     return make("li", { class: `${event.kind}${happened ? "" : " later"}` },
       make("span", { class: "muted" }, `step ${event.step + 1}`), make("span", {}, ...what), make("span", {}, percent(event.confidence)));

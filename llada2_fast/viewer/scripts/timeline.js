@@ -86,7 +86,7 @@ class Timeline {
 
 function drawChart(svg, trace) {
   const steps = trace.numSteps, commits = new Array(steps).fill(0), edits = new Array(steps).fill(0);
-  for (const event of trace.events) (event.kind === "edit" ? edits : commits)[event.step]++;
+  for (const event of trace.events) if (event.kind !== "move") (event.kind === "edit" ? edits : commits)[event.step]++;
   const highest = Math.max(1, ...commits.map((count, i) => count + edits[i]));
   const bars = (counts, from) => counts.map((count, i) =>
     count ? `M${i + 0.08} ${highest - from[i]}v${-count}h0.84v${count}z` : "").join("");

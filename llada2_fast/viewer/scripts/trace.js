@@ -75,10 +75,10 @@ class Trace {
     return this.step ? this.blocks.findIndex((block) => this.step > block.first && this.step <= block.last) : -1;
   }
 
-  // What stands at a position by now, null for a mask.
+  // What stands at a position by now, null for a mask, which may have been put back.
   write(position) {
-    const applied = this.applied[position];
-    return applied ? this.writes[position][applied - 1] : null;
+    const applied = this.applied[position], write = applied ? this.writes[position][applied - 1] : null;
+    return write && write.token !== this.doc.mask_id ? write : null;
   }
 
   textOf(id) { return this.doc.vocabulary[id] ?? ""; }
@@ -115,15 +115,19 @@ class Trace {
     if (!last || part.start >= last.end) this.blocks.push({ begin: part.start, end, first: Infinity, last: 0 });
     const block = this.blocks[this.blockOf(part.start)];
     block.end = Math.max(block.end, end);
-    part.steps.forEach((step, i) => {
-      if (step < 0) return;
+    const now = Math.max(...part.steps), seen = block.last;
+    part.steps.forEach((written, i) => {
       const position = part.start + i, writes = this.writes[position], before = writes[writes.length - 1];
-      const token = part.token_ids[i];
-      this.doc.vocabulary[token] = part.tokens[i];
-      if (/^<\|.*\|>$/.test(part.tokens[i])) this.special.add(token); // the stream does not say which are
-      if (before && before.step === step) return;
+      const masked = written < 0, token = masked ? this.doc.mask_id : part.token_ids[i];
+      if (masked ? !before || before.written < 0 : before && before.written === written && before.token === token) return;
+      if (!masked) {
+        this.doc.vocabulary[token] = part.tokens[i];
+        if (/^<\|.*\|>$/.test(part.tokens[i])) this.special.add(token); // the stream does not say which are
+      }
+      const moved = masked || written < seen; // what was written before the last part, or is taken back
+      const kind = moved ? "move" : before && before.written >= 0 ? "edit" : "commit";
       fresh.push({
-        step, position, kind: before ? "edit" : "commit", token, confidence: part.confidences[i],
+        step: moved ? now : written, written, position, kind, token, confidence: part.confidences[i],
         old: before ? before.token : this.doc.mask_id,
       });
     });
