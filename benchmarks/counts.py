@@ -3,9 +3,10 @@
     python -m benchmarks.counts [--parts steps,kernels,aot | --quick] [--check] [--json] [--save]
 
 steps   forwards of fixed decodings, and the calls of PyTorch's operators they make on a CPU; launches of a refinement
-        step and of a whole denoise step of LLaDA2-mini, run at their real shapes without data, which a host sync would
-        end; bytes they read: of the refinement the logits, counted in Triton's interpreter, of the step as
-        benchmarks.roofline says; calls of operators around the graph in the loop that replays it (--quick: this part)
+        step and of a whole denoise step of LLaDA2-mini and of 2.2-flash, run at their real shapes without data, which
+        a host sync would end; bytes they read: of the refinement the logits, counted in Triton's interpreter, of the
+        step as benchmarks.roofline says; calls of operators around the graph in the loop that replays it (--quick: this
+        part)
 kernels launches, bytes and operations of each kernel of whole denoise steps of LLaDA2-mini, see benchmarks.launches
 aot     registers, spills, shared memory and instructions (PTX and SASS) of some kernels compiled for sm_90
 
@@ -20,6 +21,7 @@ import re
 import sys
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
 from unittest import mock
 
 import torch
@@ -44,7 +46,7 @@ from .gpu.steps import Step
 from .interpreter import interpreted
 from .kernels.bench_decoding import Step as RefineStep
 from .launches import Calls, steps_of_mini
-from .roofline import BLOCK, MINI, step_costs
+from .roofline import BLOCK, CAPACITY, MINI, step_costs
 
 PARTS = ("steps", "kernels", "aot")
 PROMPTS = ("Add 847 and 96.", "Spell 4071, 22, 608.", "Tell a story about Max the goat near the lake.")
@@ -60,6 +62,7 @@ COMPILED = ("refine bf16 filters", "attention mini bf16 B=1", "attention mini bf
             "moe mini fp8 T=32", "moe mini int4 T=32", "qk_norm_rope mini bf16", "advance A=32 C=8",
             "add_rms_norm bf16 H=2048")  # scenarios of benchmarks.aot  # fmt: skip
 TARGET = "sm_90"
+LLADA2_2 = {"expert_capacity": CAPACITY, "delete_token_id": 156930, "split_token_id": 156931}
 
 
 # Decodings on a CPU.
@@ -142,11 +145,13 @@ def around_the_graph():
 # The kernels at their real shapes, without data.
 
 
-def launches(mode, guided=False):
-    """Names of what a refinement step launches, at the real size and without data, which no host sync would survive."""
-    step = RefineStep(8, 157184, torch.bfloat16, "meta", mode, guided=guided)
+def launches(mode, **kind):
+    """Names of what a refinement step launches, at the real size and without data, which no host sync would survive.
+    kind: of the rows, as of RefineStep."""
+    step = RefineStep(8, 157184, torch.bfloat16, "meta", mode, **kind)
+    rules = step.state, step.params, step.ids, None, step.filters, False
     with recorded() as kernels, Calls() as counted:
-        refine.launch(step.logits, step.state, step.params, step.ids, None, step.filters, False, allowed=step.allowed)
+        refine.launch(step.logits, *rules, allowed=step.allowed, moves=step.moves)
     return [*(found.kernel.__name__ for found in kernels), *counted.launched.elements()]
 
 
@@ -165,11 +170,12 @@ def _counted_loads(tensor):
         yield counts
 
 
-def passes(mode):
+def passes(mode, edits=False):
     """How often a refinement step's kernels read the logits, as a share of all of them, in Triton's interpreter."""
-    step = RefineStep(1, 157184, torch.bfloat16, "cpu", mode)
+    step = RefineStep(1, 157184, torch.bfloat16, "cpu", mode, edits=edits)
     step.logits = step.logits[:, :2].contiguous()  # the interpreter is slow
     step.state = refine.BlockState(*(t[:, :2].contiguous() if t.ndim == 2 else t for t in vars(step.state).values()))
+    step.moves = refine.Moves.fresh(1, 2) if edits else None
     with interpreted(), force_ops("triton"), _counted_loads(step.logits) as counts:
         step.run()
     return sum(counts) / step.logits.numel()
@@ -179,10 +185,11 @@ def refinement():
     """A refinement step of 8 blocks by mode: launches, passes over the logits and the bytes these are; launches where
     the rows are guided."""
     logits = 8 * BLOCK * MINI.vocab_size * 2
-    for mode in ("greedy", "temperature", "top_k_top_p"):
-        read = passes(mode)
+    for mode, edits in (("greedy", False), ("temperature", False), ("top_k_top_p", False), ("greedy", True)):
+        read = passes(mode, edits)
         yield {
-            "what": f"refinement, 8 blocks, {mode}", "launches": len(launches(mode)), "syncs": 0,
+            "what": f"refinement, 8 blocks, {mode}{', deleting and inserting' * edits}",
+            "launches": len(launches(mode, edits=edits)), "syncs": 0,
             "passes": round(read, 4), "bytes": round(read * logits),
         }  # fmt: skip
     for mode in ("greedy", "top_k_top_p"):
@@ -190,10 +197,12 @@ def refinement():
         yield {"what": f"refinement, 8 blocks, {mode}, guided", "launches": count, "syncs": 0}
 
 
-def whole_step(quantization):
-    """A denoise step of mini, batch 1, prefix 1024: launches within its graph and, from the host, ahead of it."""
+def whole_step(quantization, name="mini", **changes):
+    """A denoise step, batch 1, prefix 1024: launches within its graph and, from the host, ahead of it.
+
+    name: the model's; changes: of its config."""
     machine = Shapes()
-    config = machine.config("mini", quantization)
+    config = replace(machine.config(name, quantization), **changes)
     step = Step(machine, LLaDA2Model(config, dtype=machine.dtype, device=machine.device), 1, 1024)
     with recorded():
         step.graph.run()  # what is made once is there then, as when a graph is captured
@@ -204,7 +213,7 @@ def whole_step(quantization):
     own = counted.launched
     costs = step_costs(config, 1, 1024, quantization)
     return {
-        "what": f"denoise step of mini, {quantization or 'bf16'}, batch 1, prefix 1024",
+        "what": f"denoise step of {name}{' 2.2' * bool(changes)}, {quantization or 'bf16'}, batch 1, prefix 1024",
         "launches": len(kernels) + own.total(), "launches_of_torch": own.total(),
         "launches_outside_graph": ahead.launched.total(), "syncs": 0,
         "bytes": round(sum(cost.bytes for cost in costs.values())),
@@ -215,7 +224,7 @@ def steps():
     """The cheap part of the counts."""
     forwards, calls = decodings()
     with torch.inference_mode():
-        kernels = [*refinement(), *map(whole_step, QUANTIZATIONS.values())]
+        kernels = [*refinement(), *map(whole_step, QUANTIZATIONS.values()), whole_step(None, "flash", **LLADA2_2)]
     return {"part": "steps", "decodings": forwards, "calls": [*calls, around_the_graph()], "kernels": kernels}
 
 

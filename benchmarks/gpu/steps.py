@@ -27,6 +27,7 @@ from functools import partial
 import torch
 
 from llada2_fast.decoding.graph_runner import StepGraph
+from llada2_fast.decoding.inputs import special_ids
 from llada2_fast.decoding.lanes import Lanes
 from llada2_fast.kernels import refine
 
@@ -60,12 +61,12 @@ class Step:
         self.cache.k.normal_()
         self.cache.v.normal_()
         tokens = torch.randint(config.mask_token_id, (batch, BLOCK), device=device)
-        lanes = Lanes(batch, BLOCK, refine.SpecialIds(self.mask_id), device, pages=width)
+        lanes = Lanes(batch, BLOCK, special_ids(config, self.mask_id), device, pages=width)
         self.state, bounds = lanes.state, lanes.bounds
         self.state.tokens.copy_(tokens)
         self.state.block_start.fill_(prefix)
         self.state.frozen.zero_()
-        rule = IDLE._replace(flags=IDLE.flags | refine.EDITING)
+        rule = IDLE._replace(flags=IDLE.flags | refine.EDITING | lanes.ids.edits * refine.LEVENSHTEIN)
         self.params = lanes.params = params_of([rule] * batch, device)
         pages = (torch.arange if in_order else torch.randperm)(batch * width, device=device)
         self.page_table = lanes.page_table.copy_(pages.view(batch, width))

@@ -32,11 +32,12 @@ class Step:
     """One step of `rows` whole blocks of masks, and all that it needs, on a device.
 
     steady: nothing is ever committed, so that a step can be repeated as it is; else reset() makes the blocks new.
-    guided: the rows may take any id, as tables say.
+    guided: the rows may take any id, as tables say; edits: they are LLaDA2.2's, which delete and insert.
     """
 
-    def __init__(self, rows, vocab, dtype, device, mode="greedy", steady=False, guided=False):
-        self.ids = SpecialIds(vocab - 289)
+    def __init__(self, rows, vocab, dtype, device, mode="greedy", steady=False, guided=False, edits=False):
+        self.ids = SpecialIds(vocab - 289, *((vocab - 254, vocab - 253) if edits else ()))
+        self.moves = refine.Moves.fresh(rows, BLOCK, device) if edits else None
         self.logits = torch.empty(rows, BLOCK, vocab, dtype=dtype, device=device)
         if device != "meta":  # drawn in float32, which is the same in every PyTorch; bfloat16 is not in 2.11
             generator = torch.Generator(device).manual_seed(rows)
@@ -49,7 +50,8 @@ class Step:
         rule = Rule(
             temperature, top_k, top_p, threshold=2.0 if steady else THRESHOLD, edit_threshold=0.0,
             steps=NEVER if steady else STEPS, min_transfer=0 if steady else 1, max_steps=NEVER, max_post_steps=0,
-            flags=refine.BAN_MASK | refine.EOS_STEP | guided * refine.GUIDED,
+            flags=refine.BAN_MASK | refine.EOS_STEP | guided * refine.GUIDED
+            | edits * (refine.EDITING | refine.LEVENSHTEIN),
         )  # fmt: skip
         self.allowed = None
         if guided:
@@ -70,7 +72,7 @@ class Step:
 
     def run(self):
         rules = (self.state, self.params, self.ids)
-        return refine.refine_step(self.logits, *rules, filters=self.filters, allowed=self.allowed)
+        return refine.refine_step(self.logits, *rules, filters=self.filters, allowed=self.allowed, moves=self.moves)
 
 
 def wide(logits):
