@@ -105,9 +105,10 @@ def commit_ref(
         written = commit | edit
         over = torch.where(now.on, now.last | ~written.any(-1), False)
         token, confidence = levenshtein.settle_ref(
-            token, confidence, text, written, now, state, ids, moves, logits, index
+            token, confidence, text, written, now, state, params, ids, moves, logits, index
         )
         edit &= token != held
+        written = commit | edit
         levenshtein.splice_ref(token, confidence, written, now, state, ids, moves)
         mask_free = torch.where(now.on, ~now.open.any(-1), mask_free)
 
@@ -404,14 +405,15 @@ def _commit_kernel(
                 at = _first_column(changing & (confidence == least), column, L)
                 own = column == at
                 own_begin = tl.sum(tl.where(own, begin, 0), 0)
-                hidden = tl.where(_count(own & unfilled) > 0, ids.mask, -1)
+                hidden = tl.where(_count(own & banned) > 0, ids.mask, -1)
                 fresh, logit = _best_new(LOGITS + own_begin, stride_v, vocab, WRITTEN + at, old_step, hidden, L)
                 token = tl.where(own, fresh.to(tl.int64), token)
                 confidence = tl.where(own, tl.exp2((logit - top) * scale) / mass, confidence)
-        chosen = tl.where(written, token, -1).to(tl.int32)
         tl.store(SEEN + old_step * L + column, held.to(tl.int32), mask=inside & on)
-        tl.store(WRITTEN + old_step * L + column, chosen, mask=inside & on)
+        tl.store(WRITTEN + old_step * L + column, tl.where(written, token, -1).to(tl.int32), mask=inside & on)
         edit &= token != held
+        written = commit | edit
+        chosen = tl.where(written, token, -1).to(tl.int32)
         source, blank, apart = _splice(token, written, on, kind, ids, column, L)
         put = written & (apart == 0)
         new = tl.where(blank, ids.mask, tl.gather(tl.where(put, token, held), source, 0))

@@ -3,7 +3,7 @@
     original    a mask that the block began with; the mark goes where its position goes, and stays when it is filled
     open        masked and original; introduced: masked and not original
     candidates  beside text the ids of deletions and insertions where they are the likeliest, and the mask where nothing
-                bans it and the position is not open; none of the three in the last step
+                bans it and the position is not open; in the last step the best text instead of what is none
     quota       q + the introduced masks while some are open, else all masks
     last step   the one after max_post_steps - 1 without open masks; where these are to be none, the one that leaves
                 none open; at the latest the max_steps-th
@@ -131,7 +131,7 @@ def finish_ref(masked, commit, now, params) -> tuple[torch.Tensor, Round]:
     return torch.where((now.on & now.last)[:, None], masked, commit), now
 
 
-def settle_ref(token, confidence, text, chosen, now, state, ids, moves, logits, index):
+def settle_ref(token, confidence, text, chosen, now, state, params, ids, moves, logits, index):
     """What is written of what was chosen: (token, confidence), [R, L] each, and `moves` know of it.
 
     token, confidence: the candidates; text: the same of text alone; chosen: bool [R, L].
@@ -149,7 +149,7 @@ def settle_ref(token, confidence, text, chosen, now, state, ids, moves, logits, 
             share = torch.softmax(x, -1)
             past = moves.written[row, :step, at]
             x[past[past >= 0].long()] = float("-inf")
-            if now.open[row, at]:
+            if now.open[row, at] or params.flags[row] & BAN_MASK:
                 x[ids.mask] = float("-inf")
             token[row, at] = x.argmax()
             confidence[row, at] = share[token[row, at]]
