@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+from functools import partial
 
 from ..harness import drawing
 from ..quality import draw as draw_quality
@@ -61,8 +62,8 @@ def draw_cost(data, axes):
     axes.legend()
 
 
-def quality_data(lines):
-    quality = first(lines, "quality", "block_length")  # older lines have one length of blocks alone
+def quality_data(lines, benchmark="quality"):
+    quality = first(lines, benchmark, "block_length")  # older lines have one length of blocks alone
     return quality and {key: quality[key] for key in ("settings", "block_length")}
 
 
@@ -93,6 +94,7 @@ PLOTS = {  # file name -> (alternative text, data, drawing)
     "peers": ("tokens per second against peers", peers_data, draw_peers),
     "cost": ("cost of a block against its prefix", cost_data, draw_cost),
     "quality": ("accuracy against speed", quality_data, draw_quality),
+    "quality-2.2": ("accuracy against speed of LLaDA2.2", partial(quality_data, benchmark="quality-2.2"), draw_quality),
     "gpu": ("time of a step against its floor", gpu_data, draw_gpu),
 }
 

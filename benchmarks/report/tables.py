@@ -19,6 +19,7 @@ COMMANDS = {  # benchmark -> the module that makes its lines, unless that has th
     "host": "bench_host",
     "bench_refine": "kernels.bench_refine",
     "structured": "bench_structured",
+    "quality-2.2": "quality --variant 2.2",
 }
 UNSEEN = "{} unseen prompts for each of five tasks"
 NOT_MEASURED = "Not measured yet: `python -m benchmarks.{}` measures it."
@@ -386,6 +387,11 @@ WAITS = [  # of bench_throughput and bench_latency
     "next block median, ms {median_itl_ms:.0f}", "next block p99, ms {p99_itl_ms:.0f}",
     "request median, ms {median_e2el_ms:.0f}", "request p99, ms {p99_e2el_ms:.0f}",
 ]  # fmt: skip
+QUALITY = [
+    "threshold {threshold:g}", "editing", "block length {block_length}", "steps", "exact match {accuracy:.3f}",
+    ("worst task", worst_task), "TPF {tpf:.2f}", "tok/s {tok_s:.0f}",
+]  # fmt: skip
+
 BLOCKS = {
     "numbers": short_table,
     "gpu-goals": gpu_block(gpu_goals),
@@ -445,10 +451,8 @@ BLOCKS = {
         "calls that wait {crowd[size]}", "longest gap while they come, ms {crowd[median_arriving_gap_ms]:.0f}",
         "longest gap while they go, ms {crowd[median_leaving_gap_ms]:.0f}",
     ]),
-    "quality-settings": each_machine("quality", "settings", [
-        "threshold {threshold:g}", "editing", "block length {block_length}", "steps", "exact match {accuracy:.3f}",
-        ("worst task", worst_task), "TPF {tpf:.2f}", "tok/s {tok_s:.0f}",
-    ], chosen=newest_plain),
+    "quality-settings": each_machine("quality", "settings", QUALITY, chosen=newest_plain),
+    "quality-2.2-settings": each_machine("quality-2.2", "settings", QUALITY, chosen=newest_plain),
     "quality-quantization": quality_by_quantization,
     "sampling": each_machine("sampling", "draws", [
         "model", ("draw", sampling.draw_of),
