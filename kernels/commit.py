@@ -17,13 +17,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import reduce
 from operator import or_
+from typing import NamedTuple
 
 import torch
 
 from . import levenshtein
 from ._triton import tl, triton
 from .candidates import _combine
-from .levenshtein import Moves, _been_here, _begin, _best_new, _splice
+from .levenshtein import Moves, _begin, _best_new, _cycle, _splice
 from .levenshtein import _candidates as _with_edits
 from .overlap import inputs_ready
 from .roles import BAN_MASK, EDITING, FILL_PROMPT, GENERATED, GUIDED, PADDING, PROMPT, SpecialIds, _roles, roles_ref
@@ -84,7 +85,7 @@ def commit_ref(
     if error is not None or shown is not None:
         masked, editable = masked & live[:, None], editable & live[:, None]
 
-    mask_free = before == 0
+    mask_free, own = before == 0, None
     if moves is None:
         commit = _select_ref(masked, confidence, state, params)
         edit = _edit_ref(editable, token, confidence, state.tokens, params, asked)
@@ -95,27 +96,15 @@ def commit_ref(
         torch.where(written, confidence, state.commit_confidence, out=state.commit_confidence)
         torch.where(written, state.step[:, None], state.commit_step, out=state.commit_step)
     else:
-        now = levenshtein.begin_ref(masked, live, state, params, moves)
-        text, held = (token, confidence), state.tokens.clone()
-        wanted = masked | editable
-        token, confidence = levenshtein.candidates_ref(token, confidence, wanted, now, params, ids, logits, index)
-        commit = _select_ref(masked, confidence, state, params, now.introduced, now.whole)
-        commit, now = levenshtein.finish_ref(masked, commit, now, params)
-        edit = _edit_ref(editable, token, confidence, held, params, asked)
-        written = commit | edit
-        over = torch.where(now.on, now.last | ~written.any(-1), False)
-        token, confidence = levenshtein.settle_ref(
-            token, confidence, text, written, now, state, params, ids, moves, logits, index
+        token, confidence, commit, edit, own = _move_ref(
+            masked, editable, token, confidence, live, state, params, asked, ids, moves, logits, index
         )
-        edit &= token != held
-        written = commit | edit
-        levenshtein.splice_ref(token, confidence, written, now, state, ids, moves)
-        mask_free = torch.where(now.on, ~now.open.any(-1), mask_free)
+        written, mask_free = commit | edit, torch.where(own.on, own.mask_free, mask_free)
 
     left, edits, done = _block_end_ref(state.tokens, state.kind, live, mask_free, edit, state, params, ids, asked)
     changed = written.any(-1)
-    if moves is not None:
-        done, changed = torch.where(now.on, over, done), torch.where(now.on, (state.tokens != held).any(-1), changed)
+    if own is not None:
+        done, changed = torch.where(own.on, own.done, done), torch.where(own.on, own.changed, changed)
     finished, eos_at = _eos_ref(state.tokens, state.kind, live, commit, done, state, params, ids, asked)
     state.frozen |= done * BLOCK_DONE
     state.frozen |= finished * FINISHED
@@ -156,10 +145,39 @@ def judge_ref(
     return done.int() * BLOCK_DONE | finished.int() * FINISHED
 
 
-def _select_ref(masked, confidence, state, params, introduced=0, whole=None):
-    """M2T -> commit bool [R, L]: the masked positions above the threshold if they are enough, else the quota's best.
+class _Moved(NamedTuple):
+    """How LEVENSHTEIN rows stand after a step; bool [R] each."""
 
-    introduced: int32 [R], masks that make the quota larger; whole: bool [R], rows that commit all masks."""
+    on: torch.Tensor  # which these are
+    mask_free: torch.Tensor
+    done: torch.Tensor
+    changed: torch.Tensor
+
+
+def _move_ref(masked, editable, token, confidence, live, state, params, asked, ids, moves, logits, index):
+    """Commits, edits, deletions and insertions of a batch with LEVENSHTEIN rows, in `state` and `moves`. Returns the
+    candidates, what was committed and edited, and how those rows stand."""
+    now = levenshtein.begin_ref(masked, live, state, params, moves)
+    text, held = (token, confidence), state.tokens.clone()
+    wanted = masked | editable
+    token, confidence = levenshtein.candidates_ref(token, confidence, wanted, now, params, ids, logits, index)
+    commit = _select_ref(masked, confidence, state, params, now.introduced)
+    commit, now = levenshtein.finish_ref(masked, commit, now, params)
+    edit = _edit_ref(editable, token, confidence, held, params, asked)
+    chosen = commit | edit
+    done = now.last | ~chosen.any(-1)
+    token, confidence = levenshtein.settle_ref(
+        token, confidence, text, chosen, now, state, params, ids, moves, logits, index
+    )
+    edit &= token != held
+    levenshtein.splice_ref(token, confidence, commit | edit, now, state, ids, moves)
+    changed = (state.tokens != held).any(-1)
+    return token, confidence, commit, edit, _Moved(now.on, ~now.open.any(-1), done, changed)
+
+
+def _select_ref(masked, confidence, state, params, introduced=0):
+    """M2T -> commit bool [R, L]: the masked positions above the threshold if they are enough, else the quota's best.
+    introduced: int32 [R], masks that make the quota larger."""
     length = masked.shape[1]
     steps = params.steps.clamp(min=1)
     late = torch.minimum(state.step, steps - 1)
@@ -167,8 +185,6 @@ def _select_ref(masked, confidence, state, params, introduced=0, whole=None):
     quota = quota[:, None]  # [R] -> [R, 1]
     high = masked & (confidence > params.threshold[:, None])
     enough = high.sum(-1, keepdim=True) >= quota
-    if whole is not None:
-        high, enough = torch.where(whole[:, None], masked, high), enough | whole[:, None]
     if bool(enough.all()):  # sync: the reference alone
         return high
     ranked = torch.where(masked, confidence.clamp(min=-1), -2.0)  # whatever is masked comes before all else
@@ -258,7 +274,7 @@ def _first_column(mask, column, L: tl.constexpr):
 
 
 @triton.jit
-def _select(masked, confidence, introduced, whole, STATE, PARAMS, row, column, L: tl.constexpr):
+def _select(masked, confidence, introduced, STATE, PARAMS, row, column, L: tl.constexpr):
     """_select_ref of one row's positions."""
     steps = tl.maximum(tl.load(PARAMS.steps + row), 1)
     extra = (tl.minimum(tl.load(STATE.step + row), steps - 1) < L % steps).to(tl.int32)
@@ -268,7 +284,7 @@ def _select(masked, confidence, introduced, whole, STATE, PARAMS, row, column, L
     tied = (ranked[None, :] == ranked[:, None]) & (column[None, :] < column[:, None])  # [L] -> [L, L]
     ahead = (ranked[None, :] > ranked[:, None]) | tied
     rank = tl.sum(ahead.to(tl.int32), 1)  # [L, L] -> [L]
-    return tl.where(_count(high) >= quota, high, masked & (rank < quota)) | (masked & whole)
+    return tl.where(_count(high) >= quota, high, masked & (rank < quota))
 
 
 @triton.jit
@@ -364,7 +380,7 @@ def _commit_kernel(
 
     mask_free = before == 0
     if MOVES is None:
-        commit = _select(masked, confidence, 0, column < 0, STATE, PARAMS, row, column, L) & live
+        commit = _select(masked, confidence, 0, STATE, PARAMS, row, column, L) & live
         edit = _edit(editable, token, confidence, held, PARAMS, row) & live
         written = commit | edit
         new = tl.where(written, token, held)
@@ -387,8 +403,7 @@ def _commit_kernel(
             ids, top, mass, scale, best,
         )  # fmt: skip
         num_open = _count(unfilled)
-        whole = on & (last | (num_open == 0))
-        commit = _select(masked, confidence, introduced, whole, STATE, PARAMS, row, column, L) & live
+        commit = _select(masked, confidence, introduced, STATE, PARAMS, row, column, L) & live
         last |= on & (max_post_steps == 0) & (_count(unfilled & (commit == 0)) == 0)
         commit |= masked & on & last
         edit = _edit(editable, token, confidence, held, PARAMS, row) & live
@@ -397,18 +412,16 @@ def _commit_kernel(
 
         control = on & last & ((token == ids.mask) | (token == ids.delete) | (token == ids.split))
         token, confidence = tl.where(control, text, token), tl.where(control, text_confidence, confidence)
-        changing = written & (token != held)
         SEEN, WRITTEN = MOVES.seen + row.to(tl.int64) * STEPS * L, MOVES.written + row.to(tl.int64) * STEPS * L
-        if on & (last == 0) & (_count(changing) > 0):
-            if _been_here(held, old_step, SEEN, column, inside, L):
-                least = tl.min(tl.where(changing, confidence, float("inf")), 0)
-                at = _first_column(changing & (confidence == least), column, L)
-                own = column == at
-                own_begin = tl.sum(tl.where(own, begin, 0), 0)
-                hidden = tl.where(_count(own & banned) > 0, ids.mask, -1)
-                fresh, logit = _best_new(LOGITS + own_begin, stride_v, vocab, WRITTEN + at, old_step, hidden, L)
-                token = tl.where(own, fresh.to(tl.int64), token)
-                confidence = tl.where(own, tl.exp2((logit - top) * scale) / mass, confidence)
+        changing = written & (token != held) & on & (last == 0)
+        at = _cycle(changing, confidence, held, old_step, SEEN, column, inside, L)
+        if at < L:
+            own = column == at
+            hidden = tl.where(_count(own & banned) > 0, ids.mask, -1)
+            own_logits = LOGITS + tl.sum(tl.where(own, begin, 0), 0)
+            fresh, logit = _best_new(own_logits, stride_v, vocab, WRITTEN + at, old_step, hidden, L)
+            token = tl.where(own, fresh.to(tl.int64), token)
+            confidence = tl.where(own, tl.exp2((logit - top) * scale) / mass, confidence)
         tl.store(SEEN + old_step * L + column, held.to(tl.int32), mask=inside & on)
         tl.store(WRITTEN + old_step * L + column, tl.where(written, token, -1).to(tl.int32), mask=inside & on)
         edit &= token != held

@@ -4,7 +4,7 @@
     open        masked and original; introduced: masked and not original
     candidates  beside text the ids of deletions and insertions where they are the likeliest, and the mask where nothing
                 bans it and the position is not open; in the last step the best text instead of what is none
-    quota       q + the introduced masks while some are open, else all masks
+    quota       q + the introduced masks, so that an open one is among them, and with none open all masks are
     last step   the one after max_post_steps - 1 without open masks; where these are to be none, the one that leaves
                 none open; at the latest the max_steps-th
     cycle       a block that has been seen before: where it would change, the least confident position gets the best
@@ -69,11 +69,6 @@ class Round(NamedTuple):
     open: torch.Tensor  # bool [R, L]
     introduced: torch.Tensor  # int32 [R]
     last: torch.Tensor  # bool [R]
-
-    @property
-    def whole(self):
-        """bool [R]: all masks are committed."""
-        return self.on & (self.last | ~self.open.any(-1))
 
 
 def begin_ref(masked, live, state, params, moves) -> Round:
@@ -230,16 +225,24 @@ def _candidates(
 
 
 @triton.jit
-def _been_here(held, step, SEEN, column, inside, L: tl.constexpr):
-    """Whether a block began an earlier step with what it holds. SEEN: to what it held at step 0, others' L apart."""
-    found = step < 0
-    for first in range(0, step, _PAST):
-        past = first + tl.arange(0, _PAST)
-        there = (past < step)[:, None] & inside[None, :]
-        tokens = tl.load(SEEN + past[:, None] * L + column[None, :], mask=there, other=-1)
-        differ = tl.sum((there & (tokens != held[None, :])).to(tl.int32), 1)
-        found |= tl.sum(((past < step) & (differ == 0)).to(tl.int32), 0) > 0
-    return found
+def _cycle(changing, confidence, held, step, SEEN, column, inside, L: tl.constexpr):
+    """Where a block that began an earlier step with what it holds is to change otherwise, L if it need not.
+
+    changing: the positions that would change; SEEN: to what the block held at step 0, later ones' L apart.
+    """
+    at = tl.full([], L, tl.int32)
+    if tl.sum(changing.to(tl.int32), 0) > 0:
+        found = step < 0
+        for first in range(0, step, _PAST):
+            past = first + tl.arange(0, _PAST)
+            there = (past < step)[:, None] & inside[None, :]
+            tokens = tl.load(SEEN + past[:, None] * L + column[None, :], mask=there, other=-1)
+            differ = tl.sum((there & (tokens != held[None, :])).to(tl.int32), 1)
+            found |= tl.sum(((past < step) & (differ == 0)).to(tl.int32), 0) > 0
+        least = tl.min(tl.where(changing, confidence, float("inf")), 0)
+        first_least = tl.min(tl.where(changing & (confidence == least), column, L), 0)
+        at = tl.where(found, first_least, at)
+    return at
 
 
 @triton.jit

@@ -131,6 +131,8 @@ def launch(
         allowed=allowed,
     )  # fmt: skip
     columns, num_warps = row_layout(length)
+    if moves is not None and columns == 16:
+        num_warps = 2  # with more ptxas gives a thread fewer registers than it needs, and spills
     run_kernel(
         _commit_kernel, (rows,),
         None if moves is None else logits, index, parts, part_ids, StateTensors(**vars(state)),

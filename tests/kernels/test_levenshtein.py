@@ -45,11 +45,10 @@ def random_logits(rows, length, vocab, generator):
     return logits
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed, packed", [(0, False), (1, True), (2, True), (3, False)])
 def test_kernels_and_reference_agree_step_by_step(seed, packed):
     """Rows of all kinds side by side, over a block's life; logits come again, so that blocks do."""
-    rows, length, vocab = 10, (6, 8, 16, 5)[seed], 40
+    rows, length, vocab = 7, (6, 8, 16, 5)[seed], 40
     generator = torch.Generator().manual_seed(seed)
 
     def one_of(values):
@@ -67,7 +66,7 @@ def test_kernels_and_reference_agree_step_by_step(seed, packed):
     moves = [Moves.fresh(rows, length) for _ in range(2)]
     some = [random_logits(rows, length, vocab, generator) for _ in range(2)]
     structural = 0
-    for step in range(14):
+    for step in range(9):
         logits, index = some[step % 2], None
         if packed:
             needed = refine.needed_positions(states[0], params, IDS)
