@@ -74,6 +74,7 @@ def generate(
     regex=DecodeParams.regex,
     json_schema=DecodeParams.json_schema,
     choices=DecodeParams.choices,
+    edit_window=DecodeParams.edit_window,
     tokenizer=None,
     **others,
 ):
@@ -82,7 +83,7 @@ def generate(
     model: LLaDA2Model.
     inputs: int64 [P]; [B, P], with attention_mask [B, P] where padded (either side; bool, or 1 and 0 = padding); or a
         list of lists of ids. Other integers, NumPy's arrays, and lists of tensors or arrays will do.
-    temperature .. num_to_transfer, sampling_method, attend_tail, profile: see DecodeParams.
+    temperature .. num_to_transfer, sampling_method, attend_tail, profile, edit_window: see DecodeParams.
     eos_id: one id, several, or None = the checkpoint's; mask_id, pad_id: None = the checkpoint's.
     seed: an int64, which the first row takes as it is and each other one mixes with its number (equal prompts get
         answers of their own), or one per row.
@@ -123,6 +124,7 @@ def generate(
         max_post_steps, minimal_topk, num_to_transfer, eos_early_stop,
         eos_ids=(eos_id,) if isinstance(eos_id, int) else eos_id, mask_id=mask_id, pad_id=pad_id,
         attend_tail=attend_tail, profile=profile, regex=regex, json_schema=json_schema, choices=choices,
+        edit_window=edit_window,
     )  # fmt: skip
     habits.refuse("generate", others, habits.GENERATING | {"do_sample": (params.temperature > 0,)})
     mask, eos, pad = resolve_ids(model, params)
@@ -143,7 +145,7 @@ def generate(
     runner, cache = _kept_runner(model, sequences) if graphs else _eager_runner(model, sequences, use_cache)
     decoder = BlockDecoder(runner, overlap=int(graphs and on_step is None))
     for sequence in sequences:
-        sequence.pages = cache.allocate(sequence.num_blocks)
+        sequence.pages = cache.allocate(sequence.num_pages)
     if use_cache:
         prefill_all(decoder, sequences)
     for sequence in sequences:
@@ -158,7 +160,7 @@ def generate(
 
 
 def _eager_runner(model, sequences, use_cache):
-    cache, lanes = _room(model, sequences[0], len(sequences), sum(s.num_blocks for s in sequences))
+    cache, lanes = _room(model, sequences[0], len(sequences), sum(s.num_pages for s in sequences))
     return EagerRunner(CachedForward(model, cache, cached=use_cache), lanes), cache
 
 
@@ -176,7 +178,7 @@ def _kept_runner(model, sequences):
     """A runner that replays graphs: that of the model's last such call where it is large enough, because its graphs are
     captured. A call has it to itself, and does not put it back if it fails."""
     one = sequences[0]
-    asked = [len(sequences), max(s.num_blocks for s in sequences), sum(s.num_blocks for s in sequences)]
+    asked = [len(sequences), max(s.num_blocks for s in sequences), sum(s.num_pages for s in sequences)]
     runner, addresses = _KEPT.pop(model, (None, None))
     if runner is not None and addresses == _addresses(model):
         lanes = runner.lanes

@@ -213,7 +213,7 @@ def test_decode_defaults_are_the_cards_with_editing_off():
         "sampling_method": "auto", "threshold": 0.95, "editing_threshold": None, "max_post_steps": 16,
         "minimal_topk": 1, "num_to_transfer": 1, "eos_early_stop": False, "eos_ids": None, "mask_id": None,
         "pad_id": None, "seed": None, "attend_tail": True, "profile": "default", "regex": None, "json_schema": None,
-        "choices": None,
+        "choices": None, "edit_window": 0,
     }  # fmt: skip
 
 
@@ -241,6 +241,8 @@ def test_decode_defaults_are_the_cards_with_editing_off():
         ({"profile": "hf-2.1"}, "editing_threshold", 0.9),
         ({"profile": "hf-2.1", "editing_threshold": 0.0}, "editing_threshold", 0.0),
         ({"profile": "hf-2.1", "num_to_transfer": 3}, "num_to_transfer", 3),
+        ({"profile": "sglang-joint", "edit_window": 2}, "edit_window", 2),
+        ({"editing_threshold": 0.0, "edit_window": np.int64(3)}, "edit_window", 3),
         ({"profile": "hf-2.0", "minimal_topk": 2}, "editing_threshold", None),
         ({"seed": -(2**63)}, "seed", -(2**63)),
         ({"gen_length": np.int64(5)}, "gen_length", 5),
@@ -267,6 +269,12 @@ BAD_PARAMS = [
     {"sampling_method": None},
     {"profile": "hf-2.2"},
     {"profile": ["default"]},
+    *({"edit_window": value} for value in (-1, 1.0, True, None, 2**31)),
+    {"edit_window": 1},
+    *({"edit_window": 1, "editing_threshold": 0.5, "profile": name} for name in ("hf-2.1", "diffusers")),
+    *({"edit_window": 2, "profile": name} for name in ("hf-2.0", "sglang-lowconf")),
+    *({"edit_window": 1, "editing_threshold": 0.5} | form for form in ({"regex": "a"}, {"choices": ["a", "b"]},
+                                                                       {"json_schema": {"type": "null"}})),
     {"num_to_transfer": 2},
     {"num_to_transfer": 2, "profile": "hf-2.0"},
     {"editing_threshold": 0.9, "profile": "hf-2.0"},

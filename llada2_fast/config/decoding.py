@@ -37,6 +37,7 @@ class Profile(NamedTuple):
     only_levenshtein: it is for such checkpoints alone, and draws nothing.
     plain: a LLaDA2.2 checkpoint is decoded as a LLaDA2.1 one, its special ids are ids like others.
     shapes: an answer may be in a language or have a canvas: masks are never committed, nor ends of answers undone.
+    windows: an edit_window may be given.
     """
 
     edits: bool = True
@@ -49,14 +50,15 @@ class Profile(NamedTuple):
     only_levenshtein: bool = False
     plain: bool = False
     shapes: bool = True
+    windows: bool = False
 
 
 PROFILES = {
-    "default": Profile(needs_tail=False, padded=True, levenshtein=True),
+    "default": Profile(needs_tail=False, padded=True, levenshtein=True, windows=True),
     "hf-2.0": Profile(edits=False, card=True, cuts_canvas=True, shapes=False),
     "hf-2.1": Profile(editing_threshold=0.9, card=True, plain=True, shapes=False),
     "sglang-lowconf": Profile(edits=False),
-    "sglang-joint": Profile(editing_threshold=0.0),
+    "sglang-joint": Profile(editing_threshold=0.0, windows=True),
     "sglang-indel": Profile(editing_threshold=0.0, levenshtein=True, only_levenshtein=True, shapes=False),
     "diffusers": Profile(needs_tail=False, padded=True),
 }
@@ -112,11 +114,17 @@ class DecodeParams:
     )
     json_schema: dict | None = doc(None, "a JSON schema that the answer, a JSON text, is valid by", hash=False)
     choices: tuple[str, ...] | None = doc(None, "texts of which the answer is one")
+    edit_window: int = doc(
+        0,
+        "finished blocks that stay revisable: with each block that ends so many before it are edited again, in one "
+        "forward that sees them whole; 0 = off, needs editing_threshold",
+    )
 
     def __post_init__(self):
         for name in ("gen_length", "steps", "minimal_topk", "num_to_transfer"):
             check(self, name, as_int, 1)
-        check(self, "max_post_steps", as_int, 0)
+        for name in ("max_post_steps", "edit_window"):
+            check(self, name, as_int, 0)
         for name, low in (("block_length", 1), ("top_k", 0), ("mask_id", 0), ("pad_id", 0)):
             if getattr(self, name) is not None:
                 check(self, name, as_int, low)
@@ -186,3 +194,13 @@ class DecodeParams:
             raise bad("temperature", self.temperature, f"0 under profile={name!r}, which draws nothing")
         if self.editing_threshold is None:
             put(self, "editing_threshold", profile.editing_threshold)
+        if self.edit_window:
+            self._check_window(given)
+
+    def _check_window(self, languages):
+        if not self.traits.windows:
+            raise bad("edit_window", self.edit_window, f"0 under profile={self.profile!r}, whose rules have none")
+        if self.editing_threshold is None:
+            raise bad("edit_window", self.edit_window, "0 without an editing_threshold")
+        if languages:
+            raise bad("edit_window", self.edit_window, f"0 with {languages[0]}, whose texts are not edited afterwards")

@@ -51,7 +51,7 @@ class BlockDecoder:
         self._by_lane[lane] = sequence
         self.lanes.open(
             lane, sequence.block_start, sequence.given(sequence.block), sequence.total, sequence.limit, rule,
-            sequence.seed, sequence.ending_ids, sequence.prior_flags, sequence.pages,
+            sequence.seed, sequence.ending_ids, sequence.prior_flags, sequence.pages[: sequence.num_blocks],
         )  # fmt: skip
         if sequence.automaton is not None:
             self.lanes.guide(lane, sequence.automaton.classes)
@@ -83,14 +83,14 @@ class BlockDecoder:
     def step(self, sequences: list[Sequence], prefill: list[tuple[Sequence, int]] = ()) -> StepResult | None:
         """One refinement step.
 
-        sequences: running ones; one left out must be between two blocks, and none may be with overlap. One in a
-            language whose last step has not been read is left out by itself.
+        sequences: running ones; one left out must be between two blocks, and none may be with overlap. One that steps
+            alone and whose last step has not been read is left out by itself.
         prefill: (sequence, n): n further blocks of one that is not admitted yet are forwarded, too.
         Returns the result of the step that was read, None if it is too early for one.
         """
         self._check_left_out(sequences)
         self.has_launched = False
-        pending = {s for launched, _ in self._launched for s in launched if s.automaton is not None}
+        pending = {s for launched, _ in self._launched for s in launched if s.steps_alone}
         sequences = [s for s in sequences if s not in pending]
         plan = self._plan(sequences, prefill)
         if sequences:
@@ -112,11 +112,11 @@ class BlockDecoder:
     def _plan(self, sequences, prefill):
         lanes, steps, carried = [sequence.lane for sequence in sequences], [], None
         parts = [prefill_of(sequence, blocks) for sequence, blocks in prefill]
-        if self.runner.carries:  # a block that has just ended is forwarded with the next one, what lies before it ahead
+        if self.runner.carries:  # a block that has just ended is forwarded with the next one, several of them ahead
             leading = [_lane_step(s) for s in sequences if s.num_final_blocks < s.block + (s.phase is Phase.BLOCK_END)]
-            parts += [step.ahead() for step in leading if not step.begins]
+            parts += [step.ahead() for step in leading if not step.carries_one]
             if not self.overlap:
-                carried = sum(step.begins for step in leading)
+                carried = sum(step.carries_one for step in leading)
             elif not any(sequence.may_be_carried(self.overlap) for sequence in sequences):
                 carried = 0
         else:
@@ -136,7 +136,10 @@ class BlockDecoder:
             sequence.counters.prefill_forwards += 1
         for sequence in sequences if self.runner.cached else ():
             if sequence.num_final_blocks < sequence.block:
-                sequence.counters.prefill_forwards += self.runner.carries
+                if sequence.phase is Phase.BLOCK_END:  # its window pass has edited several blocks
+                    sequence.counters.settle_forwards += self.runner.carries
+                else:
+                    sequence.counters.prefill_forwards += self.runner.carries
                 sequence.settle(sequence.block)
 
     def _apply(self, sequences, result):
@@ -167,8 +170,28 @@ class BlockDecoder:
                 sequence.num_computed_blocks = sequence.block + 1
                 if status[refine.FLAGS] & (refine.BLOCK_DONE | refine.CHANGED) == refine.BLOCK_DONE:
                     sequence.settle(sequence.block + 1)  # a step that changed nothing has written the final K/V
+        self._revise([s for s in refined if s.phase is Phase.BLOCK_END and s.window_blocks])
         result.sequences = refined
         return result
+
+    def _revise(self, sequences):
+        """The window passes of sequences whose block has ended, in one forward."""
+        if not sequences:
+            return
+        result, end = self.runner.revise([sequence.window() for sequence in sequences]), 0
+        result.wait()
+        for sequence in sequences:
+            begin, end = end, end + sequence.window_blocks + 1
+            blocks, k = list(range(begin, end)), sequence.top_logprobs
+            error = any(result.rows[block][refine.FLAGS] & refine.ERROR for block in blocks)
+            tokens, _, confidences = _joined(result.read(blocks))
+            sequence.take_window(
+                error, tokens, confidences, _joined(result.read_top(block, k) for block in blocks) if k else None
+            )
+        going = [sequence for sequence in sequences if sequence.phase is Phase.BLOCK_END]
+        if going:
+            carried = [sequence.num_final_blocks == sequence.block for sequence in going]
+            self.lanes.end_blocks([s.lane for s in going], [s.tokens for s in going], carried)
 
     def _decide(self, sequences, result):
         """What the step does to sequences under a language."""
@@ -187,6 +210,11 @@ class BlockDecoder:
         details = any(s.detailed for s in wanted)
         lanes = [s.lane for s in wanted]
         return dict(zip(lanes, result.read(lanes, details), strict=True))
+
+
+def _joined(lists):
+    """Lists, one behind the other, of several of the same kinds."""
+    return [sum(parts, []) for parts in zip(*lists, strict=True)]
 
 
 def _lane_step(sequence):

@@ -61,6 +61,8 @@ def forms_of(params, canvas, count, tokenizer, mask_id, vocab_size, automaton=No
         ids = None if one is None else _canvas(one, tokenizer, mask_id, vocab_size)
         if ids is not None and not params.traits.shapes:
             raise ValueError(f"canvas: expected none under profile={params.profile!r}, which may leave masks or move")
+        if ids is not None and params.edit_window:
+            raise ValueError(f"edit_window={params.edit_window}: expected 0 with a canvas")
         forms.append(Form(params, ids, automaton).of(params))
     return forms
 

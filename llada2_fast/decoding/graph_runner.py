@@ -26,7 +26,7 @@ def power_of_two(n):
 
 class GraphRunner:
     """Steps as CUDA graphs, captured as they are first needed, one per size: active blocks, rounded up to a power of
-    two, and places for carried ones. Prefill runs outside them.
+    two, and places for carried ones. Prefill and window passes run outside them.
 
     model: LLaDA2Model.
     cache: PagedKVCache.
@@ -39,7 +39,8 @@ class GraphRunner:
 
     def __init__(self, model, cache, lanes, capture=True):
         self.model, self.cache, self.lanes, self.capture = model, cache, lanes, capture
-        self.prefill = CachedForward(model, cache).prefill
+        self._eager = CachedForward(model, cache)
+        self.prefill = self._eager.prefill
         self.forget()
 
     def forget(self):
@@ -55,6 +56,10 @@ class GraphRunner:
         graph.load(plan.lanes, plan.filters, bool(plan.top), plan.guided)
         output = graph.replay() if self.capture else graph.run()
         return StepResult(output, plan.lanes, Alternatives(plan.lanes, *graph.top) if plan.top else None)
+
+    def revise(self, windows):
+        """As of EagerRunner."""
+        return self._eager.revise(windows, self.lanes.ids)
 
     def graph(self, active: int, carried: int) -> "StepGraph":
         """The step of one size."""

@@ -154,7 +154,7 @@ class Lanes:
         self._allowed.bits[at] = self._sent(torch.from_numpy(words))
 
     def write(self, lanes: list[int], state: BlockState):
-        """What the host has decided for some guided lanes: their blocks after a step, on the CPU."""
+        """What the host has decided for some lanes: their blocks after a step, on the CPU."""
         at, length = torch.tensor(lanes, dtype=torch.int64, device="cpu"), self.block_length
         blocks = (state.tokens.int(), state.commit_step, state.commit_confidence.view(torch.int32))
         names = ("step", "post_steps", "frozen", "changed")
@@ -167,6 +167,18 @@ class Lanes:
         self.state.commit_confidence[at] = confidences.contiguous().view(torch.float32)
         for name, row in zip(names, rows, strict=True):
             getattr(self.state, name)[at] = row
+
+    def end_blocks(self, lanes: list[int], tokens: list[list[int]], changed: list[bool]):
+        """The blocks of some lanes have ended, and their rows have not, whatever the last step says.
+
+        tokens: of each block, as somebody has left it.
+        changed: its K/V are not final, so that it has to be carried.
+        """
+        tokens = torch.tensor(tokens, dtype=torch.int64, device="cpu")
+        state = BlockState.fresh(tokens, torch.zeros_like(tokens, dtype=torch.int8), tokens.new_zeros(len(lanes)))
+        state.frozen.fill_(refine.BLOCK_DONE)
+        state.changed = torch.tensor(changed, dtype=torch.int32, device="cpu")
+        self.write(lanes, state)
 
     def _sent(self, tensor):
         """A tensor of the CPU on the lanes' device, without waiting for what runs there."""

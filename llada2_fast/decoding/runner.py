@@ -1,8 +1,9 @@
 """A plan of ints in, a StepResult out: what runs on the device is here and in graph_runner.py, and nowhere else.
 
 A plan names lanes, blocks, pages and tokens; it has no tensors, so that it could be sent to other ranks. A runner has
-`lanes` and `execute(plan)`. The eager one does a step's work launch by launch, with any of the forwards that give
-logits: CachedForward over our own network, or those of other people's models (adapters/diffusers/foreign.py).
+`lanes` and `execute(plan)`, and where rows may have window passes `revise(windows)`. The eager one does a step's work
+launch by launch, with any of the forwards that give logits: CachedForward over our own network, or those of other
+people's models (adapters/diffusers/foreign.py).
 """
 
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ import torch
 from ..kernels import refine
 from ..kernels.attention import Span
 from ..model import Read, read_nothing
+from .window import Window, revise
 
 _ON_CPU = {"dtype": torch.int64, "device": "cpu"}
 
@@ -44,6 +46,11 @@ class LaneStep(NamedTuple):
     first: int
     leading: list[int]
     begins: bool
+
+    @property
+    def carries_one(self) -> bool:
+        """The one block whose K/V are not final is the one that gives way to the next with this step."""
+        return self.begins and self.first == self.block - 1
 
     def ahead(self) -> Prefill:
         """Its leading blocks, to be forwarded by themselves."""
@@ -158,6 +165,10 @@ class EagerRunner:
         output = lanes.step(logits, index, plan.filters, guided=plan.guided)
         return StepResult(output, plan.lanes, alternatives)
 
+    def revise(self, windows: list[Window]) -> StepResult:
+        """The window passes of some rows; the result's lanes are the window blocks, row by row."""
+        return self.forward.revise(windows, self.lanes.ids)
+
     def _alternatives(self, top, logits, index):
         at = torch.tensor(list(top), **_ON_CPU).to(index.device)
         return Alternatives(list(top), *self.lanes.top_logprobs(logits, index[at], at, max(top.values())))
@@ -201,6 +212,13 @@ class CachedForward:
     def prefill(self, blocks: list[Prefill]):
         """Forward whole blocks for their K/V alone."""
         self._forward(None, [], blocks, read_nothing(self.model.device))
+
+    @torch.inference_mode()
+    def revise(self, windows: list[Window], ids) -> StepResult:
+        """The window passes of some rows. ids: SpecialIds."""
+        output, listed = revise(self.model, self.cache, windows, ids)
+        blocks = list(range(len(output.token)))
+        return StepResult(output, blocks, Alternatives(blocks, *listed) if listed else None)
 
     def _forward(self, tokens, spans, prefill, read):
         """Hidden states that `read` names. tokens [T]: of the spans; those of `prefill` go behind them."""

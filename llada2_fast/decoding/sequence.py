@@ -20,6 +20,7 @@ from ..structured import TokenAutomaton
 from .guide import BlockGuide, gaps_of
 from .rules import row_rule
 from .trace import Event, sources
+from .window import Window
 
 
 class Phase(Enum):
@@ -34,9 +35,11 @@ class Phase(Enum):
 
 @dataclass
 class Counters:
-    """What a sequence cost. TPF = generated tokens / denoise_forwards; prefill and settling forwards count apart."""
+    """What a sequence cost. TPF = generated tokens / denoise_forwards; prefill and settling forwards count apart.
+    window_forwards: how many of the denoise forwards were window passes, each counted for the block that had ended."""
 
     denoise_forwards: int = 0
+    window_forwards: int = 0
     prefill_forwards: int = 0
     settle_forwards: int = 0
     commits: int = 0
@@ -52,12 +55,14 @@ class Mark(NamedTuple):
     num_delivered: generated tokens that somebody had been given.
     num_events: how many events there were.
     counters: what it had cost; of its blocks' forwards there are as many as blocks before.
+    revisable: the ends of ids, token_steps, token_confidences and token_top that a later window pass may edit.
     """
 
     block: int
     num_delivered: int
     num_events: int
     counters: Counters
+    revisable: tuple[list, ...]
 
 
 class Sequence:
@@ -84,6 +89,8 @@ class Sequence:
     prompt_length, first_block: where generation starts.
     total: prompt and generated positions, without the tail; limit: positions that exist, for the tail counts only where
         it is attended to; num_blocks: all of them.
+    edit_window: how many blocks before one that has ended its window pass revises, at most (window.py).
+    num_pages: pages that it needs; pages: those of its blocks, then scratch pages for window passes.
     rule: how its blocks are refined.
     phase; block: the number of the active one.
     ids: the tokens of all blocks before it, its own as well once it has ended.
@@ -120,6 +127,8 @@ class Sequence:
         self.first_block = self.prompt_length // block_length
         self.num_blocks = -(-self.total // block_length)
         self.limit = self.num_blocks * block_length if params.attend_tail else self.total
+        self.edit_window = min(params.edit_window, self.num_blocks - 1 - self.first_block)
+        self.num_pages = self.num_blocks + (self.edit_window + 1 if self.edit_window else 0)
         self._gaps = gaps_of(self._given, self.total)
         self._guide: BlockGuide | None = None
         self.phase = Phase.WAITING
@@ -174,7 +183,11 @@ class Sequence:
     @property
     def kinds(self) -> list[int]:
         """Of the active block's positions, as of kernels.roles."""
-        return block_kinds(self.given(self.block), self.block_start, self.block_length, self.total, self.limit)
+        return self._kinds(self.block)
+
+    def _kinds(self, block):
+        length = self.block_length
+        return block_kinds(self.given(block), block * length, length, self.total, self.limit)
 
     @property
     def is_followed(self) -> bool:
@@ -235,12 +248,25 @@ class Sequence:
     def finished(self) -> bool:
         return self.phase is Phase.FINISHED
 
+    @property
+    def steps_alone(self) -> bool:
+        """No step of it is launched before its last one has been read, so that all that is known of it is up to date:
+        the host has a say in what its steps do."""
+        return self.automaton is not None or self.edit_window > 0
+
+    @property
+    def num_kept_blocks(self) -> int:
+        """Leading blocks that have ended and that no window pass revises any more."""
+        if self.finished:
+            return self.block + 1
+        return max(self.first_block, self.block + self.block_ended - self.edit_window)
+
     def may_be_carried(self, steps: int) -> bool:
         """Whether the next so many steps, none of which was read, may end the active block by changing it, so that its
         K/V are not final when the next one begins."""
         begins = self.phase is Phase.BLOCK_END  # the active one is the next
-        if self.automaton is not None:  # all that is known of its block is up to date
-            return begins and self.num_final_blocks <= self.block
+        if self.steps_alone:
+            return begins and self.num_final_blocks == self.block
         if self.block + begins + 1 >= self.num_blocks:
             return False
         if not self.rule.flags & refine.EDITING or self.rule.max_post_steps == 0:
@@ -266,7 +292,7 @@ class Sequence:
         self.begin()
 
     def _begin_block(self):
-        self._forwards_before, self._events_before = self.counters.denoise_forwards, len(self.events or ())
+        self._forwards_before = self.counters.denoise_forwards
         self.block_steps = self.post_steps = 0
         self.counters.forwards_per_block.append(0)
         self.tokens = self.laid_out(self.block)
@@ -315,12 +341,72 @@ class Sequence:
         if flags & refine.FINISHED and status[refine.EOS_AT] >= 0:
             self.eos_position = self.block_start + status[refine.EOS_AT]
 
+    @property
+    def window_blocks(self) -> int:
+        """How many blocks before the active one its window pass revises; 0: there is none."""
+        return min(self.edit_window, self.block - self.first_block)
+
+    def window(self) -> Window:
+        """The window pass of the active block, which has ended."""
+        length, begin = self.block_length, self.block - self.window_blocks
+        first = min(self.num_final_blocks, begin)
+        scratch = self.pages[self.num_blocks :][: self.window_blocks + 1]
+        kinds = [kind for block in range(begin, self.block + 1) for kind in self._kinds(block)]
+        return Window(
+            self.pages[:begin] + scratch, self.limit, first, begin, self.block, self.ids[first * length :], kinds,
+            self.rule, self.seed, self.top_logprobs,
+        )  # fmt: skip
+
+    def take_window(
+        self, error: bool, tokens: list[int], confidences: list[float],
+        top: tuple[list[list[int]], list[list[float]]] | None = None,
+    ):  # fmt: skip
+        """The window pass of the active block is over, and so may be the sequence.
+
+        error: its logits hold NaN or infinity.
+        tokens: of the window; confidences: of those that it has edited.
+        top: the likeliest ids at its positions and their log-probabilities, where they are kept.
+        """
+        counters, begin = self.counters, (self.block - self.window_blocks) * self.block_length
+        counters.denoise_forwards += 1
+        counters.window_forwards += 1
+        counters.forwards_per_block[-1] += 1
+        if error:
+            self.fail(f"logits hold NaN or infinity at the window pass of block {self.block}")
+            return
+        pairs = zip(tokens, self.ids[begin:], strict=True)
+        edited = [at for at, (token, held) in enumerate(pairs, begin) if token != held]
+        for at in edited:
+            self._edit(at, tokens[at - begin], confidences[at - begin])
+            if top is not None:
+                self.token_top[at - self.prompt_length] = _likeliest(*top, at - begin)
+        counters.edits += len(edited)
+        if edited:
+            self.rewind(edited[0] // self.block_length)
+        self.tokens = self.ids[self.block_start :]
+        if self.params.eos_early_stop and not {*self.ending_ids}.isdisjoint(self.ids[self.prompt_length : self.total]):
+            self.finish("eos")
+        elif self.block + 1 == self.num_blocks:
+            self.finish("length")
+
+    def _edit(self, position, token, confidence):
+        """A window pass, the last forward, has written a token."""
+        now, old, at = self.counters.denoise_forwards - 1, self.ids[position], position - self.prompt_length
+        self.ids[position] = token
+        if self.detailed:
+            self.token_steps[at], self.token_confidences[at] = now, confidence
+        if self.events is not None:
+            block = position // self.block_length
+            self.events.append(Event(now, block, position, "edit", token, confidence, old))
+
     def _end(self, flags):
         """BLOCK_DONE, FINISHED among the flags: its block, it itself is over."""
         if flags & (refine.BLOCK_DONE | refine.FINISHED):
             self.keep_block()
         if flags & refine.BLOCK_DONE:
             self.phase = Phase.BLOCK_END
+            if self.window_blocks:
+                return  # its pass comes first
             if self.block + 1 == self.num_blocks:
                 self.finish("length")
         if flags & refine.FINISHED:
@@ -354,9 +440,10 @@ class Sequence:
         before = self._forwards_before
         return [step + before if step >= 0 else -1 for step in self.steps]
 
-    def block_events(self) -> list[Event]:
-        """The events of the active block so far."""
-        return (self.events or [])[self._events_before :]
+    def events_since(self, block: int) -> list[Event]:
+        """The events since a block began, those of it and of later ones among them."""
+        late = takewhile(lambda event: event.kind == "edit" or event.block >= block, reversed(self.events or ()))
+        return list(late)[::-1]
 
     def _record(self, before, source):
         """Keep what the last step has written over `before`, by rising position: commits first, then edits. source:
@@ -390,8 +477,7 @@ class Sequence:
     def _keep_top(self, source, ids, logprobs):
         self.top = [[] if at is None else self.top[at] for at in source]
         for at in self._written():
-            listed = zip(ids[source[at]], logprobs[source[at]], strict=True)
-            self.top[at] = [(token, logprob) for token, logprob in listed if token >= 0]
+            self.top[at] = _likeliest(ids, logprobs, source[at])
 
     def _written(self):
         """Where in the active block the last step has written."""
@@ -429,20 +515,32 @@ class Sequence:
 
     def mark(self) -> Mark:
         """Where it stands, between two blocks: before its first one, or when the active one has ended."""
-        block = self.block + self.block_ended
-        return Mark(block, self.num_delivered, len(self.events or ()), replace(self.counters, forwards_per_block=[]))
+        block, most = self.block + self.block_ended, self.edit_window * self.block_length
+        counters = replace(self.counters, forwards_per_block=[])
+        revisable = tuple(part[max(0, len(part) - most) :] for part in self._by_position())
+        return Mark(block, self.num_delivered, len(self.events or ()), counters, revisable)
+
+    def _by_position(self):
+        return self.ids, self.token_steps, self.token_confidences, self.token_top
 
     def resume(self, mark: Mark):
         """Take it out of its lane and its pages, back to a mark of its own, whatever has become of it since; it gets
         the tokens it would have got."""
-        self.block, self.num_delivered, num_events, counters = mark
+        self.block, self.num_delivered, num_events, counters, revisable = mark
         per_block = self.counters.forwards_per_block[: self.block - self.first_block]
         self.counters = replace(counters, forwards_per_block=per_block)
         del self.ids[self.block_start :]
         generated = max(0, self.block_start - self.prompt_length)
         del self.token_steps[generated:], self.token_confidences[generated:], self.token_top[generated:]
+        for part, kept in zip(self._by_position(), revisable, strict=True):
+            part[len(part) - len(kept) :] = kept
         if self.events is not None:
             del self.events[num_events:]
         self.finish_reason = self.error = self.eos_position = self._guide = None
         self.phase, self.lane, self.pages = Phase.WAITING, None, ()
         self.rewind(0)
+
+
+def _likeliest(ids, logprobs, at):
+    """(id, log-probability) of those that are listed at a position."""
+    return [pair for pair in zip(ids[at], logprobs[at], strict=True) if pair[0] >= 0]
