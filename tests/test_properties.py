@@ -1,6 +1,6 @@
 """Properties of decoding, on random networks, prompts and parameters.
 
-`by_the_book` says in forty lines of plain Python what one row's decoding is: no cache, no batch, no tensors but the
+`by_the_book` says in fifty lines of plain Python what one row's decoding is: no cache, no batch, no tensors but the
 network's own logits. generate() must agree with it, token for token and step for step, and hold what the rules promise.
 """
 
@@ -102,11 +102,22 @@ def candidate(logits, rules, position, step):
             return v, confidence(v)
 
 
+def is_edited(held, found, editing):
+    return editing is not None and found[0] != held and found[1] > editing
+
+
+def window_mask(size, length, begin):
+    """bool [1, 1, size, size]: block-causal, but from block `begin` on everybody sees everything."""
+    block = torch.arange(size) // length
+    return ((block[:, None] >= block) | (block[:, None] >= begin))[None, None]
+
+
 def by_the_book(model, prompt, rules):
     """Output ids up to the first EOS, events (step, position, kind, token, old; no edits behind the output) and steps
     of each block."""
     n, total, length, mask = len(prompt), len(prompt) + rules["gen_length"], rules["block_length"], rules["mask_id"]
     steps, editing, most = rules["steps"], rules.get("editing_threshold"), rules["max_post_steps"]
+    window = rules.get("edit_window", 0)
     size = -(-total // length) * length
     canvas, events, per_block = [*prompt, *[mask] * (size - n)], [], []
     finished = False
@@ -122,8 +133,7 @@ def by_the_book(model, prompt, rules):
             commit = [i for i in masked if found[i][1] > rules["threshold"]]
             if len(commit) < quota:
                 commit = sorted(masked, key=lambda i: -found[i][1])[:quota]
-            edit = [] if editing is None else [i for i in own if i not in masked and found[i][1] > editing]
-            edit = [i for i in edit if found[i][0] != canvas[i]]
+            edit = [i for i in own if i not in masked and is_edited(canvas[i], found[i], editing)]
             for kind, where in (("commit", sorted(commit)), ("edit", edit)):
                 events += [(sum(per_block) + t, i, kind, found[i][0], canvas[i]) for i in where]
             for i in [*commit, *edit]:
@@ -133,6 +143,15 @@ def by_the_book(model, prompt, rules):
                 done = all(canvas[i] != mask for i in own)
             else:
                 done = not masked and (not edit or post == most)
+            begin = block - min(window, block - n // length)
+            if done and begin < block:
+                logits = model(torch.tensor([canvas[:limit]]), attention_mask=window_mask(limit, length, begin)).logits
+                own = range(max(begin * length, n), limit)
+                found = {i: candidate(logits[0, i].tolist(), rules, i, 2**20 + block) for i in own}
+                for i in [i for i in own if is_edited(canvas[i], found[i], editing)]:
+                    events.append((sum(per_block) + t, i, "edit", found[i][0], canvas[i]))
+                    canvas[i] = found[i][0]
+                t += 1
             if rules["eos_early_stop"] and (done or editing is None):
                 ends = [i for i in range(n, min(end, total)) if canvas[i] in (*rules["eos_id"], mask)]
                 finished = bool(ends) and canvas[ends[0]] != mask
@@ -157,9 +176,10 @@ rules_of = st.fixed_dictionaries(
         attend_tail=st.booleans(),
         eos_id=st.sampled_from([tuple(range(0, MASK, 3)), tuple(range(1, MASK, 5)), (9, 18, 27, 36), (NEVER,)]),
         editing_threshold=st.sampled_from([None, 0.3, 0.0, 0.6]),
+        edit_window=st.sampled_from([1, 0, 2, 9]),
         mask_id=st.just(MASK),
     )
-)
+).map(lambda rules: rules | ({"edit_window": 0} if rules["editing_threshold"] is None else {}))
 sampling_of = st.fixed_dictionaries(
     dict(
         temperature=st.sampled_from([1.0, 0.3, 0.8, 1.7]),
@@ -186,7 +206,7 @@ def promises(out, prompts, rules):
     length, gen_length, eos = rules["block_length"], rules["gen_length"], rules["eos_id"]
     assert out.sequences.shape == (len(prompts), gen_length)
     editing = rules.get("editing_threshold") is not None
-    at_most = min(rules["steps"], length) + (rules["max_post_steps"] if editing else 0)
+    at_most = min(rules["steps"], length) + (rules["max_post_steps"] if editing else 0) + (rules["edit_window"] > 0)
     for i, prompt in enumerate(prompts):
         n, counters, events = len(prompt), out.counters[i], out.trace[i].events
         row, used = out.sequences[i].tolist(), out.num_tokens[i]
@@ -196,6 +216,8 @@ def promises(out, prompts, rules):
         assert (out.finish_reasons[i] == "eos") <= (row[used - 1] in eos)
         assert all(1 <= steps <= at_most for steps in counters.forwards_per_block)
         assert sum(counters.forwards_per_block) == counters.denoise_forwards
+        passes = len(counters.forwards_per_block) - 1 if rules["edit_window"] else 0
+        assert counters.window_forwards == passes
         commits = [e.position for e in events if e.kind == "commit"]
         assert len(set(commits)) == len(commits) == counters.commits
         edits = [e.position for e in events if e.kind == "edit"]
