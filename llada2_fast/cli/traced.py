@@ -83,8 +83,9 @@ def _engine(model, tokenizer, rows, how):
     from ..engine import Engine
 
     length, together = how.block_length or model.block_length, min(EngineConfig.max_num_seqs, len(rows))
+    lengths = [len(row) + how.gen_length for row in rows]
     config = EngineConfig(
-        block_length=length, cache_tokens=room_for([len(row) + how.gen_length for row in rows], length, together),
+        block_length=length, cache_tokens=room_for(lengths, length, together, how.edit_window),
         mask_id=how.mask_id, max_num_seqs=together, max_eos_ids=max(EngineConfig.max_eos_ids, len(how.eos_ids or ())),
     )  # fmt: skip
     return Engine(model, config, tokenizer)

@@ -52,10 +52,12 @@ class EngineConfig:
         check(self, "priority_s", as_float, ">= 0 and finite", lambda x: 0 <= x < math.inf)
 
 
-def room_for(lengths, block_length: int, together: int) -> int:
+def room_for(lengths, block_length: int, together: int, edit_window: int = 0) -> int:
     """cache_tokens with which the `together` longest of sequences fit at once, and any of them.
 
     lengths: tokens of each, prompt and answer.
+    edit_window: the largest of theirs.
     """
     blocks = sorted((-(-length // block_length) for length in lengths), reverse=True)
-    return block_length * max(1, sum(blocks[:together]))
+    scratch = [min(edit_window + 1, count) if edit_window else 0 for count in blocks]
+    return block_length * max(1, sum(blocks[:together]) + sum(scratch[:together]))

@@ -94,7 +94,8 @@ class BlockDecoder:
         sequences = [s for s in sequences if s not in pending]
         plan = self._plan(sequences, prefill)
         if sequences:
-            self._launched.append((list(sequences), self.runner.execute(plan)))
+            with self.lanes.held([s.lane for s in pending if s.edit_window]):  # guided ones only propose
+                self._launched.append((list(sequences), self.runner.execute(plan)))
             self.has_launched = True
         elif prefill:
             self.runner.prefill(plan.prefill)

@@ -9,6 +9,8 @@ All tensors stay at their addresses, so that a CUDA graph may hold them. Shapes:
 row. vLLM's adapter, the engine and generate() all have one.
 """
 
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 
@@ -31,6 +33,8 @@ from ..kernels.refine import (
 from ..kernels.roles import block_kinds, block_tokens
 from ..kernels.top_logprobs import top_logprobs
 from .rules import REAL, WHOLE, Rule
+
+HELD = 16  # of BlockState.frozen, beside its own bits
 
 
 class Lanes:
@@ -167,6 +171,16 @@ class Lanes:
         self.state.commit_confidence[at] = confidences.contiguous().view(torch.float32)
         for name, row in zip(names, rows, strict=True):
             getattr(self.state, name)[at] = row
+
+    @contextmanager
+    def held(self, lanes: list[int]):
+        """Nothing happens to some lanes by what is launched while it lasts."""
+        if lanes:
+            at = self._sent(torch.tensor(lanes, dtype=torch.int64, device="cpu"))
+            self.state.frozen[at] |= HELD
+        yield
+        if lanes:
+            self.state.frozen[at] &= ~HELD
 
     def end_blocks(self, lanes: list[int], tokens: list[list[int]], changed: list[bool]):
         """The blocks of some lanes have ended, and their rows have not, whatever the last step says.

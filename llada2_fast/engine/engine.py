@@ -24,7 +24,7 @@ from ..decoding.runner import CachedForward, EagerRunner
 from ..decoding.sequence import Phase
 from .gate import Gate, is_callers
 from .intake import Intake
-from .output_processor import draft, finish, process
+from .output_processor import draft, end_early, finish, process
 from .request import DEFAULTS, Event, Request, check_params
 from .scheduler import Scheduler
 from .stats import EngineStats
@@ -268,13 +268,14 @@ class Engine:
             now, last = self.clock(), request.log[-1]
             what = None if error is None else f"request {request.request_id}: {error}"
             try:
-                entry = finish(request, last, reason, now, error=what)
+                entries = [finish(request, last, reason, now, error=what)] if what else end_early(request, reason, now)
             except BaseException as fault:  # of its tokenizer, which an error's end does not ask
                 if self._is_callers(fault):
                     raise
                 _logger.error("request %s ends by a fault", request.request_id, exc_info=fault)
-                entry = finish(request, last, "error", now, error=f"request {request.request_id}: {describe(fault)}")
-            self._tell(request, [entry])
+                what = f"request {request.request_id}: {describe(fault)}"
+                entries = [finish(request, last, "error", now, error=what)]
+            self._tell(request, entries)
             request.draft = None
             self._forget(request)
 

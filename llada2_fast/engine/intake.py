@@ -85,10 +85,11 @@ class Intake:
             min_tokens=options.min_tokens, top_logprobs=options.top_logprobs, canvas=form.canvas,
             automaton=form.automaton,
         )  # fmt: skip
-        if sequence.num_blocks > self.num_pages:
+        if sequence.num_pages > self.num_pages:
+            window = f" and edit_window={params.edit_window}" if params.edit_window else ""
             raise ValueError(
-                f"gen_length={params.gen_length}: with the {len(prompt)} tokens of prompt {number} "
-                f"{sequence.num_blocks} pages of {self.block_length} tokens are needed, the whole cache has "
+                f"gen_length={params.gen_length}: with the {len(prompt)} tokens of prompt {number}{window} "
+                f"{sequence.num_pages} pages of {self.block_length} tokens are needed, the whole cache has "
                 f"{self.num_pages} (cache_tokens)"
             )
         self._arrivals += 1

@@ -17,7 +17,20 @@ def process(request: Request, now: float) -> list[Entry]:
         if not _stops_inside(request):
             return []
         sequence.keep_block()
-    fresh, reason = _fresh_tokens(request), sequence.finish_reason
+    return _give(request, _fresh_tokens(request), sequence.finish_reason, now)
+
+
+def end_early(request: Request, reason: str, now: float) -> list[Entry]:
+    """The entries that end a request where it stands, by nobody's fault: no window pass revises any more what was held
+    back for one. reason: "cancelled" or "deadline"."""
+    sequence, held = request.sequence, []
+    if sequence.edit_window and not _closed(request):
+        held = _kept_tokens(sequence, len(sequence.ids) // sequence.block_length)
+    return _give(request, held, reason, now) if held else [finish(request, request.log[-1], reason, now)]
+
+
+def _give(request, fresh, reason, now):
+    """The entry that gives these tokens out, up to a stop, and the last one where there is a reason or a stop."""
     count, stop = request.stops(fresh) or (len(fresh), None)
     if stop is not None and not (count == len(fresh) and reason == "eos"):
         reason = "stop" if stop in (*request.options.stop, *request.options.stop_token_ids) else "eos"
@@ -26,15 +39,20 @@ def process(request: Request, now: float) -> list[Entry]:
 
 
 def draft(request: Request, now: float) -> Event | None:
-    """The event that shows the open block as it stands; None where nobody wants it, or an EOS was given out before."""
+    """The event that shows the open block as it stands, behind the tokens that are held back for window passes; None
+    where nobody wants it, or an EOS was given out before."""
     sequence = request.sequence
     if not request.drafts or _closed(request):
         return None
     where = sequence.generated
-    start = sequence.block_start + where.start - sequence.prompt_length
+    opens = sequence.block_start + where.start - sequence.prompt_length
+    start = sequence.num_delivered if sequence.edit_window else opens
     return Event(
-        request.request_id, "draft", now, start, sequence.tokens[where], sequence.confidences[where],
-        sequence.row_steps()[where], edits=_edits(sequence, sequence.gen_length),
+        request.request_id, "draft", now, start,
+        sequence.ids[sequence.prompt_length + start : sequence.block_start] + sequence.tokens[where],
+        sequence.token_confidences[start:opens] + sequence.confidences[where],
+        sequence.token_steps[start:opens] + sequence.row_steps()[where],
+        edits=_edits(sequence, start, sequence.gen_length),
     )  # fmt: skip
 
 
@@ -58,7 +76,16 @@ def _fresh_tokens(request):
         return sequence.answer()[given:]
     if _closed(request) or _is_held(sequence):
         return []
+    if sequence.edit_window:
+        return _kept_tokens(sequence, sequence.num_kept_blocks)
     ids = sequence.tokens[sequence.generated]
+    return ids[: _ends(sequence, ids, given)]
+
+
+def _kept_tokens(sequence, blocks):
+    """The tokens of so many leading blocks that were not given out, up to an EOS."""
+    given, end = sequence.num_delivered, min(blocks * sequence.block_length, sequence.total)
+    ids = sequence.ids[sequence.prompt_length + given : end]
     return ids[: _ends(sequence, ids, given)]
 
 
@@ -94,15 +121,16 @@ def _entry(request, fresh, now):
     if fresh:
         event = Event(
             request.request_id, "commit", now, start, fresh, sequence.token_confidences[start:end],
-            sequence.token_steps[start:end], sequence.token_top[start:end], _edits(sequence, end), text,
+            sequence.token_steps[start:end], sequence.token_top[start:end], _edits(sequence, start, end), text,
         )  # fmt: skip
     return Entry(event, sequence.mark()._replace(num_delivered=end), detokenizer)
 
 
-def _edits(sequence, num_tokens):
-    """Edits of the active block so far among the first num_tokens generated ones, none without a trace."""
-    events = until(sequence.block_events(), sequence.prompt_length + num_tokens)
-    return [event for event in events if event.kind in EDITS]
+def _edits(sequence, start, end):
+    """The edits so far of the generated tokens start .. end - 1, none without a trace."""
+    begin, end = sequence.prompt_length + start, sequence.prompt_length + end
+    events = until(sequence.events_since(begin // sequence.block_length), end)
+    return [event for event in events if event.kind in EDITS and event.position >= begin]
 
 
 def finish(request: Request, last: Entry, reason: str, now: float, stop=None, error: str | None = None) -> Entry:

@@ -1,11 +1,11 @@
 """Who runs: admission by pages, preemption, and what goes into the next step. Pages are taken and given here alone.
 
-Every request reserves the pages of its prompt and its whole budget before it runs, so nothing runs out of memory half
-way. Waiting requests are admitted in order. A request's place in the order is fixed when it arrives: its arrival, less
-`priority_s` seconds per unit of priority; so a higher priority goes first and a lower one does not wait for ever. A
-request that does not fit preempts running ones of lower priority that stand behind it in the order: they lose their
-pages and the open block, and go on from their last finished block later. While the first waits for pages, later ones
-that fit may pass it, MAX_PASSES in all; of those behind it the first MAX_LOOKED_AT are looked at.
+Every request reserves the pages of its prompt, its whole budget and its window passes before it runs, so nothing runs
+out of memory half way. Waiting requests are admitted in order. A request's place in the order is fixed when it arrives:
+its arrival, less `priority_s` seconds per unit of priority; so a higher priority goes first and a lower one does not
+wait for ever. A request that does not fit preempts running ones of lower priority that stand behind it in the order:
+they lose their pages and the open block, and go on from their last finished block later. While the first waits for
+pages, later ones that fit may pass it, MAX_PASSES in all; of those behind it the first MAX_LOOKED_AT are looked at.
 """
 
 from bisect import insort
@@ -121,9 +121,11 @@ class Scheduler:
         return work
 
     def insert(self, request: Request):
-        """Let others match the blocks whose K/V are final. A denoise step without NaN has proved them all finite."""
+        """Let others match the blocks whose tokens and K/V are final. A denoise step without NaN has proved them all
+        finite."""
         sequence = request.sequence
-        whole = min(sequence.num_final_blocks, sequence.limit // sequence.block_length)
+        kept = min(sequence.num_final_blocks, sequence.num_kept_blocks)
+        whole = min(kept, sequence.limit // sequence.block_length)
         own = request.epoch == self.cache.epoch  # else they were computed before the cache was cleared
         if self.config.enable_prefix_caching and own and request.num_inserted < whole:
             self.hash(request)
@@ -133,11 +135,14 @@ class Scheduler:
             self._stuck = False
 
     def hash(self, request: Request):
-        """Name the blocks of a request that are known by now."""
+        """Name the blocks of a request that are known by now, and that no window pass revises any more."""
         sequence = request.sequence
         if self.config.enable_prefix_caching:
             salt = (request.options.cache_salt or "").encode(errors="surrogatepass")
-            request.block_hashes += block_hashes(sequence.ids, sequence.block_length, request.block_hashes, salt)
+            length, ids = sequence.block_length, sequence.ids
+            if sequence.edit_window:
+                ids = ids[: sequence.num_kept_blocks * length]
+            request.block_hashes += block_hashes(ids, length, request.block_hashes, salt)
 
     def _admit(self):
         while self.waiting and not self._stuck:
@@ -176,7 +181,7 @@ class Scheduler:
 
         found = self.cache.match_prefix(request.block_hashes)
         free = self.cache.num_free + sum(map(is_free, held)) - sum(map(is_free, found))
-        return request.sequence.num_blocks - len(found) <= free
+        return request.sequence.num_pages - len(found) <= free
 
     def _victims(self, request):
         """The fewest running requests that must go for this one, lowest priority and latest first; None: it waits."""
@@ -198,7 +203,7 @@ class Scheduler:
         found = self.cache.match_prefix(request.block_hashes)
         request.epoch = self.cache.epoch
         self.cache.incref(found)
-        sequence.pages = found + self.cache.allocate(sequence.num_blocks - len(found))
+        sequence.pages = found + self.cache.allocate(sequence.num_pages - len(found))
         sequence.phase = Phase.PREFILL
         self._found(request, 0, found)
         self.running.append(request)
