@@ -17,7 +17,7 @@ DECODING = {
     "top_k": _COUNT, "top_p": _NUMBER, "sampling_method": _NAME, "seed": _COUNT, "profile": _NAME,
     "eos_early_stop": _SWITCH, "attend_tail": _SWITCH, "eos_id": _COUNT | {"action": "append"}, "mask_id": _COUNT,
     "pad_id": _COUNT, "regex": {"metavar": "PATTERN"}, "json_schema": {"metavar": "FILE"},
-    "choices": {"metavar": "TEXT,TEXT", "action": "append"},
+    "choices": {"metavar": "TEXT,TEXT", "action": "append"}, "edit_window": _COUNT,
 }  # fmt: skip
 _OWN_DEFAULTS = {
     "gen_length": f"{GEN_LENGTH}, or as many as the model has positions left", "eos_early_stop": "on",
