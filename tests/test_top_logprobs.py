@@ -14,6 +14,7 @@ from llada2_fast.kernels.refine import SpecialIds
 from llada2_fast.model import LLaDA2Model
 from tests.test_fake_cuda import fake_cuda, move
 from tests.test_graphs import LENGTHS, PARAMS, decode, decoder_of, facts
+from tests.test_properties import window_mask
 from tests.thinned import thinned
 
 PARAMS = PARAMS | {
@@ -32,12 +33,18 @@ def logprobs_of_writes(model, row):
     """{position: log-probabilities [V] at its last write} and whether each is an edit, from forwards over the whole row
     as it stood before the step of that write."""
     length, found, edits = row.block_length, {}, Counter()
+    ends = [sum(row.counters.forwards_per_block[: i + 1]) - 1 for i in range(row.num_blocks - row.first_block)]
+    passes = dict(zip(ends[1:], range(row.first_block + 1, row.num_blocks), strict=True)) if row.edit_window else {}
     end = row.num_blocks * length
     now = (row.prompt + [row.mask_id] * (end - len(row.prompt)))[:end]
     for step in sorted({event.step for event in row.events}):
         events = [event for event in row.events if event.step == step]
-        stop = min((events[0].block + 1) * length, row.limit)
-        logits = model(torch.tensor([now[:stop]]), block_length=length).logits[0].double()
+        block = passes.get(step, events[0].block)
+        stop, begin = min((block + 1) * length, row.limit), block
+        if step in passes:
+            begin -= min(row.edit_window, block - row.first_block)
+        mask = window_mask(stop, length, begin)
+        logits = model(torch.tensor([now[:stop]]), attention_mask=mask).logits[0].double()
         for event in events:
             found[event.position] = torch.log_softmax(logits[event.position], -1)
             edits[event.position] += event.kind == "edit"

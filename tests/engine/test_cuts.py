@@ -11,6 +11,7 @@ import signal
 import sys
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,7 +58,7 @@ class Job(NamedTuple):
 SHARED = prompt_of(9, 1)
 JOBS = {
     "plain": Job(SHARED + prompt_of(3, 2), PARAMS[0], options={"priority": -1.0}),
-    "editing": Job(SHARED, PARAMS[1]),
+    "editing": Job(SHARED, replace(PARAMS[1], edit_window=1)),
     "stopped": Job(prompt_of(6, 3), PARAMS[2], options={"stop": ("'", "+,")}),
     "alike": Job(SHARED + prompt_of(2, 4), PARAMS[6]),
     "left": Job(prompt_of(5, 5), PARAMS[4], at=1, cancelled=7),

@@ -24,11 +24,14 @@ from tests.engine.common import (
 QUICK = (Phase.explicit, Phase.generate)
 
 params_of = st.builds(
-    DecodeParams,
+    lambda edit_window, **fields: DecodeParams(
+        **fields, edit_window=0 if fields["editing_threshold"] is None else edit_window
+    ),
     gen_length=st.sampled_from([13, 4, 20, 9, 1]),
     steps=st.sampled_from([4, 2, 8, 1]),
     threshold=st.sampled_from([0.4, 0.25, 0.7, 2.0, 0.0]),
-    editing_threshold=st.sampled_from([None, None, 0.3, 0.0]),
+    editing_threshold=st.sampled_from([None, 0.3, None, 0.0]),
+    edit_window=st.sampled_from([0, 1, 2, 5]),
     max_post_steps=st.sampled_from([2, 0, 3]),
     minimal_topk=st.sampled_from([1, 2]),
     temperature=st.sampled_from([0.0, 0.0, 0.8, 1.5]),
@@ -71,10 +74,22 @@ def play(engine, jobs):
     return requests
 
 
+def assert_ended_early(model, request, prompt, params):
+    """It has what it was given; what was revisable when it ended comes at the end as it was."""
+    given, output = [entry.event for entry in request.log if entry.event is not None], request.output
+    count = len(output.token_ids)
+    if params.edit_window:
+        count -= sum(len(event.token_ids) for event in given[-2:])
+    assert tokens_alone(model, prompt, params)[:count] == output.token_ids[:count]
+    assert [token for event in given for token in event.token_ids] == output.token_ids
+
+
 def assert_all_as_alone(model, requests, jobs):
     for request, (prompt, params, *_) in zip(requests, jobs, strict=True):
         if request.output.finish_reason == "cancelled":
-            assert tokens_alone(model, prompt, params)[: request.sequence.num_delivered] == request.output.token_ids
+            assert_ended_early(model, request, prompt, params)
+            if params.edit_window:
+                continue
             events = alone(model, prompt, params).trace[0].events
             if request.output.trace is not None:
                 assert events[: len(request.output.trace.events)] == request.output.trace.events
@@ -101,7 +116,7 @@ def test_any_mix_on_step_graphs(overlap, seed, config, jobs):
     requests = play(engine, jobs)
     for request, (prompt, params, *_) in zip(requests, jobs, strict=True):
         if request.output.finish_reason == "cancelled":
-            assert tokens_alone(model, prompt, params)[: request.sequence.num_delivered] == request.output.token_ids
+            assert_ended_early(model, request, prompt, params)
         else:
             assert_as_alone(request.output, model, prompt, params)
     assert_empty(engine)

@@ -1,0 +1,229 @@
+"""Multi-block editing: what a window pass computes, what it leaves alone, what it costs, and what ends by it.
+
+That tokens, traces and forwards are by the book is in test_properties.py, for generate(); here for every runner.
+"""
+
+import functools
+
+import pytest
+import torch
+
+from llada2_fast import LLaDA2Pipeline
+from llada2_fast.decoding import window as window_module
+from llada2_fast.decoding.decoder import decode_all
+from llada2_fast.decoding.runner import CachedForward, Prefill
+from llada2_fast.decoding.sequence import Phase
+from llada2_fast.decoding.window import Window
+from llada2_fast.generate import generate
+from llada2_fast.kernels.roles import block_kinds
+from tests.engine.common import UNDERTRAINED, chat, demo_model
+from tests.test_graphs import decode, decoder_of
+from tests.test_properties import by_the_book, golden_model, window_mask
+
+MASK, EOS = 255, 252  # of the golden set "tiny"
+RUNNERS = {"eager": None, "graphs": 0, "graphs, read a step late": 1}
+EDITING = {"threshold": 0.5, "editing_threshold": 0.3, "max_post_steps": 2}
+RULES = {
+    "one block": EDITING | {"edit_window": 1},
+    "no post steps": EDITING | {"max_post_steps": 0, "edit_window": 2},
+    "all blocks": EDITING | {"editing_threshold": 0.0, "edit_window": 100},
+    "no tail, sampled": EDITING | {"attend_tail": False, "temperature": 0.7, "top_k": 9, "edit_window": 2},
+    "ends": EDITING | {"eos_early_stop": True, "edit_window": 2},
+}
+LENGTHS = [3, 40, 8, 17]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return golden_model("tiny")
+
+
+def written(row):
+    return [(event.step, event.position, event.kind, event.token, event.old) for event in row.events]
+
+
+@functools.cache
+def book(length, name, eos):
+    """by_the_book of a row of test_graphs.decoder_of; temperature and top_k go by the row's own seed."""
+    rules = {"gen_length": 19, "block_length": 8, "steps": 32, "minimal_topk": 1, "eos_early_stop": False}
+    rules |= {"attend_tail": True, "mask_id": MASK, "eos_id": eos, "seed": length} | RULES[name]
+    prompt = torch.randint(0, 250, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+    return by_the_book(golden_model("tiny"), prompt, rules)
+
+
+# The pass itself
+
+
+@pytest.mark.parametrize("name", ["tiny", "group", "embedded"])
+def test_a_window_is_a_forward_with_a_mask(name):
+    """Rows of other windows beside it, some with blocks in front of it that are not final, and a row without its tail.
+    What was in the rows' own pages stays."""
+    model, length = demo_model() if name == "embedded" else golden_model(name), 8
+    cache = model.new_cache(40, length)
+    generator, windows, rows = torch.Generator().manual_seed(1), [], []
+    for begin, block, final, missing in ((0, 2, 0, 0), (3, 4, 3, 0), (4, 6, 2, 5), (1, 3, 1, 3)):
+        tokens = torch.randint(0, 250, ((block + 1) * length,), generator=generator).tolist()
+        limit = (block + 1) * length - missing
+        pages, scratch = cache.allocate(block + 1), cache.allocate(block + 1 - begin)
+        if final:
+            prefill = Prefill(pages, limit, 0, tokens[: final * length])
+            CachedForward(model, cache).prefill([prefill])
+        kinds = block_kinds([], begin * length, (block + 1 - begin) * length, limit, limit)
+        table = pages[:begin] + scratch
+        windows.append(Window(table, limit, final, begin, block, tokens[final * length :], kinds, None, 0, 0))
+        rows.append((tokens, limit, begin, pages[final:]))
+    before = cache.k.clone(), cache.v.clone()
+    with torch.inference_mode():
+        logits = model.lm_logits(window_module._forward(model, cache, windows)).split([len(w.tokens) for w in windows])
+    for window, (tokens, limit, begin, own), got in zip(windows, rows, logits, strict=True):
+        mask = window_mask(len(tokens), length, begin) & (torch.arange(len(tokens)) < limit)
+        wanted = model(torch.tensor([tokens]), attention_mask=mask).logits[0]
+        at = torch.arange(window.first * length, limit)
+        torch.testing.assert_close(got[at - window.first * length], wanted[at], rtol=1e-4, atol=1e-4)
+        causal = model(torch.tensor([tokens[:limit]]), block_length=length).logits[0]
+        assert not torch.allclose(wanted[begin * length], causal[begin * length], atol=1e-2)
+        untouched = list(own[begin - window.first :])
+        assert torch.equal(cache.k[:, untouched], before[0][:, untouched])
+        assert torch.equal(cache.v[:, untouched], before[1][:, untouched])
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("name", RULES)
+def test_every_runner_goes_by_the_book(model, name, runner):
+    """Rows whose blocks end together and apart, in one decoder."""
+    rows, late = decode(model, LENGTHS, RULES[name], RUNNERS[runner], trace=True), 0
+    for length, row in zip(LENGTHS, rows, strict=True):
+        tokens, events, per_block = book(length, name, (EOS,))
+        assert row.answer() == tokens and row.counters.forwards_per_block == per_block
+        end = row.prompt_length + len(tokens)
+        assert [one for one in written(row) if one[2] == "commit" or one[1] < end] == events
+        newest = 0
+        for event in row.events:
+            newest = max(newest, event.block)
+            late += event.block < newest
+        assert row.counters.window_forwards == len(per_block) - 1
+        assert row.counters.denoise_forwards == sum(per_block)
+        assert row.counters.edits == sum(event.kind == "edit" for event in row.events)
+    assert late, "no pass has edited an earlier block"
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_a_pass_that_edits_nothing_changes_nothing(model, runner):
+    """Tokens, and K/V down to the bit: those of the pass went elsewhere."""
+    rules = EDITING | {"editing_threshold": 2.0}
+    kept = []
+    for window in (0, 2):
+        decoder, rows = decoder_of(model, LENGTHS, rules | {"edit_window": window}, RUNNERS[runner], trace=True)
+        decode_all(decoder, rows)
+        cache = getattr(decoder.runner, "cache", None) or decoder.runner.forward.cache
+        pages = [list(row.pages[: row.num_final_blocks]) for row in rows]
+        kept.append([(row.answer(), [cache.k[:, own], cache.v[:, own]]) for row, own in zip(rows, pages, strict=True)])
+        assert [row.counters.settle_forwards for row in rows] == [0] * len(rows)
+    for (tokens, memory), (others, theirs) in zip(*kept, strict=True):
+        assert tokens == others and all(map(torch.equal, memory, theirs))
+
+
+@pytest.mark.parametrize("name", ["one block", "all blocks"])
+def test_kv_are_made_again_from_the_first_edited_block_on(model, name):
+    """After every step: what counts as final is what a forward of the tokens gives."""
+    decoder, rows = decoder_of(model, [17], RULES[name], 0)
+    (row,), rewound = rows, 0
+    while row.running:
+        decoder.step(rows)
+        rewound += row.phase is Phase.BLOCK_END and row.num_final_blocks < row.block
+        cache = model.new_cache(row.num_blocks, 8)
+        fresh = Prefill(tuple(range(row.num_blocks)), row.limit, 0, row.ids[: row.num_final_blocks * 8])
+        CachedForward(model, cache).prefill([fresh])
+        own = list(row.pages[: row.num_final_blocks])
+        torch.testing.assert_close(decoder.runner.cache.k[:, own], cache.k[:, : len(own)], rtol=1e-4, atol=1e-4)
+    assert rewound
+
+
+def test_the_embedded_model_by_the_book():
+    model = demo_model(UNDERTRAINED)
+    ids = model.special_ids
+    rules = {"gen_length": 40, "block_length": model.block_length, "steps": 32, "minimal_topk": 1, "threshold": 0.5}
+    rules |= {"editing_threshold": 0.3, "max_post_steps": 0, "edit_window": 2, "eos_early_stop": True}
+    rules |= {"attend_tail": True, "mask_id": ids["mask_token_id"], "eos_id": ids["eos_token_id"]}
+    prompts = [chat(text) for text in ("Spell 4071, 22.", "Add 847 and 96.")]
+    out = generate(model, prompts, return_dict=True, trace=True, **rules)
+    uncached = generate(model, prompts, use_cache=False, **rules)
+    for i, prompt in enumerate(prompts):
+        tokens, events, per_block = by_the_book(model, prompt, rules)
+        got = out.sequences[i, : out.num_tokens[i]].tolist()
+        assert got == tokens == uncached[i, : len(tokens)].tolist()
+        assert [(e.step, e.position, e.kind, e.token, e.old) for e in out.trace[i].events] == events
+        assert out.counters[i].forwards_per_block == per_block
+    assert out.tokens_per_forward == sum(out.num_tokens) / sum(c.denoise_forwards for c in out.counters)
+
+
+# Ends
+
+
+def turns(row):
+    """The ids that passes have edited away and those that they have brought, which the answer had not or has not held
+    before: {"gone": ids, "brought": ids}."""
+    found, ends, n = {"gone": set(), "brought": set()}, [], row.prompt_length
+    for count in row.counters.forwards_per_block:
+        ends.append((ends[-1] if ends else 0) + count)
+    canvas, seen = {}, set()
+    for number, end in enumerate(ends):
+        held = []
+        for last in (end - 1 if number else end, end):  # before the pass, and after it
+            for event in row.events:
+                if event.step < last:
+                    canvas[event.position] = event.token
+            held.append({token for at, token in canvas.items() if n <= at < row.total})
+        found["gone"] |= held[0] - held[1] - seen
+        found["brought"] |= held[1] - held[0] - seen
+        seen |= held[1]
+    return found
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("kind", ["gone", "brought"])
+def test_an_end_is_judged_after_the_pass(model, kind, runner):
+    """One that the pass edits away ends nothing, one that it brings does."""
+    rows, tried = decode(model, LENGTHS, RULES["ends"] | {"eos_early_stop": False}, trace=True), 0
+    for length, row in zip(LENGTHS, rows, strict=True):
+        for eos in sorted(turns(row)[kind])[:2]:
+            (own,) = decode(model, [length], RULES["ends"], RUNNERS[runner], eos=eos)
+            tokens, _, per_block = book(length, "ends", (eos,))
+            assert own.answer() == tokens and own.counters.forwards_per_block == per_block
+            assert (own.finish_reason == "eos") == (eos in tokens)
+            tried += 1
+    assert tried > 3
+
+
+# What it takes
+
+
+def test_pages_of_passes(model):
+    """Scratch pages for a window, no more than a row's blocks can use, none where there is no pass."""
+    for window, gen_length, scratch in ((0, 30, 0), (1, 30, 2), (2, 30, 3), (50, 30, 5), (1, 3, 0), (2, 4, 2)):
+        _, (row,) = decoder_of(model, [5], EDITING | {"edit_window": window, "gen_length": gen_length})
+        assert row.num_pages == row.num_blocks + scratch == len(row.pages)
+
+
+def test_one_block_has_no_pass(model):
+    rules = dict(gen_length=3, block_length=8, mask_id=MASK, eos_id=-1, return_dict=True, trace=True, **EDITING)
+    plain, windowed = (generate(model, [1, 2, 3, 4], edit_window=window, **rules) for window in (0, 2))
+    assert plain.trace == windowed.trace and plain.counters[0].window_forwards == 0
+
+
+def test_a_bad_pass_names_its_block(model, monkeypatch):
+    forward = window_module._forward
+    monkeypatch.setattr(window_module, "_forward", lambda *args: forward(*args) * torch.nan)
+    with pytest.raises(RuntimeError, match="row 0: logits hold NaN or infinity at the window pass of block 1"):
+        generate(model, [1, 2, 3], gen_length=20, block_length=8, mask_id=MASK, eos_id=-1, edit_window=1, **EDITING)
+
+
+def test_what_cannot_have_windows_refuses_them_by_name(model):
+    how = {"gen_length": 8, "block_length": 8, "mask_id": MASK, "eos_id": -1, "editing_threshold": 0.5}
+    with pytest.raises(ValueError, match="edit_window=1: expected 0 with a canvas"):
+        generate(model, [1, 2, 3], canvas=[4, None, 5], edit_window=1, **how)
+    for changes in ({"profile": "hf-2.1"}, {"editing_threshold": None}):
+        with pytest.raises(ValueError, match="edit_window=1: expected 0 "):
+            generate(model, [1, 2, 3], edit_window=1, **how | changes)
+    with pytest.raises(TypeError, match="edit_window"):
+        LLaDA2Pipeline.__call__(None, edit_window=1)
