@@ -217,6 +217,7 @@ def test_version(call):
     (["generate", "x", "--temperature", "nan"], ["temperature=nan"]),
     (["generate", "x", "--top-p", "0"], ["top_p=0"]),
     (["generate", "x", "--editing-threshold", "-0.5"], ["editing_threshold=-0.5"]),
+    (["generate", "x", "--edit-window", "1"], ["edit_window=1", "editing_threshold"]),
     (["generate", "x", "--profile", "sglang"], ["profile='sglang'", "hf-2.1"]),
     (["generate", "x", "--num-to-transfer", "2"], ["num_to_transfer=2"]),
     (["generate", "x", "--mask-id", "99999"], ["mask_id=99999"]),

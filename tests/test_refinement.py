@@ -32,6 +32,7 @@ def test_parameters_are_those_of_lanes():
     ({"seeds": [1]}, "seeds, eos_ids: expected 2 each"),
     ({"eos_ids": [[1]] * 3}, "seeds, eos_ids: expected 2 each"),
     ({"params": [DecodeParams(), 0.5]}, "params: expected DecodeParams, got float"),
+    ({"params": [DecodeParams(editing_threshold=0.5, edit_window=2)] * 2}, "edit_window=2: expected 0"),
 ])  # fmt: skip
 def test_bad_input(change, message):
     call = {"params": [DecodeParams()] * 2, "block_length": 8, "seeds": [1, 2], "eos_ids": [[]] * 2} | change

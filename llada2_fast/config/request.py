@@ -52,7 +52,8 @@ class RequestOptions:
     stop: tuple[str, ...] = doc(
         (),
         "a string or several that end the text, not part of it. Stops count as soon as they are committed and no mask "
-        "is left before them; with editing on, when their block ends. One may be, or hold, a special token",
+        "is left before them; with editing on, when their block ends, with an edit_window when no pass reaches it any "
+        "more. One may be, or hold, a special token",
     )
     stop_token_ids: tuple[int, ...] = doc((), "ids that end the tokens, part of them")
     include_stop: bool = doc(False, "a stop string is part of the text that it ends")

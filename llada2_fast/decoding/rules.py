@@ -85,7 +85,8 @@ PROFILES = {
 
 
 def row_rule(params: DecodeParams, block_length: int, edits: bool = False) -> Rule:
-    """The rule of a row. Ids, lengths and the seed of `params` are not read, but for hf-2.0's gen_length.
+    """The rule of each block of a row. Ids, lengths and the seed of `params` are not read, but for hf-2.0's gen_length,
+    nor is edit_window, which is about several blocks.
 
     edits: the model deletes and inserts (SpecialIds.edits), which it then does where tokens are edited.
     """
@@ -152,11 +153,14 @@ def refine_params(
     seeds: an int64 per row, read where tokens are drawn.
     eos_ids: a list of ids per row, which may be empty.
     device: where the tensors are to be.
-    Raises ValueError where the three differ in length, and for what is no DecodeParams.
+    Raises ValueError where the three differ in length, for what is no DecodeParams, and for an edit_window, of whose
+    forwards a step knows nothing.
     """
     if not len(params) == len(seeds) == len(eos_ids):
         raise ValueError(f"seeds, eos_ids: expected {len(params)} each, as of params, got {len(seeds)}, {len(eos_ids)}")
     for one in params:
         if not isinstance(one, DecodeParams):
             raise ValueError(f"params: expected DecodeParams, got {type(one).__name__}")
+        if one.edit_window:
+            raise ValueError(f"edit_window={one.edit_window}: expected 0, a step is of one block")
     return batch_params([row_rule(one, block_length) for one in params], seeds, eos_ids, device)

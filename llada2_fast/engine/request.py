@@ -117,8 +117,9 @@ def _logs(confidences):
 class Event:
     """Something that happened to a request, at `time` on the engine's clock.
 
-    kind: "draft", the open block as it stands, where masks have confidence 0 and step -1; "commit", final tokens, never
-        taken back; "finish", the last event, with the output.
+    kind: "draft", the open block as it stands, where masks have confidence 0 and step -1, with an edit_window behind
+        the blocks that are still revisable; "commit", final tokens, never taken back; "finish", the last event, with
+        the output.
     start: index of the first token among the generated ones.
     top_logprobs: as of RequestOutput, of commits; empty unless asked for.
     text: what a commit adds to the text; of a finish, what was held back until then.

@@ -133,15 +133,17 @@ def test_tokens_found_in_the_cache_count_once(client):
     assert (usage.prompt_tokens, usage.prompt_tokens_details.cached_tokens) == (len(prompt(QUESTIONS[1])), 16)
 
 
-def test_drafts_and_a_trace(client):
-    extra = {"draft": True, "trace": True, "threshold": 2.0, "steps": 16, "editing_threshold": 0.9}
+@pytest.mark.parametrize("window", [0, 1])
+def test_drafts_and_a_trace(client, window):
+    own = {"threshold": 2.0, "steps": 16, "editing_threshold": 0.9, "edit_window": window}
+    extra = own | {"draft": True, "trace": True}
     choices = [chunk.choices[0] for chunk in ask(client, stream=True, extra_body=extra)]
     drafts = [choice.draft for choice in choices if hasattr(choice, "draft")]
     commits = [choice.commit for choice in choices if hasattr(choice, "commit")]
     assert any(-1 in draft["steps"] for draft in drafts)  # masks
     for draft in drafts:
         assert all((step < 0) == (text == "") for step, text in zip(draft["steps"], draft["tokens"], strict=True))
-    (want,) = alone(prompt(QUESTIONS[0]), steps=16, threshold=2.0, editing_threshold=0.9)
+    (want,) = alone(prompt(QUESTIONS[0]), **own)
     assert [token for commit in commits for token in commit["token_ids"]] == want.token_ids
     trace = choices[-1].trace
     tokens = {event["position"]: event["token"] for event in trace["events"]}
@@ -215,6 +217,12 @@ def test_parts_and_roles(client):
         ({"extra_body": {"profile": "hf-3"}}, "profile", "invalid_value"),
         ({"extra_body": {"threshold": "high"}}, "threshold", "invalid_value"),
         ({"extra_body": {"editing_threshold": 0.5, "profile": "hf-2.0"}}, "editing_threshold", "invalid_value"),
+        ({"extra_body": {"edit_window": 1}}, "edit_window", "invalid_value"),
+        (
+            {"extra_body": {"edit_window": 1, "editing_threshold": 0.5, "canvas": "a{gap:3}"}, "max_tokens": None},
+            "edit_window",
+            "invalid_value",
+        ),
         ({"extra_body": {"deadline_s": 0}}, "deadline_s", "invalid_value"),
         ({"extra_body": {"request_id": "a b"}}, "request_id", "invalid_value"),
         ({"extra_body": {"treshold": 0.5}}, "treshold", "unknown_parameter"),

@@ -34,7 +34,7 @@ def documents():
     """Of a model that edits much, one with markup for a prompt."""
     tokenizer = load_tokenizer(UNDERTRAINED)
     engine = Engine(LLaDA2Model.from_pretrained(UNDERTRAINED, progress=False), tokenizer=tokenizer)
-    params = DecodeParams(gen_length=64, threshold=0.3, editing_threshold=0.0, eos_early_stop=True)
+    params = DecodeParams(gen_length=64, threshold=0.3, editing_threshold=0.0, edit_window=1, eos_early_stop=True)
     made = []
     for prompt in ("Spell 4071, 22, 608.", "</script><img src=x onerror=alert(1)><!--"):
         chat = [{"role": "user", "content": prompt}]

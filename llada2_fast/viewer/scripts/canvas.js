@@ -202,5 +202,5 @@ function confidenceLevel(confidence) {
 // 0 for the first step of its block, 7 for the last.
 function stepLevel(block, step) {
   const steps = block.last - block.first;
-  return steps > 1 ? Math.round((7 * (step - block.first)) / (steps - 1)) : 0;
+  return steps > 1 ? Math.min(7, Math.round((7 * (step - block.first)) / (steps - 1))) : 0;
 }

@@ -44,10 +44,11 @@ function showToken(root, trace, position) {
   const parts = [make("p", { class: write ? "quote" : "quote empty" }, write ? quoted(trace, write.token) : "mask")];
   const facts = [["Position", String(position)], ["Block", `${number + 1} of ${trace.blocks.length}`]];
   if (write) {
+    const when = write.step < block.last ? `${write.step - block.first + 1} of its block` : `of block ${trace.blockAt(write.step) + 1}`;
     facts.unshift(
       ["Id", String(write.token)],
       ["Confidence", make("span", { class: "with-bar" }, percent(write.confidence), meter(write.confidence))],
-      ["Step", `${write.step + 1} (${write.step - block.first + 1} of its block)`],
+      ["Step", `${write.step + 1} (${when})`],
     );
   }
   parts.push(definitions(facts));

@@ -71,9 +71,10 @@ class Trace {
   }
 
   // The block that the last step was of.
-  get activeBlock() {
-    return this.step ? this.blocks.findIndex((block) => this.step > block.first && this.step <= block.last) : -1;
-  }
+  get activeBlock() { return this.step ? this.blockAt(this.step - 1) : -1; }
+
+  // The block that a step was of, which may have edited earlier ones, too.
+  blockAt(step) { return this.blocks.findIndex((block) => step >= block.first && step < block.last); }
 
   // What stands at a position by now, null for a mask, which may have been put back.
   write(position) {
@@ -111,11 +112,9 @@ class Trace {
   take(part) {
     const fresh = [], end = part.start + part.token_ids.length;
     this.extend(end);
-    const last = this.blocks[this.blocks.length - 1];
-    if (!last || part.start >= last.end) this.blocks.push({ begin: part.start, end, first: Infinity, last: 0 });
-    const block = this.blocks[this.blockOf(part.start)];
-    block.end = Math.max(block.end, end);
-    const now = Math.max(...part.steps), seen = block.last;
+    const last = this.blocks[this.blocks.length - 1], begin = last ? last.end : part.start;
+    const now = Math.max(...part.steps), seen = last ? last.last : 0;
+    if (end > begin) this.blocks.push({ begin, end, first: Infinity, last: 0 });
     part.steps.forEach((written, i) => {
       const position = part.start + i, writes = this.writes[position], before = writes[writes.length - 1];
       const masked = written < 0, token = masked ? this.doc.mask_id : part.token_ids[i];
@@ -134,7 +133,9 @@ class Trace {
     fresh.sort((a, b) => a.step - b.step);
     for (const event of fresh) {
       this.add(event);
-      block.first = Math.min(block.first, event.step);
+      const own = this.blocks[this.blockOf(event.position)];
+      if (event.kind === "commit") own.first = Math.min(own.first, event.step);
+      const block = this.blocks.filter((one) => one.first <= event.step).pop() || own;
       block.last = Math.max(block.last, event.step + 1);
     }
   }
