@@ -54,6 +54,7 @@ class StandIn:
     """A network for Engine whose forwards take no time but on its clock. cost: (tokens, query-key pairs) -> seconds."""
 
     config, dtype, device, block_length = STAND_IN, torch.float32, torch.device("cpu"), LENGTH
+    release = None
     special_ids = {}
 
     def __init__(self, cost, clock, seed=0):

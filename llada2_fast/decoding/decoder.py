@@ -185,7 +185,7 @@ class BlockDecoder:
             begin, end = end, end + sequence.window_blocks + 1
             blocks, k = list(range(begin, end)), sequence.top_logprobs
             error = any(result.rows[block][refine.FLAGS] & refine.ERROR for block in blocks)
-            tokens, _, confidences = _joined(result.read(blocks))
+            tokens, confidences = _joined((own, sure) for own, _, sure, _ in result.read(blocks))
             sequence.take_window(
                 error, tokens, confidences, _joined(result.read_top(block, k) for block in blocks) if k else None
             )

@@ -161,6 +161,11 @@ def _check_edits(config, form):
             f"max_post_steps={params.max_post_steps}: expected at most {MAX_POST_STEPS} where tokens are deleted and "
             "inserted (LLaDA2.2 with an editing_threshold)"
         )
+    if params.edit_window:
+        raise ValueError(
+            f"edit_window={params.edit_window}: expected 0 where tokens are deleted and inserted (LLaDA2.2 with an "
+            "editing_threshold)"
+        )
     if form.canvas is not None or params.language is not None:
         name = "canvas" if form.canvas is not None else params.language
         raise ValueError(
