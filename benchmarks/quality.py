@@ -2,8 +2,8 @@
 of its training. `python -m benchmarks.quality --json` ends with one JSON line; `--plot FILE` draws it; `--variant 2.2`
 measures the one that was trained as a LLaDA2.2, `--quantization int4` (or fp8) either with such weights.
 
-    thresholds   committed is what is more confident; with and without editing, at the block length of the training; a
-                 LLaDA2.2 edits by deleting and inserting, too
+    thresholds   committed is what is more confident; with and without editing, of finished blocks, too (window), at the
+                 block length of the training; a LLaDA2.2 edits by deleting and inserting, too, and has no window
     blocks       the same without editing at half and at twice that length, which the model has never seen
     schedule     no threshold: a block in a fixed number of steps, the most confident positions first
 
@@ -31,6 +31,8 @@ EDITING = {  # name -> what generate() is given beside the threshold
     "0.9, 16 post steps": {"editing_threshold": 0.9, "max_post_steps": 16},
     "0.5, 16 post steps": {"editing_threshold": 0.5, "max_post_steps": 16},
     "0.5, 0 post steps": {"editing_threshold": 0.5, "max_post_steps": 0},
+    "0.5, 0 post steps, window 1": {"editing_threshold": 0.5, "max_post_steps": 0, "edit_window": 1},
+    "0.5, 0 post steps, window 2": {"editing_threshold": 0.5, "max_post_steps": 0, "edit_window": 2},
 }
 GEN_LENGTH = 128  # the longest right answer, a story, has 56 tokens
 ENDING = {"gen_length": GEN_LENGTH, "eos_early_stop": True, "return_dict": True}  # arguments of generate() everywhere
@@ -202,12 +204,12 @@ def label_of(entry):
 def table(result):
     """Accuracy / TPF by task as text, a line per setting, and tokens/s."""
     names = (*tasks.TASKS, "mean")
-    lines = [f"{'mode':<34}{'threshold':<10}" + "".join(f"{name:>14}" for name in names) + f"{'tok/s (noisy)':>15}"]
+    lines = [f"{'mode':<38}{'threshold':<10}" + "".join(f"{name:>14}" for name in names) + f"{'tok/s (noisy)':>15}"]
     for mode, entries in modes(result).items():
         for entry in entries:
             cells = [f"{score['accuracy']:.3f} /{score['tpf']:5.2f}" for score in (*entry["tasks"].values(), entry)]
             row = "".join(f"{cell:>14}" for cell in cells)
-            lines.append(f"{mode:<34}{label_of(entry):<10}{row}{entry['tok_s']:>15.0f}")
+            lines.append(f"{mode:<38}{label_of(entry):<10}{row}{entry['tok_s']:>15.0f}")
     return "\n".join(lines)
 
 
@@ -217,7 +219,7 @@ TICKS = (1, 0.99, 0.98, 0.95, 0.9, 0.8, 0.6, 0.4, 0)  # of accuracy: most of wha
 
 def draw(result, axes, speed="tok_s"):
     """Draw a JSON line, or the settings and block_length of one: accuracy by speed, a line per mode, its thresholds."""
-    marks = ("o-", "s--", "x:", "v-", "^-", "D-.")
+    marks = ("o-", "s--", "x:", "P:", "X:", "v-", "^-", "D-.")
     near = max(entry[speed] for entry in result["settings"]) / 20
     for i, (mode, entries) in enumerate(modes(result).items()):
         points = [(entry[speed], 1 - entry["accuracy"]) for entry in entries]

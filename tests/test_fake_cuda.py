@@ -81,6 +81,8 @@ class FakeCuda(TorchFunctionMode):
             return self._to(func, *args, **kwargs)
         if kwargs.pop("pin_memory", False):
             return self._pin(func(*args, **kwargs))
+        if func is torch.Tensor.pin_memory:
+            return self._pin(args[0].clone())
         made_there = is_gpu(kwargs.get("device"))
         if made_there:
             kwargs["device"] = "cpu"

@@ -8,7 +8,8 @@ import functools
 import pytest
 import torch
 
-from llada2_fast import LLaDA2Pipeline
+from llada2_fast import Engine, EngineConfig, LLaDA2Pipeline
+from llada2_fast.config import DecodeParams
 from llada2_fast.decoding import window as window_module
 from llada2_fast.decoding.decoder import decode_all
 from llada2_fast.decoding.runner import CachedForward, Prefill
@@ -17,6 +18,7 @@ from llada2_fast.decoding.window import Window
 from llada2_fast.generate import generate
 from llada2_fast.kernels.roles import block_kinds
 from tests.engine.common import UNDERTRAINED, chat, demo_model
+from tests.test_fake_cuda import fake_cuda, held, load, move
 from tests.test_graphs import decode, decoder_of
 from tests.test_properties import by_the_book, golden_model, window_mask
 
@@ -227,3 +229,33 @@ def test_what_cannot_have_windows_refuses_them_by_name(model):
             generate(model, [1, 2, 3], edit_window=1, **how | changes)
     with pytest.raises(TypeError, match="edit_window"):
         LLaDA2Pipeline.__call__(None, edit_window=1)
+
+
+# On a GPU
+
+
+def test_kernels_give_the_tokens_of_the_reference(golden):
+    """A row with windows beside one without, in an engine on graphs."""
+    prompts = [list(range(1, 6)), list(range(1, 12))]
+    rules = {"gen_length": 15, "threshold": 0.3, "editing_threshold": 0.2, "max_post_steps": 0, "mask_id": MASK}
+    each = [DecodeParams(eos_ids=(), edit_window=window, **rules) for window in (1, 0)]
+
+    def outputs(model, **config):
+        engine = Engine(model, EngineConfig(block_length=8, mask_id=MASK, cache_tokens=96, trace=True, **config))
+        found = engine.generate(prompts, each)
+        engine.check_integrity()
+        return [(output.token_ids, output.steps, output.counters.forwards_per_block) for output in found]
+
+    wanted = outputs(load(golden))
+    with fake_cuda():
+        assert outputs(move(load(golden)), graphs=True) == wanted
+    assert sum(wanted[0][2]) > len(wanted[0][2])
+
+
+def test_other_weights(golden):
+    """In fp8 the head's input is, too."""
+    rules = {"gen_length": 9, "block_length": 8, "threshold": 0.0, "editing_threshold": 0.0, "max_post_steps": 0}
+    with fake_cuda():
+        model = move(load(golden, quantization="fp8"))
+        out = model.generate([[1, 2, 3]], edit_window=1, mask_id=MASK, eos_id=-1, return_dict=True, **rules)
+    assert out.counters[0].window_forwards == 1 and MASK not in held(out.sequences)
