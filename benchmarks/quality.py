@@ -54,13 +54,14 @@ class Setting(NamedTuple):
         return ENDING | own | EDITING[self.editing]
 
 
-def settings_of(block_length, quick=False):
-    """All settings that are measured for a model trained with this block length."""
+def settings_of(block_length, quick=False, windows=True):
+    """All settings that are measured for a model trained with this block length; windows: it may have them."""
     thresholds, schedules = (QUICK_THRESHOLDS, QUICK_SCHEDULES) if quick else (THRESHOLDS, SCHEDULES)
     blocks = [length for length in (block_length // 2, 2 * block_length) if length]
+    edits = [name for name, rules in EDITING.items() if windows or "edit_window" not in rules]
     steps = sorted({max(1, block_length // tokens) for tokens in schedules})
     return [
-        *(Setting(threshold, edit, block_length) for threshold in thresholds for edit in EDITING),
+        *(Setting(threshold, edit, block_length) for threshold in thresholds for edit in edits),
         *(Setting(threshold, "off", length) for length in blocks for threshold in thresholds),
         *(Setting(None, "off", block_length, count) for count in steps),
     ]
@@ -91,7 +92,7 @@ def main(argv=None):
     )
     tokenizer = load_tokenizer(path)
     n = options.n or (24 if options.quick else tasks.PROMPTS)
-    settings = settings_of(model.block_length, options.quick)
+    settings = settings_of(model.block_length, options.quick, windows=model.config.delete_token_id is None)
     scores = measure(model, tokenizer, n, settings)
     speed = {"prompts_per_task": min(n, 1 if options.quick else 4), "rounds": 1 if options.quick else 5}
     rates = tokens_per_second(model, tokenizer, settings, **speed)
