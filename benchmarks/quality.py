@@ -31,8 +31,8 @@ EDITING = {  # name -> what generate() is given beside the threshold
     "0.9, 16 post steps": {"editing_threshold": 0.9, "max_post_steps": 16},
     "0.5, 16 post steps": {"editing_threshold": 0.5, "max_post_steps": 16},
     "0.5, 0 post steps": {"editing_threshold": 0.5, "max_post_steps": 0},
-    "0.5, 0 post steps, window 1": {"editing_threshold": 0.5, "max_post_steps": 0, "edit_window": 1},
-    "0.5, 0 post steps, window 2": {"editing_threshold": 0.5, "max_post_steps": 0, "edit_window": 2},
+    "0.9, 0 post steps, window 1": {"editing_threshold": 0.9, "max_post_steps": 0, "edit_window": 1},
+    "0.9, 0 post steps, window 2": {"editing_threshold": 0.9, "max_post_steps": 0, "edit_window": 2},
 }
 GEN_LENGTH = 128  # the longest right answer, a story, has 56 tokens
 ENDING = {"gen_length": GEN_LENGTH, "eos_early_stop": True, "return_dict": True}  # arguments of generate() everywhere
