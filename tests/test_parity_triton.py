@@ -15,7 +15,7 @@ from tests.engine.common import chat
 from tests.kernels.interpreter import interpreted
 from tests.rounding import decode, first_difference, undecided_from, writes
 
-SETS = ("tiny", "group", "variant", "flat", "moe256", "bf16")
+SETS = ("tiny", "group", "variant", "flat", "moe256", "bf16", "block22")
 PROMPTS = ("Add 847 and 96.", "Spell 4071.", "Reverse moon crow bread lamp.")
 
 
@@ -43,7 +43,7 @@ def first_of_each_label(golden, name):
     "name, label",
     [
         ("tiny", "aligned"), ("tiny", "low_threshold"), ("tiny", "quality"), ("moe256", "aligned"),
-        ("moe256", "low_threshold"),
+        ("moe256", "low_threshold"), ("block22", "post00"),
     ],
 )  # fmt: skip
 def test_recorded_decodings_come_out_of_the_kernels(golden, name, label):
@@ -52,10 +52,16 @@ def test_recorded_decodings_come_out_of_the_kernels(golden, name, label):
         assert on_triton(lambda case=case: decode(model, case)) == case["output"]
 
 
-@pytest.mark.parametrize("text", PROMPTS)
-def test_the_embedded_model_writes_the_same_on_the_kernels(text):
-    model, prompt = load(demo.path()), [chat(text)]
-    call = lambda: model.generate(prompt, gen_length=16, threshold=0.9, trace=True, return_dict=True)  # noqa: E731
+@pytest.mark.parametrize(
+    "variant, text, rules",
+    [
+        *(("2.1", text, {"threshold": 0.9}) for text in PROMPTS),
+        ("2.2", "Spell 7305, 12.", {"threshold": 0.2, "editing_threshold": 0.3}),
+    ],
+)  # fmt: skip
+def test_the_embedded_model_writes_the_same_on_the_kernels(variant, text, rules):
+    model, prompt = load(demo.path(variant)), [chat(text)]
+    call = lambda: model.generate(prompt, gen_length=16, trace=True, return_dict=True, **rules)  # noqa: E731
     ours, reference = on_triton(call), call()
     assert torch.equal(ours.sequences, reference.sequences)
     assert [e[:5] for e in ours.trace[0].events] == [e[:5] for e in reference.trace[0].events]
@@ -89,15 +95,16 @@ def test_recorded_decodings_come_out_of_the_graphs(golden, name):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("variant", ["2.1", "2.2"])
 @pytest.mark.parametrize("kind", ["quality", "speed"])
-def test_the_embedded_model_writes_the_same_on_a_gpu(kind):
+def test_the_embedded_model_writes_the_same_on_a_gpu(kind, variant):
     """One batch of ragged rows by graphs, and the engine on them, against the CPU."""
     params = DecodeParams.preset(kind, gen_length=64, eos_early_stop=True)
     prompts = [chat(text) for text in PROMPTS]
     options = {"threshold": params.threshold, "editing_threshold": params.editing_threshold,
                "max_post_steps": params.max_post_steps, "gen_length": 64, "eos_early_stop": True}  # fmt: skip
-    wanted = load(demo.path()).generate(prompts, return_dict=True, **options)
-    model = load(demo.path(), "cuda")
+    wanted = load(demo.path(variant)).generate(prompts, return_dict=True, **options)
+    model = load(demo.path(variant), "cuda")
     ours = model.generate(prompts, return_dict=True, graphs=True, **options)
     assert torch.equal(ours.sequences.cpu(), wanted.sequences)
     assert [row.forwards_per_block for row in ours.counters] == [row.forwards_per_block for row in wanted.counters]

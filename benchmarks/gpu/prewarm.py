@@ -33,6 +33,7 @@ from triton.runtime.cache import FileCacheManager
 from llada2_fast import demo
 from llada2_fast.config import ModelConfig
 from llada2_fast.decoding.graph_runner import StepGraph
+from llada2_fast.decoding.inputs import special_ids
 from llada2_fast.decoding.lanes import Lanes
 from llada2_fast.demo import network
 from llada2_fast.kernels import _tuned, attention, norm, refine, rope
@@ -68,7 +69,7 @@ def steps_of(config, dtype, sizes, pages, prefill, length=BLOCK):
     cache = model.new_cache(max(pages), length)
     for active, carried in sizes:
         for width in pages:
-            lanes = Lanes(active, length, refine.SpecialIds(config.mask_token_id), model.device, pages=width)
+            lanes = Lanes(active, length, special_ids(config, config.mask_token_id), model.device, pages=width)
             step = StepGraph(model, cache, lanes, active, carried)
             step.run()
     step.filters = True
@@ -126,8 +127,9 @@ def tests(machine):
         config = replace(config, mask_token_id=config.vocab_size - 1 if mask_id is None else mask_id)
         steps_of(config, dtype, sizes, (8,), (4 * length,), length)
 
-    for dtype in (torch.float32, torch.bfloat16):
-        small(demo.path(), network.MASK_ID, dtype, network.BLOCK)
+    for variant in demo.FOLDERS:
+        for dtype in (torch.float32, torch.bfloat16):
+            small(demo.path(variant), network.MASK_ID, dtype, network.BLOCK)
     for path in sorted(ROOT.glob("tests/golden/*/config.json")):
         small(path.parent, None, torch.float32, 8)
         for length in (4, 32):  # recorded decodings alone, one row each
