@@ -274,7 +274,7 @@ def _first_column(mask, column, L: tl.constexpr):
 
 
 @triton.jit
-def _select(masked, confidence, introduced, STATE, PARAMS, row, column, L: tl.constexpr):
+def _select(masked, confidence, STATE, PARAMS, introduced, row, column, L: tl.constexpr):
     """_select_ref of one row's positions."""
     steps = tl.maximum(tl.load(PARAMS.steps + row), 1)
     extra = (tl.minimum(tl.load(STATE.step + row), steps - 1) < L % steps).to(tl.int32)
@@ -380,7 +380,7 @@ def _commit_kernel(
 
     mask_free = before == 0
     if MOVES is None:
-        commit = _select(masked, confidence, 0, STATE, PARAMS, row, column, L) & live
+        commit = _select(masked, confidence, STATE, PARAMS, 0, row, column, L) & live
         edit = _edit(editable, token, confidence, held, PARAMS, row) & live
         written = commit | edit
         new = tl.where(written, token, held)
@@ -403,7 +403,7 @@ def _commit_kernel(
             ids, top, mass, scale, best,
         )  # fmt: skip
         num_open = _count(unfilled)
-        commit = _select(masked, confidence, introduced, STATE, PARAMS, row, column, L) & live
+        commit = _select(masked, confidence, STATE, PARAMS, introduced, row, column, L) & live
         last |= on & (max_post_steps == 0) & (_count(unfilled & (commit == 0)) == 0)
         commit |= masked & on & last
         edit = _edit(editable, token, confidence, held, PARAMS, row) & live

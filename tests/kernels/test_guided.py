@@ -226,7 +226,7 @@ def test_op_is_well_formed():
     logits, state, params, ids, index = arguments()
     params.flags |= GUIDED
     allowed, _ = tables_of(3, 4, 60, torch.Generator())
-    tensors = (logits, *vars(state).values(), *vars(params).values(), index, *allowed)
+    tensors = (logits, *vars(state).values(), *vars(params).values(), index, *allowed, None, None, None)
     torch.library.opcheck(torch.ops.llada2_fast.refine_step.default, (*tensors, True, False, *ids))
 
 

@@ -250,10 +250,12 @@ def arguments(seed=1, size=(3, 4, 60, TILE_V), layout="contiguous"):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "packed"])
-def test_op_is_well_formed(layout):
+@pytest.mark.parametrize("moving", [False, True])
+def test_op_is_well_formed(layout, moving):
     logits, state, params, ids, index = arguments(layout=layout)
-    tensors = (logits, *vars(state).values(), *vars(params).values())
-    torch.library.opcheck(torch.ops.llada2_fast.refine_step.default, (*tensors, index, None, None, True, False, *ids))
+    tensors = (logits, *vars(state).values(), *vars(params).values(), index, None, None)
+    moves = refine.Moves.fresh(*state.tokens.shape) if moving else (None, None, None)
+    torch.library.opcheck(torch.ops.llada2_fast.refine_step.default, (*tensors, *moves, True, False, *ids))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
