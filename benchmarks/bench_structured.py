@@ -295,8 +295,9 @@ def launches():
     """How many kernels a refinement step launches."""
     from .counts import launches as launched
 
+    kinds = {"free": {}, "guided": {"guided": True}}
     with torch.inference_mode():
-        return {f"launches_{kind}": len(launched("top_k_top_p", kind == "guided")) for kind in ("free", "guided")}
+        return {f"launches_{kind}": len(launched("top_k_top_p", **how)) for kind, how in kinds.items()}
 
 
 # What is told.
