@@ -147,7 +147,7 @@ class StepGraph:
 
     def _capture(self):
         """Compile and warm up, with the state put back afterwards, then capture. Returns the graph and its results."""
-        kept = [(x, x.clone()) for x in vars(self.lanes.state).values()]
+        kept = [(x, x.clone()) for x in self.lanes.changing]
         graph = torch.cuda.CUDAGraph()
         stream = _capture_stream(self._plan.device)
         capture = torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local")

@@ -83,6 +83,11 @@ class Lanes:
         return self.ids.mask
 
     @property
+    def changing(self) -> list[torch.Tensor]:
+        """All that a step changes."""
+        return [*vars(self.state).values(), *(self._moves or ())]
+
+    @property
     def max_eos(self) -> int:
         return self.params.eos_ids.shape[1]
 
