@@ -399,8 +399,8 @@ def _commit_kernel(
         text, text_confidence = token, confidence
         banned = ((flags & _BAN_MASK) != 0) | (unfilled & (last == 0))
         token, confidence = _with_edits(
-            LOGITS + begin, stride_v, token, confidence, tl.load(PARAMS.temperature + row) > 0, wanted, on, banned,
-            ids, top, mass, scale, best,
+            LOGITS + begin, stride_v, token, confidence, tl.load(PARAMS.temperature + row) > 0,
+            wanted & (masked | editable), on, banned, ids, top, mass, scale, best,
         )  # fmt: skip
         num_open = _count(unfilled)
         commit = _select(masked, confidence, STATE, PARAMS, introduced, row, column, L) & live
@@ -420,6 +420,7 @@ def _commit_kernel(
             hidden = tl.where(_count(own & banned) > 0, ids.mask, -1)
             own_logits = LOGITS + tl.sum(tl.where(own, begin, 0), 0)
             fresh, logit = _best_new(own_logits, stride_v, vocab, WRITTEN + at, old_step, hidden, L)
+            own = tl.where(own, logit, float("-inf")) > float("-inf")  # nowhere if nothing is left that is new
             token = tl.where(own, fresh.to(tl.int64), token)
             confidence = tl.where(own, tl.exp2((logit - top) * scale) / mass, confidence)
         tl.store(SEEN + old_step * L + column, held.to(tl.int32), mask=inside & on)

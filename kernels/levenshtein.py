@@ -146,8 +146,9 @@ def settle_ref(token, confidence, text, chosen, now, state, params, ids, moves, 
             x[past[past >= 0].long()] = float("-inf")
             if now.open[row, at] or params.flags[row] & BAN_MASK:
                 x[ids.mask] = float("-inf")
-            token[row, at] = x.argmax()
-            confidence[row, at] = share[token[row, at]]
+            if bool(x.amax() > float("-inf")):  # something is left that is new
+                token[row, at] = x.argmax()
+                confidence[row, at] = share[token[row, at]]
         moves.seen[row, step] = held.int()
         moves.written[row, step] = torch.where(chosen[row], token[row], -1).int()
     return token, confidence
@@ -212,7 +213,7 @@ def _candidates(
     chosen = tl.full(token.shape, _NO_ID, tl.int64)
     asked = wanted & on
     for i in tl.static_range(3):
-        x = tl.load(base + ids[i] * stride_v, mask=asked, other=_NONE).to(tl.float32)
+        x = tl.load(base + tl.cast(ids[i], tl.int64) * stride_v, mask=asked, other=_NONE).to(tl.float32)
         if i == 0:
             x = tl.where(banned, _NONE, x)
         better = (x > logit) | ((x == logit) & (ids[i] < chosen))

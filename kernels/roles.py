@@ -23,7 +23,7 @@ EDITING = 4  # T2T editing
 OWN_SOFTMAX = 256  # a drawn token's confidence is its share of all ids at temperature 1, not of what it was drawn from
 GUIDED = 512  # candidates come from allowed ids alone and are not written: they are in the report, for a host to decide
 BAN_EDITS = 1024  # the ids of deletions and insertions are never candidates
-LEVENSHTEIN = 2048  # LLaDA2.2's editing: tokens are deleted and masks inserted, too (levenshtein.py)
+LEVENSHTEIN = 2048  # LLaDA2.2's editing, see levenshtein.py; with EDITING, and where the row draws with OWN_SOFTMAX
 
 
 MAX_CLASSES = 4096  # of a row's ids
