@@ -332,8 +332,9 @@ class Sequence:
             before, (self.tokens, self.steps, self.confidences, chosen) = self.tokens, block
             source = range(self.block_length)
             if self.moves and chosen is not None:
-                source = sources(chosen, self.special, self.limit - self.block_start)
-                self._record_moves(before, chosen)
+                exist = min(self.block_length, self.limit - self.block_start)
+                source = sources(chosen, self.special, exist)
+                self._record_moves(before, chosen, source)
             self._record(before, source)
             if top is not None:
                 self._keep_top(source, *top)
@@ -457,7 +458,7 @@ class Sequence:
                 if (old == self.mask_id) == masked:
                     self._add_event(at, kind, self.tokens[at], self.confidences[at], old)
 
-    def _record_moves(self, before, chosen):
+    def _record_moves(self, before, chosen, source):
         """Keep what the last step has deleted and inserted, and what has moved for it; arguments as of `sources`."""
         if self.events is None:
             return
@@ -466,8 +467,9 @@ class Sequence:
                 if token == special:
                     self._add_event(at, kind, token, 0.0, before[at])
         written = set(self._written())
-        for at, token in enumerate(self.tokens):
-            if token != before[at] and at not in written:
+        for at, (token, origin) in enumerate(zip(self.tokens, source, strict=True)):
+            masks = token == before[at] == self.mask_id
+            if origin != at and at not in written and not masks:
                 self._add_event(at, "move", token, self.confidences[at], before[at])
 
     def _add_event(self, at, kind, token, confidence, old):

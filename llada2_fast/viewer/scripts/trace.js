@@ -113,7 +113,7 @@ class Trace {
     const fresh = [], end = part.start + part.token_ids.length;
     this.extend(end);
     const last = this.blocks[this.blocks.length - 1], begin = last ? last.end : part.start;
-    const now = Math.max(...part.steps), seen = last ? last.last : 0;
+    const seen = last ? last.last : 0, now = Math.max(seen, ...part.steps);
     if (end > begin) this.blocks.push({ begin, end, first: Infinity, last: 0 });
     part.steps.forEach((written, i) => {
       const position = part.start + i, writes = this.writes[position], before = writes[writes.length - 1];
