@@ -135,7 +135,7 @@ def generate(
         check_fit(model.config, [prompt], form, number)
     warn_of_editing(model, params)
     seeds = row_seeds(seed, generator, len(prompts), params.draws)
-    length, ids = params.block_length or model.block_length, special_ids(model.config, mask)
+    length, ids = params.block_length or model.block_length, special_ids(model.config, mask, eos)
     sequences = [
         Sequence(
             prompt.tolist(), form.params, one, eos, length, ids, trace, canvas=form.canvas, automaton=form.automaton

@@ -123,6 +123,8 @@ class ModelConfig:
         for name in ("pad_token_id", "mask_token_id", "delete_token_id", "split_token_id"):
             if getattr(self, name) is not None:
                 check(self, name, as_int, 0, self.vocab_size - 1)
+        if self.delete_token_id is not None and self.delete_token_id == self.split_token_id:
+            raise bad("split_token_id", self.split_token_id, "another id than delete_token_id")
         if self.eos_token_id is not None:
             ids = as_ids("eos_token_id", self.eos_token_id)
             put(self, "eos_token_id", tuple(i for i in ids if 0 <= i < self.vocab_size) or None)

@@ -120,10 +120,19 @@ def _first(*values):
     return next((value for value in values if value is not None), None)
 
 
-def special_ids(config, mask_id: int) -> SpecialIds:
-    """The ids that mean something to a model's rules. config: ModelConfig, or another model's, which may lack them."""
-    edits = (getattr(config, name, None) for name in EDIT_IDS)
-    return SpecialIds(mask_id, *(-1 if token is None else token for token in edits))
+def special_ids(config, mask_id: int, eos_ids: Sequence[int] = ()) -> SpecialIds:
+    """The ids that mean something to a model's rules.
+
+    config: ModelConfig, or another model's, which may lack them.
+    mask_id, eos_ids: resolved.
+    ValueError where one id means two things.
+    """
+    there = {name: value for name in EDIT_IDS if (value := getattr(config, name, None)) is not None}
+    for name, token in there.items():
+        for other, ids in (("mask_id", (mask_id,)), ("eos_ids", eos_ids)):
+            if token in ids:
+                raise ValueError(f"{other}: expected other ids than the checkpoint's {name}={token}")
+    return SpecialIds(mask_id, *(there.get(name, -1) for name in EDIT_IDS))
 
 
 def check_fit(config, prompts, form, first=0):
@@ -137,7 +146,7 @@ def check_fit(config, prompts, form, first=0):
 def _check_edits(config, form):
     """ValueError where tokens cannot be edited as the profile does it, by the checkpoint's special ids or without."""
     params, traits = form.params, form.params.traits
-    there = {name: value for name in EDIT_IDS if (value := getattr(config, name, None)) is not None}
+    there = [name for name in EDIT_IDS if getattr(config, name, None) is not None]
     missing = [name for name in EDIT_IDS if name not in there]
     if traits.only_levenshtein and missing:
         raise ValueError(
@@ -147,14 +156,18 @@ def _check_edits(config, form):
     if not there or traits.plain:
         return
     if missing:
-        raise ValueError(f"{missing[0]}=None: the checkpoint's config has {there}, expected both, or profile='hf-2.1'")
+        raise ValueError(
+            f"{missing[0]}=None: the checkpoint's config has {there[0]}, expected both, or profile='hf-2.1'"
+        )
     if params.editing_threshold is None and not traits.card:
         return
     if not traits.levenshtein:
+        without = traits.edits and traits.editing_threshold is None  # which it does without where none is given
         raise ValueError(
             f"profile={params.profile!r}: the checkpoint has {' and '.join(there)} (LLaDA2.2), but the profile neither "
-            "deletes nor inserts; expected 'default' or 'sglang-indel', 'hf-2.1', which decodes it as a LLaDA2.1 "
-            "checkpoint, or no editing_threshold"
+            "deletes nor inserts; expected "
+            + ("no editing_threshold, " if without else "")
+            + "'default' or 'sglang-indel', or 'hf-2.1', which decodes it as a LLaDA2.1 checkpoint"
         )
     if params.max_post_steps > MAX_POST_STEPS:
         raise ValueError(

@@ -63,6 +63,7 @@ class Intake:
         mask_id, eos_ids, _ = resolve_ids(self.model, params)
         form = self.form(params, options, self.language(params)) if form is None else form
         params = form.params
+        special_ids(self.model.config, mask_id, eos_ids)  # no id of two meanings
         check_fit(self.model.config, [prompt], form, number)
         for name, value, own in (
             ("block_length", params.block_length, self.block_length), ("mask_id", mask_id, self.mask_id),

@@ -13,7 +13,7 @@ from .hub import resolve
 NAMES = ("mask_token_id", "eos_token_id", "pad_token_id")
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 TEMPLATE = "chat_template.jinja"
-_RELEASE = re.compile(r"llada-?(2\.\d)", re.IGNORECASE)
+_RELEASE = re.compile(r"llada-?2[._]?(\d)", re.IGNORECASE)
 
 Ids = dict[str, int | tuple[int, ...]]  # of some of NAMES; eos_token_id's is a tuple
 
@@ -66,9 +66,10 @@ def release_of(folder: str | os.PathLike, name: str | os.PathLike) -> str | None
 
 
 def release_in(name: str | os.PathLike | None) -> str | None:
-    """Which LLaDA2 the last part of a name speaks of that speaks of one."""
-    found = _RELEASE.findall(str(name))
-    return found[-1] if found else None
+    """Which LLaDA2 a name speaks of: the last folder of a path, or part of a hub id, that is about LLaDA."""
+    about = next((part for part in reversed(Path(str(name)).parts) if "llada" in part.lower()), "")
+    found = _RELEASE.findall(about)
+    return f"2.{found[-1]}" if found else None
 
 
 def check_ids(ids: Ids, vocab_size: int, source: str | os.PathLike) -> Ids:

@@ -49,7 +49,7 @@ def open_decoder(
     if own:
         warn_of_editing(model, params)
     seeds = row_seeds(None, generator, len(prompts), params.draws)
-    special = special_ids(config, params.mask_id) if own else SpecialIds(params.mask_id)
+    special = special_ids(config, params.mask_id, eos) if own else SpecialIds(params.mask_id)
     sequences = [
         Sequence(prompt.tolist(), form.params, seed, eos, length, special, canvas=form.canvas)
         for prompt, form, seed in zip(prompts, forms, seeds, strict=True)

@@ -1,6 +1,7 @@
 """What vLLM reads from the checkpoint's config, and what its own config must be to serve LLaDA2."""
 
 from ...config import ModelConfig
+from ...decoding.inputs import EDIT_IDS
 from ..transformers.config import CONFIGS
 
 MAX_NUM_SEQS = 64  # where the user names no number: a step's logits are [sequences x block, vocab] in the model's dtype
@@ -28,10 +29,10 @@ class ServingConfig:
     def verify_and_update_model_config(model_config):
         """Checks config.json: ValueError naming key, value and what is allowed."""
         own = model_config.hf_config.to_model_config()
-        if own.expert_capacity is not None:
-            raise ValueError(
-                f"expert_capacity={own.expert_capacity}: expected none: LLaDA2.2's block routing is not served by vLLM"
-            )
+        for name in ("expert_capacity", *EDIT_IDS):
+            value = getattr(own, name)
+            if value is not None:
+                raise ValueError(f"{name}={value}: expected none: LLaDA2.2 is not served by vLLM")
 
     @classmethod
     def verify_and_update_config(cls, vllm_config):
