@@ -14,7 +14,8 @@ from llada2_fast.kernels._triton import force_ops
 from tests.kernels.interpreter import interpreted
 
 OPS = {path.stem for path in (Path(kernels.__file__).parents[2] / "kernels").glob("[!_]*.py")}
-PARTS = {"roles", "state", "commit", "levenshtein", "combine", "arrivals", "overlap"}  # of other ops, and timed with them
+# of other ops, and timed with them
+PARTS = {"roles", "state", "commit", "levenshtein", "combine", "arrivals", "overlap"}
 
 
 def test_every_op_is_timed():
