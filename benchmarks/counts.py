@@ -58,9 +58,9 @@ SETTINGS = {  # of decodings of the embedded model; by name what generate() is g
 }
 GOLDEN = harness.ROOT / "tests" / "golden" / "tiny"
 RECORDED = ("aligned", "low_threshold", "quality", "speed")  # cases of it
-COMPILED = ("refine bf16 filters", "attention mini bf16 B=1", "attention mini bf16 B=40", "moe mini bf16 T=32",
-            "moe mini fp8 T=32", "moe mini int4 T=32", "qk_norm_rope mini bf16", "advance A=32 C=8",
-            "add_rms_norm bf16 H=2048")  # scenarios of benchmarks.aot  # fmt: skip
+COMPILED = ("refine bf16 filters", "refine 2.2 bf16", "attention mini bf16 B=1", "attention mini bf16 B=40",
+            "moe mini bf16 T=32", "moe mini fp8 T=32", "moe mini int4 T=32", "qk_norm_rope mini bf16",
+            "advance A=32 C=8", "add_rms_norm bf16 H=2048")  # scenarios of benchmarks.aot  # fmt: skip
 TARGET = "sm_90"
 LLADA2_2 = {"expert_capacity": CAPACITY, "delete_token_id": 156930, "split_token_id": 156931}
 
