@@ -35,7 +35,7 @@ class EngineConfig:
     overlap: bool = doc(
         True,
         "with graphs, a step is launched before the last one's results are read, which come a step late; a row in a "
-        "language takes part in every second step then",
+        "language or with an edit_window takes part in every second step then",
     )
 
     def __post_init__(self):

@@ -259,8 +259,9 @@ class Engine:
         self._untold.setdefault(request, told)
         request.log.extend(entries)
         request.sequence.num_delivered = request.log[-1].mark.num_delivered
-        for i in range(max(1, told - 1), len(request.log) - 1):  # a long text is held once
-            request.log[i] = request.log[i]._replace(detokenizer=None)
+        for i in range(max(1, told - 1), len(request.log) - 1):  # long texts are held once
+            mark = request.log[i].mark._replace(revisable=())
+            request.log[i] = request.log[i]._replace(mark=mark, detokenizer=None)
 
     def _end(self, request, reason, error=None):
         """End an unfinished request where it stands. error: what happened."""
