@@ -385,7 +385,8 @@ class Sequence:
         if edited:
             self.rewind(edited[0] // self.block_length)
         self.tokens = self.ids[self.block_start :]
-        if self.params.eos_early_stop and not {*self.ending_ids}.isdisjoint(self.ids[self.prompt_length : self.total]):
+        first = self.prompt_length + self.min_tokens
+        if self.params.eos_early_stop and not {*self.eos_ids}.isdisjoint(self.ids[first : self.total]):
             self.finish("eos")
         elif self.block + 1 == self.num_blocks:
             self.finish("length")
@@ -412,12 +413,13 @@ class Sequence:
                 self.finish("length")
         if flags & refine.FINISHED:
             self.finish("eos")
-        elif self.has_canvas and self._has_ended():
+        elif (self.has_canvas or self.edit_window) and self._has_ended():
             self.keep_block()
             self.finish("eos")
 
     def _has_ended(self) -> bool:
-        """Whether an EOS behind the last given token ends it, which the device cannot tell from one in a gap before."""
+        """Whether an EOS behind the last given token, or behind min_tokens, ends it, which the device cannot tell from
+        one before that does not count."""
         if not self.params.eos_early_stop or (self.params.editing_threshold is not None and not self.block_ended):
             return False
         begin = max(self.prompt_length + self.min_tokens - self.block_start, self.generated.start)

@@ -248,7 +248,7 @@ class Request:
     def rewind(self):
         """Out of its place, back to the last entry of its log."""
         self.sequence.resume(self.log[-1].mark)
-        del self.block_hashes[self.sequence.block :]
+        del self.block_hashes[self.sequence.num_kept_blocks :]
         self.draft = None
 
     @property

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from ..config import PRESETS, DecodeParams, RequestOptions, parse_json
+from ..config import PRESETS, PROFILES, DecodeParams, RequestOptions, parse_json
 from ..engine.intake import sample
 from ..structured import parse_canvas
 from ..viewer import ALTERNATIVES
@@ -41,6 +41,11 @@ class Job:
         if body.ignore_eos:
             given["eos_ids"] = ()
         language, names = _language(body, config)
+        profile = given.get("profile", defaults.get("profile", DecodeParams.profile))
+        if language or body.canvas is not None or not getattr(PROFILES.get(profile), "windows", False):
+            defaults = {
+                name: value for name, value in defaults.items() if name != "edit_window"
+            }  # it has no place there
         preset = PRESETS[body.mode] if body.mode else {}
         chat = isinstance(body, ChatRequest)
         max_tokens = body.max_tokens

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from llada2_fast import load_tokenizer
+from llada2_fast.config import ServerConfig
 from llada2_fast.demo import path
 from llada2_fast.server.errors import ApiError, invalid, refused
 from llada2_fast.server.guard import is_deeper
+from llada2_fast.server.jobs import Job
 from llada2_fast.server.schema import ChatRequest, CompletionRequest
 from llada2_fast.server.stream import EventStream, event
 from llada2_fast.server.text import Texts
@@ -181,3 +183,17 @@ def test_a_client_that_goes_ends_its_stream():
 
     asyncio.run(main())
     assert ended == ["events", "end"]
+
+
+@pytest.mark.parametrize(
+    "asked, window",
+    [
+        ({}, 1), ({"edit_window": 2}, 2), ({"profile": "sglang-joint"}, 1), ({"profile": "hf-2.1"}, 0),
+        ({"guided_regex": "[0-9]+"}, 0), ({"canvas": [None] * 4}, 0),
+    ],
+)  # fmt: skip
+def test_a_window_that_is_only_usual_gives_way(asked, window):
+    """`serve --edit-window 1`: requests for which there is none have none."""
+    body = ChatRequest(messages=[{"role": "user", "content": "Hi"}], **asked)
+    job = Job.of(body, ServerConfig(), {"editing_threshold": 0.5, "edit_window": 1})
+    assert job.params.edit_window == window
