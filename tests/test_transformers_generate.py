@@ -232,6 +232,16 @@ def test_lengths(tiny, given):
     assert torch.equal(tiny.generate(ids, eos_token_id=-1, **given)[:, 12:], expected)
 
 
+def test_what_a_window_reaches_is_not_streamed(tiny):
+    ids, rules = random_ids(1, 12), dict(threshold=0.2, editing_threshold=0.1, max_post_steps=0, block_length=8)
+    expected = llada2_fast.generate(tiny, ids, gen_length=40, edit_window=2, mask_id=MASK, eos_id=-1, **rules)
+    plain = llada2_fast.generate(tiny, ids, gen_length=40, mask_id=MASK, eos_id=-1, **rules)
+    streamer = Recorder()
+    got = tiny.generate(ids, max_new_tokens=40, edit_window=2, eos_token_id=-1, streamer=streamer, **rules)
+    assert torch.equal(got[:, 12:], expected) and not torch.equal(expected, plain)
+    assert streamer.answer == expected[0].tolist()
+
+
 def test_the_default_length_is_the_cards(tiny):
     with pytest.raises(ValueError, match="gen_length=2048: prompt 0 has 4 tokens and the model 1024 positions"):
         tiny.generate(random_ids(1, 4))

@@ -25,8 +25,8 @@ _CARD_NAMES = {
 }  # fmt: skip
 # Settings of LLaDA2 that a GenerationConfig may hold as well: arguments of llada2_fast.generate.
 _SETTINGS = (
-    "block_length", "steps", "threshold", "editing_threshold", "max_post_steps", "minimal_topk", "num_to_transfer",
-    "eos_early_stop", "attend_tail", "profile", "seed",
+    "block_length", "steps", "threshold", "editing_threshold", "max_post_steps", "edit_window", "minimal_topk",
+    "num_to_transfer", "eos_early_stop", "attend_tail", "profile", "seed",
 )  # fmt: skip
 # Further arguments of llada2_fast.generate, which belong to a call.
 _OF_A_CALL = ("generator", "progress", "settle", "graphs", "regex", "json_schema", "choices")
@@ -69,8 +69,8 @@ class LLaDA2GenerationMixin:
           num_return_sequences answers in a row per prompt. Nothing said = greedy;
         - eos_token_id, pad_token_id, mask_token_id (eos_id, pad_id, mask_id); max_time in s, after which rows end with
           their block; stop_strings (with tokenizer), use_cache, return_dict_in_generate;
-        - block_length, steps, threshold, editing_threshold, max_post_steps, minimal_topk, num_to_transfer, attend_tail,
-          profile, seed, eos_early_stop (here True but under the hf profiles; see DecodeParams);
+        - block_length, steps, threshold, editing_threshold, max_post_steps, edit_window, minimal_topk, num_to_transfer,
+          attend_tail, profile, seed, eos_early_stop (here True but under the hf profiles; see DecodeParams);
         - kwargs alone: generator, progress, settle, graphs; with tokenizer regex, json_schema, choices (see
           llada2_fast.generate).
         decoder_input_ids: what is given of the answers, int64 [B, G], or [G] for all prompts, the mask id in gaps;
@@ -284,7 +284,8 @@ class _Observer:
 
     def _stop(self, device, sequence):
         """End a row where a criterion says so or time is up. Returns what is final of its answer now."""
-        final = sequence.answer()[: sequence.block_start + sequence.block_length - sequence.prompt_length]
+        kept = sequence.num_kept_blocks * sequence.block_length - sequence.prompt_length
+        final = sequence.answer()[: max(0, kept)]
         old, self.asked[sequence.lane] = self.asked[sequence.lane], len(final)
         end = None
         if self.criteria:
@@ -301,7 +302,10 @@ class _Observer:
 
 
 def _draft(decoder: BlockDecoder, sequence: Sequence, candidates: torch.Tensor) -> torch.Tensor:
-    """The generated part of a row's block, int64 [n], with the last step's candidates [L] where masks are."""
+    """The generated part of a row's block, int64 [n], with the last step's candidates [L] where masks are, unless
+    tokens have moved since."""
     tokens = decoder.lanes.state.tokens[sequence.lane]
+    if sequence.moves:
+        return tokens[sequence.generated]
     guess = torch.where((tokens == decoder.lanes.mask_id) & (candidates >= 0), candidates, tokens)
     return guess[sequence.generated]
