@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from .config import MAX_STATES, DecodeParams, habits
-from .decoding.decoder import BlockDecoder, decode_all, prefill_all
+from .decoding.decoder import PREFILL_TOKENS, BlockDecoder, decode_all, prefill_all
 from .decoding.forms import forms_of
 from .decoding.graph_runner import GraphRunner, power_of_two
 from .decoding.inputs import check_fit, resolve_ids, row_seeds, special_ids, split_prompts, warn_of_editing
@@ -14,6 +14,7 @@ from .decoding.lanes import Lanes
 from .decoding.runner import CachedForward, EagerRunner
 from .decoding.sequence import Counters, Sequence
 from .decoding.trace import Trace
+from .decoding.window import check_size
 from .structured import automaton_of
 
 
@@ -142,6 +143,8 @@ def generate(
         )
         for prompt, form, one in zip(prompts, forms, seeds, strict=True)
     ]  # fmt: skip
+    for sequence in sequences:
+        check_size(sequence, PREFILL_TOKENS[model.device.type])
     runner, cache = _kept_runner(model, sequences) if graphs else _eager_runner(model, sequences, use_cache)
     decoder = BlockDecoder(runner, overlap=int(graphs and on_step is None))
     for sequence in sequences:

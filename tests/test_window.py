@@ -110,6 +110,30 @@ def test_every_runner_goes_by_the_book(model, name, runner):
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
+def test_passes_go_in_groups(model, runner, monkeypatch):
+    """Of as many rows as there is room for, one at least; what they do is the same."""
+    forward, sizes = window_module._forward, []
+
+    def measured(model, cache, windows):
+        sizes.append((len(windows), sum(len(window.tokens) for window in windows)))
+        return forward(model, cache, windows)
+
+    monkeypatch.setattr(window_module, "_forward", measured)
+    found = {}
+    for most in (8, 40, 512):
+        sizes.clear()
+        decoder, rows = decoder_of(
+            model, LENGTHS, RULES["no post steps"] | {"threshold": 0.0}, RUNNERS[runner], trace=True
+        )
+        decoder._most_tokens = most
+        decode_all(decoder, rows)
+        found[most] = [(row.answer(), written(row), row.counters.forwards_per_block) for row in rows]
+        assert all(count == 1 or size <= most for count, size in sizes)
+        assert (max(sizes)[0] > 1) == (most > 8) and (max(size for _, size in sizes) > 40) == (most > 40)
+    assert found[8] == found[40] == found[512]
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
 def test_a_pass_that_edits_nothing_changes_nothing(model, runner):
     """Tokens, and K/V down to the bit: those of the pass went elsewhere."""
     rules = EDITING | {"editing_threshold": 2.0}

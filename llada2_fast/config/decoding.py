@@ -117,7 +117,8 @@ class DecodeParams:
     edit_window: int = doc(
         0,
         "finished blocks that stay revisable: with each block that ends so many before it are edited again, in one "
-        "forward that sees them whole; 0 = off, needs editing_threshold",
+        "forward that sees them whole, of at most 512 tokens on a CPU and 4096 on a GPU, or an engine's "
+        "max_num_batched_tokens if that is more; 0 = off, needs editing_threshold",
     )
 
     def __post_init__(self):

@@ -7,6 +7,7 @@ rows never wait for one another.
 
 import time
 from collections import deque
+from itertools import accumulate
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -18,6 +19,7 @@ from .sequence import Phase, Sequence
 
 # Prompt tokens of one prefill forward, by device; longer prompts go in chunks of whole blocks. On a CPU chunks keep the
 # peak of memory down whatever the prompt's length; 192 took another third off it and a prefill took 14 to 18 % longer.
+# Window passes of several rows go in groups of as many tokens.
 PREFILL_TOKENS = {"cpu": 512, "cuda": 4096}
 
 
@@ -26,15 +28,24 @@ class BlockDecoder:
 
     runner: an EagerRunner or a GraphRunner.
     overlap: how many steps are launched before the first of them is read; above 0, GraphRunner only.
+    most_tokens: of one forward of window passes or of chunks of prompts, None = PREFILL_TOKENS.
+
+    revised: the sequences whose window passes are being made, for who wants to know whose fault an exception is.
     """
 
-    def __init__(self, runner, overlap: int = 0):
+    def __init__(self, runner, overlap: int = 0, most_tokens: int | None = None):
         assert runner.carries or not overlap, "the eager runner's plans say what the last step did"
         assert overlap <= 1, "lanes hold what is given in the next two blocks"
         self.runner, self.lanes, self.overlap = runner, runner.lanes, overlap
+        self._most_tokens, self.revised = most_tokens, []
         self._by_lane: dict[int, Sequence] = {}  # a step must not grow with the lanes that are free
         self._launched: deque[tuple[list[Sequence], StepResult]] = deque()
         self.has_launched = False  # whether the last step had something to launch
+
+    @property
+    def most_tokens(self) -> int:
+        """Of one forward beside the steps; one row's window alone may be more, if nobody has refused it."""
+        return PREFILL_TOKENS[self.lanes.device.type] if self._most_tokens is None else self._most_tokens
 
     @property
     def sequences(self) -> list[Sequence | None]:
@@ -74,6 +85,7 @@ class BlockDecoder:
         """Take all sequences out, whatever an exception has left half done. Steps that were launched are nobody's."""
         self._launched.clear()
         self._by_lane.clear()
+        self.revised = []
         self.lanes.close_all()
 
     def running(self) -> list[Sequence]:
@@ -176,10 +188,18 @@ class BlockDecoder:
         return result
 
     def _revise(self, sequences):
-        """The window passes of sequences whose block has ended, in one forward."""
-        if not sequences:
-            return
-        result, end = self.runner.revise([sequence.window() for sequence in sequences]), 0
+        """The window passes of sequences whose block has ended, as many in one forward as most_tokens lets."""
+        windows = [(sequence, sequence.window()) for sequence in sequences]
+        while windows:
+            ends = accumulate(len(window.tokens) for _, window in windows)
+            count = max(1, sum(end <= self.most_tokens for end in ends))
+            self.revised = [sequence for sequence, _ in windows[:count]]
+            self._revise_together(self.revised, [window for _, window in windows[:count]])
+            windows = windows[count:]
+        self.revised = []
+
+    def _revise_together(self, sequences, windows):
+        result, end = self.runner.revise(windows), 0
         result.wait()
         for sequence in sequences:
             begin, end = end, end + sequence.window_blocks + 1
@@ -233,10 +253,10 @@ def prefill_of(sequence: Sequence, blocks: int) -> Prefill:
 
 
 def prefill_all(decoder: BlockDecoder, sequences: list[Sequence]):
-    """Forward the full blocks of the sequences' prompts, in chunks of at most PREFILL_TOKENS."""
-    length, device = decoder.lanes.block_length, decoder.lanes.device.type
+    """Forward the full blocks of the sequences' prompts, in chunks of at most decoder.most_tokens."""
+    length = decoder.lanes.block_length
     while pending := [s for s in sequences if s.num_final_blocks < s.block]:
-        started, budget, parts = time.perf_counter(), PREFILL_TOKENS[device], []
+        started, budget, parts = time.perf_counter(), decoder.most_tokens, []
         for sequence in pending:
             most = max(budget // length, 0 if parts else 1)
             blocks = min(sequence.block - sequence.num_final_blocks, most)

@@ -49,6 +49,16 @@ class Window(NamedTuple):
     top: int
 
 
+def check_size(sequence, most_tokens: int):
+    """ValueError for a sequence with windows of more tokens than a forward may have."""
+    blocks, length = sequence.edit_window + 1, sequence.block_length
+    if sequence.edit_window and blocks * length > most_tokens:
+        raise ValueError(
+            f"edit_window={sequence.params.edit_window}: expected at most {max(0, most_tokens // length - 1)}, for its "
+            f"windows of {blocks} blocks of {length} tokens are more than the {most_tokens} of one forward"
+        )
+
+
 def revise(
     model, cache, windows: list[Window], ids: SpecialIds
 ) -> tuple[RefineOutput, tuple[torch.Tensor, torch.Tensor] | None]:

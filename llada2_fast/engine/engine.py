@@ -17,7 +17,7 @@ from functools import wraps
 from tqdm.auto import tqdm
 
 from ..config import DecodeParams, EngineConfig, RequestOptions, as_flag, choice
-from ..decoding.decoder import BlockDecoder
+from ..decoding.decoder import PREFILL_TOKENS, BlockDecoder
 from ..decoding.graph_runner import GraphRunner
 from ..decoding.lanes import Lanes
 from ..decoding.runner import CachedForward, EagerRunner
@@ -64,9 +64,9 @@ class Engine:
     else is running; on a float32 CPU bit for bit where block_length is a multiple of 4.
 
     What a request brings ends that request alone, with finish_reason "error": its tokenizer, NaN in its logits, no
-    memory for it. A forward that raises ends the requests in it. Faults are logged with their traceback. Ctrl-C,
-    TimeoutError and what a signal handler raises reach the caller at whatever line they come: requests of generate()
-    are cancelled then, others go on from their last finished block.
+    memory for it. A forward that raises ends the requests in it, be it a step's or a window pass's. Faults are logged
+    with their traceback. Ctrl-C, TimeoutError and what a signal handler raises reach the caller at whatever line they
+    come: requests of generate() are cancelled then, others go on from their last finished block.
     """
 
     def __init__(self, model, config: EngineConfig | None = None, tokenizer=None, clock=time.perf_counter):
@@ -78,13 +78,15 @@ class Engine:
         pages = max(1, config.cache_tokens // length)
         widest = min(pages, -(-model.config.max_position_embeddings // length))
         self.cache = model.new_cache(pages, length)
-        self.intake = Intake(model, config, tokenizer, clock, pages)
+        most = max(config.max_num_batched_tokens, PREFILL_TOKENS[model.device.type])
+        self.intake = Intake(model, config, tokenizer, clock, pages, most)
         table = widest if config.graphs else 0
         lanes = Lanes(config.max_num_seqs, length, self.intake.ids, model.device, config.max_eos_ids, table)
         if config.graphs:
-            self.decoder = BlockDecoder(GraphRunner(model, self.cache, lanes, config.capture), int(config.overlap))
+            runner, overlap = GraphRunner(model, self.cache, lanes, config.capture), int(config.overlap)
         else:
-            self.decoder = BlockDecoder(EagerRunner(CachedForward(model, self.cache), lanes))
+            runner, overlap = EagerRunner(CachedForward(model, self.cache), lanes), 0
+        self.decoder = BlockDecoder(runner, overlap, most)
         self.scheduler = Scheduler(config, self.decoder, self.cache, clock)
         self.requests: dict[str, Request] = {}  # the unfinished ones
         self.finished = Counter()  # how many requests ended for which reason
@@ -331,7 +333,10 @@ class Engine:
     def _fault(self, error):
         """A step has failed: those whose work was being done end. If it was nobody's, it is tried once more, and then
         everybody ends."""
-        theirs = [request for request in self.scheduler.turn if request.output is None]
+        revised, turn = set(self.decoder.revised), self.scheduler.turn
+        if revised:  # a window pass, behind the step itself
+            turn = [request for request in self.scheduler.running if request.sequence in revised]
+        theirs = [request for request in turn if request.output is None]
         if not theirs:
             self._strikes += 1
             theirs = list(self.requests.values()) if self._strikes > 1 else []

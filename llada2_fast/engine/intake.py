@@ -17,6 +17,7 @@ from ..decoding.inputs import (
 )
 from ..decoding.rules import row_rule
 from ..decoding.sequence import Sequence
+from ..decoding.window import check_size
 from ..structured import TokenAutomaton, automaton_of, known_as
 from .detokenizer import IncrementalDetokenizer
 from .request import Entry, Request
@@ -30,10 +31,12 @@ class Intake:
     tokenizer: None = there is no text.
     clock: seconds.
     num_pages: of the cache.
+    most_tokens: of a window.
     """
 
-    def __init__(self, model, config, tokenizer, clock, num_pages: int):
-        self.model, self.config, self.tokenizer, self.clock, self.num_pages = model, config, tokenizer, clock, num_pages
+    def __init__(self, model, config, tokenizer, clock, num_pages: int, most_tokens: int):
+        self.model, self.config, self.tokenizer, self.clock = model, config, tokenizer, clock
+        self.num_pages, self.most_tokens = num_pages, most_tokens
         self.block_length = config.block_length or model.block_length
         self.mask_id = resolve_ids(model, DecodeParams(mask_id=config.mask_id, eos_ids=()))[0]
         self.ids = special_ids(model.config, self.mask_id)
@@ -86,6 +89,7 @@ class Intake:
             min_tokens=options.min_tokens, top_logprobs=options.top_logprobs, canvas=form.canvas,
             automaton=form.automaton,
         )  # fmt: skip
+        check_size(sequence, self.most_tokens)
         if sequence.num_pages > self.num_pages:
             window = f" and edit_window={params.edit_window}" if params.edit_window else ""
             raise ValueError(

@@ -1,12 +1,16 @@
 """Multi-block editing in the engine: what is given out when, what is shared, and that nothing that happens to a request
 changes its tokens."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from llada2_fast.config import DecodeParams, EngineConfig
+from llada2_fast.decoding import decoder as decoder_module
 from llada2_fast.decoding import window as window_module
 from llada2_fast.engine import Engine
+from llada2_fast.generate import generate
 from tests.engine.common import (
     LENGTH,
     alone,
@@ -244,3 +248,48 @@ def test_a_bad_pass_ends_its_request_alone(monkeypatch):
     assert first.output.finish_reason == "error" and "the window pass of block 4" in first.output.error
     assert_as_alone(second.output, random_model(), prompt_of(8), PARAMS[0])
     assert_empty(engine)
+
+
+@everywhere
+@pytest.mark.parametrize("at", [1, 2, 4])
+def test_an_exception_in_a_pass_ends_whose_pass_it_is(config, at, monkeypatch, caplog):
+    """Of two requests with windows, too, one ends alone where their passes are apart."""
+    forward, passes = window_module._forward, []
+
+    def failing(model, cache, windows):
+        passes.extend(window for window in windows if window.limit == 36)  # the first one's
+        if len(passes) >= at and any(window.limit == 36 for window in windows):
+            raise torch.OutOfMemoryError("no memory")
+        return forward(model, cache, windows)
+
+    plain = DecodeParams(gen_length=30, threshold=2.0, steps=4, eos_ids=())
+    jobs = [(prompt_of(12), PARAMS[0]), (prompt_of(8), PARAMS[0]), (prompt_of(5), plain), (prompt_of(9), plain)]
+    answers = [alone(random_model(), *job) for job in jobs]
+    assert answers[0].counters[0].window_forwards >= at
+    monkeypatch.setattr(window_module, "_forward", failing)
+    engine = small_engine(**config)
+    engine.decoder._most_tokens = 8  # a pass apart
+    first, *others = [engine.add_request(*job) for job in jobs]
+    while engine.has_work:
+        engine.step()
+        engine.check_integrity()
+    assert first.output.finish_reason == "error"
+    assert first.output.error == f"request {first.request_id}: OutOfMemoryError: no memory"
+    for request, job in zip(others, jobs[1:], strict=True):
+        assert_as_alone(request.output, random_model(), *job)
+    (record,) = [record for record in caplog.records if record.name.startswith("llada2_fast")]
+    assert "1 requests end" in record.getMessage() and record.exc_info[2] is not None
+    assert_empty(engine)
+
+
+def test_a_window_is_no_larger_than_a_forward(monkeypatch):
+    monkeypatch.setitem(decoder_module.PREFILL_TOKENS, "cpu", 8)
+    large = replace(PARAMS[0], edit_window=2)
+    wanted = "edit_window=2: expected at most 1, for its windows of 3 blocks of 4 tokens are more than the 8 of one"
+    engine = small_engine(max_num_batched_tokens=8)
+    with pytest.raises(ValueError, match=wanted):
+        engine.add_request(prompt_of(5), large)
+    with pytest.raises(ValueError, match=wanted):
+        generate(random_model(), [prompt_of(5)], gen_length=24, editing_threshold=0.3, edit_window=2)
+    engine.add_request(prompt_of(8), replace(large, gen_length=8))  # it has no more blocks
+    assert small_engine(max_num_batched_tokens=12).add_request(prompt_of(5), large).status == "waiting"
