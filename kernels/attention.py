@@ -46,9 +46,9 @@ class Span(NamedTuple):
     limit: int
 
 
-def pinned(numbers, device):
-    """Ints as int32 [n] on the CPU, to be copied to `device` without waiting for what runs there."""
-    return torch.tensor(numbers, dtype=torch.int32, device="cpu", pin_memory=torch.device(device).type == "cuda")
+def pinned(numbers, device, dtype=torch.int32):
+    """Numbers as a tensor on the CPU, to be copied to `device` without waiting for what runs there."""
+    return torch.tensor(numbers, dtype=dtype, device="cpu", pin_memory=torch.device(device).type == "cuda")
 
 
 class BlockBatch(NamedTuple):

@@ -276,6 +276,27 @@ def test_kernels_give_the_tokens_of_the_reference(golden):
     assert sum(wanted[0][2]) > len(wanted[0][2])
 
 
+def test_nothing_waits_in_a_pass(golden, monkeypatch):
+    """The host waits for what it has done, and for nothing else."""
+    runs, run = [], CachedForward.revise
+    rules = {"gen_length": 19, "threshold": 0.0, "editing_threshold": 0.0, "max_post_steps": 0, "top_k": 5}
+    rules |= {"temperature": 0.5, "mask_id": MASK, "eos_ids": (), "edit_window": 2, "block_length": 8}
+
+    def revise(self, windows, ids):
+        before = len(mode.waits)
+        result = run(self, windows, ids)
+        runs.append((len(windows), mode.waits[before:]))
+        return result
+
+    monkeypatch.setattr(CachedForward, "revise", revise)
+    with fake_cuda() as mode:
+        config = EngineConfig(block_length=8, mask_id=MASK, cache_tokens=128, graphs=True)
+        engine = Engine(move(load(golden)), config)
+        outputs = engine.generate([[1, 2, 3], [4, 5]], DecodeParams(**rules), top_logprobs=2)
+    assert [output.error for output in outputs] == [None, None]
+    assert sum(count for count, _ in runs) == 4 and not any(waits for _, waits in runs)
+
+
 def test_other_weights(golden):
     """In fp8 the head's input is, too."""
     rules = {"gen_length": 9, "block_length": 8, "threshold": 0.0, "editing_threshold": 0.0, "max_post_steps": 0}

@@ -11,6 +11,7 @@ import torch
 
 from ..config import DecodeParams
 from ..kernels import refine
+from ..kernels.attention import pinned
 from ..kernels.refine import RefineParams
 
 NEVER = 2**30  # as a number of steps
@@ -131,7 +132,7 @@ def batch_params(
     real = [[getattr(rule, name) for rule in rules] for name in REAL]
     wide = [*seeds, *(i for ids in eos_ids for i in (*ids, *[-1] * (width - len(ids))))]
     whole, real, wide = (
-        torch.tensor(numbers, dtype=dtype, device="cpu").to(device, non_blocking=True)
+        pinned(numbers, device, dtype).to(device, non_blocking=True)
         for numbers, dtype in ((whole, torch.int32), (real, torch.float32), (wide, torch.int64))
     )
     columns = dict(zip(WHOLE, whole.unbind(), strict=True)) | dict(zip(REAL, real.unbind(), strict=True))

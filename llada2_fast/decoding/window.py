@@ -12,11 +12,12 @@ What ends a row is judged after the pass. Draws of block b's pass have the step 
 Shapes: L block_length, N window blocks of all rows, T forwarded tokens, M positions with logits, V vocab.
 """
 
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 
-from ..kernels.attention import BlockBatch
+from ..kernels.attention import BlockBatch, pinned
 from ..kernels.refine import GENERATED, TAIL, BlockState, RefineOutput, SpecialIds, refine_step
 from ..kernels.top_logprobs import top_logprobs
 from .rules import Rule, batch_params
@@ -74,17 +75,16 @@ def revise(
     device, length = model.device, cache.block_length
     hidden = _forward(model, cache, windows)
     read, index = _editable(windows, length)
-    logits = model.lm_logits(hidden[_sent(read, device)])
-    index = _sent(index, device).view(-1, length)
-
     each = [(window, block) for window in windows for block in range(window.begin, window.block + 1)]
     tokens = [token for window in windows for token in window.tokens[-len(window.kinds) :]]
-    kinds = [kind for window in windows for kind in window.kinds]
-    state = BlockState.fresh(
-        _sent(tokens, device).view(-1, length), _sent(kinds, device, torch.int8).view(-1, length),
-        _sent([block * length for _, block in each], device),
-    )  # fmt: skip
-    state.step = _sent([FIRST_STEP + window.block for window, _ in each], device, torch.int32)
+    starts, steps = [block * length for _, block in each], [FIRST_STEP + window.block for window, _ in each]
+    tokens, index, starts, read = _sent((tokens, index, starts, read), device, torch.int64)
+    kinds, steps = _sent(([kind for window in windows for kind in window.kinds], steps), device, torch.int32)
+    tokens, index, kinds = (part.view(-1, length) for part in (tokens, index, kinds))
+    logits = model.lm_logits(hidden[read])
+
+    state = BlockState.fresh(tokens, kinds.to(torch.int8), starts)
+    state.step = steps
     rules, seeds = [window.rule for window, _ in each], [window.seed for window, _ in each]
     params = batch_params(rules, seeds, [()] * len(each), device)
     filters = any(rule.top_k > 0 or rule.top_p < 1 for rule in rules)
@@ -93,8 +93,9 @@ def revise(
     return refine_step(logits, state, params, ids, index, filters), listed
 
 
-def _sent(numbers, device, dtype=torch.int64):
-    return torch.tensor(numbers, dtype=dtype, device="cpu").to(device, non_blocking=True)
+def _sent(lists, device, dtype):
+    """A tensor of each of some lists, in one copy for which nobody waits."""
+    return pinned([*chain(*lists)], device, dtype).to(device, non_blocking=True).split([*map(len, lists)])
 
 
 def _forward(model, cache, windows):
@@ -108,11 +109,12 @@ def _forward(model, cache, windows):
             seen.append(window.block if block >= window.begin else block)  # the window's see up to its end
             position += range(block * length, (block + 1) * length)
             slot += range(window.pages[block] * length, (window.pages[block] + 1) * length)
-    table = [[*window.pages, *[0] * (width - len(window.pages))] for window in windows]
+    table = [page for window in windows for page in (*window.pages, *[0] * (width - len(window.pages)))]
     limit = [window.limit for window in windows]
-    blocks = BlockBatch(*(_sent(numbers, device, torch.int32) for numbers in (row, seen, table, limit)))
+    row, seen, table, limit = _sent((row, seen, table, limit), device, torch.int32)
+    blocks = BlockBatch(row, seen, table.view(-1, width), limit)
     tokens = [token for window in windows for token in window.tokens]
-    tokens, position, slot = (_sent(numbers, device) for numbers in (tokens, position, slot))
+    tokens, position, slot = _sent((tokens, position, slot), device, torch.int64)
     return model.forward_blocks(tokens, position, blocks, cache, slots=slot)
 
 
