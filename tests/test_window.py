@@ -134,6 +134,30 @@ def test_passes_go_in_groups(model, runner, monkeypatch):
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("settle", ["carry", "separate"])
+def test_what_is_made_again_goes_in_chunks(model, runner, settle, monkeypatch):
+    """Of blocks of several rows and of parts of a row's."""
+    forward, sizes = CachedForward._forward, []
+
+    def measured(self, tokens, spans, prefill, read):
+        sizes.append(sum(span.num_blocks - 1 for span in spans) * 8 + sum(len(part.tokens) for part in prefill))
+        return forward(self, tokens, spans, prefill, read)
+
+    monkeypatch.setattr(CachedForward, "_forward", measured)
+    found = {}
+    for most in (8, 24, 512):
+        rules = RULES["all blocks"] | {"threshold": 0.0, "max_post_steps": 0, "gen_length": 40}
+        decoder, rows = decoder_of(model, [3, 8, 17], rules, RUNNERS[runner], trace=True)
+        decoder._most_tokens = most
+        sizes.clear()
+        decode_all(decoder, rows, settle=settle if RUNNERS[runner] is None else "carry")
+        found[most] = max(sizes), [(row.answer(), written(row), row.counters.forwards_per_block) for row in rows]
+    assert found[8][1] == found[24][1] == found[512][1]
+    carried = 8 * 3 if RUNNERS[runner] is None and settle == "carry" else 0  # each with its next one
+    assert found[8][0] <= 8 + carried and found[24][0] <= 24 + carried < found[512][0] + carried
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
 def test_a_pass_that_edits_nothing_changes_nothing(model, runner):
     """Tokens, and K/V down to the bit: those of the pass went elsewhere."""
     rules = EDITING | {"editing_threshold": 2.0}

@@ -28,7 +28,7 @@ class BlockDecoder:
 
     runner: an EagerRunner or a GraphRunner.
     overlap: how many steps are launched before the first of them is read; above 0, GraphRunner only.
-    most_tokens: of one forward of window passes or of chunks of prompts, None = PREFILL_TOKENS.
+    most_tokens: of one forward of window passes or of blocks ahead of a step, None = PREFILL_TOKENS.
 
     revised: the sequences whose window passes are being made, for who wants to know whose fault an exception is.
     """
@@ -127,13 +127,13 @@ class BlockDecoder:
         parts = [prefill_of(sequence, blocks) for sequence, blocks in prefill]
         if self.runner.carries:  # a block that has just ended is forwarded with the next one, several of them ahead
             leading = [_lane_step(s) for s in sequences if s.num_final_blocks < s.block + (s.phase is Phase.BLOCK_END)]
-            parts += [step.ahead() for step in leading if not step.carries_one]
+            parts = self._all_but_last([*parts, *(step.ahead() for step in leading if not step.carries_one)])
             if not self.overlap:
                 carried = sum(step.carries_one for step in leading)
             elif not any(sequence.may_be_carried(self.overlap) for sequence in sequences):
                 carried = 0
         else:
-            steps = [_lane_step(sequence) for sequence in sequences]
+            steps = self._shortened([_lane_step(sequence) for sequence in sequences])
         top = {s.lane: s.top_logprobs for s in sequences if s.top_logprobs}
         guided = [s for s in sequences if s.automaton is not None]
         if guided:
@@ -141,6 +141,27 @@ class BlockDecoder:
             self.lanes.allow([s.lane for s in guided], np.stack(words))
         some = any(s.automaton is not None for s in self._by_lane.values())  # those that are left out, too
         return Plan(lanes, steps, parts, any(s.params.filters for s in sequences), carried, top, some)
+
+    def prefill(self, parts: list[Prefill]):
+        """Forward whole blocks for their K/V alone, no more than most_tokens at once."""
+        last = self._all_but_last(parts)
+        if last:
+            self.runner.prefill(last)
+
+    def _all_but_last(self, parts):
+        """The part of prefill() that is left when all its forwards but the last one are done."""
+        chunks = _chunks(parts, self.most_tokens, self.lanes.block_length) if parts else [[]]
+        for chunk in chunks[:-1]:
+            self.runner.prefill(chunk)
+        return chunks[-1]
+
+    def _shortened(self, steps):
+        """Steps that forward several blocks of some rows, where these are too many are forwarded ahead."""
+        late = {step.lane: step for step in steps if step.leading and not step.carries_one}
+        if not (self.runner.cached and late) or sum(len(step.leading) for step in late.values()) <= self.most_tokens:
+            return steps
+        self.prefill([step.ahead() for step in late.values()])
+        return [step._replace(first=step.block, leading=[]) if step.lane in late else step for step in steps]
 
     def _note(self, sequences, prefill):
         """What the forwards of a step have settled, whatever its refinement does."""
@@ -245,6 +266,20 @@ def _lane_step(sequence):
     return LaneStep(sequence.lane, block, sequence.pages, sequence.limit, first, leading, begins)
 
 
+def _chunks(parts, most, length):
+    """Lists of Prefill of at most `most` tokens, of a block at least, that are the given ones in their order."""
+    chunks, room, most = [[]], max(1, most // length), max(1, most // length)
+    for pages, limit, first, tokens in parts:
+        while tokens:
+            if not room:
+                chunks.append([])
+                room = most
+            head, tokens = tokens[: room * length], tokens[room * length :]
+            chunks[-1].append(Prefill(pages, limit, first, head))
+            first, room = first + len(head) // length, room - len(head) // length
+    return chunks
+
+
 def prefill_of(sequence: Sequence, blocks: int) -> Prefill:
     """The next blocks of a sequence that is not admitted yet."""
     length, first = sequence.block_length, sequence.num_final_blocks
@@ -274,7 +309,7 @@ def settle_apart(decoder: BlockDecoder, sequences: list[Sequence]):
     steps = zip(sequences, map(_lane_step, sequences), strict=True)
     late = [(sequence, step) for sequence, step in steps if step.leading]
     if late:
-        decoder.runner.prefill([step.ahead() for _, step in late])
+        decoder.prefill([step.ahead() for _, step in late])
         for sequence, step in late:
             sequence.settle(step.block)
             sequence.counters.settle_forwards += 1
