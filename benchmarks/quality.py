@@ -23,6 +23,7 @@ from llada2_fast.demo import tasks
 from llada2_fast.weights.special_tokens import load_tokenizer
 
 from . import harness
+from .counts import launches
 
 THRESHOLDS, QUICK_THRESHOLDS = (0.95, 0.9, 0.7, 0.5), (0.9, 0.5)
 SCHEDULES, QUICK_SCHEDULES = (8, 4, 2, 1), (8, 4)  # positions that a step commits where there is no threshold
@@ -99,7 +100,11 @@ def main(argv=None):
     result = summary(scores, rates, model.block_length) | {"prompts_per_task": n, "speed": speed}
     if model.config.quantization is not None:
         result |= {"quantization": model.config.quantization}
+    moving = model.config.delete_token_id is not None
+    with torch.inference_mode():  # at the real size without data, which no host sync would survive
+        result |= {"launches": len(launches("greedy", edits=moving)), "host_syncs": 0}
     print(table(result))
+    print(f"a refinement step of the kernels: {result['launches']} launches, {result['host_syncs']} host syncs")
     if options.plot:
         with harness.drawing(options.plot, ncols=2, figsize=(13, 5), sharey=True) as panels:
             draw(result, panels[0], "tok_s")
