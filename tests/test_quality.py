@@ -73,13 +73,20 @@ def test_benchmark_ends_with_its_json_line(capsys, tmp_path):
     headline = entries[quality.headline_of(result["block_length"])]
     assert headline.items() <= result.items() and set(result["tasks"]) == set(tasks.TASKS)
     assert all(entry["tok_s"] > 0 for entry in entries.values())
-    assert len(table.splitlines()) == 1 + len(entries)
+    assert len(table.splitlines()) == 2 + len(entries)
+    assert (result["launches"], result["host_syncs"]) == (2, 0)
     assert (tmp_path / "results" / "quality.jsonl").read_text("utf-8") == line + "\n"
 
 
-def test_quantised_weights_are_measured_and_named(capsys):
-    quality.main(["--quick", "--n", "1", "--json", "--quantization", "int4"])
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["quantization"] == "int4"
+def test_quantised_weights_are_measured_and_named_and_so_is_a_variant(capsys, tmp_path):
+    quality.main(
+        ["--quick", "--n", "1", "--json", "--quantization", "int4", "--variant", "2.2", "--save", str(tmp_path)]
+    )
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["benchmark"], result["quantization"]) == ("quality-2.2", "int4")
+    assert (result["launches"], result["host_syncs"]) == (2, 0)  # where it deletes and inserts, too
+    assert not any("window" in entry["editing"] for entry in result["settings"])
+    assert [file.name for file in tmp_path.iterdir()] == ["quality-2.2.jsonl"]
 
 
 def test_a_low_temperature_costs_the_less_trained_model_no_accuracy():

@@ -193,7 +193,8 @@ def short_quality(data):
     usual = [p for p in data["settings"] if p["threshold"] and p["block_length"] == data["block_length"]]
     chosen = [p for p in usual if (p["threshold"], p["editing"]) == (data["threshold"], data["editing"])]
     chosen += [p for p in usual if p["threshold"] == min(p["threshold"] for p in usual)]
-    what = f"embedded model, {UNSEEN.format(data['prompts_per_task'])}"
+    model = "embedded model" if data["benchmark"] == "quality" else "embedded model as a LLaDA2.2"
+    what = f"{model}, {UNSEEN.format(data['prompts_per_task'])}"
     for point in chosen:
         setting = ", threshold {threshold:g}, editing {editing}: exact match"
         yield point, what + setting, "{accuracy:.3f} at TPF {tpf:.2f}, {tok_s:.0f} tok/s"
@@ -214,6 +215,7 @@ def short_sampling(data):
 
 SHORT = {
     "decode": short_decode, "engine": short_engine, "bench_refine": short_refine, "quality": short_quality,
+    "quality-2.2": short_quality,
     "sampling": short_sampling,
 }  # fmt: skip
 
