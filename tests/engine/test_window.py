@@ -10,6 +10,7 @@ from llada2_fast.config import DecodeParams, EngineConfig
 from llada2_fast.decoding import decoder as decoder_module
 from llada2_fast.decoding import window as window_module
 from llada2_fast.engine import Engine
+from llada2_fast.engine import engine as engine_module
 from llada2_fast.generate import generate
 from tests.engine.common import (
     LENGTH,
@@ -110,6 +111,30 @@ def test_who_loses_the_place_gets_the_same(number, config, what):
         assert_as_alone(requests[0].output, random_model(), prompt, params)
         assert_as_alone(requests[1].output, random_model(), prompt_of(9), PARAMS[1])
         assert_empty(engine)
+
+
+@each
+def test_a_pass_that_nobody_was_told_of_is_undone(params, monkeypatch):
+    """Ctrl-C between a pass and its entry in the log: the pass comes again, over the tokens there were."""
+    prompt, process = prompt_of(6, 3), engine_module.process
+    for number in range(1, alone(random_model(), prompt, params).counters[0].window_forwards + 1):
+        pending = [KeyboardInterrupt()]
+
+        def interrupted(request, now, number=number, pending=pending):
+            if pending and request.sequence.counters.window_forwards == number:
+                raise pending.pop()
+            return process(request, now)
+
+        monkeypatch.setattr(engine_module, "process", interrupted)
+        engine = small_engine()
+        request = engine.add_request(prompt, params)
+        while engine.has_work:
+            try:
+                engine.step()
+            except KeyboardInterrupt:
+                engine.check_integrity()
+        assert not pending
+        assert_as_alone(request.output, random_model(), prompt, params)
 
 
 def test_a_request_that_is_preempted_gets_the_same():
@@ -213,6 +238,13 @@ def test_pages_of_passes_are_counted():
     while fitting.has_work:
         fitting.step()
     assert_as_alone(request.output, random_model(), prompt_of(8), PARAMS[0])
+    both = small_engine(cache_tokens=(need + need - 1) * LENGTH)
+    requests = [both.add_request(prompt_of(8, seed), PARAMS[0]) for seed in (0, 1)]
+    both.step()
+    assert [request.status for request in requests] == ["running", "waiting"]
+    while both.has_work:
+        both.step()
+    assert_as_alone(requests[1].output, random_model(), prompt_of(8, 1), PARAMS[0])
     with pytest.raises(ValueError, match=f"gen_length=24: .* and edit_window=1 {need} pages of 4 tokens are needed"):
         small_engine(cache_tokens=(need - 1) * LENGTH).add_request(prompt_of(8), PARAMS[0])
 
