@@ -194,6 +194,13 @@ def test_kv_are_made_again_from_the_first_edited_block_on(model, name, overlap):
     assert late == ({1} if name == "few edits" else {2})
 
 
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_a_block_that_is_carried_costs_no_forward(model, overlap):
+    for length in LENGTHS:
+        (row,) = decode(model, [length], RULES["few edits"], overlap)
+        assert row.counters.settle_forwards == 0
+
+
 def test_the_embedded_model_by_the_book():
     model = demo_model(UNDERTRAINED)
     ids = model.special_ids
