@@ -8,6 +8,8 @@
                which a low temperature, k = 1 or a small p makes 1 for every c; under OWN_SOFTMAX p as in greedy
     runner-up  the best id but c of what is left, lowest id on ties, and its probability by the same normaliser
 
+    entropy    H = -sum_v p_v ln p_v of the softmax over all ids at temperature 1, whatever is drawn; of ENTROPY rows
+
     guided     the same where the ids of classes that the position does not allow have the logit -inf: they are no
                candidates, and p is a share of those that are allowed
 
@@ -33,6 +35,7 @@ from ._ambient import run_kernel
 from ._triton import register_op, tl, triton, use_triton
 from ._tuned import measured
 from .filters import (
+    _LOG2E,
     CHUNK,
     GROUP,
     PIVOTS,
@@ -49,13 +52,15 @@ from .filters import (
 )
 from .overlap import inputs_ready
 from .philox import _pick, _uniform, pick_ref, uniform_ref
-from .roles import BAN_EDITS, BAN_MASK, GUIDED, ID_ARGUMENTS, LEVENSHTEIN, OWN_SOFTMAX, SpecialIds, _locate
+from .roles import BAN_EDITS, BAN_MASK, ENTROPY, GUIDED, ID_ARGUMENTS, LEVENSHTEIN, OWN_SOFTMAX, SpecialIds, _locate
 
 TILE_V = 4096  # part of the definition of a draw: the same in the reference and in every kernel
 _SLAB = 2**19  # logits whose probabilities the reference holds at a time: they stay in a CPU's cache
 _WIDTH = 256  # the reference takes maxima of so many ids first: argmax, slow on a CPU, then sees one such tile
 
-_OWN_SOFTMAX = tl.constexpr(OWN_SOFTMAX)
+NO_ENTROPY = 1e30  # of a position without logits: above every entropy
+
+_OWN_SOFTMAX, _ENTROPY, _NO_ENTROPY = tl.constexpr(OWN_SOFTMAX), tl.constexpr(ENTROPY), tl.constexpr(NO_ENTROPY)
 _NONE = tl.constexpr(float("-inf"))
 _NO_ID = tl.constexpr(2**31 - 1)
 
@@ -271,6 +276,25 @@ def block_candidates_ref(
     )
 
 
+def entropies_ref(logits, index, wanted, allowed, flags):
+    """The entropies of the positions of ENTROPY rows, float32 [R, L] in nats: NO_ENTROPY at others, and at those
+    without logits or not wanted. logits, index, allowed: as of block_candidates_ref; wanted: bool [R, L] or None."""
+    shape = logits.shape[:2] if index is None else index.shape
+    present = ((flags & ENTROPY) != 0)[:, None].expand(shape)
+    present = present if wanted is None else present & wanted
+    at = torch.where((present if index is None else present & (index >= 0)).flatten())[0]
+    rows = logits.flatten(0, 1) if index is None else logits
+    found = torch.full((shape[0] * shape[1],), NO_ENTROPY, dtype=torch.float32, device=logits.device)
+    for part in at.split(_slab_rows(logits)):
+        x = rows[part if index is None else index.flatten()[part]]
+        if allowed is not None:
+            guided = ((flags & GUIDED) != 0)[part.div(shape[1], rounding_mode="floor")]
+            x = x.masked_fill(guided[:, None] & ~_allowed_ref(allowed, part), float("-inf"))
+        weight = torch.softmax(x, -1, dtype=torch.float32)
+        found[part] = torch.special.entr(weight).sum(-1)
+    return found.view(shape)
+
+
 def _allowed_ref(allowed, at):
     """The ids that positions r * L + l, int64 [M], may take: bool [M, V]."""
     bits = allowed.bits.flatten(0, 1)[at]  # [M, WORDS]
@@ -302,11 +326,18 @@ def _weight_beside(logit, top, scale, sampled):
 
 
 @triton.jit
+def _spread(x, top):
+    """sum w (x - top) of the weights w = exp(x - top): what an entropy is made of; 0 of logits that weigh nothing."""
+    weight = tl.exp2((x - top) * _LOG2E)
+    return tl.where(weight > 0, weight * (x - top), 0.0)
+
+
+@triton.jit
 def _vocab_kernel(
     LOGITS, INDEX, TOKENS, KIND, FROZEN,  # see _locate
     FLAGS, START, STEP, TEMPERATURE, TOP_K, TOP_P, SEED,  # [R]
     CLASSES, BITS,  # Allowed, or None
-    PART,  # float32 [5 or 7, R*L, TILES]: maximum, mass, candidate's logit; own maximum, own mass; (two best)
+    PART,  # float32 [6 or 7, R*L, TILES]: maximum, mass, candidate's logit; own maximum, own mass; spread (or two best)
     PART_ID,  # int32 [1 or 3, R*L, TILES]: candidate, (two best)
     CHUNK_MAX, CHUNK_MASS,  # float32 [R*L, chunks] of positions that filter; None if no row does
     vocab, special, stride_r, stride_l, stride_v,
@@ -360,8 +391,15 @@ def _vocab_kernel(
         at = n * TILES + tile
         logit = best
         token = first
+        if not RUNNER_UP:
+            if (flags & _ENTROPY) != 0:
+                spread_top = _finite(tl.maximum(best, left_out))
+                spread = tl.sum(_spread(x, spread_top)) + _spread(mask_logit, spread_top)
+                if EDITS:
+                    spread += _spread(delete_logit, spread_top) + _spread(split_logit, spread_top)
+                tl.store(PART + 5 * plane + at, spread)
         if sampled:
-            if (flags & _OWN_SOFTMAX) != 0:
+            if (flags & (_OWN_SOFTMAX | _ENTROPY)) != 0:
                 own_scale = _scale(tl.full([], 1.0, tl.float32))
                 own_top = tl.maximum(best, left_out)
                 own_mass = tl.sum(tl.exp2((x - _finite(own_top)) * own_scale))
@@ -437,6 +475,24 @@ def _combine(PART, PART_ID, n, wanted, plane, tiles, temperature, flags, seed, p
 
 
 @triton.jit
+def _entropy(PART, n, wanted, plane, tiles, temperature, TILES: tl.constexpr):
+    """entropies_ref of positions n [P] of one ENTROPY row, from their parts."""
+    lane = tl.arange(0, TILES)[None, :]
+    at = n[:, None] * TILES + lane
+    there = wanted[:, None] & (lane < tiles)
+    TOPS = PART + tl.where(temperature > 0, 3, 0) * plane
+    tops = tl.load(TOPS + at, mask=there, other=_NONE)
+    spreads = tl.load(PART + 5 * plane + at, mask=there, other=0.0)
+    masses = tl.load(TOPS + plane + at, mask=there, other=0.0)
+    top = _finite(tl.max(tops, 1))
+    below = tl.where(tops == _NONE, 0.0, tops - top[:, None])
+    share = tl.where(tops == _NONE, 0.0, tl.exp2(below * _LOG2E))
+    mass = tl.sum(masses * share, 1)
+    spread = tl.sum((spreads + masses * below) * share, 1)
+    return tl.where(wanted, tl.log(mass) - spread / mass, _NO_ENTROPY)
+
+
+@triton.jit
 def _candidates_kernel(
     INDEX, FLAGS, START, STEP, TEMPERATURE, SEED, PART, PART_ID,
     TOKEN, CONFIDENCE, SECOND, SECOND_CONFIDENCE,  # [R, L]; the last two are None without a runner-up
@@ -478,7 +534,7 @@ def _candidates_kernel(
 def launch_parts(
     logits, index, roles, flags, start, step, params, ids, filters, runner_up=False, tile_v=TILE_V, allowed=None
 ):
-    """The launches that read the logits: parts float32 [5 or 7, R*L, TILES], their ids int32 [1 or 3, ...], and tiles.
+    """The launches that read the logits: parts float32 [6 or 7, R*L, TILES], their ids int32 [1 or 3, ...], and tiles.
 
     roles: (tokens, kind, frozen) to read only what a step needs, else None. flags: integer [R].
     filters: False if no row has top-k or top-p. allowed: Allowed, None if no row is GUIDED.
@@ -491,7 +547,7 @@ def launch_parts(
     tiles = triton.cdiv(vocab, tile_v)
     positions, device = rows * length, logits.device
     room = triton.next_power_of_2(tiles)
-    parts = torch.empty((7 if runner_up else 5, positions, room), dtype=torch.float32, device=device)
+    parts = torch.empty((7 if runner_up else 6, positions, room), dtype=torch.float32, device=device)
     part_ids = torch.empty((3 if runner_up else 1, positions, room), dtype=torch.int32, device=device)
     chunks = None, None
     if filters:

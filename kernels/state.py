@@ -44,6 +44,8 @@ class RefineParams:
     min_transfer: torch.Tensor  # int32, least quota
     max_steps: torch.Tensor  # int32, the block ends as it is after so many steps
     max_post_steps: torch.Tensor  # int32
+    entropy_bound: torch.Tensor  # float32, read where ENTROPY is set, as is the next
+    entropy_decay: torch.Tensor  # float32
     flags: torch.Tensor  # int32
     eos_ids: torch.Tensor  # int64 [R, K]
 
