@@ -143,7 +143,7 @@ def _refine(
     guided=False, edits=False,
 ):  # fmt: skip
     whole, real, long = _int32(rows), _meta(rows), _int64(rows)
-    params = refine.RefineParams(real, whole, real, long, real, real, *[whole] * 5, eos_ids=long[:, None])
+    params = refine.RefineParams(real, whole, real, long, *[real] * 2, *[whole] * 4, *[real] * 2, whole, long[:, None])
     logits = _meta(rows, vocab, length, dtype=dtype).mT if transposed else _meta(rows, length, vocab, dtype=dtype)
     index = _int64(rows, length) if packed else None
     logits = logits.flatten(0, 1) if packed else logits

@@ -7,7 +7,7 @@
     EOS         whether the row has
 
 A GUIDED row is only looked at: its report holds the candidates in place of what the block has at masked and editable
-positions, and a host decides by commit_ref what is written.
+positions, and a host decides by commit_ref what is written. So is a row that SPECULATES, unless it fills its block.
 
 Each is there twice, with the same arguments first: for all rows in PyTorch (_ref), and for one row inside the kernel,
 which is one launch. Shapes: R rows, L block_length, K EOS ids a row.
@@ -23,11 +23,24 @@ import torch
 
 from . import levenshtein
 from ._triton import tl, triton
-from .candidates import _combine
+from .candidates import _combine, _entropy
 from .levenshtein import Moves, _begin, _best_new, _cycle, _splice
 from .levenshtein import _candidates as _with_edits
 from .overlap import inputs_ready
-from .roles import BAN_MASK, EDITING, FILL_PROMPT, GENERATED, GUIDED, PADDING, PROMPT, SpecialIds, _roles, roles_ref
+from .roles import (
+    BAN_MASK,
+    EDITING,
+    ENTROPY,
+    FILL_PROMPT,
+    GENERATED,
+    GUIDED,
+    PADDING,
+    PROMPT,
+    SPECULATES,
+    SpecialIds,
+    _roles,
+    roles_ref,
+)
 from .state import (
     BLOCK_DONE,
     CHANGED,
@@ -60,6 +73,7 @@ def commit_ref(
     moves: Moves | None = None,
     logits: torch.Tensor | None = None,
     index: torch.Tensor | None = None,
+    entropy: torch.Tensor | None = None,
 ) -> RefineOutput:
     """All that follows the candidates, in the order of _commit_kernel.
 
@@ -68,6 +82,7 @@ def commit_ref(
     check: has the last word on what is written: of commits and edits, bool [R, L] each, it makes those that are.
         None for those that the rules select.
     moves: as of refine_step; with them logits and index, as there, are read.
+    entropy: of the positions of ENTROPY rows, float32 [R, L] in nats; None if no row is.
     """
     asked = reduce(or_, params.flags.tolist(), 0)  # sync: the reference alone; what no row asks for is skipped
     masked, editable = roles_ref(state.tokens, state.kind, state.frozen, params.flags, ids.mask, asked)  # [R, L]
@@ -77,17 +92,19 @@ def commit_ref(
     if bool(confidence.sum().isnan()):  # sync: the reference alone; there is no +inf
         error = live & (confidence.isnan() & (masked | editable)).any(-1)
         live = live & ~error
-    shown = None
-    if asked & GUIDED:
-        guided = (params.flags & GUIDED) != 0
-        shown = (masked | editable) & guided[:, None]
-        live = live & ~guided
-    if error is not None or shown is not None:
+    wanted, proposes = masked | editable, None
+    if asked & (GUIDED | SPECULATES):
+        proposes = (params.flags & GUIDED) != 0
+        if asked & SPECULATES:
+            fills = _select_ref(masked, confidence, entropy, state, params).sum(-1) == before
+            proposes |= live & ((params.flags & SPECULATES) != 0) & ~fills
+        live = live & ~proposes
+    if error is not None or proposes is not None:
         masked, editable = masked & live[:, None], editable & live[:, None]
 
     mask_free, own = before == 0, None
     if moves is None:
-        commit = _select_ref(masked, confidence, state, params)
+        commit = _select_ref(masked, confidence, entropy, state, params)
         edit = _edit_ref(editable, token, confidence, state.tokens, params, asked)
         if check is not None:
             commit, edit = check(commit, edit)
@@ -97,7 +114,7 @@ def commit_ref(
         torch.where(written, state.step[:, None], state.commit_step, out=state.commit_step)
     else:
         token, confidence, commit, edit, own = _move_ref(
-            masked, editable, token, confidence, live, state, params, asked, ids, moves, logits, index
+            masked, editable, token, confidence, live, state, params, asked, ids, moves, logits, index, entropy
         )
         written, mask_free = commit | edit, torch.where(own.on, own.mask_free, mask_free)
 
@@ -113,8 +130,9 @@ def commit_ref(
     commits, changed = commit.sum(-1, dtype=torch.int32), changed.int()  # [R, L] -> [R]
     torch.where(live, changed, state.changed, out=state.changed)
     told = state
-    if shown is not None:
-        eos_at = eos_at.masked_fill(guided, -1)
+    if proposes is not None:
+        shown = wanted & proposes[:, None]
+        eos_at = eos_at.masked_fill(proposes, -1)
         told = replace(
             state, tokens=torch.where(shown, token, state.tokens),
             commit_confidence=torch.where(shown, confidence, state.commit_confidence),
@@ -154,14 +172,14 @@ class _Moved(NamedTuple):
     changed: torch.Tensor
 
 
-def _move_ref(masked, editable, token, confidence, live, state, params, asked, ids, moves, logits, index):
+def _move_ref(masked, editable, token, confidence, live, state, params, asked, ids, moves, logits, index, entropy):
     """Commits, edits, deletions and insertions of a batch with LEVENSHTEIN rows, in `state` and `moves`. Returns the
     candidates, what was committed and edited, and how those rows stand."""
     now = levenshtein.begin_ref(masked, live, state, params, moves)
     text, held = (token, confidence), state.tokens.clone()
     wanted = masked | editable
     token, confidence = levenshtein.candidates_ref(token, confidence, wanted, now, params, ids, logits, index)
-    commit = _select_ref(masked, confidence, state, params, now.introduced)
+    commit = _select_ref(masked, confidence, entropy, state, params, now.introduced)
     commit, now = levenshtein.finish_ref(masked, commit, now, params)
     edit = _edit_ref(editable, token, confidence, held, params, asked)
     chosen = commit | edit
@@ -175,22 +193,44 @@ def _move_ref(masked, editable, token, confidence, live, state, params, asked, i
     return token, confidence, commit, edit, _Moved(now.on, ~now.open.any(-1), done, changed)
 
 
-def _select_ref(masked, confidence, state, params, introduced=0):
-    """M2T -> commit bool [R, L]: the masked positions above the threshold if they are enough, else the quota's best.
-    introduced: int32 [R], masks that make the quota larger."""
+def _select_ref(masked, confidence, entropy, state, params, introduced=0):
+    """M2T -> commit bool [R, L]: the masked positions that the row's policy chooses if they are enough, else the
+    quota's best. entropy: as of commit_ref; introduced: int32 [R], masks that make the quota larger.
+
+    threshold  the confidence is above the threshold; best is the most confident
+    entropy    (ENTROPY) in the order of entropies, ties to the lowest position: those ahead of it, the entropy of each
+               times decay ** (distance - 1), sum to no more than the bound; best is the least entropy
+    """
     length = masked.shape[1]
     steps = params.steps.clamp(min=1)
     late = torch.minimum(state.step, steps - 1)
     quota = torch.maximum(length // steps + (late < length % steps), params.min_transfer) + introduced
     quota = quota[:, None]  # [R] -> [R, 1]
     high = masked & (confidence > params.threshold[:, None])
+    rank = confidence.clamp(min=-1)
+    if entropy is not None:
+        on = ((params.flags & ENTROPY) != 0)[:, None]
+        rank = torch.where(on, -entropy, rank)
+        high = torch.where(on, masked & (_ahead_ref(masked, entropy, params) <= params.entropy_bound[:, None]), high)
     enough = high.sum(-1, keepdim=True) >= quota
     if bool(enough.all()):  # sync: the reference alone
         return high
-    ranked = torch.where(masked, confidence.clamp(min=-1), -2.0)  # whatever is masked comes before all else
+    ranked = torch.where(masked, rank, float("-inf"))  # whatever is masked comes before all else
     order = ranked.argsort(dim=-1, descending=True, stable=True)
     best = torch.zeros_like(masked).scatter_(1, order, torch.arange(length, device=order.device) < quota)
     return torch.where(enough, high, best & masked)
+
+
+def _ahead_ref(masked, entropy, params):
+    """float32 [R, L]: what the entropies ahead of each position add up to."""
+    length = masked.shape[1]
+    place = torch.arange(length, device=masked.device)
+    key = torch.where(masked, entropy, float("inf"))
+    tied = (key[:, None, :] == key[:, :, None]) & (place < place[:, None])
+    ahead = ((key[:, None, :] < key[:, :, None]) | tied) & masked[:, None, :]  # [R, L, L]
+    distance = (place - place[:, None]).abs()
+    weight = params.entropy_decay[:, None, None] ** (distance - 1).clamp(min=0)
+    return torch.where(ahead, weight * entropy[:, None, :], 0.0).sum(-1)
 
 
 def _edit_ref(editable, token, confidence, held, params, asked):
@@ -253,7 +293,7 @@ def _first(mask):
 
 _GENERATED, _PROMPT, _PADDING = tl.constexpr(GENERATED), tl.constexpr(PROMPT), tl.constexpr(PADDING)
 _FILL_PROMPT, _EDITING, _GUIDED = tl.constexpr(FILL_PROMPT), tl.constexpr(EDITING), tl.constexpr(GUIDED)
-_BAN_MASK = tl.constexpr(BAN_MASK)
+_BAN_MASK, _ENTROPY, _SPECULATES = tl.constexpr(BAN_MASK), tl.constexpr(ENTROPY), tl.constexpr(SPECULATES)
 _EOS_STEP, _EOS_END, _EOS_COMMIT = tl.constexpr(EOS_STEP), tl.constexpr(EOS_END), tl.constexpr(EOS_COMMIT)
 _EOS_HOLDS, _EOS_CLEAN = tl.constexpr(EOS_HOLDS), tl.constexpr(EOS_CLEAN)
 _PRIOR_MASK, _PRIOR_EOS = tl.constexpr(PRIOR_MASK), tl.constexpr(PRIOR_EOS)
@@ -274,16 +314,23 @@ def _first_column(mask, column, L: tl.constexpr):
 
 
 @triton.jit
-def _select(masked, confidence, STATE, PARAMS, introduced, row, column, L: tl.constexpr):
+def _select(masked, confidence, entropy, STATE, PARAMS, introduced, row, column, L: tl.constexpr):
     """_select_ref of one row's positions."""
     steps = tl.maximum(tl.load(PARAMS.steps + row), 1)
     extra = (tl.minimum(tl.load(STATE.step + row), steps - 1) < L % steps).to(tl.int32)
     quota = tl.maximum(L // steps + extra, tl.load(PARAMS.min_transfer + row)) + introduced
     high = masked & (confidence > tl.load(PARAMS.threshold + row))
-    ranked = tl.where(masked, tl.maximum(confidence, -1.0), -2.0)  # whatever is masked comes before all else
+    by_entropy = (tl.load(PARAMS.flags + row) & _ENTROPY) != 0
+    ranked = tl.where(by_entropy, -entropy, tl.maximum(confidence, -1.0))
+    ranked = tl.where(masked, ranked, float("-inf"))  # whatever is masked comes before all else
     tied = (ranked[None, :] == ranked[:, None]) & (column[None, :] < column[:, None])  # [L] -> [L, L]
     ahead = (ranked[None, :] > ranked[:, None]) | tied
     rank = tl.sum(ahead.to(tl.int32), 1)  # [L, L] -> [L]
+    if by_entropy:
+        further = tl.maximum(tl.abs(column[None, :] - column[:, None]) - 1, 0).to(tl.float32)
+        weight = tl.exp2(further * tl.log2(tl.load(PARAMS.entropy_decay + row)))
+        load = tl.sum(tl.where(ahead & masked[None, :], weight * entropy[None, :], 0.0), 1)
+        high = masked & (load <= tl.load(PARAMS.entropy_bound + row))
     return tl.where(_count(high) >= quota, high, masked & (rank < quota))
 
 
@@ -348,7 +395,7 @@ def _commit_kernel(
     L: tl.constexpr, TILES: tl.constexpr, COLUMNS: tl.constexpr, ONLY_NEEDED: tl.constexpr, NUM_EOS: tl.constexpr,
     STEPS: tl.constexpr, ANY_GUIDED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Grid (R,): one row from its parts to its next block, as commit_ref; frozen and GUIDED rows only report."""
+    """Grid (R,): one row from its parts to its next block, as commit_ref; frozen and proposing rows only report."""
     inputs_ready(EARLY)
     row = tl.program_id(0)
     column = tl.arange(0, COLUMNS)
@@ -367,20 +414,30 @@ def _commit_kernel(
         wanted &= tl.load(INDEX + n, mask=inside, other=-1) >= 0
     if ONLY_NEEDED:
         wanted &= masked | editable
+    plane = tl.num_programs(0) * L * TILES
+    temperature = tl.load(PARAMS.temperature + row)
     token, confidence, top, mass, scale, best = _combine(
-        PART, PART_ID, n, wanted, tl.num_programs(0) * L * TILES, tiles, tl.load(PARAMS.temperature + row), flags,
+        PART, PART_ID, n, wanted, plane, tiles, temperature, flags,
         tl.load(PARAMS.seed + row), start + column, old_step, TILES,
     )  # fmt: skip
     token = token.to(tl.int64)
     confidence = tl.where(wanted, confidence, float("-inf"))
     error = (frozen == 0) & (_count((confidence != confidence) & (masked | editable)) > 0)
     live = (frozen == 0) & (error == 0)
+    entropy = tl.zeros([COLUMNS], tl.float32)
+    if (flags & _ENTROPY) != 0:
+        entropy = _entropy(PART, n, wanted, plane, tiles, temperature, TILES)
+    proposes = live & ((flags & _SPECULATES) != 0)
+    if proposes:
+        fills = _select(masked, confidence, entropy, STATE, PARAMS, 0, row, column, L)
+        proposes = _count(fills) < before
     if ANY_GUIDED:
-        live &= (flags & _GUIDED) == 0
+        proposes |= (flags & _GUIDED) != 0
+    live &= proposes == 0
 
     mask_free = before == 0
     if MOVES is None:
-        commit = _select(masked, confidence, STATE, PARAMS, 0, row, column, L) & live
+        commit = _select(masked, confidence, entropy, STATE, PARAMS, 0, row, column, L) & live
         edit = _edit(editable, token, confidence, held, PARAMS, row) & live
         written = commit | edit
         new = tl.where(written, token, held)
@@ -399,11 +456,11 @@ def _commit_kernel(
         text, text_confidence = token, confidence
         banned = ((flags & _BAN_MASK) != 0) | (unfilled & (last == 0))
         token, confidence = _with_edits(
-            LOGITS + begin, stride_v, token, confidence, tl.load(PARAMS.temperature + row) > 0,
+            LOGITS + begin, stride_v, token, confidence, temperature > 0,
             wanted & (masked | editable), on, banned, ids, top, mass, scale, best,
         )  # fmt: skip
         num_open = _count(unfilled)
-        commit = _select(masked, confidence, STATE, PARAMS, introduced, row, column, L) & live
+        commit = _select(masked, confidence, entropy, STATE, PARAMS, introduced, row, column, L) & live
         last |= on & (max_post_steps == 0) & (_count(unfilled & (commit == 0)) == 0)
         commit |= masked & on & last
         edit = _edit(editable, token, confidence, held, PARAMS, row) & live
@@ -465,11 +522,9 @@ def _commit_kernel(
     tl.store(OUT.confidence + n, confidence, mask=inside)
     tl.store(OUT.commit + n, commit, mask=inside)
     tl.store(OUT.edit + n, edit, mask=inside)
-    if ANY_GUIDED:
-        guided = (flags & _GUIDED) != 0
-        shown = guided & (masked | editable)
-        new, commit_confidence = tl.where(shown, token, new), tl.where(shown, confidence, commit_confidence)
-        eos_at = tl.where(guided, -1, eos_at)
+    shown = proposes & (masked | editable)
+    new, commit_confidence = tl.where(shown, token, new), tl.where(shown, confidence, commit_confidence)
+    eos_at = tl.where(proposes, -1, eos_at)
     PARTS: tl.constexpr = 3 if MOVES is None else 4
     REPORT = OUT.report + row * (_NUM_STATUS + 1 + PARTS * L)
     tl.store(REPORT + 0, now | changed * _CHANGED)

@@ -1,15 +1,16 @@
 """One refinement step of a batch of blocks: everything between the logits and the next block.
 
     candidates  c, p per position                                       (candidates.py)
-    commit M2T  masked positions with p > threshold if at least q of them, else the q most confident (ties: lowest
-                position); q = max(L // steps + (min(t, steps-1) < L % steps), min_transfer)
+    commit M2T  masked positions with p > threshold, or with ENTROPY those whose entropies add up to no more than a
+                bound, if at least q of them, else the q most confident, or least entropies (ties: lowest position);
+                q = max(L // steps + (min(t, steps-1) < L % steps), min_transfer)
     edit T2T    non-prompt positions holding a token, c != x and p > edit_threshold
     block end   the step that fills the last mask; with editing, the first mask-free step that edits nothing or the
                 max_post_steps-th mask-free step; never after more than max_steps
     EOS         a row is finished as soon as a generated position holds an EOS with no mask before it
 
 A GUIDED row's step ends with its candidates: they are in the report, and the host that knows what the row may hold
-decides and writes before the next one.
+decides and writes before the next one. So does that of a row that SPECULATES, unless its commits fill the block.
 
 Each row has its own block, parameters and counters and is computed by itself. Frozen rows (state.frozen != 0) change
 nothing. Shapes: R rows, L block_length, V vocab. Source: the LLaDA2.0/2.1 model cards' generate; diffusers'
@@ -25,13 +26,14 @@ import torch
 
 from ._ambient import run_kernel
 from ._triton import register_op, use_triton
-from .candidates import TILE_V, SampleParams, block_candidates_ref, launch_parts, row_layout
+from .candidates import TILE_V, SampleParams, block_candidates_ref, entropies_ref, launch_parts, row_layout
 from .commit import _commit_kernel, commit_ref
 from .levenshtein import MAX_POST_STEPS, Moves  # noqa: F401  for callers
 from .roles import (  # noqa: F401  some for callers, beside the others
     BAN_EDITS,
     BAN_MASK,
     EDITING,
+    ENTROPY,
     FILL_PROMPT,
     GENERATED,
     GUIDED,
@@ -41,6 +43,7 @@ from .roles import (  # noqa: F401  some for callers, beside the others
     OWN_SOFTMAX,
     PADDING,
     PROMPT,
+    SPECULATES,
     TAIL,
     WORDS,
     Allowed,
@@ -99,7 +102,10 @@ def refine_step_ref(
     token, confidence = block_candidates_ref(
         logits, state.block_start, state.step, sampling, ids, params.flags, index, wanted, tile_v, allowed=allowed
     )  # fmt: skip
-    return commit_ref(token, confidence, state, params, ids, moves=moves, logits=logits, index=index)
+    entropy = None
+    if bool((params.flags & ENTROPY).any()):  # sync: the reference alone
+        entropy = entropies_ref(logits, index, wanted, allowed, params.flags)
+    return commit_ref(token, confidence, state, params, ids, moves=moves, logits=logits, index=index, entropy=entropy)
 
 
 def launch(

@@ -20,8 +20,9 @@ def params_of(rows, flags=ON | refine.BAN_MASK, **rules):
     rules = {
         "temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0, "threshold": 0.5, "edit_threshold": 0.0,
         "steps": 32, "min_transfer": 1, "max_steps": 25, "max_post_steps": 16, "flags": flags,
+        "entropy_bound": 0.0, "entropy_decay": 1.0,
     } | rules  # fmt: skip
-    real = ("temperature", "top_p", "threshold", "edit_threshold")
+    real = ("temperature", "top_p", "threshold", "edit_threshold", "entropy_bound", "entropy_decay")
     types = {name: torch.float32 if name in real else torch.int64 if name == "seed" else torch.int32 for name in rules}
     columns = {name: torch.tensor(value, dtype=types[name]).expand(rows).clone() for name, value in rules.items()}
     return RefineParams(**columns, eos_ids=torch.full((rows, 1), -1))

@@ -18,6 +18,7 @@ from tests.kernels.test_candidates import BROKEN, DTYPES, LAYOUTS, SOUND, lay_ou
 
 NEAR = 2e-5  # two confidences, or one and its threshold, closer than this share may be ordered either way
 ALL_FLAGS = 2**9 - 1
+POLICIES = 0, 0, refine.ENTROPY, refine.SPECULATES, refine.ENTROPY | refine.SPECULATES
 STATE = ("tokens", "step", "post_steps", "frozen", "commit_step", "commit_confidence", "changed")
 
 
@@ -55,7 +56,9 @@ def make(size, dtype, layout, filters, seed, broken=0.1):
         min_transfer=one_of([0, 1, 1, 4, 1000], rows, dtype=torch.int32),
         max_steps=one_of([1, 2, 9, 2**30], rows, dtype=torch.int32),
         max_post_steps=one_of([0, 1, 2, 16], rows, dtype=torch.int32),
-        flags=torch.randint(ALL_FLAGS + 1, (rows,), generator=generator, dtype=torch.int32),
+        entropy_bound=one_of([0.0, 0.5, 2.0, 50.0], rows),
+        entropy_decay=one_of([1.0, 1.0, 0.5], rows),
+        flags=_flags(rows, generator),
         eos_ids=torch.tensor([[eos[0], -1], [eos[1], eos[0]], [-1, -1]])[
             torch.randint(3, (rows,), generator=generator)
         ],
@@ -94,10 +97,15 @@ def decided(before, params, output, logits, index, ids, tile_v, only_needed, may
         for mask, limit in ((masked, params.threshold[row]), (needed[row] & ~masked, params.edit_threshold[row])):
             if ((confidence[mask] - limit).abs() < NEAR * limit).any():
                 return False
-        ordered, order = confidence[masked].sort(stable=True)
+        rank, near = confidence, NEAR
+        if params.flags[row] & refine.ENTROPY and not output.status[row, refine.FLAGS] & refine.ERROR:
+            rank, near = entropies(of, row, torch.where(masked)[0], len(masked)), 10 * NEAR
+            if near_bound(rank[masked], torch.where(masked)[0], params, row):
+                return False
+        ordered, order = rank[masked].sort(stable=True)
         where = torch.where(masked)[0][order]
         for a, b, p, q in zip(where, where[1:], ordered, ordered[1:], strict=False):
-            if q - p < NEAR * q and not torch.equal(of(row, a), of(row, b)):
+            if q - p < near * q and not torch.equal(of(row, a), of(row, b)):
                 return False
         if params.temperature[row] == 0 or output.status[row, refine.FLAGS] & refine.ERROR:
             continue
@@ -112,6 +120,31 @@ def decided(before, params, output, logits, index, ids, tile_v, only_needed, may
             if known is not None and known[4] < truth.NOT_SURE:
                 return False
     return True
+
+
+def entropies(of, row, at, length):
+    """float64 [L]: the entropies of the logits at some positions of a row, 0 elsewhere."""
+    found = torch.zeros(length, dtype=torch.float64)
+    for position in at.tolist():
+        found[position] = torch.special.entr(torch.softmax(of(row, position).double(), -1)).sum()
+    return found
+
+
+def near_bound(entropy, where, params, row):
+    """Whether a position's sum of the entropies ahead of it is close to the row's bound."""
+    order = entropy.argsort(stable=True)
+    bound, decay = float(params.entropy_bound[row]), float(params.entropy_decay[row])
+    for i in range(len(order)):
+        ahead, own = order[:i], where[order[i]]
+        load = (entropy[ahead] * decay ** ((where[ahead] - own).abs() - 1)).sum()
+        if i and abs(load - bound) < 1e-4 * max(bound, 1):
+            return True
+    return False
+
+
+def _flags(rows, generator):
+    policies = torch.tensor(POLICIES, dtype=torch.int32)[torch.randint(len(POLICIES), (rows,), generator=generator)]
+    return torch.randint(ALL_FLAGS + 1, (rows,), generator=generator, dtype=torch.int32) | policies
 
 
 def parts(output):

@@ -22,12 +22,12 @@ NONE = float("-inf")
 
 RULES = dict(
     temperature=0.0, top_k=0, top_p=1.0, seed=0, threshold=2.0, edit_threshold=2.0, steps=1_000, min_transfer=1,
-    max_steps=2**30, max_post_steps=16, flags=DEFAULT,
+    max_steps=2**30, max_post_steps=16, entropy_bound=0.0, entropy_decay=1.0, flags=DEFAULT,
 )  # fmt: skip
 TYPES = dict(
     temperature=torch.float32, top_k=torch.int32, top_p=torch.float32, seed=torch.int64, threshold=torch.float32,
     edit_threshold=torch.float32, steps=torch.int32, min_transfer=torch.int32, max_steps=torch.int32,
-    max_post_steps=torch.int32, flags=torch.int32,
+    max_post_steps=torch.int32, entropy_bound=torch.float32, entropy_decay=torch.float32, flags=torch.int32,
 )  # fmt: skip
 
 
