@@ -22,6 +22,8 @@ from .checks import (
 from .languages import LANGUAGES, as_choices, as_pattern, as_schema
 
 SAMPLING_METHODS = ("auto", "greedy", "multinomial")
+POLICIES = ("threshold", "entropy", "self_speculative")
+ENTROPY_BOUND = 0.3  # nats, of a policy by entropy where none is given
 
 
 class Profile(NamedTuple):
@@ -38,6 +40,7 @@ class Profile(NamedTuple):
     plain: a LLaDA2.2 checkpoint is decoded as a LLaDA2.1 one, its special ids are ids like others.
     shapes: an answer may be in a language or have a canvas: masks are never committed, nor ends of answers undone.
     windows: an edit_window may be given.
+    policies: a policy may be given.
     """
 
     edits: bool = True
@@ -51,10 +54,11 @@ class Profile(NamedTuple):
     plain: bool = False
     shapes: bool = True
     windows: bool = False
+    policies: bool = False
 
 
 PROFILES = {
-    "default": Profile(needs_tail=False, padded=True, levenshtein=True, windows=True),
+    "default": Profile(needs_tail=False, padded=True, levenshtein=True, windows=True, policies=True),
     "hf-2.0": Profile(edits=False, card=True, cuts_canvas=True, shapes=False),
     "hf-2.1": Profile(editing_threshold=0.9, card=True, plain=True, shapes=False),
     "sglang-lowconf": Profile(edits=False),
@@ -88,7 +92,9 @@ class DecodeParams:
     top_k: int | None = doc(None, "draw among the k likeliest tokens; off unless given, or 0")
     top_p: float | None = doc(None, "draw among the likeliest tokens of this mass; off unless given, or from 1 on")
     sampling_method: str = doc("auto", "auto, greedy (whatever the temperature) or multinomial")
-    threshold: float = doc(0.95, "commit tokens with a confidence above this; above 1 by quota alone")
+    threshold: float = doc(
+        0.95, "commit tokens with a confidence above this; above 1 by quota alone; not read under another policy"
+    )
     editing_threshold: float | None = doc(
         None,
         "replace committed tokens by others with a confidence above this, and delete and insert some where the "
@@ -120,6 +126,20 @@ class DecodeParams:
         "forward that sees them whole, of at most 512 tokens on a CPU and 4096 on a GPU, or an engine's "
         "max_num_batched_tokens if that is more; 0 = off, needs editing_threshold",
     )
+    policy: str = doc(
+        "threshold",
+        "what a step commits: threshold, the confident tokens; entropy, the most certain ones as long as those ahead "
+        "of each are certain together; self_speculative, the block if that much is certain, else what the model with "
+        "block size 1 would say as far as the draft agrees, in a further forward of twice the positions",
+    )
+    entropy_bound: float | None = doc(
+        None,
+        "of the policies entropy and self_speculative: what the entropies of the tokens ahead of one, in nats, may "
+        f"add up to; {ENTROPY_BOUND} unless given",
+    )
+    entropy_decay: float = doc(
+        1.0, "of the same: an entropy counts this much less with each further position between the two; 1 = in full"
+    )
 
     def __post_init__(self):
         for name in ("gen_length", "steps", "minimal_topk", "num_to_transfer"):
@@ -148,6 +168,12 @@ class DecodeParams:
             check(self, "seed", as_int, -INT64, INT64 - 1)
         check(self, "sampling_method", choice, SAMPLING_METHODS)
         check(self, "profile", choice, tuple(PROFILES))
+        check(self, "policy", choice, POLICIES)
+        if self.entropy_bound is not None:
+            check(self, "entropy_bound", as_float, ">= 0, or None", lambda x: x >= 0)
+            put(self, "entropy_bound", as_float32(self.entropy_bound))
+        check(self, "entropy_decay", as_float, "above 0 and at most 1", lambda x: 0 < as_float32(x) <= 1)
+        put(self, "entropy_decay", as_float32(self.entropy_decay))
         for name, normalised in (("regex", as_pattern), ("json_schema", as_schema), ("choices", as_choices)):
             if getattr(self, name) is not None:
                 check(self, name, normalised)
@@ -162,6 +188,11 @@ class DecodeParams:
     def draws(self) -> bool:
         """Tokens are drawn at random, not the most likely ones."""
         return self.temperature > 0 and self.sampling_method != "greedy"
+
+    @property
+    def checks(self) -> bool:
+        """What a step drafts is checked, by a forward of its own, unless it fills its block."""
+        return self.policy == "self_speculative"
 
     @property
     def filters(self) -> bool:
@@ -197,6 +228,7 @@ class DecodeParams:
             put(self, "editing_threshold", profile.editing_threshold)
         if self.edit_window:
             self._check_window(given)
+        self._check_policy(given)
 
     def _check_window(self, languages):
         if not self.traits.windows:
@@ -205,3 +237,22 @@ class DecodeParams:
             raise bad("edit_window", self.edit_window, "0 without an editing_threshold")
         if languages:
             raise bad("edit_window", self.edit_window, f"0 with {languages[0]}, whose texts are not edited afterwards")
+
+    def _check_policy(self, languages):
+        if self.policy == "threshold":
+            if self.entropy_bound is not None:
+                raise bad("entropy_bound", self.entropy_bound, "None under policy='threshold', which has none")
+            if self.entropy_decay != 1:
+                raise bad("entropy_decay", self.entropy_decay, "1 under policy='threshold', which reads none")
+            return
+        if not self.traits.policies:
+            raise bad("policy", self.policy, f"'threshold' under profile={self.profile!r}, whose rule it is")
+        if languages:
+            raise bad("policy", self.policy, f"'threshold' with {languages[0]}, whose tokens the host chooses")
+        if self.checks:
+            if self.draws:
+                raise bad("policy", self.policy, f"another one with temperature={self.temperature:g}: it draws nothing")
+            if self.editing_threshold is not None:
+                raise bad("policy", self.policy, "another one with an editing_threshold: what is checked stays")
+        if self.entropy_bound is None:
+            put(self, "entropy_bound", ENTROPY_BOUND)

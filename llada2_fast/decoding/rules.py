@@ -29,6 +29,8 @@ class Rule(NamedTuple):
     min_transfer: int
     max_steps: int
     max_post_steps: int
+    entropy_bound: float
+    entropy_decay: float
     flags: int
 
 
@@ -73,6 +75,9 @@ def _card_21(params, block_length):
     return Quota(block_length, params.num_to_transfer, min(block_length + params.max_post_steps + 1, NEVER))
 
 
+POLICIES = {  # -> flags
+    "threshold": 0, "entropy": refine.ENTROPY, "self_speculative": refine.ENTROPY | refine.SPECULATES,
+}  # fmt: skip
 _BAN, _FILL = refine.BAN_MASK | refine.BAN_EDITS, refine.FILL_PROMPT
 PROFILES = {
     "default": Profile(_as_asked, _BAN | refine.OWN_SOFTMAX, refine.EOS_STEP, refine.EOS_END),
@@ -93,7 +98,7 @@ def row_rule(params: DecodeParams, block_length: int, edits: bool = False) -> Ru
     """
     profile = PROFILES[params.profile]
     editing = params.editing_threshold is not None
-    flags = profile.flags | (refine.EDITING if editing else 0)
+    flags = profile.flags | POLICIES[params.policy] | (refine.EDITING if editing else 0)
     if params.eos_early_stop:
         flags |= profile.editing_early_stop if editing else profile.early_stop
     quota = profile.quota(params, block_length)
@@ -108,12 +113,14 @@ def row_rule(params: DecodeParams, block_length: int, edits: bool = False) -> Ru
         edit_threshold=params.editing_threshold if editing else 0.0,
         **quota._asdict(),
         max_post_steps=params.max_post_steps,
+        entropy_bound=params.entropy_bound or 0.0,
+        entropy_decay=params.entropy_decay,
         flags=flags,
     )
 
 
 # Fields of a Rule by the type of their tensors, float32 and int32.
-REAL = ("temperature", "top_p", "threshold", "edit_threshold")
+REAL = ("temperature", "top_p", "threshold", "edit_threshold", "entropy_bound", "entropy_decay")
 WHOLE = tuple(name for name in Rule._fields if name not in REAL)
 
 
@@ -139,6 +146,12 @@ def batch_params(
     return RefineParams(**columns, seed=wide[: len(rules)], eos_ids=wide[len(rules) :].view(len(rules), width))
 
 
+def refuse_checks(params: DecodeParams):
+    """ValueError for policy self_speculative, for whoever has no forward that checks a draft."""
+    if params.checks:
+        raise ValueError("policy='self_speculative': expected another one, a draft is checked by a forward of its own")
+
+
 def refine_params(
     params: Sequence[DecodeParams],
     block_length: int,
@@ -154,8 +167,8 @@ def refine_params(
     seeds: an int64 per row, read where tokens are drawn.
     eos_ids: a list of ids per row, which may be empty.
     device: where the tensors are to be.
-    Raises ValueError where the three differ in length, for what is no DecodeParams, and for an edit_window, of whose
-    forwards a step knows nothing.
+    Raises ValueError where the three differ in length, for what is no DecodeParams, and for an edit_window and policy
+    self_speculative, of whose forwards a step knows nothing.
     """
     if not len(params) == len(seeds) == len(eos_ids):
         raise ValueError(f"seeds, eos_ids: expected {len(params)} each, as of params, got {len(seeds)}, {len(eos_ids)}")
@@ -164,4 +177,5 @@ def refine_params(
             raise ValueError(f"params: expected DecodeParams, got {type(one).__name__}")
         if one.edit_window:
             raise ValueError(f"edit_window={one.edit_window}: expected 0, a step is of one block")
+        refuse_checks(one)
     return batch_params([row_rule(one, block_length) for one in params], seeds, eos_ids, device)
