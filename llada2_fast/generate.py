@@ -76,6 +76,9 @@ def generate(
     json_schema=DecodeParams.json_schema,
     choices=DecodeParams.choices,
     edit_window=DecodeParams.edit_window,
+    policy=DecodeParams.policy,
+    entropy_bound=DecodeParams.entropy_bound,
+    entropy_decay=DecodeParams.entropy_decay,
     tokenizer=None,
     **others,
 ):
@@ -84,7 +87,8 @@ def generate(
     model: LLaDA2Model.
     inputs: int64 [P]; [B, P], with attention_mask [B, P] where padded (either side; bool, or 1 and 0 = padding); or a
         list of lists of ids. Other integers, NumPy's arrays, and lists of tensors or arrays will do.
-    temperature .. num_to_transfer, sampling_method, attend_tail, profile, edit_window: see DecodeParams.
+    temperature .. num_to_transfer, sampling_method, attend_tail, profile, edit_window, policy, entropy_bound,
+        entropy_decay: see DecodeParams.
     eos_id: one id, several, or None = the checkpoint's; mask_id, pad_id: None = the checkpoint's.
     seed: an int64, which the first row takes as it is and each other one mixes with its number (equal prompts get
         answers of their own), or one per row.
@@ -125,7 +129,7 @@ def generate(
         max_post_steps, minimal_topk, num_to_transfer, eos_early_stop,
         eos_ids=(eos_id,) if isinstance(eos_id, int) else eos_id, mask_id=mask_id, pad_id=pad_id,
         attend_tail=attend_tail, profile=profile, regex=regex, json_schema=json_schema, choices=choices,
-        edit_window=edit_window,
+        edit_window=edit_window, policy=policy, entropy_bound=entropy_bound, entropy_decay=entropy_decay,
     )  # fmt: skip
     habits.refuse("generate", others, habits.GENERATING | {"do_sample": (params.temperature > 0,)})
     mask, eos, pad = resolve_ids(model, params)

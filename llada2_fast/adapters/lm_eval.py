@@ -262,8 +262,8 @@ class LLaDA2LM:
         length = self.params.block_length or self.model.block_length
         lengths = [len(prompt) + params.gen_length for prompt, params, _ in work]
         most = room_for([self.max_length], length, 1)
-        window = max(params.edit_window for _, params, _ in work)
-        needed = room_for([one for one in lengths if one <= most], length, self.batch_size, window)
+        window, checks = max(params.edit_window for _, params, _ in work), any(params.checks for _, params, _ in work)
+        needed = room_for([one for one in lengths if one <= most], length, self.batch_size, window, checks)
         engine = Engine(self.model, self._engine_config(needed, len(work)), self.tokenizer)
         places, wrong = {f"{place} ({name})": place for place, name in enumerate(names)}, []
         for request_id, (prompt, params, stops) in zip(places, work, strict=True):

@@ -38,7 +38,7 @@ import torch
 
 from ..config import DecodeParams
 from ..decoding.inputs import EDIT_IDS
-from ..decoding.rules import batch_params, row_rule
+from ..decoding.rules import batch_params, refuse_checks, row_rule
 from ..kernels import refine
 from ..kernels.refine import BlockState, SpecialIds, refine_step
 from .versions import Host
@@ -55,7 +55,7 @@ _COMMON = {"profile", "threshold", "sampling_method", "seed", "block_size"}
 _KEYS = {  # profile -> the keys it reads
     "sglang-lowconf": _COMMON,
     "sglang-joint": _COMMON | _EDITING | _JOINT,
-    "default": _COMMON | _EDITING | {"steps", "minimal_topk"},
+    "default": _COMMON | _EDITING | {"steps", "minimal_topk", "policy", "entropy_bound", "entropy_decay"},
 }
 
 # What a request may not ask for, and the values by which it does not; of req.sampling_params and of req itself.
@@ -105,7 +105,9 @@ class Settings:
         if profile == "sglang-joint":
             given.setdefault("threshold", 0.5)
         given.pop("block_size", None)
-        return cls(DecodeParams(block_length=block_size, **given), float(penalty))
+        params = DecodeParams(block_length=block_size, **given)
+        refuse_checks(params)
+        return cls(params, float(penalty))
 
 
 @dataclass(eq=False)

@@ -18,6 +18,7 @@ DECODING = {
     "eos_early_stop": _SWITCH, "attend_tail": _SWITCH, "eos_id": _COUNT | {"action": "append"}, "mask_id": _COUNT,
     "pad_id": _COUNT, "regex": {"metavar": "PATTERN"}, "json_schema": {"metavar": "FILE"},
     "choices": {"metavar": "TEXT,TEXT", "action": "append"}, "edit_window": _COUNT,
+    "policy": _NAME, "entropy_bound": _NUMBER, "entropy_decay": _NUMBER,
 }  # fmt: skip
 _OWN_DEFAULTS = {
     "gen_length": f"{GEN_LENGTH}, or as many as the model has positions left", "eos_early_stop": "on",

@@ -85,7 +85,7 @@ def _engine(model, tokenizer, rows, how):
     length, together = how.block_length or model.block_length, min(EngineConfig.max_num_seqs, len(rows))
     lengths = [len(row) + how.gen_length for row in rows]
     config = EngineConfig(
-        block_length=length, cache_tokens=room_for(lengths, length, together, how.edit_window),
+        block_length=length, cache_tokens=room_for(lengths, length, together, how.edit_window, how.checks),
         mask_id=how.mask_id, max_num_seqs=together, max_eos_ids=max(EngineConfig.max_eos_ids, len(how.eos_ids or ())),
     )  # fmt: skip
     return Engine(model, config, tokenizer)

@@ -35,6 +35,7 @@ Text = Annotated[str, AfterValidator(_characters)]
 DECODING = (  # DecodeParams' fields that a request may give by their own names
     "block_length", "steps", "temperature", "top_p", "sampling_method", "threshold", "editing_threshold",
     "max_post_steps", "edit_window", "minimal_topk", "num_to_transfer", "attend_tail", "profile",
+    "policy", "entropy_bound", "entropy_decay",
 )  # fmt: skip
 # Fields of OpenAI's that this server has not, and values that ask for nothing; null always does.
 NOTHING_ASKED = {

@@ -26,7 +26,7 @@ _CARD_NAMES = {
 # Settings of LLaDA2 that a GenerationConfig may hold as well: arguments of llada2_fast.generate.
 _SETTINGS = (
     "block_length", "steps", "threshold", "editing_threshold", "max_post_steps", "edit_window", "minimal_topk",
-    "num_to_transfer", "eos_early_stop", "attend_tail", "profile", "seed",
+    "num_to_transfer", "eos_early_stop", "attend_tail", "profile", "policy", "entropy_bound", "entropy_decay", "seed",
 )  # fmt: skip
 # Further arguments of llada2_fast.generate, which belong to a call.
 _OF_A_CALL = ("generator", "progress", "settle", "graphs", "regex", "json_schema", "choices")
@@ -70,7 +70,8 @@ class LLaDA2GenerationMixin:
         - eos_token_id, pad_token_id, mask_token_id (eos_id, pad_id, mask_id); max_time in s, after which rows end with
           their block; stop_strings (with tokenizer), use_cache, return_dict_in_generate;
         - block_length, steps, threshold, editing_threshold, max_post_steps, edit_window, minimal_topk, num_to_transfer,
-          attend_tail, profile, seed, eos_early_stop (here True but under the hf profiles; see DecodeParams);
+          attend_tail, profile, policy, entropy_bound, entropy_decay, seed, eos_early_stop (here True but under the hf
+          profiles; see DecodeParams);
         - kwargs alone: generator, progress, settle, graphs; with tokenizer regex, json_schema, choices (see
           llada2_fast.generate).
         decoder_input_ids: what is given of the answers, int64 [B, G], or [G] for all prompts, the mask id in gaps;

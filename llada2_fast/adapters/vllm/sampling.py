@@ -1,11 +1,13 @@
 """vLLM's SamplingParams as our DecodeParams: what is honoured, what is refused."""
 
 from ...config import DecodeParams
+from ...decoding.rules import refuse_checks
 
 # extra_args (vllm_xargs over HTTP) that a request may have, all spelled as in DecodeParams. vLLM itself refuses its own
 # `temperature` and `seed` for diffusion models, so they are carried here.
 EXTRA_ARGS = (
-    "threshold", "editing_threshold", "max_post_steps", "steps", "minimal_topk", "temperature", "seed",
+    "threshold", "editing_threshold", "max_post_steps", "steps", "minimal_topk", "temperature", "seed", "policy",
+    "entropy_bound", "entropy_decay",
 )  # fmt: skip
 
 # Attributes of SamplingParams that ask for what a block-wise sampler does not give, with their neutral values.
@@ -24,9 +26,11 @@ def decode_params(sampling_params):
         asked = f"{unknown[0]:.80}={extra[unknown[0]]!r:.80}"
         raise ValueError(f"extra_args: {asked}: expected one of {', '.join(EXTRA_ARGS)}")
     top_k = sampling_params.top_k
-    return DecodeParams(
+    params = DecodeParams(
         **extra, top_k=top_k if top_k > 0 else None, top_p=sampling_params.top_p, eos_early_stop=True
     )  # fmt: skip
+    refuse_checks(params)
+    return params
 
 
 def check(sampling_params):
