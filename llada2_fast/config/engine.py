@@ -35,7 +35,7 @@ class EngineConfig:
     overlap: bool = doc(
         True,
         "with graphs, a step is launched before the last one's results are read, which come a step late; a row in a "
-        "language or with an edit_window takes part in every second step then",
+        "language, with an edit_window or of policy self_speculative takes part in every second step then",
     )
 
     def __post_init__(self):
@@ -52,12 +52,14 @@ class EngineConfig:
         check(self, "priority_s", as_float, ">= 0 and finite", lambda x: 0 <= x < math.inf)
 
 
-def room_for(lengths, block_length: int, together: int, edit_window: int = 0) -> int:
+def room_for(lengths, block_length: int, together: int, edit_window: int = 0, checks: bool = False) -> int:
     """cache_tokens with which the `together` longest of sequences fit at once, and any of them.
 
     lengths: tokens of each, prompt and answer.
     edit_window: the largest of theirs.
+    checks: drafts of some of them are checked (policy self_speculative).
     """
     blocks = sorted((-(-length // block_length) for length in lengths), reverse=True)
-    scratch = [min(edit_window + 1, count) if edit_window else 0 for count in blocks]
+    window = edit_window + 1 if edit_window else 0
+    scratch = [max(min(window, count), 2 * checks) for count in blocks]
     return block_length * max(1, sum(blocks[:together]) + sum(scratch[:together]))

@@ -16,6 +16,7 @@ from ..kernels import refine
 from .proposals import decide
 from .runner import LaneStep, Plan, Prefill, StepResult
 from .sequence import Phase, Sequence
+from .speculation import Check, accept
 
 # Prompt tokens of one prefill forward, by device; longer prompts go in chunks of whole blocks. On a CPU chunks keep the
 # peak of memory down whatever the prompt's length; 192 took another third off it and a prefill took 14 to 18 % longer.
@@ -28,9 +29,9 @@ class BlockDecoder:
 
     runner: an EagerRunner or a GraphRunner.
     overlap: how many steps are launched before the first of them is read; above 0, GraphRunner only.
-    most_tokens: of one forward of window passes or of blocks ahead of a step, None = PREFILL_TOKENS.
+    most_tokens: of one forward of window passes, of checks or of blocks ahead of a step, None = PREFILL_TOKENS.
 
-    revised: the sequences whose window passes are being made, for who wants to know whose fault an exception is.
+    revised: the sequences whose window passes or checks are made, for who wants to know whose fault an exception is.
     """
 
     def __init__(self, runner, overlap: int = 0, most_tokens: int | None = None):
@@ -44,7 +45,7 @@ class BlockDecoder:
 
     @property
     def most_tokens(self) -> int:
-        """Of one forward beside the steps; one row's window alone may be more, if nobody has refused it."""
+        """Of one forward beside the steps; one row's window or check alone may be more, if nobody has refused it."""
         return PREFILL_TOKENS[self.lanes.device.type] if self._most_tokens is None else self._most_tokens
 
     @property
@@ -106,7 +107,8 @@ class BlockDecoder:
         sequences = [s for s in sequences if s not in pending]
         plan = self._plan(sequences, prefill)
         if sequences:
-            with self.lanes.held([s.lane for s in pending if s.edit_window]):  # guided ones only propose
+            ended = [s.lane for s in pending if s.edit_window or s.speculates]  # guided ones only propose
+            with self.lanes.held(ended):
                 self._launched.append((list(sequences), self.runner.execute(plan)))
             self.has_launched = True
         elif prefill:
@@ -195,6 +197,7 @@ class BlockDecoder:
             else:
                 refined.append(sequence)
         self._decide([s for s in refined if s.automaton is not None], result)
+        self._check([s for s in refined if s.speculates], result)
         left = self._read(refined, result)
         for sequence in refined:
             status = result.rows[sequence.lane]
@@ -244,6 +247,29 @@ class BlockDecoder:
             self.lanes.write(lanes, state)
             result.replace(lanes, report)
 
+    def _check(self, sequences, result):
+        """The checks of sequences whose step has drafted, as many in one forward as most_tokens lets."""
+        sequences = [s for s in sequences if _has_drafted(result.rows[s.lane])]
+        most = max(1, self.most_tokens // (2 * self.lanes.block_length))
+        for begin in range(0, len(sequences), most):
+            self.revised = sequences[begin : begin + most]
+            self._check_together(self.revised, result)
+        self.revised = []
+
+    def _check_together(self, sequences, result):
+        lanes = [sequence.lane for sequence in sequences]
+        drafts = zip(sequences, result.read(lanes, details=False), strict=True)
+        checks = [Check.of(sequence, candidates) for sequence, (candidates, *_) in drafts]
+        by = self.runner.check(checks)
+        by.wait()
+        for sequence in sequences:
+            sequence.take_draft()
+        state, report = accept(sequences, checks, by.read(by.lanes), self.lanes.ids)
+        for row, number in by.rows.items():
+            report[row, refine.FLAGS] |= number[refine.FLAGS] & refine.ERROR
+        self.lanes.write(lanes, state)
+        result.replace(lanes, report, by)
+
     @staticmethod
     def _read(sequences, result):
         """By lane, what the step has left of the blocks that have ended and of those whose details are kept."""
@@ -252,6 +278,11 @@ class BlockDecoder:
         details = any(s.detailed for s in wanted)
         lanes = [s.lane for s in wanted]
         return dict(zip(lanes, result.read(lanes, details), strict=True))
+
+
+def _has_drafted(status):
+    """Whether the step of a sequence that speculates has written nothing, though there were masks."""
+    return not status[refine.FLAGS] & refine.ERROR and status[refine.MASKS_BEFORE] > 0 == status[refine.COMMITS]
 
 
 def _joined(lists):

@@ -63,6 +63,8 @@ def forms_of(params, canvas, count, tokenizer, mask_id, vocab_size, automaton=No
             raise ValueError(f"canvas: expected none under profile={params.profile!r}, which may leave masks or move")
         if ids is not None and params.edit_window:
             raise ValueError(f"edit_window={params.edit_window}: expected 0 with a canvas")
+        if ids is not None and params.checks:
+            raise ValueError("policy='self_speculative': expected another one with a canvas, which it does not look at")
         forms.append(Form(params, ids, automaton).of(params))
     return forms
 

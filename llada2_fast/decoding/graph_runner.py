@@ -26,7 +26,7 @@ def power_of_two(n):
 
 class GraphRunner:
     """Steps as CUDA graphs, captured as they are first needed, one per size: active blocks, rounded up to a power of
-    two, and places for carried ones. Prefill and window passes run outside them.
+    two, and places for carried ones. Prefill, window passes and checks run outside them.
 
     model: LLaDA2Model.
     cache: PagedKVCache.
@@ -60,6 +60,10 @@ class GraphRunner:
     def revise(self, windows):
         """As of EagerRunner."""
         return self._eager.revise(windows, self.lanes.ids)
+
+    def check(self, checks):
+        """As of EagerRunner."""
+        return self._eager.check(checks, self.lanes.ids)
 
     def graph(self, active: int, carried: int) -> "StepGraph":
         """The step of one size."""

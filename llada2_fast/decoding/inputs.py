@@ -179,6 +179,11 @@ def _check_edits(config, form):
             f"edit_window={params.edit_window}: expected 0 where tokens are deleted and inserted (LLaDA2.2 with an "
             "editing_threshold)"
         )
+    if params.policy != "threshold":
+        raise ValueError(
+            f"policy={params.policy!r}: expected 'threshold' where tokens are deleted and inserted (LLaDA2.2 with an "
+            "editing_threshold)"
+        )
     if form.canvas is not None or params.language is not None:
         name = "canvas" if form.canvas is not None else params.language
         raise ValueError(

@@ -1,16 +1,18 @@
-"""Steps of sequences under a language: the device proposes, and the host decides by the rules of kernels/commit.py.
+"""Steps of which the device proposes the tokens, and the host decides by the rules of kernels/commit.py.
 
-Of what the rules choose, commits first, in order of confidence, and then edits, each is written only if a completion of
-the block is left beside those before it; the first commit always is. Positions where one token alone is possible are
-filled whatever its confidence.
+Under a language: of what the rules choose, commits first, in order of confidence, and then edits, each is written only
+if a completion of the block is left beside those before it; the first commit always is. Positions where one token alone
+is possible are filled whatever its confidence. Of a draft that was checked: what speculation.py says.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from ..kernels.commit import commit_ref
 from ..kernels.refine import BlockState, SpecialIds
-from .rules import batch_params
+from .rules import Rule, batch_params
 from .sequence import Sequence
 
 
@@ -21,6 +23,19 @@ def decide(sequences: list[Sequence], proposed, ids: SpecialIds) -> tuple[BlockS
     ids: the model's special ids.
     Returns the blocks' states after it, and the report int32 [R, 9 + 3 L] of kernels.state.report_ref, on the CPU.
     """
+
+    def check(commit, edit):
+        rows = zip(sequences, proposed, commit.tolist(), edit.tolist(), strict=True)  # sync: on the CPU
+        pairs = (_written(s.guide(), token, sure, *chosen) for s, (token, _, sure, _), *chosen in rows)
+        return tuple(torch.tensor(chosen, dtype=torch.bool, device="cpu") for chosen in zip(*pairs, strict=True))
+
+    return written(sequences, [s.rule for s in sequences], proposed, ids, check)
+
+
+def written(
+    sequences: list[Sequence], rules: list[Rule], proposed, ids: SpecialIds, check: Callable
+) -> tuple[BlockState, np.ndarray]:
+    """As `decide`, of any R sequences. rules: of each; check: as of kernels.commit.commit_ref."""
     token, confidence = ([one[at] for one in proposed] for at in (0, 2))
     state = BlockState.fresh(
         _column(sequences, "tokens"), _column(sequences, "kinds", torch.int8), _column(sequences, "block_start")
@@ -29,13 +44,7 @@ def decide(sequences: list[Sequence], proposed, ids: SpecialIds) -> tuple[BlockS
         _column(sequences, name, torch.int32) for name in ("block_steps", "post_steps", "steps")
     )
     state.commit_confidence = _column(sequences, "confidences", torch.float32)
-    params = batch_params([s.rule for s in sequences], [0] * len(sequences), [s.ending_ids for s in sequences])
-
-    def check(commit, edit):
-        rows = zip(sequences, token, confidence, commit.tolist(), edit.tolist(), strict=True)  # sync: on the CPU
-        commits, edits = zip(*(_written(sequence.guide(), *row) for sequence, *row in rows), strict=True)
-        return tuple(torch.tensor(chosen, dtype=torch.bool, device="cpu") for chosen in (commits, edits))
-
+    params = batch_params(rules, [0] * len(sequences), [s.ending_ids for s in sequences])
     output = commit_ref(
         torch.tensor(token, dtype=torch.int64, device="cpu"),
         torch.tensor(confidence, dtype=torch.float32, device="cpu"), state, params, ids, check=check,

@@ -1,9 +1,9 @@
 """A plan of ints in, a StepResult out: what runs on the device is here and in graph_runner.py, and nowhere else.
 
 A plan names lanes, blocks, pages and tokens; it has no tensors, so that it could be sent to other ranks. A runner has
-`lanes` and `execute(plan)`, and where rows may have window passes `revise(windows)`. The eager one does a step's work
-launch by launch, with any of the forwards that give logits: CachedForward over our own network, or those of other
-people's models (adapters/diffusers/foreign.py).
+`lanes` and `execute(plan)`, where rows may have window passes `revise(windows)`, and where they may speculate
+`check(checks)`. The eager one does a step's work launch by launch, with any of the forwards that give logits:
+CachedForward over our own network, or those of other people's models (adapters/diffusers/foreign.py).
 """
 
 from collections.abc import Mapping
@@ -17,6 +17,7 @@ import torch
 from ..kernels import refine
 from ..kernels.attention import Span
 from ..model import Read, read_nothing
+from .speculation import Check, check
 from .window import Window, revise
 
 _ON_CPU = {"dtype": torch.int64, "device": "cpu"}
@@ -102,6 +103,7 @@ class StepResult:
         self._report = report.to("cpu", non_blocking=True).numpy()  # on its way while further steps are launched
         listed, *lists = alternatives or ((),)
         self._listed = {lane: entry for entry, lane in enumerate(listed)}
+        self._elsewhere = {}  # by lane, of what came later: its result and the lane there
         self._lists = [part.to("cpu", non_blocking=True).numpy() for part in lists]
         if report.is_cuda:
             self._arrived = torch.cuda.Event()
@@ -127,15 +129,21 @@ class StepResult:
         lists = [column.tolist() for column in columns[: None if details else 1]]  # sync: on the host already
         return [(*row, *[None] * (4 - len(lists))) for row in zip(*lists, strict=True)]
 
-    def replace(self, lanes: list[int], report: np.ndarray):
-        """In some lanes the step did something else, which the host has decided. report: their rows of the report."""
+    def replace(self, lanes: list[int], report: np.ndarray, by: "StepResult | None" = None):
+        """In some lanes the step did something else, which the host has decided. report: their rows of the report; by:
+        the result it has decided by, whose lanes are those of the rows, None for this one."""
         self._report[lanes, : report.shape[1]] = report
         numbers = report[:, : refine.NUM_STATUS + 1].tolist()  # sync: NumPy's
         self.rows.update(zip(lanes, numbers, strict=True))
+        if by is not None:
+            self._elsewhere |= {lane: (by, row) for row, lane in enumerate(lanes)}
 
     def read_top(self, lane: int, k: int):
         """(ids, log-probabilities) of the k likeliest ids at the positions of a lane's block, lists [L] of k each; -1
         and -inf where there are fewer. What the step has not written is undefined."""
+        if lane in self._elsewhere:
+            by, row = self._elsewhere[lane]
+            return by.read_top(row, k)
         entry = self._listed[lane]
         return tuple(part[entry, :, :k].tolist() for part in self._lists)  # sync: on the host already
 
@@ -168,6 +176,10 @@ class EagerRunner:
     def revise(self, windows: list[Window]) -> StepResult:
         """The window passes of some rows; the result's lanes are the window blocks, row by row."""
         return self.forward.revise(windows, self.lanes.ids)
+
+    def check(self, checks: list[Check]) -> StepResult:
+        """The checks of some rows' drafts; the result's lanes are their numbers."""
+        return self.forward.check(checks, self.lanes.ids)
 
     def _alternatives(self, top, logits, index):
         at = torch.tensor(list(top), **_ON_CPU).to(index.device)
@@ -219,6 +231,13 @@ class CachedForward:
         output, listed = revise(self.model, self.cache, windows, ids)
         blocks = list(range(len(output.token)))
         return StepResult(output, blocks, Alternatives(blocks, *listed) if listed else None)
+
+    @torch.inference_mode()
+    def check(self, checks: list[Check], ids) -> StepResult:
+        """The checks of some rows' drafts. ids: SpecialIds."""
+        output, listed = check(self.model, self.cache, checks, ids)
+        rows = list(range(len(checks)))
+        return StepResult(output, rows, Alternatives(rows, *listed) if listed else None)
 
     def _forward(self, tokens, spans, prefill, read):
         """Hidden states that `read` names. tokens [T]: of the spans; those of `prefill` go behind them."""

@@ -36,10 +36,12 @@ class Phase(Enum):
 @dataclass
 class Counters:
     """What a sequence cost. TPF = generated tokens / denoise_forwards; prefill and settling forwards count apart.
-    window_forwards: how many of the denoise forwards were window passes, each counted for the block that had ended."""
+    window_forwards: how many of the denoise forwards were window passes, each counted for the block that had ended.
+    check_forwards: how many were checks of drafts, of twice a block's positions."""
 
     denoise_forwards: int = 0
     window_forwards: int = 0
+    check_forwards: int = 0
     prefill_forwards: int = 0
     settle_forwards: int = 0
     commits: int = 0
@@ -90,7 +92,7 @@ class Sequence:
     total: prompt and generated positions, without the tail; limit: positions that exist, for the tail counts only where
         it is attended to; num_blocks: all of them.
     edit_window: how many blocks before one that has ended its window pass revises, at most (window.py).
-    num_pages: pages that it needs; pages: those of its blocks, then scratch pages for window passes.
+    num_pages: pages that it needs; pages: those of its blocks, then scratch pages for window passes or checks.
     rule: how its blocks are refined.
     phase; block: the number of the active one.
     ids: the tokens of all blocks before it, its own as well once it has ended.
@@ -128,7 +130,7 @@ class Sequence:
         self.num_blocks = -(-self.total // block_length)
         self.limit = self.num_blocks * block_length if params.attend_tail else self.total
         self.edit_window = min(params.edit_window, self.num_blocks - 1 - self.first_block)
-        self.num_pages = self.num_blocks + (self.edit_window + 1 if self.edit_window else 0)
+        self.num_pages = self.num_blocks + scratch_pages(params, self.edit_window)
         self._gaps = gaps_of(self._given, self.total)
         self._guide: BlockGuide | None = None
         self.phase = Phase.WAITING
@@ -142,7 +144,7 @@ class Sequence:
         self.eos_position: int | None = None
         self.counters = Counters()
         self.top_logprobs = top_logprobs
-        self.detailed = detailed or trace or top_logprobs > 0 or automaton is not None
+        self.detailed = detailed or trace or top_logprobs > 0 or automaton is not None or self.speculates
         self.watched = trace
         self.token_steps: list[int] = []
         self.token_confidences: list[float] = []
@@ -160,6 +162,11 @@ class Sequence:
     def moves(self) -> bool:
         """Tokens are deleted and inserted, so that others of their block move."""
         return bool(self.rule.flags & refine.LEVENSHTEIN)
+
+    @property
+    def speculates(self) -> bool:
+        """Its steps draft, and drafts are checked (speculation.py)."""
+        return bool(self.rule.flags & refine.SPECULATES)
 
     @property
     def block_start(self) -> int:
@@ -192,7 +199,8 @@ class Sequence:
     @property
     def is_followed(self) -> bool:
         """Its active block is read after every step, not only when it has ended."""
-        return self.watched or self.top_logprobs > 0 or self.automaton is not None or self.has_canvas
+        told = self.automaton is not None or self.has_canvas or self.speculates
+        return self.watched or self.top_logprobs > 0 or told
 
     @property
     def has_canvas(self) -> bool:
@@ -252,7 +260,7 @@ class Sequence:
     def steps_alone(self) -> bool:
         """No step of it is launched before its last one has been read, so that all that is known of it is up to date:
         the host has a say in what its steps do."""
-        return self.automaton is not None or self.edit_window > 0
+        return self.automaton is not None or self.edit_window > 0 or self.speculates
 
     @property
     def num_kept_blocks(self) -> int:
@@ -341,6 +349,20 @@ class Sequence:
         self._end(flags)
         if flags & refine.FINISHED and status[refine.EOS_AT] >= 0:
             self.eos_position = self.block_start + status[refine.EOS_AT]
+
+    @property
+    def masked(self) -> list[bool]:
+        """Which positions of the active block are still to be filled."""
+        open_kinds = (refine.GENERATED, refine.TAIL)
+        pairs = zip(self.tokens, self.kinds, strict=True)
+        return [token == self.mask_id and kind in open_kinds for token, kind in pairs]
+
+    def take_draft(self):
+        """A step has drafted the active block and written nothing; the step that checks it comes next."""
+        self.block_steps += 1
+        self.counters.denoise_forwards += 1
+        self.counters.check_forwards += 1  # the next one
+        self.counters.forwards_per_block[-1] += 1
 
     @property
     def window_blocks(self) -> int:
@@ -548,3 +570,10 @@ class Sequence:
 def _likeliest(ids, logprobs, at):
     """(id, log-probability) of those that are listed at a position."""
     return [pair for pair in zip(ids[at], logprobs[at], strict=True) if pair[0] >= 0]
+
+
+def scratch_pages(params: DecodeParams, edit_window: int) -> int:
+    """Pages that a sequence needs beside those of its blocks; edit_window: the blocks that its windows have at most."""
+    if params.checks:  # which does not edit
+        return 2
+    return edit_window + 1 if edit_window else 0

@@ -78,8 +78,8 @@ def revise(
     each = [(window, block) for window in windows for block in range(window.begin, window.block + 1)]
     tokens = [token for window in windows for token in window.tokens[-len(window.kinds) :]]
     starts, steps = [block * length for _, block in each], [FIRST_STEP + window.block for window, _ in each]
-    tokens, index, starts, read = _sent((tokens, index, starts, read), device, torch.int64)
-    kinds, steps = _sent(([kind for window in windows for kind in window.kinds], steps), device, torch.int32)
+    tokens, index, starts, read = sent((tokens, index, starts, read), device, torch.int64)
+    kinds, steps = sent(([kind for window in windows for kind in window.kinds], steps), device, torch.int32)
     tokens, index, kinds = (part.view(-1, length) for part in (tokens, index, kinds))
     logits = model.lm_logits(hidden[read])
 
@@ -93,7 +93,7 @@ def revise(
     return refine_step(logits, state, params, ids, index, filters), listed
 
 
-def _sent(lists, device, dtype):
+def sent(lists, device, dtype):
     """A tensor of each of some lists, in one copy for which nobody waits."""
     return pinned([*chain(*lists)], device, dtype).to(device, non_blocking=True).split([*map(len, lists)])
 
@@ -111,10 +111,10 @@ def _forward(model, cache, windows):
             slot += range(window.pages[block] * length, (window.pages[block] + 1) * length)
     table = [page for window in windows for page in (*window.pages, *[0] * (width - len(window.pages)))]
     limit = [window.limit for window in windows]
-    row, seen, table, limit = _sent((row, seen, table, limit), device, torch.int32)
+    row, seen, table, limit = sent((row, seen, table, limit), device, torch.int32)
     blocks = BlockBatch(row, seen, table.view(-1, width), limit)
     tokens = [token for window in windows for token in window.tokens]
-    tokens, position, slot = _sent((tokens, position, slot), device, torch.int64)
+    tokens, position, slot = sent((tokens, position, slot), device, torch.int64)
     return model.forward_blocks(tokens, position, blocks, cache, slots=slot)
 
 
