@@ -399,7 +399,7 @@ def _vocab_kernel(
                     spread += _spread(delete_logit, spread_top) + _spread(split_logit, spread_top)
                 tl.store(PART + 5 * plane + at, spread)
         if sampled:
-            if (flags & (_OWN_SOFTMAX | _ENTROPY)) != 0:
+            if (flags & _OWN_SOFTMAX) != 0:
                 own_scale = _scale(tl.full([], 1.0, tl.float32))
                 own_top = tl.maximum(best, left_out)
                 own_mass = tl.sum(tl.exp2((x - _finite(own_top)) * own_scale))
@@ -434,27 +434,37 @@ def _vocab_kernel(
 
 
 @triton.jit
-def _weigh(TOPS, plane, at, there, scale):
-    """Of positions [P]: their largest logit [P] and their tiles' masses relative to it [P, TILES], which are in the
-    plane behind TOPS."""
+def _weigh(TOPS, SPREADS, plane, at, there, scale, asked):
+    """Of positions [P]: their largest logit [P], their tiles' masses relative to it [P, TILES], which are in the plane
+    behind TOPS, and if asked their spread [P]."""
     tops = tl.load(TOPS + at, mask=there, other=_NONE)
     masses = tl.load(TOPS + plane + at, mask=there, other=0.0)
     top = _finite(tl.max(tops, 1))
-    return top, masses * tl.exp2((tops - top[:, None]) * scale)
+    below = tops - top[:, None]
+    share = tl.exp2(below * scale)
+    masses *= share
+    spread = top * 0.0
+    if asked:
+        own = share * tl.load(SPREADS + at, mask=there, other=0.0)
+        spread = tl.sum(tl.where(below == _NONE, 0.0, own + masses * below), 1)
+    return top, masses, spread
 
 
 @triton.jit
-def _combine(PART, PART_ID, n, wanted, plane, tiles, temperature, flags, seed, position, step, TILES: tl.constexpr):
-    """Positions n [P] of one row from their parts: token int32, confidence, largest logit, mass and scale to it; and
-    the largest logit among those that were candidates.
+def _combine(
+    PART, PART_ID, n, wanted, plane, tiles, temperature, flags, by_entropy, seed, position, step, TILES: tl.constexpr
+):  # fmt: skip
+    """Positions n [P] of one row from their parts: token int32, confidence, largest logit, mass and scale to it; the
+    largest logit among those that were candidates; and the entropy, if by_entropy, of an ENTROPY row.
 
-    Token -1 and confidence NaN where the logits are an error, or where not wanted.
+    Token -1 and confidence NaN where the logits are an error, or where not wanted, as is then NO_ENTROPY.
     """
     lane = tl.arange(0, TILES)[None, :]
     at = n[:, None] * TILES + lane
     there = wanted[:, None] & (lane < tiles)
     scale = _scale(temperature)
-    top, masses = _weigh(PART, plane, at, there, scale)
+    SPREADS = PART + 5 * plane
+    top, masses, spread = _weigh(PART, SPREADS, plane, at, there, scale, by_entropy & (temperature == 0))
     mass = tl.sum(masses, 1)
     logits = tl.load(PART + 2 * plane + at, mask=there, other=_NONE)
     own = logits == tl.max(logits, 1)[:, None]
@@ -468,28 +478,11 @@ def _combine(PART, PART_ID, n, wanted, plane, tiles, temperature, flags, seed, p
     best = tl.where(temperature > 0, top, logit)
     if (temperature > 0) & ((flags & _OWN_SOFTMAX) != 0):
         scale = _scale(tl.full([], 1.0, tl.float32))
-        top, masses = _weigh(PART + 3 * plane, plane, at, there, scale)
+        top, masses, spread = _weigh(PART + 3 * plane, SPREADS, plane, at, there, scale, by_entropy)
         mass = tl.sum(masses, 1)
+    entropy = tl.where(wanted, tl.log(mass) - spread / mass, _NO_ENTROPY)
     confidence = tl.where(bad, float("nan"), tl.exp2((logit - top) * scale) / mass)
-    return tl.where(bad, -1, token), confidence, top, mass, scale, best
-
-
-@triton.jit
-def _entropy(PART, n, wanted, plane, tiles, temperature, TILES: tl.constexpr):
-    """entropies_ref of positions n [P] of one ENTROPY row, from their parts."""
-    lane = tl.arange(0, TILES)[None, :]
-    at = n[:, None] * TILES + lane
-    there = wanted[:, None] & (lane < tiles)
-    TOPS = PART + tl.where(temperature > 0, 3, 0) * plane
-    tops = tl.load(TOPS + at, mask=there, other=_NONE)
-    spreads = tl.load(PART + 5 * plane + at, mask=there, other=0.0)
-    masses = tl.load(TOPS + plane + at, mask=there, other=0.0)
-    top = _finite(tl.max(tops, 1))
-    below = tl.where(tops == _NONE, 0.0, tops - top[:, None])
-    share = tl.where(tops == _NONE, 0.0, tl.exp2(below * _LOG2E))
-    mass = tl.sum(masses * share, 1)
-    spread = tl.sum((spreads + masses * below) * share, 1)
-    return tl.where(wanted, tl.log(mass) - spread / mass, _NO_ENTROPY)
+    return tl.where(bad, -1, token), confidence, top, mass, scale, best, entropy
 
 
 @triton.jit
@@ -507,8 +500,8 @@ def _candidates_kernel(
     if INDEX is not None:
         wanted &= tl.load(INDEX + n, mask=column < L, other=-1) >= 0
     plane = tl.num_programs(0) * L * TILES
-    token, confidence, top, mass, scale, _best = _combine(
-        PART, PART_ID, n, wanted, plane, tiles, tl.load(TEMPERATURE + row), tl.load(FLAGS + row).to(tl.int32),
+    token, confidence, top, mass, scale, _best, _entropy = _combine(
+        PART, PART_ID, n, wanted, plane, tiles, tl.load(TEMPERATURE + row), tl.load(FLAGS + row).to(tl.int32), False,
         tl.load(SEED + row), tl.load(START + row) + column, tl.load(STEP + row), TILES,
     )  # fmt: skip
     tl.store(TOKEN + n, token.to(tl.int64), mask=column < L)

@@ -23,7 +23,7 @@ import torch
 
 from . import levenshtein
 from ._triton import tl, triton
-from .candidates import _combine, _entropy
+from .candidates import _combine
 from .levenshtein import Moves, _begin, _best_new, _cycle, _splice
 from .levenshtein import _candidates as _with_edits
 from .overlap import inputs_ready
@@ -335,6 +335,12 @@ def _select(masked, confidence, entropy, STATE, PARAMS, introduced, row, column,
 
 
 @triton.jit
+def _drafts(commit, live, flags, before):
+    """Whether one row SPECULATES and its commits leave masks, of which there were so many before."""
+    return live & ((flags & _SPECULATES) != 0) & (_count(commit) < before)
+
+
+@triton.jit
 def _edit(editable, token, confidence, held, PARAMS, row):
     """_edit_ref of one row's positions."""
     return editable & (token != held) & (confidence > tl.load(PARAMS.edit_threshold + row))
@@ -416,28 +422,25 @@ def _commit_kernel(
         wanted &= masked | editable
     plane = tl.num_programs(0) * L * TILES
     temperature = tl.load(PARAMS.temperature + row)
-    token, confidence, top, mass, scale, best = _combine(
-        PART, PART_ID, n, wanted, plane, tiles, temperature, flags,
+    token, confidence, top, mass, scale, best, entropy = _combine(
+        PART, PART_ID, n, wanted, plane, tiles, temperature, flags, (flags & _ENTROPY) != 0,
         tl.load(PARAMS.seed + row), start + column, old_step, TILES,
     )  # fmt: skip
     token = token.to(tl.int64)
     confidence = tl.where(wanted, confidence, float("-inf"))
     error = (frozen == 0) & (_count((confidence != confidence) & (masked | editable)) > 0)
     live = (frozen == 0) & (error == 0)
-    entropy = tl.zeros([COLUMNS], tl.float32)
-    if (flags & _ENTROPY) != 0:
-        entropy = _entropy(PART, n, wanted, plane, tiles, temperature, TILES)
-    proposes = live & ((flags & _SPECULATES) != 0)
-    if proposes:
-        fills = _select(masked, confidence, entropy, STATE, PARAMS, 0, row, column, L)
-        proposes = _count(fills) < before
+    guided = live & False
     if ANY_GUIDED:
-        proposes |= (flags & _GUIDED) != 0
-    live &= proposes == 0
+        guided = (flags & _GUIDED) != 0
+        live &= guided == 0
 
     mask_free = before == 0
     if MOVES is None:
         commit = _select(masked, confidence, entropy, STATE, PARAMS, 0, row, column, L) & live
+        drafts = _drafts(commit, live, flags, before)
+        live &= drafts == 0
+        commit &= live
         edit = _edit(editable, token, confidence, held, PARAMS, row) & live
         written = commit | edit
         new = tl.where(written, token, held)
@@ -461,6 +464,9 @@ def _commit_kernel(
         )  # fmt: skip
         num_open = _count(unfilled)
         commit = _select(masked, confidence, entropy, STATE, PARAMS, introduced, row, column, L) & live
+        drafts = _drafts(commit, live, flags, before)
+        live &= drafts == 0
+        commit &= live
         last |= on & (max_post_steps == 0) & (_count(unfilled & (commit == 0)) == 0)
         commit |= masked & on & last
         edit = _edit(editable, token, confidence, held, PARAMS, row) & live
@@ -522,6 +528,7 @@ def _commit_kernel(
     tl.store(OUT.confidence + n, confidence, mask=inside)
     tl.store(OUT.commit + n, commit, mask=inside)
     tl.store(OUT.edit + n, edit, mask=inside)
+    proposes = drafts | guided
     shown = proposes & (masked | editable)
     new, commit_confidence = tl.where(shown, token, new), tl.where(shown, confidence, commit_confidence)
     eos_at = tl.where(proposes, -1, eos_at)

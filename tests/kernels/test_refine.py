@@ -144,7 +144,8 @@ def near_bound(entropy, where, params, row):
 
 def _flags(rows, generator):
     policies = torch.tensor(POLICIES, dtype=torch.int32)[torch.randint(len(POLICIES), (rows,), generator=generator)]
-    return torch.randint(ALL_FLAGS + 1, (rows,), generator=generator, dtype=torch.int32) | policies
+    flags = torch.randint(ALL_FLAGS + 1, (rows,), generator=generator, dtype=torch.int32) | policies
+    return flags | refine.OWN_SOFTMAX * ((policies & refine.ENTROPY) != 0)
 
 
 def parts(output):
