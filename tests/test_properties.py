@@ -112,6 +112,43 @@ def window_mask(size, length, begin):
     return ((block[:, None] >= block) | (block[:, None] >= begin))[None, None]
 
 
+def entropy(logits):
+    """In nats, of the softmax of all of them."""
+    weight = [math.exp(x - max(logits)) for x in logits]
+    shares = [w / sum(weight) for w in weight]
+    return -sum(p * math.log(p) for p in shares if p > 0)
+
+
+def certain(logits, masked, rules):
+    """The masked positions by rising entropy, and those of them that the bound lets a step commit."""
+    own = {i: entropy(logits[i]) for i in masked}
+    order, decay = sorted(masked, key=lambda i: own[i]), rules.get("entropy_decay", 1.0)
+    ahead = [sum(own[j] * decay ** (abs(i - j) - 1) for j in order[:k]) for k, i in enumerate(order)]
+    return order, [i for i, load in zip(order, ahead, strict=True) if load <= rules["entropy_bound"]]
+
+
+def token_by_token(model, canvas, begin, at, length, mask):
+    """The likeliest token at a position after those before it in its block, which begins at `begin`, one by one."""
+    ids = torch.tensor([[*canvas[:at], mask]])
+    place = torch.arange(at + 1)
+    block, late = place // length, place >= begin
+    sees = (block[:, None] >= block) & ((place[:, None] >= place) | ~late)
+    logits = model(ids, attention_mask=sees[None, None], block_length=length).logits[0, at].tolist()
+    return max((v for v in range(len(logits)) if v != mask), key=lambda v: (logits[v], -v))
+
+
+def checked(model, canvas, masked, found, length, mask):
+    """What block size 1 says at the masked positions, up to the first where it is not what was found."""
+    draft, written = list(canvas), {}
+    for i in masked:
+        draft[i] = found[i][0]
+    for i in masked:
+        written[i] = token_by_token(model, draft, masked[0] // length * length, i, length, mask)
+        if written[i] != draft[i]:
+            break
+    return written
+
+
 def by_the_book(model, prompt, rules):
     """Output ids up to the first EOS, events (step, position, kind, token, old; no edits behind the output) and steps
     of each block."""
@@ -130,9 +167,19 @@ def by_the_book(model, prompt, rules):
             found = {i: candidate(logits[i], rules, i, t) for i in own}
             masked = [i for i in own if canvas[i] == mask]
             quota = max(length // steps + (min(t, steps - 1) < length % steps), rules["minimal_topk"])
-            commit = [i for i in masked if found[i][1] > rules["threshold"]]
+            policy = rules.get("policy", "threshold")
+            if policy == "threshold":
+                order = sorted(masked, key=lambda i: -found[i][1])
+                commit = [i for i in masked if found[i][1] > rules["threshold"]]
+            else:
+                order, commit = certain(logits, masked, rules)
             if len(commit) < quota:
-                commit = sorted(masked, key=lambda i: -found[i][1])[:quota]
+                commit = order[:quota]
+            if policy == "self_speculative" and len(commit) < len(masked):
+                t += 1  # the draft, which writes nothing
+                written = checked(model, canvas, masked, found, length, mask)
+                found |= {i: (token, None) for i, token in written.items()}
+                commit = list(written)
             edit = [i for i in own if i not in masked and is_edited(canvas[i], found[i], editing)]
             for kind, where in (("commit", sorted(commit)), ("edit", edit)):
                 events += [(sum(per_block) + t, i, kind, found[i][0], canvas[i]) for i in where]
@@ -163,6 +210,17 @@ def by_the_book(model, prompt, rules):
     return output, events, per_block
 
 
+def allowed(rules):
+    """Without what contradicts the rest."""
+    if rules["editing_threshold"] is None:
+        rules = rules | {"edit_window": 0}
+    elif rules["policy"] == "self_speculative":
+        rules = rules | {"policy": "entropy"}
+    if rules["policy"] == "threshold":
+        rules = rules | {"entropy_bound": None, "entropy_decay": 1.0}
+    return rules
+
+
 # Hypothesis likes first choices best: they are the ones that exercise most.
 rules_of = st.fixed_dictionaries(
     dict(
@@ -178,8 +236,18 @@ rules_of = st.fixed_dictionaries(
         editing_threshold=st.sampled_from([None, 0.3, 0.0, 0.6]),
         edit_window=st.sampled_from([1, 0, 2, 9]),
         mask_id=st.just(MASK),
+        policy=st.sampled_from(["threshold", "entropy", "threshold", "self_speculative"]),
+        entropy_bound=st.sampled_from([1.0, 0.0, 4.0, 20.0]),
+        entropy_decay=st.sampled_from([1.0, 0.7]),
     )
-).map(lambda rules: rules | ({"edit_window": 0} if rules["editing_threshold"] is None else {}))
+).map(allowed)
+
+
+def drawn(rules):
+    """The same with draws, which are not checked."""
+    return rules | ({"policy": "entropy"} if rules["policy"] == "self_speculative" else {})
+
+
 sampling_of = st.fixed_dictionaries(
     dict(
         temperature=st.sampled_from([1.0, 0.3, 0.8, 1.7]),
@@ -207,6 +275,8 @@ def promises(out, prompts, rules):
     assert out.sequences.shape == (len(prompts), gen_length)
     editing = rules.get("editing_threshold") is not None
     at_most = min(rules["steps"], length) + (rules["max_post_steps"] if editing else 0) + (rules["edit_window"] > 0)
+    if rules["policy"] == "self_speculative":
+        at_most = 2 * length  # each of its pairs of steps writes a token at least
     for i, prompt in enumerate(prompts):
         n, counters, events = len(prompt), out.counters[i], out.trace[i].events
         row, used = out.sequences[i].tolist(), out.num_tokens[i]
@@ -247,7 +317,7 @@ def test_generate_by_the_book_alone_in_a_batch_cached_and_uncached(model, prompt
     how = dict(return_dict=True, trace=True)
     seeds = None
     if sampling is not None:
-        rules = rules | sampling
+        rules = drawn(rules | sampling)
         seeds = data.draw(st.lists(seeds_of, min_size=len(prompts), max_size=len(prompts)))
     batch = generate(model, prompts, seed=seeds, **how, **rules)
     promises(batch, prompts, rules)
@@ -281,7 +351,7 @@ def test_recorded_networks_alone_in_a_batch_and_uncached(name, sizes, rules, sam
     ]
     rules = rules | dict(mask_id=vocab - 1, pad_id=vocab - 2, return_dict=True, trace=True)
     seeds = [7 * n + fill for n, fill in sizes]
-    rules |= dict(temperature=0.7, top_p=0.9) if samples else {}
+    rules = drawn(rules | dict(temperature=0.7, top_p=0.9)) if samples else rules
     batch = generate(model, prompts, seed=seeds, **rules)
     uncached = generate(model, prompts, seed=seeds, use_cache=False, **rules)
     for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
