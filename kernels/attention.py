@@ -8,6 +8,11 @@ bidirectionally, and nothing later. Its own keys and values are already in its p
 
     k_cache, v_cache [pages, L, nk, D]      page = one block of K/V
 
+A drafted block may be checked as the same network writes with block length 1 (S2D2, arXiv 2603.25702): as two query
+blocks, CLEAN, the draft, and MASKED, L mask tokens at the same positions, whose page is behind the draft's in the row's
+page table. Both see all blocks before the draft. Beyond these position i of CLEAN sees the draft up to i, position i of
+MASKED sees the draft before i and, of its own block, itself.
+
 On a GPU a block's keys are cut into at most MAX_SPLITS splits by their number alone, and the sums over the splits are
 merged in their order. Whether one program takes all splits of a block or each has its own, the same numbers are added
 up in the same order. So a block's bits depend on its own row and on nothing else.
@@ -31,7 +36,9 @@ from .overlap import inputs_ready
 SPLIT, MAX_SPLITS = 512, 16
 TILE_N = 32  # keys that are weighed at once
 PROCESSORS = 132  # multiprocessors where there is no GPU to ask
-_TABLES = ["BLOCK_ROW", "BLOCK_INDEX", "PAGE_TABLE", "LIMIT", "ARRIVED"]  # compiled alike wherever they begin
+CLEAN, MASKED = 1, 2  # orders of a query block; 0 = it sees itself as a whole
+_CLEAN, _MASKED = tl.constexpr(CLEAN), tl.constexpr(MASKED)
+_TABLES = ["BLOCK_ROW", "BLOCK_INDEX", "PAGE_TABLE", "LIMIT", "ORDER", "ARRIVED"]  # compiled alike wherever they begin
 
 
 class Span(NamedTuple):
@@ -56,12 +63,16 @@ class BlockBatch(NamedTuple):
 
     Query block i is block block_index[i] of row block_row[i]. Row -1 = unused: its tokens go to no page, its output is
     zero, its index is any of 0 .. P-1. Pages behind a row's last query block are never read.
+
+    A checked block is the last of its row: a CLEAN query block, of index b, and a MASKED one, of index b + 1. The limit
+    of its row counts both, so it is L more than the row has positions.
     """
 
     block_row: torch.Tensor  # int32 [NB]
     block_index: torch.Tensor  # int32 [NB]
     page_table: torch.Tensor  # int32 [R, P]: the row's pages from block 0 on
     limit: torch.Tensor  # int32 [R]: how many positions of the row exist
+    order: torch.Tensor | None = None  # int32 [NB]: 0, CLEAN or MASKED; None = all 0
 
     @classmethod
     def from_spans(cls, spans, device):
@@ -158,23 +169,41 @@ def _side_by_side(pages):
     return pages == tuple(range(pages[0], pages[0] + len(pages)))
 
 
-def _attend(q, k, v):
-    """q [Q, nq, D], k, v [S, nk, D] -> [Q, nq, D]. Heads of a KV group are folded into the queries."""
+def _attend(q, k, v, mask=None):
+    """q [Q, nq, D], k, v [S, nk, D], mask bool [Q, S], None = all is seen -> [Q, nq, D]. Heads of a KV group are folded
+    into the queries."""
     count, heads, dim = q.shape
     groups = k.shape[1]
     folded = q.view(count, groups, -1, dim).permute(1, 2, 0, 3).reshape(1, groups, -1, dim)
-    o = F.scaled_dot_product_attention(folded, k.transpose(0, 1)[None], v.transpose(0, 1)[None])
+    mask = None if mask is None else mask.repeat(heads // groups, 1)
+    o = F.scaled_dot_product_attention(folded, k.transpose(0, 1)[None], v.transpose(0, 1)[None], attn_mask=mask)
     return o.view(groups, -1, count, dim).permute(2, 0, 1, 3).reshape(count, heads, dim)
 
 
 def batch_attention_ref(q, k_cache, v_cache, batch):
     """block_attention_ref for a BlockBatch: q [NB * L, nq, D] -> [NB * L, nq, D], zeros in unused blocks."""
     length = k_cache.shape[1]
+    orders = [0] * len(batch.block_row) if batch.order is None else batch.order.tolist()  # sync: reference
     out = torch.zeros_like(q)
     for block, span in batch.spans():
         rows = slice(block * length, (block + 1) * length)
-        out[rows] = block_attention_ref(q[rows], k_cache, v_cache, [span])
+        if orders[block] == 0:
+            out[rows] = block_attention_ref(q[rows], k_cache, v_cache, [span])
+        else:
+            keys, values = (_row(cache, span, length)[: span.limit] for cache in (k_cache, v_cache))
+            mask = _checked_mask(orders[block], span.first_block * length, length, len(keys), q.device)
+            out[rows] = _attend(q[rows], keys, values, mask)
     return out
+
+
+def _checked_mask(order, own, length, size, device):
+    """bool [length, size]: which of the row's first keys are seen by a CLEAN or MASKED block whose page begins with key
+    `own`."""
+    key = torch.arange(size, device=device)
+    i = torch.arange(length, device=device)[:, None]
+    if order == CLEAN:
+        return key <= own + i
+    return (key < own - length + i) | (key == own + i)
 
 
 @triton.jit
@@ -217,7 +246,7 @@ def _write(total, acc, OUT, block, kv_head, m, HEADS: tl.constexpr, GROUP: tl.co
 
 @triton.jit(do_not_specialize=[*_TABLES, "whole", "splits", "table_stride"])
 def _attention_kernel(
-    Q, K, V, OUT, PART, TOP, TOTAL, BLOCK_ROW, BLOCK_INDEX, PAGE_TABLE, LIMIT, ARRIVED,
+    Q, K, V, OUT, PART, TOP, TOTAL, BLOCK_ROW, BLOCK_INDEX, PAGE_TABLE, LIMIT, ORDER, ARRIVED,
     whole, splits, scale, table_stride, q_stride, page_stride, token_stride, head_stride,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, L: tl.constexpr,
     SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, WHOLE: tl.constexpr,
@@ -230,11 +259,15 @@ def _attention_kernel(
     head, the tiles fastest. A program of a whole block takes the splits one after the other; WHOLE: there are such. Of
     other blocks each program leaves its exp2-sums, relative to its largest score, in PART [programs * TILE_M, TILE_D],
     TOP and TOTAL, and whichever comes last of a unit merges them.
+
+    Where blocks have an ORDER, a query may see no key of a tile, or of a split. Its largest score is then LEAST, a
+    number, so that the differences that are exponents are numbers, too; what is merged with that is multiplied by zero.
     """
     inputs_ready(EARLY)
     GROUP: tl.constexpr = HEADS // KV_HEADS
     TILES: tl.constexpr = (L * GROUP + TILE_M - 1) // TILE_M
     UNITS: tl.constexpr = TILES * KV_HEADS
+    LEAST: tl.constexpr = float("-inf") if ORDER is None else -1e38
     start = tl.program_id(0) % TILES * TILE_M
     kv_head = tl.program_id(0) // TILES % KV_HEADS
     behind = tl.program_id(0) // UNITS - whole  # the whole blocks
@@ -255,8 +288,12 @@ def _attention_kernel(
     pages = PAGE_TABLE + row * table_stride
     K += kv_head * head_stride
     V += kv_head * head_stride
+    if ORDER is not None:
+        order = tl.load(ORDER + block)
+        itself = tl.load(BLOCK_INDEX + block) * L + m // GROUP  # the key of a query's own position
+        before = tl.where(order == _MASKED, itself - L, tl.where(order == _CLEAN, itself, seen))  # and all before this
 
-    top = tl.full([TILE_M], float("-inf"), tl.float32)
+    top = tl.full([TILE_M], LEAST, tl.float32)
     total = tl.zeros([TILE_M], tl.float32)
     acc = tl.zeros([TILE_M, TILE_D], tl.float32)
     if WHOLE:  # over the splits before this one
@@ -266,6 +303,8 @@ def _attention_kernel(
     page = tl.load(pages + at // L, mask=at < seen, other=0)
     for tile in range(first, last):
         exists = at < seen
+        if ORDER is not None:
+            visible = (at[None, :] < before[:, None]) | (at[None, :] == itself[:, None])
         place = (page.to(tl.int64) * page_stride)[:, None] + ((at % L * token_stride)[:, None] + d[None, :])
         at += TILE_N
         page = tl.load(pages + at // L, mask=at < seen, other=0)  # a tile ahead, or the next keys would wait for it
@@ -273,10 +312,12 @@ def _attention_kernel(
         v = tl.load(V + place, mask=exists[:, None] & in_head, other=0.0)
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         score = tl.where(exists[None, :], score, float("-inf"))
+        if ORDER is not None:
+            score = tl.where(visible, score, float("-inf"))
         if WHOLE:
             if tile == end:  # a split is complete; what it leaves in acc and total is multiplied by zero
                 all_top, all_total, all_acc = _merge(all_top, all_total, all_acc, top, total, acc)
-                top = tl.full([TILE_M], float("-inf"), tl.float32)
+                top = tl.full([TILE_M], LEAST, tl.float32)
                 end += each
         new_top = tl.maximum(top, tl.max(score, 1) * scale)
         weight = tl.exp2(tl.fma(score, scale, -new_top[:, None]))
@@ -301,7 +342,7 @@ def _attention_kernel(
     for begin in tl.static_range(0, TILE_M, TILE_R):
         r = begin + tl.arange(0, TILE_R)
         part = (program - split * UNITS) * TILE_M + r  # of the first split
-        top = tl.full([TILE_R], float("-inf"), tl.float32)
+        top = tl.full([TILE_R], LEAST, tl.float32)
         total = tl.zeros([TILE_R], tl.float32)
         acc = tl.zeros([TILE_R, TILE_D], tl.float32)
         for _ in tl.range(0, count, num_stages=3):  # loads ahead of the sum, or each waits for the one before
@@ -314,7 +355,8 @@ def _attention_kernel(
 def block_attention(q, k_cache, v_cache, blocks):
     """Block attention of packed query blocks: q [NB * L, nq, D], caches [pages, L, nk, D] -> [NB * L, nq, D].
 
-    blocks: list of Span or a BlockBatch; the latter on a GPU, where a list costs a copy to the device at every call.
+    blocks: list of Span or a BlockBatch; the latter on a GPU, where a list costs a copy to the device at every call,
+        and if there are CLEAN and MASKED ones.
     ValueError if shapes, dtypes or strides do not fit.
     """
     if use_triton(q):
@@ -336,8 +378,10 @@ def launch(q, k_cache, v_cache, batch):
             f"q: [{count} * {length}, a multiple of {kv_heads}, {dim}] of {FLOATS} expected, a token's heads side by "
             f"side, got {q.dtype} {list(q.shape)} with strides {q.stride()}"
         )
-    shapes = BlockBatch((count,), (count,), (rows, width), (rows,))
+    shapes = BlockBatch((count,), (count,), (rows, width), (rows,), None if batch.order is None else (count,))
     for name, x, shape in zip(batch._fields, batch, shapes, strict=True):
+        if shape is None:
+            continue
         if x.shape != shape or x.dtype != torch.int32 or not x.is_contiguous() or x.device != q.device:
             raise ValueError(
                 f"{name}: contiguous int32 {list(shape)} on {q.device} expected, "

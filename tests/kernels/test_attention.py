@@ -239,7 +239,7 @@ def test_splits_are_few_and_even():
 def test_batch_of_runs():
     runs = [Span((5, 2, 7, 9), 1, 2, 11), Span((3,), 0, 1, 4), Span((6, 1, 8), 2, 1, 12)]
     batch = BlockBatch.from_spans(runs, "cpu")
-    assert all(x.dtype == torch.int32 for x in batch)
+    assert all(x.dtype == torch.int32 for x in batch[:-1]) and batch.order is None
     assert batch.block_row.tolist() == [0, 0, 1, 2] and batch.block_index.tolist() == [1, 2, 0, 2]
     assert batch.page_table.shape == (3, 3) and batch.limit.tolist() == [11, 4, 12]
     assert batch.slots(4).tolist() == attention.span_slots(runs, 4)
