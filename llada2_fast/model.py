@@ -78,6 +78,8 @@ def _exist(positions, blocks, length):
     """bool [T]: which of the positions [T] of blocks, a list of Span or a BlockBatch, are positions of their rows."""
     if isinstance(blocks, BlockBatch):
         limit = blocks.limit[blocks.block_row.long()]  # of the last row where it is -1: nobody reads such a block
+        if blocks.order is not None:  # the limit of a checked block's row counts the masked one, too
+            limit = limit - length * (blocks.order > 0)
     else:
         limits = [span.limit for span in blocks for _ in range(span.num_blocks)]
         limit = torch.tensor(limits, dtype=torch.int64, device=positions.device)
@@ -381,7 +383,7 @@ class LLaDA2Model(OnOurDevices):
         """Hidden states of packed spans of whole blocks over cached pages; their K/V are written to their pages.
 
         tokens: int64 [T], T = blocks of all spans times L.
-        positions: int64 [T], for angles: those of the spans' blocks.
+        positions: int64 [T], for angles: those of the spans' blocks; of a MASKED block those of its CLEAN one.
         spans: the blocks, Spans or a BlockBatch, which a CUDA graph can hold.
         cache: holds their pages and those of the blocks before.
         read: with Spans only: whose hidden states are wanted, None = everybody's; of the others the last layer computes

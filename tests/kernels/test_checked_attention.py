@@ -1,4 +1,5 @@
-"""Attention of checked blocks against the definition written out, kernels against the reference."""
+"""Attention of checked blocks against the definition written out, kernels against the reference, and the network over
+them against its forward with a mask."""
 
 from contextlib import nullcontext
 
@@ -8,7 +9,8 @@ import torch.nn.functional as F
 
 from llada2_fast.kernels import attention
 from llada2_fast.kernels._triton import force_ops
-from llada2_fast.kernels.attention import CLEAN, MASKED, BlockBatch
+from llada2_fast.kernels.attention import CLEAN, MASKED, BlockBatch, Span
+from llada2_fast.model import LLaDA2Model
 from tests.kernels.interpreter import interpreted
 from tests.kernels.test_attention import TOLERANCE, bits, kernel, make
 
@@ -166,3 +168,84 @@ def test_on_a_gpu(dtype, monkeypatch):
     q, k, v, batch = only(args, plain)
     wanted = attention.block_attention(q, k, v, batch._replace(order=None))
     assert torch.equal(results[0].unflatten(0, (-1, 32))[plain].flatten(0, 1), wanted)
+
+
+# The network
+
+
+def forwarded(model, rows, length, seed=0, padding=0):
+    """Logits [NB, L, V] of the rows' blocks from their `first` on, by forward_blocks over pages that earlier blocks
+    have filled; the rows' tokens and positions [S]. Between the first row and the others stands an unused block.
+
+    padding: a seed of the tokens at positions that a row lacks.
+    """
+    generator, other = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(padding)
+    counts = [first + len(orders) for first, orders, _ in rows]
+    cache = model.new_cache(sum(counts) + 1, length)
+    cache.k.fill_(float("nan"))
+    cache.v.fill_(float("nan"))
+    pages = torch.randperm(sum(counts) + 1, generator=generator)[: sum(counts)].split(counts)
+    each = []
+    for (_, orders, lacks), count in zip(rows, counts, strict=True):
+        tokens = torch.randint(model.config.vocab_size, (count * length,), generator=generator)
+        positions = torch.arange(count * length)
+        if orders[-1] == MASKED:
+            tokens[-length:], positions[-length:] = 150, positions[-2 * length : -length]
+        if lacks:
+            real = positions < positions.max() + 1 - lacks
+            tokens[~real] = torch.randint(model.config.vocab_size, (int((~real).sum()),), generator=other)
+        each.append((tokens, positions))
+    ahead = [
+        (Span(tuple(own.tolist()), 0, first, first * length), *(x[: first * length] for x in tensors))
+        for own, (first, *_), tensors in zip(pages, rows, each, strict=True)
+        if first
+    ]
+    spans, tokens, positions = zip(*ahead, strict=True)
+    model.forward_blocks(torch.cat(tokens), torch.cat(positions), list(spans), cache)
+
+    spans = [
+        Span(tuple(own.tolist()), first, len(orders), count * length - lacks)
+        for own, (first, orders, lacks), count in zip(pages, rows, counts, strict=True)
+    ]
+    row, index, *tables, _ = BlockBatch.from_spans(spans, "cpu")
+    order = torch.tensor([one for _, orders, _ in rows for one in orders])
+    tokens, positions = (
+        torch.cat([x[first * length :] for x, (first, *_) in zip(of_rows, rows, strict=True)]).view(-1, length)
+        for of_rows in zip(*each, strict=True)
+    )
+    unused = len(rows[0][1])
+    row, index, order, tokens, positions = (
+        torch.cat((x[:unused], torch.full_like(x[:1], nobody), x[unused:]))
+        for x, nobody in ((row, -1), (index, 0), (order, CLEAN), (tokens, 0), (positions, 0))
+    )
+    batch = BlockBatch(row, index, *tables, order.int())
+    slots = batch.slots(length)
+    hidden = model.forward_blocks(tokens.flatten(), positions.flatten(), batch, cache, slots=slots)
+    logits = model.lm_logits(hidden).unflatten(0, (-1, length))
+    return torch.cat((logits[:unused], logits[unused + 1 :])), each
+
+
+@pytest.mark.parametrize("ops", ["torch", "triton"])
+@pytest.mark.parametrize("name", ["tiny", "block22"])
+def test_the_network_over_checked_blocks(name, ops, golden):
+    """A row at a time, without a cache: the draft and the masks behind its prefix, with the mask that is meant."""
+    model = LLaDA2Model.from_pretrained(golden / name, dtype=torch.float32, progress=False)
+    rows, length = [(2, CHECK, 0), (0, CHECK, 0), (1, (0,), 0), (1, (0, *CHECK), 0)], 8
+    with force_ops(ops), interpreted() if ops == "triton" else nullcontext():
+        logits, each = forwarded(model, rows, length)
+    begin = 0
+    for (first, orders, _), (tokens, positions) in zip(rows, each, strict=True):
+        mask = mask_of(length, [0] * first + list(orders), len(tokens))[None, None]
+        wanted = model(tokens[None], positions[None], block_length=length, attention_mask=mask).logits[0]
+        got = logits[begin : begin + len(orders)].flatten(0, 1)
+        torch.testing.assert_close(got, wanted[first * length :], atol=5e-5, rtol=5e-5)
+        begin += len(orders)
+
+
+def test_padding_of_a_checked_block_has_no_say_in_block_routing(golden):
+    """In the last block of a row, of which some positions are none: what is there changes nothing at the others."""
+    model = LLaDA2Model.from_pretrained(golden / "block22", dtype=torch.float32, progress=False)
+    rows, real = [(1, CHECK, 3), (1, CHECK, 5)], torch.tensor([5, 5, 3, 3])[:, None] > torch.arange(8)
+    first, *others = (forwarded(model, rows, 8, padding=seed)[0][real] for seed in range(4))
+    for logits in others:
+        torch.testing.assert_close(logits, first, atol=5e-5, rtol=5e-5)
