@@ -164,9 +164,11 @@ def _top_logprobs(dtype, k, vocab=VOCAB):
     top_logprobs.launch(_meta(64, vocab, dtype=dtype), _int64(2, 32), _int32(2), IDS.mask, k)
 
 
-def _attention(dtype, heads, kv_heads=4, dim=128, length=32, pages=64, rows=40):
+def _attention(dtype, heads, kv_heads=4, dim=128, length=32, pages=64, rows=40, order=False):
     cache, q = _meta(3, pages, length, kv_heads, dim, dtype=dtype)[1], _meta(rows * length, heads, dim, dtype=dtype)
     blocks = attention.BlockBatch(_int32(rows), _int32(rows), _int32(rows, pages), _int32(rows))
+    if order:
+        blocks = blocks._replace(order=_int32(rows))
     attention.block_attention(q, cache, cache, blocks)
 
 
@@ -247,6 +249,7 @@ SCENARIOS = {
     **{f"advance A={a} C={c}": partial(_advance, a, c) for a, c in ((1, 0), (1, 1), (32, 8), (256, 64))},
     "advance L=128": partial(_advance, 64, 16, length=128),
     **{f"attention mini {name} B={n}": partial(_attention, TYPES[name], 16, rows=n) for name in TYPES for n in ROWS},
+    **{f"attention mini bf16 order B={n}": partial(_attention, BF16, 16, rows=n, order=True) for n in ROWS},
     **{f"attention flash bf16 B={n}": partial(_attention, BF16, 32, rows=n) for n in ROWS},
     **{f"attention mini bf16 L={n}": partial(_attention, BF16, 16, length=n) for n in (1, 16, 48)},
     "attention bf16 D=64": partial(_attention, BF16, 8, dim=64),

@@ -12,7 +12,7 @@ ONE_EACH = [
     "refine bf16 filters", "refine bf16 guided", "refine fp32 guided", "candidates bf16 runner-up filters",
     "moe mini bf16 T=512", "moe mini fp8 T=32",
     "advance A=256 C=64", "qk_norm_rope mini bf16", "moe flash bf16 T=32",  # what Triton 3.6 is the first to spill
-    "moe mini int4 T=32", "top log-probabilities bf16", "moe flash 2.2 T=32",
+    "moe mini int4 T=32", "top log-probabilities bf16", "moe flash 2.2 T=32", "attention mini bf16 order",
 ]  # fmt: skip
 
 
