@@ -36,6 +36,8 @@ PARAMS = {
     "window": {"threshold": 0.5, "editing_threshold": 0.3, "max_post_steps": 0, "edit_window": 2},
     "sampling": {"temperature": 0.8, "top_k": 7, "threshold": 0.4},
     "no tail": {"threshold": 0.9, "attend_tail": False},
+    "entropy": {"policy": "entropy", "entropy_bound": 5.0, "entropy_decay": 0.8},
+    "checked": {"policy": "self_speculative", "entropy_bound": 8.0},
     "one step a block": {"threshold": 0.0, "eos_early_stop": True},
     "hf-2.0": {"threshold": 0.3, "steps": 2, "profile": "hf-2.0"},
     "hf-2.1": {"threshold": 0.5, "editing_threshold": 0.2, "max_post_steps": 2, "profile": "hf-2.1"},

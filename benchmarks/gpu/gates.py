@@ -22,7 +22,7 @@ from .machine import fill, poisoned
 BF16_ERROR = 1e-2
 IDLE = Rule(  # greedy rows whose every step does all its work, commits nothing and edits nothing
     temperature=0.0, top_k=0, top_p=1.0, threshold=2.0, edit_threshold=2.0, steps=NEVER, min_transfer=0,
-    max_steps=NEVER, max_post_steps=16, flags=refine.BAN_MASK,
+    max_steps=NEVER, max_post_steps=16, entropy_bound=0.0, entropy_decay=1.0, flags=refine.BAN_MASK,
 )  # fmt: skip
 MODES = {  # of drawing a token
     "greedy": {},

@@ -50,6 +50,7 @@ class Step:
         rule = Rule(
             temperature, top_k, top_p, threshold=2.0 if steady else THRESHOLD, edit_threshold=0.0,
             steps=NEVER if steady else STEPS, min_transfer=0 if steady else 1, max_steps=NEVER, max_post_steps=0,
+            entropy_bound=0.0, entropy_decay=1.0,
             flags=refine.BAN_MASK | refine.EOS_STEP | guided * refine.GUIDED
             | edits * (refine.EDITING | refine.LEVENSHTEIN),
         )  # fmt: skip
