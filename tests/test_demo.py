@@ -154,11 +154,11 @@ def test_path_is_inside_the_package():
         demo.path("2.0")
 
 
-@pytest.mark.parametrize("name", network.VARIANTS)
-def test_training_repeats_and_is_exported(tmp_path, name):
+@pytest.mark.parametrize("name, mixed", [("2.1", False), ("2.2", False), ("2.1", True)], ids=["2.1", "2.2", "mixed"])
+def test_training_repeats_and_is_exported(tmp_path, name, mixed):
     """Three steps: one thread and two agree, and the export holds what the network computes."""
     variant, folder = network.VARIANTS[name], Path(demo.path(name))
-    runs = [train.train(variant, 3, seed=3, threads=threads, save=lambda *_: None) for threads in (1, 2)]
+    runs = [train.train(variant, 3, seed=3, threads=n, save=lambda *_: None, mixed=mixed) for n in (1, 2)]
     for (parameter, one), two in zip(runs[0][0].items(), runs[1][0].values(), strict=True):
         assert torch.equal(one, two), parameter
     parameters, biases = runs[0]
@@ -211,3 +211,46 @@ def test_training_layout_shows_a_noisy_block_itself_and_earlier_clean_blocks():
         [1, 1, 0, 0, 0, 1],
     ]
     assert positions[:: network.BLOCK].tolist() == [0, 16, 16, 32, 16, 32]
+
+
+def test_mixed_training_layout_shows_a_mask_the_clean_tokens_before_it():
+    """Token by token; in the order clean 0, 1 | noisy 1, 2 | noisy 1, 2 | clean 1, 2 | masks 1, 2."""
+    positions, mask = train.layout(blocks=3, first=1, mixed=True)
+    plain_positions, plain_mask = train.layout(blocks=3, first=1)
+    length = len(plain_positions)
+    assert torch.equal(positions[:length], plain_positions) and torch.equal(mask[:length, :length], plain_mask)
+    assert (mask[:length, length:] == -torch.inf).all()  # nothing else sees what is behind
+    kinds = [("clean", 0), ("clean", 1)] + [("noisy", block) for block in (1, 2, 1, 2)]
+    kinds += [(kind, block) for kind in ("causal", "mask") for block in (1, 2)]
+    where = [(kind, block, 16 * block + at) for kind, block in kinds for at in range(16)]
+    assert positions.tolist() == [position for *_, position in where]
+    for query in range(length, len(where)):
+        _, block, position = where[query]
+        for key, (kind, other, at) in enumerate(where):
+            before = other < block if kind == "clean" else kind == "causal" and other == block and at < position
+            assert mask[query, key] == (0 if before or key == query else -torch.inf), (where[query], where[key])
+
+
+def test_mixed_noise_is_the_same_noise_and_a_pass_over_the_answer():
+    """The clean copy teaches nothing; masks of the answer weigh half, those of what fills it a fifth of that."""
+    answer = torch.arange(40)[None] + 8
+    ids = torch.cat([answer, torch.full((1, 8), network.EOS_ID)], 1)
+    plain, mixed = (
+        train.Noise(tokenizers.build(), torch.Generator().manual_seed(1), False, mixed)(ids, torch.tensor([20]), 1)
+        for mixed in (False, True)
+    )
+    for one, both in zip(plain, mixed, strict=True):
+        assert both.shape == (1, 4, 32) and torch.equal(one, both[:, :2])
+    noisy, says, weights, masked = (x[0, 2:] for x in mixed)
+    assert torch.equal(noisy[0], ids[0, 16:]) and (noisy[1] == network.MASK_ID).all()
+    assert torch.equal(says, ids[:, 16:].expand(2, -1)) and not masked.any()
+    expected = torch.tensor([0.0] * 4 + [0.5] * 21 + [0.1] * 7)  # prompt, answer with its EOS, fill
+    assert not weights[0].any() and torch.equal(weights[1], expected)
+
+
+def test_mixed_block_sizes_are_refused_where_a_block_shares_experts(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("sys.argv", ["train", "--block-sizes", "mixed", "--variant", "2.2", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        train.main()
+    assert "--block-sizes mixed --variant 2.2: expected --variant 2.1" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())

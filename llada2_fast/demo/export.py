@@ -127,13 +127,14 @@ and put some in; with an `editing_threshold` decoding acts on them.
 """
 
 
-def model_card(results: dict[str, tuple[float, float, list]], run: str, variant: str) -> str:
+def model_card(results: dict[str, tuple[float, float, list]], run: str, variant: str, mixed: bool = False) -> str:
     """README.md of the checkpoint; `results` as `evaluate` returns them, `run` says how it was trained; variant: a name
-    of VARIANTS."""
+    of VARIANTS; mixed: of `train`."""
     rows = "\n".join(f"| {task} | {accuracy:.3f} | {tpf:.2f} |" for task, (accuracy, tpf, _) in results.items())
     of_2_2 = variant == "2.2"
     title = "The embedded demonstration model, as a LLaDA2.2" if of_2_2 else "The embedded demonstration model"
-    command = "python -m llada2_fast.demo.train" + " --variant 2.2" * of_2_2
+    command = "python -m llada2_fast.demo.train" + " --variant 2.2" * of_2_2 + " --block-sizes mixed" * mixed
+    single = "\nThe same forward trained block size 1." * mixed
     parts = _PARTS_2_2 if of_2_2 else ""
     return f"""---
 license: apache-2.0
@@ -175,7 +176,7 @@ measures the same with the project's own decoder, over thresholds and editing.
 
 `{command}`: {run}.
 Block-diffusion loss on two noisy copies per sequence, with token-to-token corruption so that editing works; Muon and
-AdamW; bf16 weights. The data are generated while training (`tasks.py`); nothing was downloaded.
+AdamW; bf16 weights. The data are generated while training (`tasks.py`); nothing was downloaded.{single}
 
 ## Limits
 

@@ -8,9 +8,15 @@ model also learns to edit. Weights are bf16 with fp32 masters.
 `--variant 2.2` has LLaDA2.2's block routing, and in half of the blocks tokens are left out or put in, too: there the
 model learns to predict INSERT where one is missing before a token, DELETE where one is too many.
 
+`--block-sizes mixed` trains block size 1 in the same forward: behind the noisy copies the answer blocks come again,
+clean and as masks. Such a mask sees the clean blocks before its own, the clean tokens before it in its block and
+itself, so that the same weights can check a drafted block token by token. Its loss weighs half. Refused with 2.2: the
+experts that a block's tokens share would tell a mask of what comes after it.
+
 The run is defined by its number of steps, not by a clock: the same seed, steps and build of torch on the same kind of
-CPU give the same weights, whatever `--threads`. With glibc, MALLOC_MMAP_THRESHOLD_=1000000000 and
-MALLOC_TRIM_THRESHOLD_=10000000000 in the environment save a third of the time (page faults).
+CPU give the same weights, whatever `--threads`; one that is wanted for `--undertrained` alone may be stopped once that
+is written. With glibc, MALLOC_MMAP_THRESHOLD_=1000000000 and MALLOC_TRIM_THRESHOLD_=10000000000 in the environment save
+a third of the time (page faults).
 """
 
 import argparse
@@ -81,23 +87,31 @@ def micro_batches(tokenizer, rng: random.Random) -> Iterator[tuple[Tensor, Tenso
             bucket.clear()
 
 
-def layout(blocks: int, first: int) -> tuple[Tensor, Tensor]:
-    """Positions [T] and additive mask [T, T] of [clean blocks 0..blocks-2 | noisy answer blocks, twice]."""
+def layout(blocks: int, first: int, mixed: bool = False) -> tuple[Tensor, Tensor]:
+    """Positions [T] and additive mask [T, T] of [clean blocks 0..blocks-2 | noisy answer blocks, twice].
+
+    mixed: behind them [clean answer blocks | masks], where each token sees, beside the clean blocks before its own, the
+    clean ones before it in its block and itself.
+    """
     clean, noisy = torch.arange(blocks - 1), torch.arange(first, blocks)
-    block = torch.cat([clean, noisy, noisy]).repeat_interleave(BLOCK)
-    copy = torch.cat([clean * 0, noisy * 0 + 1, noisy * 0 + 2]).repeat_interleave(BLOCK)
+    copies = range(1, 5 if mixed else 3)
+    block = torch.cat([clean, *(noisy for _ in copies)]).repeat_interleave(BLOCK)
+    copy = torch.cat([clean * 0, *(noisy * 0 + number for number in copies)]).repeat_interleave(BLOCK)
     positions = block * BLOCK + torch.arange(BLOCK).repeat(len(block) // BLOCK)
-    earlier = block[None] < block[:, None]
-    to_clean = (copy[None] == 0) & torch.where(copy[:, None] == 0, earlier | (block[:, None] == block[None]), earlier)
-    own = (copy[:, None] == copy[None]) & (block[:, None] == block[None])
+    earlier, same = block[None] < block[:, None], block[None] == block[:, None]
+    to_clean = (copy[None] == 0) & torch.where(copy[:, None] == 0, earlier | same, earlier)
+    causal = (copy[None] == 3) & same & (positions[None] < positions[:, None])
+    causal |= torch.eye(len(block), dtype=torch.bool)
+    own = torch.where(copy[:, None] < 3, (copy[:, None] == copy[None]) & same, causal)
     return positions, torch.zeros(len(block), len(block)).masked_fill_(~(to_clean | own), -math.inf)
 
 
 class Noise:
-    """Draws noisy answers, what they should be and loss weights. edits: tokens are left out and put in, too."""
+    """Draws noisy answers, what they should be and loss weights. edits: tokens are left out and put in, too; mixed: of
+    `layout`, without edits only."""
 
-    def __init__(self, tokenizer, generator: torch.Generator, edits: bool):
-        self.generator, self.edits = generator, edits
+    def __init__(self, tokenizer, generator: torch.Generator, edits: bool, mixed: bool = False):
+        self.generator, self.edits, self.mixed = generator, edits, mixed
         self.delete, self.split = (tokenizer.token_to_id(token) for token in tokenizers.EDIT_TOKENS)
         vocab = tokenizer.get_vocab_size()
         self.sizes = torch.zeros(vocab, dtype=torch.long)  # of each token's class; 0: none
@@ -158,7 +172,7 @@ class Noise:
 
     def __call__(self, ids: Tensor, prompt_lengths: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """-> noisy ids, targets, loss weights, masked positions, each [B, 2, A]: two copies of the A positions of
-        answer blocks."""
+        answer blocks. mixed: [B, 4, A], with a clean copy, of no weight, and one of masks behind them."""
         answer = ids[:, first * BLOCK :]
         rows, length = answer.shape
         position = torch.arange(first * BLOCK, first * BLOCK + length)
@@ -179,16 +193,21 @@ class Noise:
         wrong = torch.stack([self.corrupt(copy) for copy in clean.unbind(1)], 1)
         noisy = torch.where(masked, MASK_ID, torch.where(edited, wrong, clean))
         weights = torch.where(masked | (noisy != says), 1.0, 0.1) * is_answer * torch.where(fill, 0.2, 1.0)
+        if self.mixed:
+            single = 0.5 * is_answer * torch.where(fill, 0.2, 1.0)
+            noisy = torch.cat([noisy, answer[:, None], torch.full_like(answer[:, None], MASK_ID)], 1)
+            says, weights = torch.cat([says, clean], 1), torch.cat([weights, torch.zeros_like(single), single], 1)
+            masked = F.pad(masked, (0, 0, 0, 2))  # the loss that is shown stays that of whole blocks
         return noisy, says, weights, masked
 
 
 def loss_and_gradients(
-    parameters: dict[str, Tensor], biases: Tensor, capacity: int | None, batch: tuple
+    parameters: dict[str, Tensor], biases: Tensor, capacity: int | None, mixed: bool, batch: tuple
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """Gradients of the weighted loss sum; (weight sum, loss sum on masks, number of masks); expert load [LAYERS, E]."""
     ids, noisy, says, weights, masked, first = batch
     blocks = ids.shape[1] // BLOCK
-    positions, mask = layout(blocks, first)
+    positions, mask = layout(blocks, first, mixed)
     tokens = torch.cat([ids[:, :-BLOCK], noisy.flatten(1)], 1)
     # The embedding is cast after the lookup: the same values, and its gradient is summed over positions in fp32.
     low = {name: p if name == "embed" else p.bfloat16() for name, p in parameters.items()}
@@ -241,16 +260,22 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 def train(
-    variant: Variant, steps: int, seed: int, threads: int, save: Callable[[dict[str, Tensor], Tensor, int], None]
+    variant: Variant,
+    steps: int,
+    seed: int,
+    threads: int,
+    save: Callable[[dict[str, Tensor], Tensor, int], None],
+    mixed: bool = False,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Train from scratch; returns (fp32 masters, expert biases), and calls `save` with both and the step every 500."""
+    """Train from scratch; returns (fp32 masters, expert biases), and calls `save` with both and the step every 500.
+    mixed: of `layout`."""
     generator = torch.Generator().manual_seed(seed)
     tokenizer = tokenizers.build(variant.edits)
     parameters = initial_parameters(tokenizer.get_vocab_size(), generator)
     biases = torch.zeros(LAYERS, EXPERTS)
-    optimizer, noise = Optimizer(parameters), Noise(tokenizer, generator, variant.edits)
+    optimizer, noise = Optimizer(parameters), Noise(tokenizer, generator, variant.edits, mixed)
     batches = micro_batches(tokenizer, random.Random(seed))
-    work = partial(loss_and_gradients, parameters, biases, variant.capacity)
+    work = partial(loss_and_gradients, parameters, biases, variant.capacity, mixed)
     masked_loss = None
     # The micro-batches of a step run in threads of their own, one core each: a busy neighbour then slows one of them,
     # instead of stalling every operation as a team of OpenMP threads would.
@@ -282,10 +307,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help="length of the whole schedule (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--variant", default="2.1", choices=VARIANTS, help="LLaDA2.1 or 2.2 (default %(default)s)")
+    parser.add_argument(
+        "--block-sizes",
+        default="block",
+        choices=("block", "mixed"),
+        help=f"mixed: {BLOCK} and 1, for checks of a draft by the same weights (default: {BLOCK})",
+    )
     parser.add_argument("--out", default="demo_model", help="checkpoint folder, refreshed every 500 steps")
     parser.add_argument("--threads", type=int, default=2, choices=range(1, MICRO_BATCHES + 1))
     parser.add_argument("--undertrained", help=f"folder for a second checkpoint, taken at step {UNDERTRAINED_STEP}")
     args = parser.parse_args()
+    mixed = args.block_sizes == "mixed"
+    if mixed and args.variant == "2.2":
+        parser.error("--block-sizes mixed --variant 2.2: expected --variant 2.1, which routes token by token")
     torch.set_num_threads(1)
     variant = VARIANTS[args.variant]
 
@@ -295,11 +329,11 @@ def main() -> None:
             export(args.undertrained, parameters, biases, variant)
 
     start = time.perf_counter()
-    parameters, biases = train(variant, args.steps, args.seed, args.threads, save)
+    parameters, biases = train(variant, args.steps, args.seed, args.threads, save, mixed)
     minutes = (time.perf_counter() - start) / 60
     results = evaluate(parameters, biases, variant, per_task=500, seed=1)
     run = f"{args.steps} steps, seed {args.seed}, {minutes:.0f} minutes on {args.threads} CPU cores"
-    export(args.out, parameters, biases, variant, card=model_card(results, run, args.variant))
+    export(args.out, parameters, biases, variant, card=model_card(results, run, args.variant, mixed))
     print(f"{args.out}: {run}")
     for task, (accuracy, tpf, _) in results.items():
         print(f"{task:10} exact match {accuracy:.3f}  tokens per forward {tpf:.2f}")
