@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from llada2_fast import demo
+from llada2_fast import LLaDA2Model, demo
 from llada2_fast.demo import evaluate, export, network, tasks, train
 from llada2_fast.demo import tokenizer as tokenizers
 
-UNDERTRAINED = Path(__file__).parent / "data" / "undertrained"
+UNDERTRAINED, MIXED = (Path(__file__).parent / "data" / name for name in ("undertrained", "mixed"))
 ALL_TASKS = (*tasks.TASKS, tasks.OFF_TASK)
 KITE_STORY = (
     "Once there was a cat named Tom. Tom lived near the lake and had an orange kite. One day the kite was lost. "
@@ -129,7 +129,9 @@ def test_chat_template(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "folder", [Path(demo.path()), Path(demo.path("2.2")), UNDERTRAINED], ids=["embedded", "2.2", "undertrained"]
+    "folder",
+    [Path(demo.path()), Path(demo.path("2.2")), UNDERTRAINED, MIXED],
+    ids=["embedded", "2.2", "undertrained", "mixed"],
 )
 def test_checkpoint_folder(folder):
     assert sum(file.stat().st_size for file in folder.iterdir()) <= 5_000_000
@@ -254,3 +256,24 @@ def test_mixed_block_sizes_are_refused_where_a_block_shares_experts(monkeypatch,
         train.main()
     assert "--block-sizes mixed --variant 2.2: expected --variant 2.1" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+def test_the_mixed_sibling_knows_block_size_1(tokenizer):
+    """Told what comes before, it errs on the next token of an answer less than half as often as the other sibling."""
+    models = [LLaDA2Model.from_pretrained(folder, torch.float32, progress=False) for folder in (UNDERTRAINED, MIXED)]
+    wrong = [0, 0]
+    one_answer = [task for task in tasks.TASKS if task != "story"]
+    for task, prompt in [(name, prompt) for name in one_answer for prompt in tasks.sample(name, 10, seed=2)]:
+        start = tokenizer.encode(tokenizers.render([{"role": "user", "content": prompt}]))
+        ids = start + tokenizer.encode(tasks.answer(task, prompt, random.Random(0))) + [network.EOS_ID]
+        last, first = len(ids), len(start) // 16
+        ids = torch.tensor([ids + [network.EOS_ID] * (-len(ids) % 16)])
+        answer = ids[:, first * 16 :]
+        masks = torch.full_like(answer, network.MASK_ID)
+        positions, mask = train.layout(ids.shape[1] // 16, first, mixed=True)
+        tokens = torch.cat([ids[:, :-16], masks, masks, answer, masks], 1)
+        for i, model in enumerate(models):
+            logits = model(tokens, positions[None], 16, mask[None, None]).logits[:, -answer.shape[1] :]
+            missed = (logits.argmax(-1) != answer)[0, len(start) - first * 16 : last - first * 16]
+            wrong[i] += int(missed.sum())
+    assert 2 * wrong[1] < wrong[0]
