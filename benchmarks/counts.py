@@ -170,9 +170,9 @@ def _counted_loads(tensor):
         yield counts
 
 
-def passes(mode, edits=False):
+def passes(mode, edits=False, entropy=False):
     """How often a refinement step's kernels read the logits, as a share of all of them, in Triton's interpreter."""
-    step = RefineStep(1, 157184, torch.bfloat16, "cpu", mode, edits=edits)
+    step = RefineStep(1, 157184, torch.bfloat16, "cpu", mode, edits=edits, entropy=entropy)
     step.logits = step.logits[:, :2].contiguous()  # the interpreter is slow
     step.state = refine.BlockState(*(t[:, :2].contiguous() if t.ndim == 2 else t for t in vars(step.state).values()))
     step.moves = refine.Moves.fresh(1, 2) if edits else None
@@ -185,11 +185,13 @@ def refinement():
     """A refinement step of 8 blocks by mode: launches, passes over the logits and the bytes these are; launches where
     the rows are guided."""
     logits = 8 * BLOCK * MINI.vocab_size * 2
-    for mode, edits in (("greedy", False), ("temperature", False), ("top_k_top_p", False), ("greedy", True)):
-        read = passes(mode, edits)
+    kinds = {"": {}, ", deleting and inserting": {"edits": True}, ", by entropy": {"entropy": True}}
+    plain = [(mode, "") for mode in ("greedy", "temperature", "top_k_top_p")]
+    for mode, kind in (*plain, ("greedy", ", deleting and inserting"), ("temperature", ", by entropy")):
+        read = passes(mode, **kinds[kind])
         yield {
-            "what": f"refinement, 8 blocks, {mode}{', deleting and inserting' * edits}",
-            "launches": len(launches(mode, edits=edits)), "syncs": 0,
+            "what": f"refinement, 8 blocks, {mode}{kind}",
+            "launches": len(launches(mode, **kinds[kind])), "syncs": 0,
             "passes": round(read, 4), "bytes": round(read * logits),
         }  # fmt: skip
     for mode in ("greedy", "top_k_top_p"):

@@ -95,6 +95,8 @@ def gate_refine(machine, guided=False):
     logits, state, params, ids = refine_case(machine, modes)
     state.tokens[3::4, :16] = 7  # editable
     params.flags[3::4] |= refine.EDITING
+    params.flags[::4] |= refine.ENTROPY
+    params.entropy_bound.fill_(2.0)
     params.threshold.fill_(0.5)
     params.edit_threshold.fill_(0.5)
     params.min_transfer.fill_(3)

@@ -32,10 +32,13 @@ class Step:
     """One step of `rows` whole blocks of masks, and all that it needs, on a device.
 
     steady: nothing is ever committed, so that a step can be repeated as it is; else reset() makes the blocks new.
-    guided: the rows may take any id, as tables say; edits: they are LLaDA2.2's, which delete and insert.
+    guided: the rows may take any id, as tables say; edits: they are LLaDA2.2's, which delete and insert; entropy: a
+    bound on entropies says what is committed, of the steady ones none.
     """
 
-    def __init__(self, rows, vocab, dtype, device, mode="greedy", steady=False, guided=False, edits=False):
+    def __init__(
+        self, rows, vocab, dtype, device, mode="greedy", steady=False, guided=False, edits=False, entropy=False
+    ):
         self.ids = SpecialIds(vocab - 289, *((vocab - 254, vocab - 253) if edits else ()))
         self.moves = refine.Moves.fresh(rows, BLOCK, device) if edits else None
         self.logits = torch.empty(rows, BLOCK, vocab, dtype=dtype, device=device)
@@ -50,8 +53,9 @@ class Step:
         rule = Rule(
             temperature, top_k, top_p, threshold=2.0 if steady else THRESHOLD, edit_threshold=0.0,
             steps=NEVER if steady else STEPS, min_transfer=0 if steady else 1, max_steps=NEVER, max_post_steps=0,
-            entropy_bound=0.0, entropy_decay=1.0,
+            entropy_bound=-1.0 if steady else 1.0, entropy_decay=0.8,
             flags=refine.BAN_MASK | refine.EOS_STEP | guided * refine.GUIDED
+            | entropy * (refine.ENTROPY | refine.OWN_SOFTMAX)
             | edits * (refine.EDITING | refine.LEVENSHTEIN),
         )  # fmt: skip
         self.allowed = None
