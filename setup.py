@@ -38,7 +38,8 @@ FOLDERS = {
     "llada2_fast.kernels": "kernels",
     "llada2_fast.benchmarks": "benchmarks",
     **{
-        f"llada2_fast.benchmarks.{name}": f"benchmarks/{name}" for name in ("chaos", "gpu", "kernels", "report", "tune")
+        f"llada2_fast.benchmarks.{name}": f"benchmarks/{name}"
+        for name in ("chaos", "gpu", "kernels", "policies", "report", "tune")
     },
 }
 
