@@ -1,6 +1,7 @@
 """Quality against speed of the embedded model: exact match, tokens per forward (TPF) and tokens/s on prompts held out
 of its training. `python -m benchmarks.quality --json` ends with one JSON line; `--plot FILE` draws it; `--variant 2.2`
-measures the one that was trained as a LLaDA2.2, `--quantization int4` (or fp8) either with such weights.
+measures the one that was trained as a LLaDA2.2, `--quantization int4` (or fp8) either with such weights; `--policies`
+compares the decoding policies instead (policies/compare.py), on the less trained siblings, too.
 
     thresholds   committed is what is more confident; with and without editing, of finished blocks, too (window), at the
                  block length of the training; a LLaDA2.2 edits by deleting and inserting, too, and has no window
@@ -84,7 +85,10 @@ def main(argv=None):
     parser.add_argument("--quantization", metavar="NAME", help="fp8 or int4; else the checkpoint's")
     parser.add_argument("--device", default="cpu")
     harness.add_plot_option(parser, "accuracy against speed")
+    parser.add_argument("--policies", action="store_true", help="compare the decoding policies; results/policies.jsonl")
     options = parser.parse_args(argv)
+    if options.policies:
+        return compare_policies(parser, options)
     name = "quality" if options.variant == "2.1" else f"quality-{options.variant}"
     harness.check_save(parser, options, name)
     path = options.model or demo.path(options.variant)
@@ -111,6 +115,15 @@ def main(argv=None):
             draw(result, panels[1], "tpf")
             panels[1].get_legend().remove()
     harness.finish(name, options, result, options.device)
+
+
+def compare_policies(parser, options):
+    from .policies import demo as of_policies  # it stands on this module
+
+    if options.variant != "2.1" or options.quantization:
+        parser.error("--policies: expected neither --variant nor --quantization")
+    harness.check_save(parser, options, "policies")
+    of_policies.run(options)
 
 
 def add_prompts_option(parser):
