@@ -6,6 +6,7 @@ import json
 from functools import partial
 
 from ..harness import drawing
+from ..policies.compare import draw as draw_policies
 from ..quality import draw as draw_quality
 from .tables import card, gpu_lines, newest_plain, threads
 
@@ -67,6 +68,11 @@ def quality_data(lines, benchmark="quality"):
     return quality and {key: quality[key] for key in ("settings", "block_length")}
 
 
+def policies_data(lines):
+    policies = first(lines, "policies", "policies")
+    return policies and policies["policies"]
+
+
 def gpu_data(lines):
     """Bars: {decoding, or step over 1024 tokens: [floor, measured]} in ms per forward, the devices side by side."""
     devices, steps = gpu_lines(lines), {}
@@ -95,6 +101,7 @@ PLOTS = {  # file name -> (alternative text, data, drawing)
     "cost": ("cost of a block against its prefix", cost_data, draw_cost),
     "quality": ("accuracy against speed", quality_data, draw_quality),
     "quality-2.2": ("accuracy against speed of LLaDA2.2", partial(quality_data, benchmark="quality-2.2"), draw_quality),
+    "policies": ("accuracy against tokens per forward by policy", policies_data, draw_policies),
     "gpu": ("time of a step against its floor", gpu_data, draw_gpu),
 }
 

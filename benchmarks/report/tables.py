@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from .. import estimate, sampling
 from ..gpu.goals import GOALS, PREDICTIONS, judge
+from ..policies.compare import told_points
 from ..roofline import gpu_of
 
 LEAST_SHARE = 0.005  # of a replay, for a kernel to have a row of its own
@@ -20,6 +21,7 @@ COMMANDS = {  # benchmark -> the module that makes its lines, unless that has th
     "bench_refine": "kernels.bench_refine",
     "structured": "bench_structured",
     "quality-2.2": "quality --variant 2.2",
+    "policies": "quality --policies",
 }
 UNSEEN = "{} unseen prompts for each of five tasks"
 NOT_MEASURED = "Not measured yet: `python -m benchmarks.{}` measures it."
@@ -213,10 +215,22 @@ def short_sampling(data):
         yield cold, "{model} model, " + what, f"{scores} (greedy: {greedy['accuracy']:.3f} at {greedy['tpf']:.2f})"
 
 
+def short_policies(data):
+    found = {}  # by model, of each policy that compares with the threshold rule
+    for entry in data["policies"]:
+        if entry["in_product"] and entry["gain"]["median"]:
+            found.setdefault(entry["model"], []).append(entry)
+    for model, own in found.items():
+        best = max(own, key=lambda entry: entry["gain"]["median"])
+        what = f"{model} model, {UNSEEN.format(data['prompts_per_task'])}: tokens per forward by policy {{policy}}, "
+        ratio = "{gain[median]:.2f}x in the median of {gain[points]} points, at best {gain[best]:.2f}x"
+        yield best, what + "against the threshold rule's at the same accuracy", ratio
+
+
 SHORT = {
     "decode": short_decode, "engine": short_engine, "bench_refine": short_refine, "quality": short_quality,
     "quality-2.2": short_quality,
-    "sampling": short_sampling,
+    "sampling": short_sampling, "policies": short_policies,
 }  # fmt: skip
 
 
@@ -456,6 +470,15 @@ BLOCKS = {
     "quality-settings": each_machine("quality", "settings", QUALITY, chosen=newest_plain),
     "quality-2.2-settings": each_machine("quality-2.2", "settings", QUALITY, chosen=newest_plain),
     "quality-quantization": quality_by_quantization,
+    "policies": each_machine("policies", "policies", [
+        "model", "policy", ("in the product", lambda entry: "yes" if entry["in_product"] else "no"),
+        "exact match {accuracy:.3f}", "TPF {tpf:.2f}", "TPF of short answers {short[tpf]:.2f}", "AUP {aup:.1f}",
+        "gain, median {gain[median]:.2f}x", "gain, best {gain[best]:.2f}x",
+        ("points on the frontier", lambda entry: f"{entry['leads']} of {len(entry['points'])}"),
+    ]),
+    "policies-points": each_machine("policies", "policies", [
+        "model", "policy", "knob", ("exact match at TPF by its value", told_points),
+    ]),
     "sampling": each_machine("sampling", "draws", [
         "model", ("draw", sampling.draw_of),
         *(column for rule, title in sampling.TITLES.items() for column in (
