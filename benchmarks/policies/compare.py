@@ -49,7 +49,7 @@ POLICIES = {
         "bound, nats", BOUNDS, QUICK_BOUNDS, 0.3,
         lambda bound, _: formulas.entropy(bound), lambda bound: {"policy": "entropy", "entropy_bound": bound},
     ),
-    "entropy, decayed": Policy(
+    "entropy_decayed": Policy(
         f"bound, nats; decay {DECAY}", (0.05, 0.1, 0.2, 0.35, 0.6, 1.0), (0.2, 0.6), 0.2,
         lambda bound, _: formulas.entropy(bound, DECAY),
         lambda bound: {"policy": "entropy", "entropy_bound": bound, "entropy_decay": DECAY},
@@ -105,11 +105,15 @@ def answers_of(model, work, policy, knob, block_length=None) -> list[Answer]:
     return answers
 
 
+def knobs_of(names, quick):
+    """[(policy, a value of its knob)] of all that are measured. names: of POLICIES."""
+    return [(name, knob) for name in names for knob in (POLICIES[name].quick if quick else POLICIES[name].knobs)]
+
+
 def measure(model, work, names, quick=False, block_length=None, progress=True):
-    """{policy: its points}. names: of POLICIES."""
-    knobs = [(name, knob) for name in names for knob in (POLICIES[name].quick if quick else POLICIES[name].knobs)]
+    """{policy: its points}. names: of POLICIES; quick: fewer values of each knob."""
     points = {name: [] for name in names}
-    for name, knob in tqdm(knobs, desc="Policies", unit="point", disable=not progress):
+    for name, knob in tqdm(knobs_of(names, quick), desc="Policies", unit="point", disable=not progress):
         answers = answers_of(model, work, POLICIES[name], knob, block_length)
         right = [work.is_right(place, answer.ids) for place, answer in enumerate(answers)]
         points[name].append(point(knob, answers, sum(right) / len(right)))
@@ -157,10 +161,27 @@ def entries(model, points):
     return found
 
 
+GOALS = {"quality": 0.0, "balanced": 0.01, "speed": 0.05}  # -> how much accuracy less than the best of the product
+
+
+def goals(found):
+    """By model and goal the fastest point of the product that is accurate enough."""
+    chosen = []
+    for model in dict.fromkeys(entry["model"] for entry in found):
+        own = [e for e in found if e["model"] == model and e["in_product"]]
+        points = [(p["tpf"], p["accuracy"], e["policy"], p["knob"]) for e in own for p in e["points"]]
+        best = max((accuracy for _, accuracy, *_ in points), default=0.0)
+        for goal, slack in GOALS.items() if points else ():
+            tpf, accuracy, policy, knob = max(point for point in points if point[1] >= best - slack)
+            told = {"policy": policy, "knob": knob, "accuracy": accuracy, "tpf": tpf}
+            chosen.append({"model": model, "goal": goal} | told)
+    return chosen
+
+
 def table(found):
-    """Entries as text: a line per model and policy, then its points."""
+    """Entries as text: a line per model and policy, then its points; below them the goals."""
     heads = "accuracy", "TPF", "short TPF", "AUP", "gain", "best", "leads"
-    lines = [f"{'model':<16}{'policy':<18}{''.join(f'{head:>10}' for head in heads)}  points, knob: accuracy at TPF"]
+    lines = [f"{'model':<18}{'policy':<18}{''.join(f'{head:>10}' for head in heads)}  points, knob: accuracy at TPF"]
     for entry in found:
         gain, leads = entry["gain"], f"{entry['leads']}/{len(entry['points'])}"
         cells = [
@@ -168,7 +189,11 @@ def table(found):
             f"{entry['aup']:.1f}", _told(gain["median"]), _told(gain["best"]), leads,
         ]  # fmt: skip
         row = "".join(f"{cell:>10}" for cell in cells)
-        lines.append(f"{entry['model']:<16}{entry['policy']:<18}{row}  {told_points(entry)}")
+        lines.append(f"{entry['model']:<18}{entry['policy']:<18}{row}  {told_points(entry)}")
+    lines += [
+        f"{one['model']}, for {one['goal']}: {one['policy']} {one['knob']:g}: {one['accuracy']:.3f} at {one['tpf']:.2f}"
+        for one in goals(found)
+    ]
     return "\n".join(lines)
 
 

@@ -37,7 +37,8 @@ def run(options):
         work = work_of(load_tokenizer(path), n)
         found += compare.entries(name, compare.measure(model, work, list(compare.POLICIES), options.quick))
     result = {
-        "prompts_per_task": n, "seed": tasks.SEED, "check_cost": round(frontier.check_cost(), 3), "policies": found,
+        "prompts_per_task": n, "seed": tasks.SEED, "check_cost": round(frontier.check_cost(), 3),
+        "goals": compare.goals(found), "policies": found,
     }  # fmt: skip
     print(compare.table(found))
     if options.plot:

@@ -30,6 +30,7 @@ BENCHMARKS = {
     "serve": ("bench_serve", "many requests to a server of OpenAI's API: tokens/s and latencies; --against-engine"),
     "kernels": ("kernels.__main__", "every op against its reference"),
     "quality": ("quality", "the embedded model's right answers against its tokens per forward"),
+    "policies": ("policies.__main__", "right answers against tokens per forward by decoding policy, on any checkpoint"),
     "sampling": ("sampling", "the embedded model's right answers when tokens are drawn"),
     "structured": ("bench_structured", "answers in a language: valid, as right as free ones, and what they cost"),
     "decode": ("bench_decode", "side by side with diffusers on the same weights"),
