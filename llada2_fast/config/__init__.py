@@ -12,7 +12,7 @@ from .checks import (
     as_float32,
     as_ids,
     as_int,
-    as_temperature,
+    as_positive32,
     choice,
     find_device,
     parse_json,
@@ -28,6 +28,6 @@ from .server import ServerConfig
 __all__ = [
     "DTYPES", "LANGUAGES", "MAX_LISTED", "MAX_SAMPLES", "MAX_STATES", "MAX_TOP_LOGPROBS", "MODEL_TYPES", "PRESETS",
     "PROFILES", "QUANTIZATIONS", "SAMPLING_METHODS", "DecodeParams", "EngineConfig", "ModelConfig", "RequestOptions",
-    "ServerConfig", "as_flag", "as_float", "as_float32", "as_ids", "as_int", "as_temperature", "choice", "find_device",
+    "ServerConfig", "as_flag", "as_float", "as_float32", "as_ids", "as_int", "as_positive32", "choice", "find_device",
     "parse_json", "room_for",
 ]  # fmt: skip

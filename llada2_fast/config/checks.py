@@ -47,8 +47,8 @@ def as_float32(value):
     return math.inf if value > FLOAT32.max else value
 
 
-def as_temperature(value):
-    """A temperature as a float32 tensor can hold it: what is above 0 stays so, and does not become greedy."""
+def as_positive32(value):
+    """A temperature or a factor as a float32 tensor can hold it: what is above 0 stays so, and is no denormal."""
     return max(value, FLOAT32.tiny) if value > 0 else value
 
 

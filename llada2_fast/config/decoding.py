@@ -11,7 +11,7 @@ from .checks import (
     as_float32,
     as_ids,
     as_int,
-    as_temperature,
+    as_positive32,
     bad,
     check,
     choice,
@@ -151,7 +151,7 @@ class DecodeParams:
                 check(self, name, as_int, low)
         put(self, "top_k", self.top_k or None)
         check(self, "temperature", as_float, f">= 0 and at most {FLOAT32.max:.4g}", lambda x: 0 <= x <= FLOAT32.max)
-        put(self, "temperature", as_temperature(self.temperature))
+        put(self, "temperature", as_positive32(self.temperature))
         check(self, "threshold", as_float, ">= 0", lambda x: x >= 0)
         put(self, "threshold", as_float32(self.threshold))
         if self.editing_threshold is not None:
@@ -172,8 +172,8 @@ class DecodeParams:
         if self.entropy_bound is not None:
             check(self, "entropy_bound", as_float, ">= 0, or None", lambda x: x >= 0)
             put(self, "entropy_bound", as_float32(self.entropy_bound))
-        check(self, "entropy_decay", as_float, "above 0 and at most 1", lambda x: 0 < as_float32(x) <= 1)
-        put(self, "entropy_decay", as_float32(self.entropy_decay))
+        check(self, "entropy_decay", as_float, "above 0 and at most 1", lambda x: 0 < x <= 1)
+        put(self, "entropy_decay", as_positive32(self.entropy_decay))
         for name, normalised in (("regex", as_pattern), ("json_schema", as_schema), ("choices", as_choices)):
             if getattr(self, name) is not None:
                 check(self, name, normalised)

@@ -9,7 +9,7 @@ from numbers import Integral
 import numpy as np
 import torch
 
-from ..config import as_float, as_float32, as_temperature
+from ..config import as_float, as_float32, as_positive32
 from ..config.habits import as_bool, as_tensor, check_vocabulary, holds_ids, token_ids
 from ..kernels.refine import MAX_POST_STEPS, SpecialIds
 
@@ -290,7 +290,7 @@ def checked_sampling(temperature, top_k, top_p):
     if top_p is not None:
         top_p = _number("top_p", top_p, "in (0, 1]", lambda x: x > 0)
     return {
-        "temperature": as_temperature(check_temperature(temperature)),
+        "temperature": as_positive32(check_temperature(temperature)),
         "top_k": None if top_k is None or top_k <= 0 else int(top_k),
         "top_p": None if top_p is None or top_p >= 1 else top_p,
     }
