@@ -17,12 +17,13 @@ def test_parameters_are_those_of_lanes():
         DecodeParams(16, threshold=0.7, editing_threshold=0.5, steps=8, temperature=0.5, top_k=3, top_p=0.9),
         DecodeParams(16, profile="hf-2.0", eos_early_stop=True),
         DecodeParams(16, profile="hf-2.1"),
+        DecodeParams(16, policy="entropy", entropy_bound=0.7, entropy_decay=0.9),
     ]
-    eos = [[252], [252, 7], []]
-    lanes = Lanes(3, 8, SpecialIds(255), max_eos=2)
+    eos = [[252], [252, 7], [], [7]]
+    lanes = Lanes(4, 8, SpecialIds(255), max_eos=2)
     for lane, one in enumerate(each):
         lanes.open(lane, 8, [3], 25, 32, row_rule(one, 8), lane, eos[lane])
-    ours = refine_params(each, 8, range(3), eos)
+    ours = refine_params(each, 8, range(4), eos)
     for field in fields(RefineParams):
         a, b = getattr(ours, field.name), getattr(lanes.params, field.name)
         assert a.dtype == b.dtype and torch.equal(a, b), field.name
@@ -33,6 +34,8 @@ def test_parameters_are_those_of_lanes():
     ({"eos_ids": [[1]] * 3}, "seeds, eos_ids: expected 2 each"),
     ({"params": [DecodeParams(), 0.5]}, "params: expected DecodeParams, got float"),
     ({"params": [DecodeParams(editing_threshold=0.5, edit_window=2)] * 2}, "edit_window=2: expected 0"),
+    ({"params": [DecodeParams(policy="entropy"), DecodeParams(policy="self_speculative")]},
+     "policy='self_speculative': expected another one, a draft is checked by a forward of its own"),
 ])  # fmt: skip
 def test_bad_input(change, message):
     call = {"params": [DecodeParams()] * 2, "block_length": 8, "seeds": [1, 2], "eos_ids": [[]] * 2} | change
@@ -42,7 +45,7 @@ def test_bad_input(change, message):
 
 @pytest.mark.parametrize("params", [
     "threshold=0.9, eos_early_stop=True", "threshold=0.5, editing_threshold=0.5, eos_early_stop=True",
-    "threshold=0.9, steps=8, temperature=0.7, top_p=0.9",
+    "threshold=0.9, steps=8, temperature=0.7, top_p=0.9", "policy='entropy', eos_early_stop=True",
 ])  # fmt: skip
 def test_the_loop_of_the_readme_gives_the_tokens_of_generate(params):
     loop = next(block for block in BLOCKS if "Lanes" in block)
