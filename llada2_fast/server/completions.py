@@ -41,7 +41,8 @@ class Completions:
 
     async def answer(self, body, http):
         """The response to a ChatRequest or a CompletionRequest. http: starlette's Request."""
-        model, job = self.check_model(body.model), Job.of(body, self.config, self.defaults)
+        edits = self.serving.engine.intake.ids.edits
+        model, job = self.check_model(body.model), Job.of(body, self.config, self.defaults, edits)
         kind = ChatFormat if isinstance(body, ChatRequest) else CompletionFormat
         request_id = body.request_id or f"{kind.prefix}-{uuid.uuid4().hex}"
         answer = _Answer(self, body, kind(request_id, model, body, self.texts, self._trace), http.state.told)

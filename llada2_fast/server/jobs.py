@@ -10,6 +10,7 @@ from .errors import ApiError, refused
 from .guard import is_deeper
 from .schema import DECODING, ChatRequest, CompletionRequest, Generation, Message
 
+_POLICY = "policy", "entropy_bound", "entropy_decay"  # that, and its two numbers
 COMPLETION_TOKENS = 16  # of /v1/completions where nothing is asked for, as everywhere
 
 
@@ -31,9 +32,9 @@ class Job:
     names: dict[str, str]
 
     @classmethod
-    def of(cls, body: Generation, config, defaults: dict) -> "Job":
-        """config: ServerConfig; defaults: DecodeParams' fields for requests that do not say. ApiError naming the field
-        that cannot be honoured."""
+    def of(cls, body: Generation, config, defaults: dict, edits: bool = False) -> "Job":
+        """config: ServerConfig; defaults: DecodeParams' fields for requests that do not say; edits: the model deletes
+        and inserts where it edits (LLaDA2.2). ApiError naming the field that cannot be honoured."""
         _check(body, config)
         given = {name: getattr(body, name) for name in (*DECODING, "seed") if getattr(body, name) is not None}
         if body.top_k is not None:
@@ -41,12 +42,9 @@ class Job:
         if body.ignore_eos:
             given["eos_ids"] = ()
         language, names = _language(body, config)
-        profile = given.get("profile", defaults.get("profile", DecodeParams.profile))
-        if language or body.canvas is not None or not getattr(PROFILES.get(profile), "windows", False):
-            defaults = {
-                name: value for name, value in defaults.items() if name != "edit_window"
-            }  # it has no place there
         preset = PRESETS[body.mode] if body.mode else {}
+        asked = {**preset, **given, **language}
+        defaults = _with_a_place(defaults, asked, bool(language), body.canvas is not None, edits)
         chat = isinstance(body, ChatRequest)
         max_tokens = body.max_tokens
         if chat and body.max_completion_tokens is not None:
@@ -62,7 +60,7 @@ class Job:
         longest = config.request_timeout_s
         deadline_s = longest if body.deadline_s is None else min(body.deadline_s, longest)
         try:
-            params = DecodeParams(**{**defaults, **preset, **given, **language, "gen_length": max_tokens or usual})
+            params = DecodeParams(**{**defaults, **asked, "gen_length": max_tokens or usual})
             options = RequestOptions(
                 stop=body.stop, stop_token_ids=body.stop_token_ids, include_stop=bool(body.include_stop_str_in_output),
                 skip_special_tokens=body.skip_special_tokens is not False, min_tokens=body.min_tokens,
@@ -105,6 +103,23 @@ class Job:
             params = replace(self.params, gen_length=min(self.params.gen_length, room))
             each += [(prompt, sample(params, len(each) + i)) for i in range(self.n)]
         return each
+
+
+def _with_a_place(defaults, asked, has_language, has_canvas, edits):
+    """The usual settings without a window or a policy that has no place beside what a request asks for. What it asks
+    for itself stays, to be refused by name. A threshold, a mode's too, is the threshold rule's."""
+    wanted, usual = defaults | asked, defaults.get("policy")
+    traits = PROFILES.get(wanted.get("profile", DecodeParams.profile))
+    editing = wanted.get("editing_threshold") is not None
+    draws = wanted.get("temperature", 0) > 0 and wanted.get("sampling_method") != "greedy"
+    left_out = {
+        ("edit_window",): has_language or has_canvas or not (traits and traits.windows),
+        _POLICY: has_language or not (traits and traits.policies) or (editing and edits)
+        or (usual == "self_speculative" and (has_canvas or draws or editing))
+        or asked.get("policy", usual) != usual or ("threshold" in asked and asked.keys().isdisjoint(_POLICY)),
+    }  # fmt: skip
+    dropped = {name for names, drops in left_out.items() if drops for name in names}
+    return {name: value for name, value in defaults.items() if name not in dropped}
 
 
 def _language(body, config):

@@ -173,7 +173,6 @@ class Generation(Decoding, Options):
         description="what is given of the answer, which is as long: a text with {gap:n} for n tokens, or ids and null",
     )
     mode: Literal[tuple(PRESETS)] | None = Field(None, description="a preset of the fields that are not given")
-    policy: Literal["threshold"] | None = Field(None, description="by which rule tokens are committed")
     stream: bool | None = Field(None, description="send blocks as they are committed, as server-sent events")
     stream_options: StreamOptions | None = None
     draft: bool | None = Field(None, description="of a stream: also the open block as it stands")

@@ -197,3 +197,75 @@ def test_a_window_that_is_only_usual_gives_way(asked, window):
     body = ChatRequest(messages=[{"role": "user", "content": "Hi"}], **asked)
     job = Job.of(body, ServerConfig(), {"editing_threshold": 0.5, "edit_window": 1})
     assert job.params.edit_window == window
+
+
+SPECULATING = {"policy": "self_speculative", "entropy_bound": 2.0}
+BY_ENTROPY = {"policy": "entropy", "entropy_bound": 2.0, "entropy_decay": 0.5}
+
+
+@pytest.mark.parametrize(
+    "usual, asked, policy",
+    [
+        (BY_ENTROPY, {}, ("entropy", 2.0, 0.5)),
+        (BY_ENTROPY, {"entropy_bound": 1}, ("entropy", 1.0, 0.5)),
+        (BY_ENTROPY, {"policy": "entropy", "entropy_decay": 1.0}, ("entropy", 2.0, 1.0)),
+        (BY_ENTROPY, {"policy": "threshold"}, ("threshold", None, 1.0)),
+        (BY_ENTROPY, {"policy": "self_speculative"}, ("self_speculative", 0.3, 1.0)),
+        (BY_ENTROPY, {"temperature": 0.7, "editing_threshold": 0.5}, ("entropy", 2.0, 0.5)),
+        (BY_ENTROPY, {"canvas": [None] * 4}, ("entropy", 2.0, 0.5)),
+        (BY_ENTROPY, {"guided_regex": "[0-9]+"}, ("threshold", None, 1.0)),
+        (BY_ENTROPY, {"profile": "hf-2.1"}, ("threshold", None, 1.0)),
+        (BY_ENTROPY, {"threshold": 0.7}, ("threshold", None, 1.0)),
+        (BY_ENTROPY, {"threshold": 0.7, "policy": "entropy"}, ("entropy", 2.0, 0.5)),
+        (BY_ENTROPY, {"threshold": 0.7, "entropy_bound": 1.0}, ("entropy", 1.0, 0.5)),
+        (BY_ENTROPY, {"mode": "speed"}, ("threshold", None, 1.0)),
+        (BY_ENTROPY, {"mode": "speed", "policy": "entropy"}, ("entropy", 2.0, 0.5)),
+        (SPECULATING, {}, ("self_speculative", 2.0, 1.0)),
+        (SPECULATING, {"temperature": 0.7}, ("threshold", None, 1.0)),
+        (SPECULATING, {"temperature": 0.7, "sampling_method": "greedy"}, ("self_speculative", 2.0, 1.0)),
+        (SPECULATING, {"editing_threshold": 0.5}, ("threshold", None, 1.0)),
+        (SPECULATING, {"mode": "quality"}, ("threshold", None, 1.0)),
+        (SPECULATING, {"canvas": [None] * 4}, ("threshold", None, 1.0)),
+        (SPECULATING, {"policy": "entropy"}, ("entropy", 0.3, 1.0)),
+        ({"temperature": 0.7}, {"policy": "self_speculative", "temperature": 0}, ("self_speculative", 0.3, 1.0)),
+    ],
+)
+def test_a_policy_that_is_only_usual_gives_way(usual, asked, policy):
+    """`serve --policy entropy`: a request may say otherwise, also by what the policy has no place beside."""
+    params = job_of(asked, usual).params
+    assert (params.policy, params.entropy_bound, params.entropy_decay) == policy
+
+
+def test_a_usual_policy_gives_way_where_a_model_deletes_and_inserts():
+    assert job_of({"editing_threshold": 0.5}, BY_ENTROPY, True).params.policy == "threshold"
+    assert job_of({}, BY_ENTROPY, True).params.policy == "entropy"
+
+
+@pytest.mark.parametrize(
+    "usual, asked, name",
+    [
+        ({}, {"policy": "greedy"}, "policy"),
+        ({}, {"entropy_bound": 0.5}, "entropy_bound"),
+        ({}, {"entropy_decay": 0.5}, "entropy_decay"),
+        ({}, {"policy": "entropy", "entropy_bound": -1.0}, "entropy_bound"),
+        ({}, {"policy": "entropy", "guided_regex": "[0-9]+"}, "policy"),
+        (BY_ENTROPY, {"policy": "threshold", "entropy_bound": 0.5}, "entropy_bound"),
+        (BY_ENTROPY, {"guided_regex": "[0-9]+", "entropy_bound": 0.5}, "entropy_bound"),
+        (BY_ENTROPY, {"profile": "hf-2.1", "policy": "entropy"}, "policy"),
+        (BY_ENTROPY, {"profile": "hf-3"}, "profile"),
+        (SPECULATING, {"temperature": 0.7, "policy": "self_speculative"}, "policy"),
+        (SPECULATING, {"mode": "quality", "policy": "self_speculative"}, "policy"),
+        (SPECULATING, {"editing_threshold": 0.5, "entropy_decay": 0.5}, "entropy_decay"),
+        ({"editing_threshold": 0.5}, {"policy": "self_speculative"}, "policy"),
+    ],
+)
+def test_what_a_request_says_of_policies_itself_is_refused_by_name(usual, asked, name):
+    with pytest.raises(ApiError) as refused:
+        job_of(asked, usual)
+    assert (refused.value.status, refused.value.param) == (400, name)
+    assert refused.value.message.startswith(f"{name}: expected ")
+
+
+def job_of(asked, usual, edits=False):
+    body = ChatRequest(messages=[{"role": "user", "content": "Hi"}], **asked)
+    return Job.of(body, ServerConfig(), usual, edits)
