@@ -11,11 +11,12 @@ from llada2_fast import DecodeParams, Engine, EngineConfig, demo
 from llada2_fast.kernels import router
 from llada2_fast.kernels._triton import force_ops
 from llada2_fast.model import LLaDA2Model
-from tests.engine.common import chat
+from tests.engine.common import UNDERTRAINED, chat
 from tests.kernels.interpreter import interpreted
 from tests.rounding import decode, first_difference, undecided_from, writes
 
 SETS = ("tiny", "group", "variant", "flat", "moe256", "bf16", "block22")
+MIXED = UNDERTRAINED.parent / "mixed"
 PROMPTS = ("Add 847 and 96.", "Spell 4071.", "Reverse moon crow bread lamp.")
 
 
@@ -56,6 +57,8 @@ def test_recorded_decodings_come_out_of_the_kernels(golden, name, label):
     "variant, text, rules",
     [
         *(("2.1", text, {"threshold": 0.9}) for text in PROMPTS),
+        ("2.1", "Spell 4071.", {"policy": "entropy", "entropy_bound": 0.5, "entropy_decay": 0.8}),
+        ("2.1", "Spell 4071.", {"policy": "self_speculative", "entropy_bound": 0.01}),
         ("2.2", "Spell 7305, 12.", {"threshold": 0.2, "editing_threshold": 0.3}),
     ],
 )  # fmt: skip
@@ -92,6 +95,18 @@ def test_recorded_decodings_come_out_of_the_graphs(golden, name):
         if decode(model, case, graphs=True) != case["output"]:
             step = first_difference(writes(model, case, graphs=True), writes(reference, case))
             assert undecided_from(reference, case) <= step < math.inf, case["label"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", ["entropy", "self_speculative"])
+def test_policies_write_the_same_on_a_gpu(policy):
+    """A batch of ragged rows by graphs, whose drafts are checked outside them, against the CPU."""
+    prompts, rules = [chat(text) for text in PROMPTS], {"policy": policy, "entropy_bound": 0.1}
+    call = {"gen_length": 64, "eos_early_stop": True, "return_dict": True}
+    wanted = load(MIXED).generate(prompts, **call, **rules)
+    ours = load(MIXED, "cuda").generate(prompts, graphs=True, **call, **rules)
+    assert torch.equal(ours.sequences.cpu(), wanted.sequences)
+    assert [row.forwards_per_block for row in ours.counters] == [row.forwards_per_block for row in wanted.counters]
 
 
 @pytest.mark.gpu

@@ -31,10 +31,12 @@ from triton.backends.nvidia import driver
 from triton.runtime.cache import FileCacheManager
 
 from llada2_fast import demo
-from llada2_fast.config import ModelConfig
+from llada2_fast.config import MAX_TOP_LOGPROBS, DecodeParams, ModelConfig
 from llada2_fast.decoding.graph_runner import StepGraph
 from llada2_fast.decoding.inputs import special_ids
 from llada2_fast.decoding.lanes import Lanes
+from llada2_fast.decoding.rules import row_rule
+from llada2_fast.decoding.speculation import Check, check
 from llada2_fast.demo import network
 from llada2_fast.kernels import _tuned, attention, norm, refine, rope
 from llada2_fast.kernels._triton import force_ops
@@ -64,7 +66,7 @@ ENTRY = re.compile(r"([A-Z2-7]{52})/(\w+\.(?:cubin|json))")  # a file of Triton'
 
 def steps_of(config, dtype, sizes, pages, prefill, length=BLOCK):
     """Steps of a network as the decode loop's graphs hold them, with and without top-k and top-p, also of rows under a
-    language, and its prefill."""
+    language, a check of drafts, and its prefill."""
     model = LLaDA2Model(config, dtype=dtype, device="meta").eval()
     cache = model.new_cache(max(pages), length)
     for active, carried in sizes:
@@ -78,6 +80,9 @@ def steps_of(config, dtype, sizes, pages, prefill, length=BLOCK):
     step.guided = True
     for step.filters in (False, True):
         step.run()
+    rule = row_rule(DecodeParams(policy="self_speculative"), length)
+    draft = Check((0, 1, 2), 2 * length, 1, [-1] * length, [0] * length, [0] * length, rule, MAX_TOP_LOGPROBS)
+    check(model, cache, [draft, draft._replace(block=0, pages=(1, 2))], lanes.ids)
     for tokens in prefill:
         count = tokens // length
         ids = torch.zeros(tokens, dtype=torch.int64, device=model.device)
