@@ -107,8 +107,7 @@ class BlockDecoder:
         sequences = [s for s in sequences if s not in pending]
         plan = self._plan(sequences, prefill)
         if sequences:
-            ended = [s.lane for s in pending if s.edit_window or s.speculates]  # guided ones only propose
-            with self.lanes.held(ended):
+            with self.lanes.held([s.lane for s in pending if s.edit_window]):  # others only propose
                 self._launched.append((list(sequences), self.runner.execute(plan)))
             self.has_launched = True
         elif prefill:

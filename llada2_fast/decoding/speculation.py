@@ -117,7 +117,7 @@ def _forward(model, cache, checks, mask_id):
         slot += [page * length + at for page in one.pages[-SCRATCH:] for at in range(length)]
         tokens += [*one.draft, *[mask_id] * length]
     table = [page for one in checks for page in (*one.pages, *[0] * (width - len(one.pages)))]
-    limit = [min(one.limit, (one.block + 1) * length) + length for one in checks]
+    limit = [one.limit + length for one in checks]  # the masks' page, too
     row, block, order, table, limit = sent((row, block, order, table, limit), device, torch.int32)
     tokens, position, slot = sent((tokens, position, slot), device, torch.int64)
     blocks = BlockBatch(row, block, table.view(-1, width), limit, order)
