@@ -263,9 +263,8 @@ class BlockDecoder:
         by.wait()
         for sequence in sequences:
             sequence.take_draft()
-        state, report = accept(sequences, checks, by.read(by.lanes), self.lanes.ids)
-        for row, number in by.rows.items():
-            report[row, refine.FLAGS] |= number[refine.FLAGS] & refine.ERROR
+        bad = [bool(by.rows[row][refine.FLAGS] & refine.ERROR) for row in by.lanes]
+        state, report = accept(sequences, checks, by.read(by.lanes), bad, self.lanes.ids)
         self.lanes.write(lanes, state)
         result.replace(lanes, report, by)
 

@@ -13,6 +13,7 @@ Source: S2D2 (arXiv 2603.25702), in a greedy form that draws nothing. Shapes: L 
 logits, V vocab.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -124,20 +125,25 @@ def _forward(model, cache, checks, mask_id):
     return model.forward_blocks(tokens, position, blocks, cache, slots=slot)
 
 
-def accept(sequences: list[Sequence], checks: list[Check], found, ids: SpecialIds) -> tuple[BlockState, np.ndarray]:
+def accept(
+    sequences: list[Sequence], checks: list[Check], found, bad: list[bool], ids: SpecialIds
+) -> tuple[BlockState, np.ndarray]:
     """What their checks do to the active blocks of N sequences.
 
     checks: of each.
     found: of each, as of StepResult.read, its block with all masks written.
+    bad: of each, whether its logits hold NaN or infinity.
     ids: the model's special ids.
     Returns as of proposals.decide.
     """
 
     def agreed(commit, edit):
         rows = [_agreed(one, tokens) for one, (tokens, *_) in zip(checks, found, strict=True)]
-        return torch.tensor(rows, dtype=torch.bool, device="cpu"), edit
+        return commit & torch.tensor(rows, dtype=torch.bool, device="cpu"), edit
 
-    return written(sequences, [one.rule for one in checks], found, ids, agreed)
+    nothing = [math.nan] * len(checks[0].tokens)
+    proposed = [(*one[:2], nothing, None) if error else one for one, error in zip(found, bad, strict=True)]
+    return written(sequences, [one.rule for one in checks], proposed, ids, agreed)
 
 
 def _agreed(one, tokens):
