@@ -64,9 +64,9 @@ class Engine:
     else is running; on a float32 CPU bit for bit where block_length is a multiple of 4.
 
     What a request brings ends that request alone, with finish_reason "error": its tokenizer, NaN in its logits, no
-    memory for it. A forward that raises ends the requests in it, be it a step's or a window pass's. Faults are logged
-    with their traceback. Ctrl-C, TimeoutError and what a signal handler raises reach the caller at whatever line they
-    come: requests of generate() are cancelled then, others go on from their last finished block.
+    memory for it. A forward that raises ends the requests in it, be it a step's, a window pass's or a check's. Faults
+    are logged with their traceback. Ctrl-C, TimeoutError and what a signal handler raises reach the caller at whatever
+    line they come: requests of generate() are cancelled then, others go on from their last finished block.
     """
 
     def __init__(self, model, config: EngineConfig | None = None, tokenizer=None, clock=time.perf_counter):
@@ -334,7 +334,7 @@ class Engine:
         """A step has failed: those whose work was being done end. If it was nobody's, it is tried once more, and then
         everybody ends."""
         revised, turn = set(self.decoder.revised), self.scheduler.turn
-        if revised:  # a window pass, behind the step itself
+        if revised:  # a window pass or a check, behind the step itself
             turn = [request for request in self.scheduler.running if request.sequence in revised]
         theirs = [request for request in turn if request.output is None]
         if not theirs:

@@ -91,9 +91,10 @@ class Intake:
         )  # fmt: skip
         check_size(sequence, self.most_tokens)
         if sequence.num_pages > self.num_pages:
-            window = f" and edit_window={params.edit_window}" if params.edit_window else ""
+            also = f" and edit_window={params.edit_window}" if params.edit_window else ""
+            also += f" and policy={params.policy!r}" if params.checks else ""
             raise ValueError(
-                f"gen_length={params.gen_length}: with the {len(prompt)} tokens of prompt {number}{window} "
+                f"gen_length={params.gen_length}: with the {len(prompt)} tokens of prompt {number}{also} "
                 f"{sequence.num_pages} pages of {self.block_length} tokens are needed, the whole cache has "
                 f"{self.num_pages} (cache_tokens)"
             )
