@@ -88,7 +88,7 @@ def assert_as_alone(output, model, prompt, params, traced=True):
     assert output.token_ids == tokens_alone(model, prompt, params)
     assert output.finish_reason == wanted.finish_reasons[0]
     assert output.trace == (wanted.trace[0] if traced else None)
-    for name in ("denoise_forwards", "commits", "edits", "forwards_per_block"):
+    for name in ("denoise_forwards", "window_forwards", "check_forwards", "commits", "edits", "forwards_per_block"):
         assert getattr(counters, name) == getattr(wanted.counters[0], name), name
     writes = wanted.trace[0].commits()
     told = [writes[len(prompt) + i] for i in range(len(output.token_ids))]
@@ -113,4 +113,6 @@ PARAMS = [  # a request of every kind
     DecodeParams(gen_length=8, attend_tail=False, threshold=0.2, editing_threshold=0.0, max_post_steps=2),
     DecodeParams(gen_length=10, profile="hf-2.0", steps=4, threshold=0.4, eos_early_stop=True, eos_ids=(3, 7)),
     DecodeParams(gen_length=10, profile="hf-2.1", threshold=0.4, max_post_steps=2, eos_early_stop=True, eos_ids=(3, 7)),
+    DecodeParams(gen_length=14, policy="entropy", entropy_bound=2.0, entropy_decay=0.8, editing_threshold=0.3),
+    DecodeParams(gen_length=13, policy="self_speculative", entropy_bound=0.2, eos_early_stop=True),
 ]

@@ -23,10 +23,19 @@ from tests.engine.common import (
 
 QUICK = (Phase.explicit, Phase.generate)
 
+
+def allowed(edit_window, policy, entropy_bound, entropy_decay, **fields):
+    """DecodeParams without what contradicts the rest."""
+    edits = fields["editing_threshold"] is not None
+    if policy == "self_speculative" and (edits or fields["temperature"]):
+        policy = "entropy"
+    if policy != "threshold":
+        fields |= {"policy": policy, "entropy_bound": entropy_bound, "entropy_decay": entropy_decay}
+    return DecodeParams(**fields, edit_window=edit_window if edits else 0)
+
+
 params_of = st.builds(
-    lambda edit_window, **fields: DecodeParams(
-        **fields, edit_window=0 if fields["editing_threshold"] is None else edit_window
-    ),
+    allowed,
     gen_length=st.sampled_from([13, 4, 20, 9, 1]),
     steps=st.sampled_from([4, 2, 8, 1]),
     threshold=st.sampled_from([0.4, 0.25, 0.7, 2.0, 0.0]),
@@ -41,6 +50,9 @@ params_of = st.builds(
     eos_early_stop=st.booleans(),
     eos_ids=st.sampled_from([None, (), (1, 5, 9, 13)]),
     attend_tail=st.sampled_from([True, True, False]),
+    policy=st.sampled_from(["self_speculative", "threshold", "entropy", "threshold"]),
+    entropy_bound=st.sampled_from([0.3, 0.0, 2.0, 6.0]),
+    entropy_decay=st.sampled_from([1.0, 0.6]),
 )
 # Prompts begin alike, so that they share pages; some are another one's first turn and answer.
 prompts_of = st.builds(
@@ -136,7 +148,7 @@ CHATS = [
 @settings(max_examples=8, phases=QUICK)
 @given(
     engines_of,
-    st.lists(st.tuples(st.sampled_from(CHATS), st.integers(0, 3), st.integers(0, 5)), min_size=2, max_size=6),
+    st.lists(st.tuples(st.sampled_from(CHATS), st.integers(0, 5), st.integers(0, 5)), min_size=2, max_size=6),
 )  # fmt: skip
 def test_any_mix_on_the_embedded_model(config, picks):
     kinds = [
@@ -144,6 +156,8 @@ def test_any_mix_on_the_embedded_model(config, picks):
         DecodeParams.preset("speed", gen_length=48, eos_early_stop=True),
         DecodeParams(gen_length=48, threshold=0.9, eos_early_stop=True),
         DecodeParams(gen_length=48, temperature=1.0, top_p=0.95, seed=11, threshold=0.6, eos_early_stop=True),
+        DecodeParams(gen_length=48, policy="entropy", entropy_bound=1.0, editing_threshold=0.5, eos_early_stop=True),
+        DecodeParams(gen_length=48, policy="self_speculative", eos_early_stop=True),
     ]
     model = demo_model(UNDERTRAINED)
     jobs = [(prompt, kinds[kind], 0, arrives, None) for prompt, kind, arrives in picks]
@@ -188,7 +202,7 @@ class Operations(RuleBasedStateMachine):
         self.engine = small_engine(model=random_model(0, 1), max_waiting=4, **config | {"cache_tokens": 120})
         self.requests = []
 
-    @rule(shared=st.sampled_from([0, 8, 20]), own=st.integers(0, 6), kind=st.integers(0, 5), priority=st.integers(0, 2))
+    @rule(shared=st.sampled_from([0, 8, 20]), own=st.integers(0, 6), kind=st.integers(0, 7), priority=st.integers(0, 2))
     def add(self, shared, own, kind, priority):
         full = len(self.engine.scheduler.waiting) >= 4
         try:
