@@ -63,6 +63,7 @@ JOBS = {
     "alike": Job(SHARED + prompt_of(2, 4), PARAMS[6]),
     "left": Job(prompt_of(5, 5), PARAMS[4], at=1, cancelled=7),
     "late": Job(prompt_of(7, 6), PARAMS[0], at=2, options={"deadline_s": 0.0120}),
+    "checked": Job(prompt_of(4, 8), PARAMS[9], at=2),
     "urgent": Job(SHARED + prompt_of(18, 7), PARAMS[3], at=3, options={"priority": 5.0, "stop_token_ids": [3]}),
 }
 CONFIGS = {
@@ -217,7 +218,7 @@ class Run:
         else:
             for one in ("token_ids", "confidences", "steps", "text", "finish_reason", "stop_reason", "trace"):
                 assert getattr(output, one) == getattr(whole, one), (name, one)
-            for one in ("denoise_forwards", "commits", "edits", "forwards_per_block"):
+            for one in ("denoise_forwards", "check_forwards", "commits", "edits", "forwards_per_block"):
                 assert getattr(output.counters, one) == getattr(whole.counters, one), (name, one)
         return True
 
@@ -367,6 +368,7 @@ def test_the_scenario_goes_everywhere():
         "_take_away", "_evict", "process", "finish", "draft", "_entry", "_end_overdue", "_deliver", "_give", "_end",
         "_forget", "_stops_inside", "find_stop", "release", "take_step", "begin_next", "prefill_of", "execute", "open",
         "resume", "cancel", "submit", "_queue", "_await_deadline", "prompt", "_check_options", "allocate", "incref",
+        "_check_together", "take_draft", "accept", "_revise_together", "take_window",
     }  # fmt: skip
     reached = {*cuts("eager", "steps")[1].values(), *cuts("eager", "stream")[1].values()}
     assert not wanted - reached
