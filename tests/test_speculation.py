@@ -74,7 +74,7 @@ def test_a_check_says_what_the_model_says_token_by_token(name):
             CachedForward(model, cache).prefill([Prefill(pages, limit, 0, tokens[:begin])])
         known = [token if at < given else -1 for at, token in enumerate(tokens[begin:])]
         kinds = block_kinds(tokens[begin : begin + given], begin, length, limit, limit)
-        rule = speculation._all_at_once(CHECKED)
+        rule = CHECKED
         checks.append(Check(pages[:block] + scratch, limit, block, known, tokens[begin:], kinds, rule, 0))
         rows.append((tokens, begin, given, limit))
         own += pages

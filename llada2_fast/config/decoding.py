@@ -23,6 +23,7 @@ from .languages import LANGUAGES, as_choices, as_pattern, as_schema
 
 SAMPLING_METHODS = ("auto", "greedy", "multinomial")
 POLICIES = ("threshold", "entropy", "self_speculative")
+CHECK_PAGES = 2  # that a draft's check needs: of the draft, and of the masks beside it
 ENTROPY_BOUND = 0.3  # nats, of a policy by entropy where none is given
 
 

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from .checks import as_flag, as_float, as_int, check, described, doc, put, renamed
+from .decoding import CHECK_PAGES
 from .languages import MAX_STATES
 
 
@@ -61,5 +62,5 @@ def room_for(lengths, block_length: int, together: int, edit_window: int = 0, ch
     """
     blocks = sorted((-(-length // block_length) for length in lengths), reverse=True)
     window = edit_window + 1 if edit_window else 0
-    scratch = [max(min(window, count), 2 * checks) for count in blocks]
+    scratch = [max(min(window, count), CHECK_PAGES * checks) for count in blocks]
     return block_length * max(1, sum(blocks[:together]) + sum(scratch[:together]))

@@ -13,10 +13,9 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..kernels import refine
-from .proposals import decide
+from .proposals import accept, decide
 from .runner import LaneStep, Plan, Prefill, StepResult
 from .sequence import Phase, Sequence
-from .speculation import Check, accept
 
 # Prompt tokens of one prefill forward, by device; longer prompts go in chunks of whole blocks. On a CPU chunks keep the
 # peak of memory down whatever the prompt's length; 192 took another third off it and a prefill took 14 to 18 % longer.
@@ -258,7 +257,7 @@ class BlockDecoder:
     def _check_together(self, sequences, result):
         lanes = [sequence.lane for sequence in sequences]
         drafts = zip(sequences, result.read(lanes, details=False), strict=True)
-        checks = [Check.of(sequence, candidates) for sequence, (candidates, *_) in drafts]
+        checks = [sequence.check(candidates) for sequence, (candidates, *_) in drafts]
         by = self.runner.check(checks)
         by.wait()
         for sequence in sequences:

@@ -5,15 +5,16 @@ if a completion of the block is left beside those before it; the first commit al
 is possible are filled whatever its confidence. Of a draft that was checked: what speculation.py says.
 """
 
-from collections.abc import Callable
+import math
 
 import numpy as np
 import torch
 
 from ..kernels.commit import commit_ref
 from ..kernels.refine import BlockState, SpecialIds
-from .rules import Rule, batch_params
+from .rules import batch_params
 from .sequence import Sequence
+from .speculation import Check, everything
 
 
 def decide(sequences: list[Sequence], proposed, ids: SpecialIds) -> tuple[BlockState, np.ndarray]:
@@ -29,13 +30,32 @@ def decide(sequences: list[Sequence], proposed, ids: SpecialIds) -> tuple[BlockS
         pairs = (_written(s.guide(), token, sure, *chosen) for s, (token, _, sure, _), *chosen in rows)
         return tuple(torch.tensor(chosen, dtype=torch.bool, device="cpu") for chosen in zip(*pairs, strict=True))
 
-    return written(sequences, [s.rule for s in sequences], proposed, ids, check)
+    return _apply(sequences, [s.rule for s in sequences], proposed, ids, check)
 
 
-def written(
-    sequences: list[Sequence], rules: list[Rule], proposed, ids: SpecialIds, check: Callable
+def accept(
+    sequences: list[Sequence], checks: list[Check], found, bad: list[bool], ids: SpecialIds
 ) -> tuple[BlockState, np.ndarray]:
-    """As `decide`, of any R sequences. rules: of each; check: as of kernels.commit.commit_ref."""
+    """What their checks do to the active blocks of N sequences.
+
+    checks: of each.
+    found: of each, as of StepResult.read, its block with all masks written.
+    bad: of each, whether its logits hold NaN or infinity.
+    ids: the model's special ids.
+    Returns as of proposals.decide.
+    """
+
+    def agreed(commit, edit):
+        rows = [_agreed(one, tokens) for one, (tokens, *_) in zip(checks, found, strict=True)]
+        return commit & torch.tensor(rows, dtype=torch.bool, device="cpu"), edit
+
+    nothing = [math.nan] * len(checks[0].tokens)
+    proposed = [(*one[:2], nothing, None) if error else one for one, error in zip(found, bad, strict=True)]
+    return _apply(sequences, [everything(one.rule) for one in checks], proposed, ids, agreed)
+
+
+def _apply(sequences, rules, proposed, ids, check):
+    """What R sequences' rules make of what is proposed, as `decide` returns it; check: as of commit_ref."""
     token, confidence = ([one[at] for one in proposed] for at in (0, 2))
     state = BlockState.fresh(
         _column(sequences, "tokens"), _column(sequences, "kinds", torch.int8), _column(sequences, "block_start")
@@ -61,6 +81,15 @@ def _written(guide, token, confidence, commit, edit):
         for at in order:
             chosen[at] = chosen[at] and guide.write(at, token[at])
     return commit, edit
+
+
+def _agreed(one, tokens):
+    """The masks up to the first at which block size 1 says something else than the draft, bools [L]."""
+    agrees, chosen = True, []
+    for held, draft, token in zip(one.tokens, one.draft, tokens, strict=True):
+        chosen.append(held < 0 and agrees)
+        agrees = agrees and draft == token
+    return chosen
 
 
 def _column(sequences, name, dtype=torch.int64):

@@ -13,12 +13,13 @@ from enum import Enum
 from itertools import islice, takewhile
 from typing import NamedTuple
 
-from ..config import MAX_TOP_LOGPROBS, DecodeParams
+from ..config import CHECK_PAGES, MAX_TOP_LOGPROBS, DecodeParams
 from ..kernels import refine
 from ..kernels.roles import SpecialIds, block_kinds, block_tokens
 from ..structured import TokenAutomaton
 from .guide import BlockGuide, gaps_of
 from .rules import row_rule
+from .speculation import Check
 from .trace import Event, sources
 from .window import Window
 
@@ -130,7 +131,8 @@ class Sequence:
         self.num_blocks = -(-self.total // block_length)
         self.limit = self.num_blocks * block_length if params.attend_tail else self.total
         self.edit_window = min(params.edit_window, self.num_blocks - 1 - self.first_block)
-        self.num_pages = self.num_blocks + scratch_pages(params, self.edit_window)
+        window = self.edit_window + 1 if self.edit_window else 0
+        self.num_pages = self.num_blocks + (CHECK_PAGES if params.checks else window)  # it has one or the other
         self._gaps = gaps_of(self._given, self.total)
         self._guide: BlockGuide | None = None
         self.phase = Phase.WAITING
@@ -357,6 +359,17 @@ class Sequence:
         pairs = zip(self.tokens, self.kinds, strict=True)
         return [token == self.mask_id and kind in open_kinds for token, kind in pairs]
 
+    def check(self, candidates: list[int]) -> Check:
+        """The check of what a step has drafted. candidates: by position, anything where there is no mask."""
+        scratch = self.pages[self.num_blocks :][:CHECK_PAGES]
+        pairs = list(zip(self.masked, self.tokens, candidates, strict=True))
+        return Check(
+            self.pages[: self.block] + scratch, self.limit, self.block,
+            [-1 if masked else token for masked, token, _ in pairs],
+            [candidate if masked else token for masked, token, candidate in pairs],
+            self.kinds, self.rule, self.top_logprobs,
+        )  # fmt: skip
+
     def take_draft(self):
         """A step has drafted the active block and written nothing; the step that checks it comes next."""
         self.block_steps += 1
@@ -570,10 +583,3 @@ class Sequence:
 def _likeliest(ids, logprobs, at):
     """(id, log-probability) of those that are listed at a position."""
     return [pair for pair in zip(ids[at], logprobs[at], strict=True) if pair[0] >= 0]
-
-
-def scratch_pages(params: DecodeParams, edit_window: int) -> int:
-    """Pages that a sequence needs beside those of its blocks; edit_window: the blocks that its windows have at most."""
-    if params.checks:  # which does not edit
-        return 2
-    return edit_window + 1 if edit_window else 0

@@ -13,22 +13,16 @@ Source: S2D2 (arXiv 2603.25702), in a greedy form that draws nothing. Shapes: L 
 logits, V vocab.
 """
 
-import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
-from ..kernels import refine
+from ..config import CHECK_PAGES
 from ..kernels.attention import CLEAN, MASKED, BlockBatch
-from ..kernels.refine import BlockState, RefineOutput, SpecialIds, refine_step
+from ..kernels.refine import ENTROPY, SPECULATES, BlockState, RefineOutput, SpecialIds, refine_step
 from ..kernels.top_logprobs import top_logprobs
-from .proposals import written
 from .rules import Rule, batch_params
-from .sequence import Sequence
 from .window import sent
-
-SCRATCH = 2  # pages of a check
 
 
 class Check(NamedTuple):
@@ -39,7 +33,7 @@ class Check(NamedTuple):
     block: its number.
     tokens: of its positions, -1 at masks; draft: the same with the candidates there.
     kinds: of its positions (kernels.roles).
-    rule: by which all masks are committed.
+    rule: of the row.
     top: how many of the likeliest ids the row wants for each token, 0 = none.
     """
 
@@ -52,22 +46,10 @@ class Check(NamedTuple):
     rule: Rule
     top: int
 
-    @classmethod
-    def of(cls, sequence: Sequence, candidates: list[int]) -> "Check":
-        """candidates: of a step, by position; anything where there is no mask."""
-        masked, end = sequence.masked, sequence.block
-        pairs = list(zip(masked, sequence.tokens, candidates, strict=True))
-        return cls(
-            sequence.pages[:end] + sequence.pages[sequence.num_blocks :][:SCRATCH], sequence.limit, end,
-            [-1 if mask else token for mask, token, _ in pairs],
-            [candidate if mask else token for mask, token, candidate in pairs],
-            sequence.kinds, _all_at_once(sequence.rule), sequence.top_logprobs,
-        )  # fmt: skip
 
-
-def _all_at_once(rule):
-    """The rule that commits all masks."""
-    return rule._replace(flags=rule.flags & ~(refine.ENTROPY | refine.SPECULATES), threshold=-1.0)
+def everything(rule: Rule) -> Rule:
+    """The rule that commits all masks, of a row that speculates."""
+    return rule._replace(flags=rule.flags & ~(ENTROPY | SPECULATES), threshold=-1.0)
 
 
 def check(
@@ -98,7 +80,8 @@ def check(
     tokens, index, kinds = (part.view(-1, length) for part in (tokens, index, kinds))
     logits = model.lm_logits(hidden[read])
 
-    params = batch_params([one.rule for one in checks], [0] * len(checks), [()] * len(checks), device)
+    rules = [everything(one.rule) for one in checks]
+    params = batch_params(rules, [0] * len(checks), [()] * len(checks), device)
     most = max(one.top for one in checks)
     listed = top_logprobs(logits, index, params.flags, ids.mask, most) if most else None
     state = BlockState.fresh(tokens, kinds.to(torch.int8), starts)
@@ -111,11 +94,11 @@ def _forward(model, cache, checks, mask_id):
     width = max(len(one.pages) for one in checks)
     row, block, order, position, slot, tokens = [], [], [], [], [], []
     for number, one in enumerate(checks):
-        row += [number] * SCRATCH
+        row += [number] * CHECK_PAGES
         block += [one.block, one.block + 1]
         order += [CLEAN, MASKED]
-        position += [*range(one.block * length, (one.block + 1) * length)] * SCRATCH
-        slot += [page * length + at for page in one.pages[-SCRATCH:] for at in range(length)]
+        position += [*range(one.block * length, (one.block + 1) * length)] * CHECK_PAGES
+        slot += [page * length + at for page in one.pages[-CHECK_PAGES:] for at in range(length)]
         tokens += [*one.draft, *[mask_id] * length]
     table = [page for one in checks for page in (*one.pages, *[0] * (width - len(one.pages)))]
     limit = [one.limit + length for one in checks]  # the masks' page, too
@@ -123,33 +106,3 @@ def _forward(model, cache, checks, mask_id):
     tokens, position, slot = sent((tokens, position, slot), device, torch.int64)
     blocks = BlockBatch(row, block, table.view(-1, width), limit, order)
     return model.forward_blocks(tokens, position, blocks, cache, slots=slot)
-
-
-def accept(
-    sequences: list[Sequence], checks: list[Check], found, bad: list[bool], ids: SpecialIds
-) -> tuple[BlockState, np.ndarray]:
-    """What their checks do to the active blocks of N sequences.
-
-    checks: of each.
-    found: of each, as of StepResult.read, its block with all masks written.
-    bad: of each, whether its logits hold NaN or infinity.
-    ids: the model's special ids.
-    Returns as of proposals.decide.
-    """
-
-    def agreed(commit, edit):
-        rows = [_agreed(one, tokens) for one, (tokens, *_) in zip(checks, found, strict=True)]
-        return commit & torch.tensor(rows, dtype=torch.bool, device="cpu"), edit
-
-    nothing = [math.nan] * len(checks[0].tokens)
-    proposed = [(*one[:2], nothing, None) if error else one for one, error in zip(found, bad, strict=True)]
-    return written(sequences, [one.rule for one in checks], proposed, ids, agreed)
-
-
-def _agreed(one, tokens):
-    """The masks up to the first at which block size 1 says something else than the draft, bools [L]."""
-    agrees, chosen = True, []
-    for held, draft, token in zip(one.tokens, one.draft, tokens, strict=True):
-        chosen.append(held < 0 and agrees)
-        agrees = agrees and draft == token
-    return chosen
