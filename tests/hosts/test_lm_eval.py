@@ -15,8 +15,11 @@ import torch
 
 from benchmarks import quality
 from benchmarks.own_server import ServerProcess
+from benchmarks.policies import compare
+from benchmarks.policies import demo as policies_demo
 from llada2_fast import LLaDA2Model, demo
 from llada2_fast.adapters.likelihood import _masks, likelihood_bound
+from llada2_fast.cli import commands as cli
 from llada2_fast.demo import tasks
 from llada2_fast.engine import Engine
 from llada2_fast.weights.special_tokens import load_tokenizer
@@ -99,6 +102,30 @@ def test_the_task_gives_the_accuracy_of_the_benchmark_to_the_digit(tmp_path):
     assert recorded["batch_size"] == 16 and recorded["pretrained"] == demo.path()
     assert results["config"]["model_dtype"] == "torch.float32" and results["config"]["batch_sizes"] == [16]
     assert recorded["tokens_per_forward"] == pytest.approx(tpf, rel=0.1)  # there the mean over tasks
+
+
+def test_policies_are_compared_on_the_tasks(capsys):
+    few = ["--tasks", "llada2_demo", "--limit", "3", "--quick", "--json", "--no-progress", "--device", "cpu"]
+    assert cli.main(["bench", "policies", *few, "--policies", "threshold,self_speculative"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(result["metrics"].values()) == {"exact_match,none"} and len(result["metrics"]) == len(tasks.TASKS)
+    model, name = LLaDA2Model.from_pretrained(demo.path(), dtype=torch.float32, progress=False), "self_speculative"
+    work = policies_demo.work_of(load_tokenizer(demo.path()), 3)
+    expected = compare.entries("llada2-fast-demo", compare.measure(model, work, ["threshold", name], True, None, False))
+    assert result["policies"] == expected
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--tasks", "nonsense"), "--tasks: Spec 'nonsense' is not a registered"),
+        (("--tasks", "llada2_demo", "--metric", "acc,none"), "--metric acc,none: expected one of exact_match,none"),
+    ],
+)
+def test_what_cannot_be_compared_is_named(capsys, arguments, message):
+    few = ("--limit", "1", "--quick", "--policies", "entropy", "--no-progress", "--device", "cpu")
+    assert cli.main(["bench", "policies", *arguments, *few]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_config_file_limit_samples_and_the_users_own_tasks(tmp_path):
