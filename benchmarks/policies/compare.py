@@ -172,7 +172,7 @@ def goals(found):
         points = [(p["tpf"], p["accuracy"], e["policy"], p["knob"]) for e in own for p in e["points"]]
         best = max((accuracy for _, accuracy, *_ in points), default=0.0)
         for goal, slack in GOALS.items() if points else ():
-            tpf, accuracy, policy, knob = max(point for point in points if point[1] >= best - slack)
+            tpf, accuracy, policy, knob = max(point for point in points if point[1] >= best - slack - 1e-9)
             told = {"policy": policy, "knob": knob, "accuracy": accuracy, "tpf": tpf}
             chosen.append({"model": model, "goal": goal} | told)
     return chosen
