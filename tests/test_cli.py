@@ -108,6 +108,9 @@ def test_raw_prompts_get_no_chat_template(call):
     (["--eos-id", "-1", "--gen-length", "64"], 64, "length"),  # no end token: all 64 are answer
     (["--profile", "hf-2.0", "--steps", "8"], 36, "eos"),
     (["--editing-threshold", "0.9", "--max-post-steps", "2"], 36, "eos"),
+    (["--policy", "entropy", "--entropy-decay", "0.8", "--temperature", "0.5"], 36, "eos"),
+    (["--policy", "self_speculative", "--entropy-bound", "0"], 36, "eos"),
+    (["--policy", "self_speculative", "--entropy-bound", "0", "--max-tokens", "3"], 3, "length"),
     (["--dtype", "bfloat16", "--device", "cpu"], 36, "eos"),
     (["--dtype", "torch.bfloat16"], 36, "eos"),
     (["--quantization", "fp8"], 36, "eos"),
@@ -117,6 +120,7 @@ def test_options_reach_generate(call, options, tokens, reason):
     code, out, _ = call("generate", QUESTION, "--json", QUIET, *options)
     answer = json.loads(out)
     assert (code, answer["num_tokens"], answer["finish_reason"]) == (0, tokens, reason)
+    assert (answer["check_forwards"] > 0) == ("self_speculative" in options)
 
 
 def test_options_reach_the_model():
@@ -218,6 +222,14 @@ def test_version(call):
     (["generate", "x", "--top-p", "0"], ["top_p=0"]),
     (["generate", "x", "--editing-threshold", "-0.5"], ["editing_threshold=-0.5"]),
     (["generate", "x", "--edit-window", "1"], ["edit_window=1", "editing_threshold"]),
+    (["generate", "x", "--policy", "credit"], ["policy='credit'", "threshold, entropy, self_speculative"]),
+    (["generate", "x", "--entropy-bound", "0.5"], ["entropy_bound=0.5", "policy='threshold'"]),
+    (["generate", "x", "--policy", "entropy", "--entropy-decay", "0"], ["entropy_decay=0"]),
+    (["generate", "x", "--policy", "entropy", "--profile", "hf-2.1"], ["policy='entropy'", "hf-2.1"]),
+    (["generate", "x", "--policy", "entropy", "--regex", "a"], ["policy='entropy'", "regex"]),
+    (["generate", "x", "--policy", "self_speculative", "--temperature", "1"], ["policy=", "temperature=1"]),
+    (["generate", "x", "--policy", "self_speculative", "--editing-threshold", "0"], ["policy=", "editing_threshold"]),
+    (["generate", "x", "--policy", "self_speculative", "--canvas", "{gap:8}"], ["policy=", "canvas"]),
     (["generate", "x", "--profile", "sglang"], ["profile='sglang'", "hf-2.1"]),
     (["generate", "x", "--num-to-transfer", "2"], ["num_to_transfer=2"]),
     (["generate", "x", "--mask-id", "99999"], ["mask_id=99999"]),

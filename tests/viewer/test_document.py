@@ -194,6 +194,7 @@ def test_the_command_line_writes_a_page(capsys, tmp_path):
 @pytest.mark.parametrize("options", [
     [], ["--temperature", "1.5", "--seed", "5"], ["--block-length", "8", "--profile", "hf-2.1", "--max-tokens", "40"],
     ["--eos-id", "-1", "--max-tokens", "33"], ["--raw"], ["--choices", "yes,no"],
+    ["--policy", "self_speculative", "--entropy-bound", "0"], ["--policy", "entropy", "--temperature", "0.5"],
     ["--canvas", "The answer is {gap:3} or {gap:40}.", "--regex", "[0-9]+"],
     ["--canvas", "{gap:9}" + "The answer is 7. " * 150, "--block-length", "64"],  # longer than what fits otherwise
 ])  # fmt: skip
@@ -212,7 +213,9 @@ def test_answers_are_those_without_a_trace(capsys, tmp_path, options):
         assert {k: v for k, v in a.items() if "forwards" not in k} == {
             k: v for k, v in b.items() if "forwards" not in k
         }
-        assert a["denoise_forwards"] == b["denoise_forwards"]
+        for name in ("denoise_forwards", "check_forwards"):
+            assert a[name] == b[name]
+        assert (a["check_forwards"] > 0) == ("self_speculative" in options)
         assert (doc["token_ids"], doc["prompt"]) == (a["token_ids"], a["prompt"])
 
 

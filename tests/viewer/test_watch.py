@@ -143,6 +143,12 @@ def test_the_command_line_shows_masks_then_the_answer():
     assert re.search(r"\d", "".join(half.shown)) and "░" in "".join(half.shown) and not half.cursor_shown
 
 
+def test_drafts_that_are_checked_are_drawn_when_they_are_written():
+    terminal, written, _ = watch(doctor.QUESTION, "--policy", "self_speculative", "--entropy-bound", "0")
+    answer = doctor.ANSWER.splitlines()
+    assert terminal.shown[:4] == answer and re.fullmatch(r"36 tokens, 6 forwards, .*", terminal.shown[4])
+
+
 def test_text_for_a_pipe_is_drawn_on_stderr():
     terminal, written, out = watch(STORY, stdout=subprocess.PIPE, NO_COLOR="1", lines=6)
     assert out.startswith("Once there was a goat named Max.") and out.endswith("The end.\n")
