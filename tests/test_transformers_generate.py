@@ -242,6 +242,22 @@ def test_what_a_window_reaches_is_not_streamed(tiny):
     assert streamer.answer == expected[0].tolist()
 
 
+@pytest.mark.parametrize("rules", [
+    {"policy": "entropy", "entropy_bound": 2.0, "entropy_decay": 0.7},
+    {"policy": "self_speculative", "entropy_bound": 0.0},
+], ids=["entropy", "self_speculative"])  # fmt: skip
+def test_policies(tiny, rules):
+    """As arguments, or of a GenerationConfig; a streamer is told what is written."""
+    ids, streamer = random_ids(2, 12), Recorder()
+    expected = llada2_fast.generate(tiny, ids, gen_length=40, block_length=8, mask_id=MASK, eos_id=-1, **rules)
+    plain = llada2_fast.generate(tiny, ids, gen_length=40, block_length=8, mask_id=MASK, eos_id=-1)
+    got = tiny.generate(ids, max_new_tokens=40, eos_token_id=-1, **rules)
+    assert torch.equal(got[:, 12:], expected) and not torch.equal(expected, plain)
+    config = GenerationConfig(max_new_tokens=40, eos_token_id=-1, **rules)
+    assert torch.equal(tiny.generate(ids[:1], config, streamer=streamer)[:, 12:], expected[:1])
+    assert streamer.answer == expected[0].tolist()
+
+
 def test_the_default_length_is_the_cards(tiny):
     with pytest.raises(ValueError, match="gen_length=2048: prompt 0 has 4 tokens and the model 1024 positions"):
         tiny.generate(random_ids(1, 4))

@@ -182,6 +182,10 @@ RULES = {  # config of LLaDA2Fast, what generate() is given for it
         {"profile": "default", "steps": 5, "minimal_topk": 2},
         {"profile": "default", "steps": 5, "minimal_topk": 2},
     ),
+    "entropy": (
+        {"profile": "default", "policy": "entropy", "entropy_bound": 1.0, "entropy_decay": 0.8},
+        {"profile": "default", "policy": "entropy", "entropy_bound": 1.0, "entropy_decay": 0.8},
+    ),
 }
 SAMPLING = {
     "greedy": {},
@@ -425,6 +429,7 @@ def test_greedy_on_demand_whatever_requests_ask_for(algorithms):
         ),
         ({"max_post_steps": 3, "editing_threshold": 0.4}, "sglang-joint", {"max_post_steps": 3, "edit_threshold": 0.4}),
         ({"profile": "default", "steps": 4, "minimal_topk": 2}, "default", {"steps": 4, "min_transfer": 2}),
+        ({"profile": "default", "policy": "entropy"}, "default", {"entropy_bound": 0.3, "entropy_decay": 1.0}),
     ],
 )
 def test_settings(config, profile, changed):
@@ -454,6 +459,10 @@ def test_settings(config, profile, changed):
         ({"sampling_method": "beam"}, "sampling_method='beam'"),
         ({"seed": None}, "seed=None"),
         ({"seed": 1.5}, "seed=1.5"),
+        ({"policy": "entropy"}, "policy='entropy'"),
+        ({"profile": "sglang-joint", "entropy_bound": 0.5}, "entropy_bound=0.5"),
+        ({"profile": "default", "entropy_bound": 0.5}, "entropy_bound=0.5"),
+        ({"profile": "default", "policy": "self_speculative"}, "policy='self_speculative': expected another one"),
     ],
 )
 def test_bad_settings_are_named(config, named):

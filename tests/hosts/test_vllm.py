@@ -191,11 +191,16 @@ def test_requests_are_checked_at_admission(registered):
     extra = {"threshold": 0.7, "editing_threshold": 0.5, "temperature": 0.8, "seed": 3, "steps": 16}
     validate(sampling_params(extra_args=extra, top_k=5, top_p=0.9))
     validate(sampling_params(n=2, extra_args={"temperature": 1.0}))
+    validate(sampling_params(extra_args={"policy": "entropy", "entropy_bound": 0.5, "entropy_decay": 0.9}))
     for refused, message in (
         ({"extra_args": {"treshold": 0.5}}, "treshold=0.5"),
         ({"extra_args": {"diffusion_max_steps": 3}}, "diffusion_max_steps=3"),
         ({"extra_args": {"threshold": -1}}, "threshold=-1"),
         ({"extra_args": {"seed": "one"}}, "seed='one'"),
+        ({"extra_args": {"policy": "credit"}}, "policy='credit'"),
+        ({"extra_args": {"policy": "self_speculative"}}, "policy='self_speculative': expected another one"),
+        ({"extra_args": {"entropy_bound": 0.5}}, "entropy_bound=0.5"),
+        ({"extra_args": {"policy": "entropy", "entropy_decay": 0}}, "entropy_decay=0"),
         ({"logprobs": 1}, "logprobs=1"),
         ({"prompt_logprobs": 1}, "prompt_logprobs=1"),
         ({"presence_penalty": 0.5}, "presence_penalty=0.5"),
@@ -292,6 +297,8 @@ REQUESTS = [  # prompt length, max_tokens, vLLM's own parameters, extra_args
     (23, 9, {"top_p": 0.7}, {"temperature": 1.3, "seed": -5, "threshold": 0.1, "minimal_topk": 2}),
     (16, 16, {}, {"threshold": 0.05, "steps": 2}),
     (7, 1, {}, {"editing_threshold": 0.0}),
+    (6, 21, {}, {"policy": "entropy", "entropy_bound": 2.0, "editing_threshold": 0.2, "max_post_steps": 2}),
+    (9, 18, {"top_k": 9}, {"policy": "entropy", "entropy_decay": 0.5, "temperature": 0.9, "seed": 4}),
 ]
 
 
