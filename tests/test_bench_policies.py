@@ -208,9 +208,10 @@ def test_area_under_accuracy_by_hand():
 def test_speed_at_equal_accuracy_by_hand():
     base = [(2, 0.9), (4, 0.8), (3, 0.7), (6, 0.6)]  # the third is worth nothing
     assert frontier.envelope(base) == [(6, 0.6), (4, 0.8), (2, 0.9)]
-    points = [(6, 0.85), (5, 0.7), (4, 0.9), (9, 0.95), (9, 0.5)]
-    *reached, above, below = frontier.speedups(points, base)
-    assert reached == pytest.approx([2.0, 1.0, 2.0]) and above is below is None
+    found = frontier.gains([(6, 0.85), (5, 0.7), (8, 0.65)], base)  # the second is worth nothing
+    assert [accuracy for accuracy, _ in found] == [0.65, 0.8, 0.85]  # of either, where both are
+    assert [ratio for _, ratio in found] == pytest.approx([8 / 5.5, 6.5 / 4, 6 / 3])
+    assert frontier.gains([(9, 0.95)], base) == []
 
 
 def test_a_check_costs_more_than_a_forward_and_less_than_two():
@@ -233,9 +234,11 @@ def test_what_is_said_of_a_policy():
     }
     base, entropy, credit = compare.entries("m", measured)
     assert (entropy["accuracy"], entropy["tpf"], entropy["in_product"]) == (0.9, 3.0, True)  # of its default
-    assert entropy["gain"] == {"best": 1.5, "median": 1.35, "points": 2}
-    assert base["gain"] == {"best": 1.0, "median": 1.0, "points": 2}
-    assert (credit["leads"], entropy["leads"], base["leads"], credit["in_product"]) == (1, 0, 0, False)
+    assert entropy["gain"] == {"best": 1.5, "at": 0.9, "median": 1.35, "points": 2}
+    assert base["gain"]["best"] == base["gain"]["median"] == 1.0
+    assert (credit["leads"], entropy["leads"], base["leads"], credit["in_product"]) == (1, 3, 0, False)
+    close = {"threshold": points((0.9, 8.0, 0.9)), "credit": points((0.9, 8.05, 0.901), (0.8, 8.2, 0.9))}
+    assert [point["leads"] for point in compare.entries("m", close)[1]["points"]] == [False, True]  # but for chance
     assert entropy["aup"] == round(frontier.aup([(3.0, 90), (4.8, 80), (9.0, 50)], 90), 1)
     goals = {one["goal"]: (one["policy"], one["knob"]) for one in compare.goals([base, entropy, credit])}
     assert goals == {"quality": ("entropy", 0.3), "balanced": ("entropy", 0.3), "speed": ("entropy", 0.3)}

@@ -231,8 +231,8 @@ def test_quantised_lines_stand_beside_the_plain_one():
 def test_policies_become_a_table_a_line_of_the_short_one_and_a_plot(tmp_path):
     def entry(policy, in_product, median, leads):
         short = {"answers": 3, "tpf": 2.5}
-        point = {"knob": 0.3, "accuracy": 0.75, "tpf": 4.5, "short": short, "gain": median, "leads": bool(leads)}
-        gain = {"best": median, "median": median, "points": int(median is not None)}
+        point = {"knob": 0.3, "accuracy": 0.75, "tpf": 4.5, "short": short, "leads": bool(leads)}
+        gain = {"best": median, "at": median and 0.75, "median": median, "points": int(median is not None)}
         own = {"model": "m", "policy": policy, "in_product": in_product, "aup": 345.25}
         return point | own | {"knob": "bound", "gain": gain, "leads": leads, "points": [point]}
 
@@ -243,14 +243,14 @@ def test_policies_become_a_table_a_line_of_the_short_one_and_a_plot(tmp_path):
     head, rows = report.BLOCKS["policies"](lines).split("| model |")
     assert "by `python -m benchmarks.quality --policies --save`" in head
     assert rows.splitlines()[2:] == [
-        "| m | threshold | yes | 0.750 | 4.50 | 2.50 | 345.2 | 1.00x | 1.00x | 0 of 1 |",
-        "| m | entropy | yes | 0.750 | 4.50 | 2.50 | 345.2 | 1.25x | 1.25x | 1 of 1 |",
-        "| m | credit | no | 0.750 | 4.50 | 2.50 | 345.2 | 9.00x | 9.00x | 0 of 1 |",
+        "| m | threshold | yes | 0.750 | 4.50 | 2.50 | 345.2 | 1.00x | 1.00x at 0.750 | 0 of 1 |",
+        "| m | entropy | yes | 0.750 | 4.50 | 2.50 | 345.2 | 1.25x | 1.25x at 0.750 | 1 of 1 |",
+        "| m | credit | no | 0.750 | 4.50 | 2.50 | 345.2 | 9.00x | 9.00x at 0.750 | 0 of 1 |",
         "| m | self_speculative | yes | 0.750 | 4.50 | 2.50 | 345.2 |  |  | 0 of 1 |",
     ]
     assert "| m | entropy | bound | 0.3: 0.750 at 4.50 |" in report.BLOCKS["policies-points"](lines)
     short = next(row for row in report.BLOCKS["numbers"](lines).splitlines() if row.startswith("| m model"))
-    assert "policy entropy," in short and "1.25x in the median of 1 points, at best 1.25x | [1] |" in short
+    assert "policy entropy," in short and "1.25x in the median of 1 accuracies, 1.25x at 0.750 | [1] |" in short
     pytest.importorskip("matplotlib")
     plots.draw("policies", tmp_path, lines)
     drawn = (tmp_path / "policies.svg").read_text("utf-8")

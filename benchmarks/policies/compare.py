@@ -5,12 +5,13 @@ decoder. All greedy. Of a policy:
 
     points    one for each value of its knob: accuracy; TPF = tokens up to and with the end token / forwards, of all
               prompts together, a check counting as what it costs (frontier.py); short: TPF of answers of at most 24
-              tokens alone; gain: TPF over the threshold rule's at the same accuracy, where that has such an accuracy;
-              leads: it is on the frontier, no point of any policy is better in one and as good in the other
+              tokens alone; leads: it is on the frontier, no point of another policy of the product is as good in both
+              within ROOM, which is what chance makes of so many prompts
     accuracy, tpf, short   those of its default
     aup       accuracy under parallelism, where the best accuracy is that of all policies
-    gain      best and median of those of its points
-    leads     how many of them do
+    gain      its TPF over the threshold rule's at the same accuracy: best, and where, and median of all accuracies of
+              their points that both have
+    leads     how many of its points do
 """
 
 import statistics
@@ -23,6 +24,7 @@ from . import formulas, frontier
 from .plain import Answer, decode
 
 SHORT = 24  # tokens of a short answer
+ROOM = 0.002, 0.01  # of accuracy, absolute, and of TPF, as a share
 BASE = "threshold"
 
 
@@ -139,26 +141,32 @@ def entries(model, points):
     """What the JSON line says of each policy, a dict. model: its name; points: of `measure`."""
     flat = {name: [(p["tpf"], p["accuracy"]) for p in own] for name, own in points.items()}
     best = max(accuracy for own in flat.values() for _, accuracy in own)
-    front = set(frontier.envelope([one for own in flat.values() for one in own]))
     found = []
     for name, own in points.items():
         policy = POLICIES[name]
         head = next((p for p in own if p["knob"] == policy.default), own[0])
-        gains = frontier.speedups(flat[name], flat[BASE]) if BASE in flat else [None] * len(own)
-        own = [p | {"gain": gain and round(gain, 3), "leads": at in front}
-               for p, gain, at in zip(own, gains, flat[name], strict=True)]  # fmt: skip
-        gains = [p["gain"] for p in own if p["gain"] is not None]
+        others = [one for other in points if other != name and POLICIES[other].arguments for one in flat[other]]
+        own = [p | {"leads": not any(_as_good(one, at) for one in others)}
+               for p, at in zip(own, flat[name], strict=True)]  # fmt: skip
+        gains = frontier.gains(flat[name], flat[BASE]) if BASE in flat else []
+        most = max(gains, key=lambda gain: gain[1], default=(None, None))
         found.append({
             "model": model, "policy": name, "knob": policy.knob, "in_product": policy.arguments is not None,
             "accuracy": head["accuracy"], "tpf": head["tpf"],
             "aup": round(frontier.aup([(tpf, 100 * accuracy) for tpf, accuracy in flat[name]], 100 * best), 1),
             "gain": {
-                "best": max(gains, default=None), "median": statistics.median(gains) if gains else None,
+                "best": most[1] and round(most[1], 3), "at": most[0],
+                "median": round(statistics.median(ratio for _, ratio in gains), 3) if gains else None,
                 "points": len(gains),
             },
             "leads": sum(p["leads"] for p in own), "short": head["short"], "points": own,
         })  # fmt: skip
     return found
+
+
+def _as_good(one, other):
+    """Whether a (tpf, accuracy) is as good as another, or next to."""
+    return one[1] >= other[1] - ROOM[0] and one[0] >= other[0] * (1 - ROOM[1])
 
 
 GOALS = {"quality": 0.0, "balanced": 0.01, "speed": 0.05}  # -> how much accuracy less than the best of the product

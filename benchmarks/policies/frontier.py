@@ -53,14 +53,14 @@ def envelope(points):
     return kept[::-1]
 
 
-def speedups(points, base):
-    """Of each (tpf, accuracy) its tpf over that of `base` at the same accuracy, by straight lines between the points of
-    the envelope of `base`; None where that has no such accuracy."""
-    speeds, accuracies = zip(*envelope(base), strict=True)
+def gains(points, base):
+    """[(accuracy, how many times the tpf of `base` it has)] of (tpf, accuracy) points at the same accuracy: at that of
+    each point of either that both can have, by straight lines between the points of either's envelope."""
+    (own, own_accuracies), (other, accuracies) = (zip(*envelope(some), strict=True) for some in (points, base))
+    shared = [a for a in {*own_accuracies, *accuracies} if _within(a, own_accuracies) and _within(a, accuracies)]
+    speeds = ((a, float(np.interp(a, own_accuracies, own)), float(np.interp(a, accuracies, other))) for a in shared)
+    return sorted((a, mine / theirs) for a, mine, theirs in speeds)
 
-    def speedup(tpf, accuracy):
-        if not accuracies[0] <= accuracy <= accuracies[-1]:
-            return None
-        return tpf / float(np.interp(accuracy, accuracies, speeds))
 
-    return [speedup(*point) for point in points]
+def _within(value, ascending):
+    return ascending[0] <= value <= ascending[-1]

@@ -221,9 +221,9 @@ def short_policies(data):
         if entry["in_product"] and entry["gain"]["median"]:
             found.setdefault(entry["model"], []).append(entry)
     for model, own in found.items():
-        best = max(own, key=lambda entry: entry["gain"]["median"])
+        best = max(own, key=lambda entry: entry["gain"]["best"])
         what = f"{model} model, {UNSEEN.format(data['prompts_per_task'])}: tokens per forward by policy {{policy}}, "
-        ratio = "{gain[median]:.2f}x in the median of {gain[points]} points, at best {gain[best]:.2f}x"
+        ratio = "{gain[median]:.2f}x in the median of {gain[points]} accuracies, {gain[best]:.2f}x at {gain[at]:.3f}"
         yield best, what + "against the threshold rule's at the same accuracy", ratio
 
 
@@ -473,7 +473,7 @@ BLOCKS = {
     "policies": each_machine("policies", "policies", [
         "model", "policy", ("in the product", lambda entry: "yes" if entry["in_product"] else "no"),
         "exact match {accuracy:.3f}", "TPF {tpf:.2f}", "TPF of short answers {short[tpf]:.2f}", "AUP {aup:.1f}",
-        "gain, median {gain[median]:.2f}x", "gain, best {gain[best]:.2f}x",
+        "gain, median {gain[median]:.2f}x", "gain, best {gain[best]:.2f}x at {gain[at]:.3f}",
         ("points on the frontier", lambda entry: f"{entry['leads']} of {len(entry['points'])}"),
     ]),
     "policies-points": each_machine("policies", "policies", [
