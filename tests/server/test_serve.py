@@ -29,6 +29,7 @@ def server():
     options = (
         "--api-key", "first", "--max-num-seqs", "1", "--max-queue", "1", "--max-body-bytes", "2000", "--max-model-len",
         "600", "--body-timeout-s", "0.5", "--drain-s", "0.5", "--max-samples", "2", "--threshold", "0.5",
+        "--policy", "entropy", "--entropy-bound", "0",
         "--served-model-name", "narrow", "--served-model-name", "other", "--allowed-origins", "http://localhost:3000",
     )  # fmt: skip
     with ServerProcess(*options, variables={"LLADA2_FAST_API_KEY": "second"}) as server:
@@ -77,16 +78,25 @@ def test_the_client_with_a_key(server):
 
 
 def test_defaults_of_decoding_are_those_it_was_started_with(server):
-    (want,) = alone(prompt(QUESTIONS[0]), threshold=0.5)
-    (usual,) = alone(prompt(QUESTIONS[0]))
-    asked = {"model": "other", "messages": chat(QUESTIONS[0]), "max_tokens": 64}
-    got = client(server).chat.completions.create(**asked, logprobs=True)
-    assert [one.logprob for one in got.choices[0].logprobs.content] == pytest.approx(want.logprobs)
-    got = client(server).chat.completions.create(**asked, logprobs=True, extra_body={"threshold": 0.95})
-    assert [one.logprob for one in got.choices[0].logprobs.content] == pytest.approx(usual.logprobs)
-    preset = client(server).chat.completions.create(**asked, logprobs=True, extra_body={"mode": "quality"})
-    (want,) = alone(prompt(QUESTIONS[0]), threshold=0.7, editing_threshold=0.5, max_post_steps=16)
-    assert [one.logprob for one in preset.choices[0].logprobs.content] == pytest.approx(want.logprobs)
+    quality = {"threshold": 0.7, "editing_threshold": 0.5, "max_post_steps": 16}
+    by_entropy = {"policy": "entropy", "entropy_bound": 0}
+    for extra, same in (
+        ({}, by_entropy),
+        ({"entropy_bound": 0.3}, {"policy": "entropy"}),
+        ({"threshold": 0.95}, {}),
+        ({"policy": "threshold"}, {"threshold": 0.5}),
+        ({"mode": "quality"}, quality),
+        ({"mode": "quality", "policy": "entropy"}, quality | by_entropy),
+        ({"policy": "self_speculative"}, {"policy": "self_speculative"}),
+        ({"policy": "self_speculative", "entropy_bound": 0}, by_entropy | {"policy": "self_speculative"}),
+    ):
+        (want,) = alone(prompt(QUESTIONS[0]), **same)
+        got = client(server).chat.completions.create(
+            model="other", messages=chat(QUESTIONS[0]), max_tokens=64, logprobs=True, extra_body=extra
+        )
+        assert [one.logprob for one in got.choices[0].logprobs.content] == pytest.approx(want.logprobs)
+        assert got.usage.denoise_forwards == want.counters.denoise_forwards, extra
+    assert alone(prompt(QUESTIONS[0]), **by_entropy)[0].counters.denoise_forwards > 30  # unlike those by threshold
 
 
 def test_limits(server):
