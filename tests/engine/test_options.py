@@ -26,6 +26,8 @@ from tests.engine.common import (
 
 EDITING = DecodeParams(gen_length=20, threshold=0.3, editing_threshold=0.3, max_post_steps=3, eos_ids=())
 PLAIN = DecodeParams(gen_length=24, threshold=0.4, steps=4, eos_ids=())
+BY_ENTROPY = {"policy": "entropy", "entropy_bound": 2.0}
+CHECKED = {"policy": "self_speculative", "entropy_bound": 0.2}
 ADD, END = "Add 847 and 96.", "<|endoftext|>"
 
 
@@ -74,13 +76,13 @@ def test_special_tokens_are_text_where_asked_for():
     assert spoken().text == tokenizer().decode(output.token_ids, skip_special_tokens=True) != output.text
 
 
-@pytest.mark.parametrize("editing", [None, 0.9])
-def test_neither_an_eos_nor_a_stop_ends_an_answer_before_it_has_min_tokens(editing):
-    plain = tokens_alone(random_model(), prompt_of(5), replace(PLAIN, editing_threshold=editing))
+@pytest.mark.parametrize("how", [{}, {"editing_threshold": 0.9}, BY_ENTROPY, CHECKED])
+def test_neither_an_eos_nor_a_stop_ends_an_answer_before_it_has_min_tokens(how):
+    stops = replace(PLAIN, **how)
+    plain = tokens_alone(random_model(), prompt_of(5), stops)
     token = next(token for token in plain if plain.count(token) > 2)
     places = [at for at, one in enumerate(plain) if one == token]
-    early = DecodeParams(**{**vars(PLAIN), "editing_threshold": editing, "eos_early_stop": True, "eos_ids": (token,)})
-    stops = replace(PLAIN, editing_threshold=editing)
+    early = replace(stops, eos_early_stop=True, eos_ids=(token,))
     for least in (1, places[0], places[0] + 1, places[1] + 1, len(plain), 1000):
         end = next((at + 1 for at in places if at >= least), len(plain))
         for params, options, reason in ((early, {}, "eos"), (stops, {"stop_token_ids": [token]}, "stop")):
@@ -179,7 +181,10 @@ def test_each_prompt_may_have_stops_of_its_own():
 
 
 @pytest.mark.parametrize("graphs", [False, True])
-@pytest.mark.parametrize("params", [PLAIN, EDITING, DecodeParams(gen_length=12, temperature=0.9, seed=5, eos_ids=())])
+@pytest.mark.parametrize("params", [
+    PLAIN, EDITING, DecodeParams(gen_length=12, temperature=0.9, seed=5, eos_ids=()), replace(EDITING, **BY_ENTROPY),
+    replace(PLAIN, **CHECKED),
+])  # fmt: skip
 def test_likeliest_tokens_are_those_of_the_write(params, graphs):
     """Under the default profile a token's own log-probability, where it is listed, is that of its write."""
     engine = small_engine(graphs=graphs, capture=False)
