@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from llada2_fast.config import DecodeParams, EngineConfig, ModelConfig, habits
+from llada2_fast.config import ENTROPY_BOUND, DecodeParams, EngineConfig, ModelConfig, habits
+from llada2_fast.decoding.rules import row_rule
 
 SETS = ["tiny", "group", "variant", "flat", "moe256", "bf16", "block22"]
 NAN, INF = float("nan"), float("inf")
@@ -243,8 +244,7 @@ def test_decode_defaults_are_the_cards_with_editing_off():
         ({"profile": "hf-2.1", "num_to_transfer": 3}, "num_to_transfer", 3),
         ({"profile": "sglang-joint", "edit_window": 2}, "edit_window", 2),
         ({"editing_threshold": 0.0, "edit_window": np.int64(3)}, "edit_window", 3),
-        ({"policy": "entropy"}, "entropy_bound", 0.3),
-        ({"policy": "self_speculative"}, "entropy_bound", 0.3),
+        ({"policy": "entropy"}, "entropy_bound", None),
         ({"policy": "entropy", "entropy_bound": 0.1}, "entropy_bound", 0.1),
         ({"policy": "entropy", "entropy_bound": 0}, "entropy_bound", 0.0),
         ({"policy": "entropy", "entropy_bound": 10**400}, "entropy_bound", INF),
@@ -263,6 +263,14 @@ def test_decode_defaults_are_the_cards_with_editing_off():
 def test_decode_params_are_normalised(given, field, value):
     params = DecodeParams(**given)
     assert getattr(params, field) == value and type(getattr(params, field)) is type(value)
+
+
+def test_a_bound_that_is_not_given_is_that_of_the_policy_alone():
+    for policy in ("entropy", "self_speculative"):
+        params = DecodeParams(policy=policy)
+        assert row_rule(params, 8).entropy_bound == ENTROPY_BOUND == 0.3
+        assert dataclasses.replace(params, policy="threshold") == DecodeParams()
+    assert row_rule(DecodeParams(policy="entropy", entropy_bound=0.0), 8).entropy_bound == 0.0
 
 
 BAD_PARAMS = [

@@ -24,7 +24,7 @@ from .languages import LANGUAGES, as_choices, as_pattern, as_schema
 SAMPLING_METHODS = ("auto", "greedy", "multinomial")
 POLICIES = ("threshold", "entropy", "self_speculative")
 CHECK_PAGES = 2  # that a draft's check needs: of the draft, and of the masks beside it
-ENTROPY_BOUND = 0.3  # nats, of a policy by entropy where none is given
+ENTROPY_BOUND = 0.3  # nats, where none is given
 
 
 class Profile(NamedTuple):
@@ -255,5 +255,3 @@ class DecodeParams:
                 raise bad("policy", self.policy, f"another one with temperature={self.temperature:g}: it draws nothing")
             if self.editing_threshold is not None:
                 raise bad("policy", self.policy, "another one with an editing_threshold: what is checked stays")
-        if self.entropy_bound is None:
-            put(self, "entropy_bound", ENTROPY_BOUND)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..config import DecodeParams
+from ..config import ENTROPY_BOUND, DecodeParams
 from ..kernels import refine
 from ..kernels.attention import pinned
 from ..kernels.refine import RefineParams
@@ -113,7 +113,7 @@ def row_rule(params: DecodeParams, block_length: int, edits: bool = False) -> Ru
         edit_threshold=params.editing_threshold if editing else 0.0,
         **quota._asdict(),
         max_post_steps=params.max_post_steps,
-        entropy_bound=params.entropy_bound or 0.0,
+        entropy_bound=ENTROPY_BOUND if params.entropy_bound is None else params.entropy_bound,
         entropy_decay=params.entropy_decay,
         flags=flags,
     )

@@ -210,7 +210,7 @@ BY_ENTROPY = {"policy": "entropy", "entropy_bound": 2.0, "entropy_decay": 0.5}
         (BY_ENTROPY, {"entropy_bound": 1}, ("entropy", 1.0, 0.5)),
         (BY_ENTROPY, {"policy": "entropy", "entropy_decay": 1.0}, ("entropy", 2.0, 1.0)),
         (BY_ENTROPY, {"policy": "threshold"}, ("threshold", None, 1.0)),
-        (BY_ENTROPY, {"policy": "self_speculative"}, ("self_speculative", 0.3, 1.0)),
+        (BY_ENTROPY, {"policy": "self_speculative"}, ("self_speculative", None, 1.0)),
         (BY_ENTROPY, {"temperature": 0.7, "editing_threshold": 0.5}, ("entropy", 2.0, 0.5)),
         (BY_ENTROPY, {"canvas": [None] * 4}, ("entropy", 2.0, 0.5)),
         (BY_ENTROPY, {"guided_regex": "[0-9]+"}, ("threshold", None, 1.0)),
@@ -226,8 +226,8 @@ BY_ENTROPY = {"policy": "entropy", "entropy_bound": 2.0, "entropy_decay": 0.5}
         (SPECULATING, {"editing_threshold": 0.5}, ("threshold", None, 1.0)),
         (SPECULATING, {"mode": "quality"}, ("threshold", None, 1.0)),
         (SPECULATING, {"canvas": [None] * 4}, ("threshold", None, 1.0)),
-        (SPECULATING, {"policy": "entropy"}, ("entropy", 0.3, 1.0)),
-        ({"temperature": 0.7}, {"policy": "self_speculative", "temperature": 0}, ("self_speculative", 0.3, 1.0)),
+        (SPECULATING, {"policy": "entropy"}, ("entropy", None, 1.0)),
+        ({"temperature": 0.7}, {"policy": "self_speculative", "temperature": 0}, ("self_speculative", None, 1.0)),
     ],
 )
 def test_a_policy_that_is_only_usual_gives_way(usual, asked, policy):
