@@ -200,6 +200,12 @@ def test_help_without_a_command():
         ({"mc_num": 0}, "mc_num=0: expected an integer >= 1"),
         ({"mc_seed": 1.5}, "mc_seed=1.5: expected an integer >= 0"),
         ({"profile": "hf-3"}, "profile='hf-3'"),
+        ({"policy": "credit"}, "policy='credit': expected one of threshold, entropy, self_speculative"),
+        ({"entropy_bound": 0.5}, "entropy_bound=0.5"),
+        (
+            {"preset": "quality", "policy": "self_speculative"},
+            "policy='self_speculative': expected another one with an",
+        ),
         ({"quantization": "int3"}, "quantization='int3'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -301,6 +307,24 @@ def test_sampling_options(settings, options, temperature):
     _, params, _ = register()(device="cpu", **settings)._work("Spell 7.", options, 0)
     assert params.temperature == temperature
     assert (params.top_p, params.threshold) == (options.get("top_p"), options.get("threshold", 0.95))
+
+
+@pytest.mark.parametrize("settings, options, policy", [
+    ({"policy": "entropy"}, {}, ("entropy", None)),
+    ({"policy": "entropy"}, {"policy": "threshold"}, ("threshold", None)),
+    ({"policy": "entropy"}, {"do_sample": True, "entropy_bound": 1.0}, ("entropy", 1.0)),
+    ({"preset": "speed"}, {"policy": "entropy"}, ("entropy", None)),
+])  # fmt: skip
+def test_policies(settings, options, policy):
+    _, params, _ = register()(device="cpu", **settings)._work("Spell 7.", options, 0)
+    assert (params.policy, params.entropy_bound) == policy
+
+
+def test_drafts_are_checked(lm):
+    """In a cache of just the size: a check has pages of its own."""
+    checking = register()(**SETTINGS, batch_size=2, policy="self_speculative", entropy_bound=0.0)
+    work = requests(*[(text, {}) for text in chat(lm, "Add 847 and 96.", "Spell 4071.", "Spell 7.")])
+    assert checking.generate_until(work, disable_tqdm=True) == lm.generate_until(work, disable_tqdm=True)
 
 
 def test_draws_depend_on_the_seed_and_the_place(lm):
