@@ -202,6 +202,7 @@ def test_editing_repairs_what_fast_decoding_breaks():
         (dict(editing_threshold=0.5, max_post_steps=65), "max_post_steps=65: expected at most 64"),
         (dict(editing_threshold=0.5, edit_window=1), "edit_window=1: expected 0 where tokens are deleted"),
         (dict(editing_threshold=0.5, policy="entropy"), "policy='entropy': expected 'threshold' where tokens"),
+        (dict(policy="self_speculative"), "policy='self_speculative': expected another one where experts are chosen"),
         (dict(editing_threshold=0.5, canvas=[None] * 7 + [3]), "canvas: expected none where tokens are deleted"),
         (dict(profile="sglang-indel", temperature=0.5), "temperature=0.5: expected 0 under profile='sglang-indel'"),
         (dict(profile="sglang-indel", canvas=[None] * 7 + [3]), "canvas: expected none under profile='sglang-indel'"),

@@ -38,7 +38,7 @@ def main(argv=None):
     harness.add_options(parser)
     harness.add_plot_option(parser, "accuracy against tokens per forward")
     parser.add_argument("--data", metavar="FILE", help="JSON lines of prompts and answers")
-    parser.add_argument("--match", choices=prompts.MATCHES, default="exact", help="of --data (default: %(default)s)")
+    parser.add_argument("--match", choices=prompts.MATCHES, help="of --data (default: exact)")
     parser.add_argument("--raw", action="store_true", help="prompts of --data as they are: no chat template")
     parser.add_argument("--tasks", type=_names, metavar="NAME,...", help="lm-eval's; needs llada2-fast[eval]")
     parser.add_argument("--metric", metavar="NAME", help="of --tasks, with its filter")
@@ -50,7 +50,7 @@ def main(argv=None):
     _check(parser, options)
     harness.check_save(parser, options, "bench-policies")
     named = options.policies or [name for name, policy in compare.POLICIES.items() if policy.arguments]
-    facts = {"data": options.data, "match": options.match, "tasks": options.tasks, "limit": options.limit}
+    facts = {"data": options.data, "tasks": options.tasks, "limit": options.limit}
     points, device, told = (_on_tasks if options.tasks else _on_data)(options, named)
     result = facts | told | {"check_cost": round(frontier.check_cost(), 3)}
     result["policies"] = compare.entries(cli.model_name(options.model), points)
@@ -70,19 +70,19 @@ def _check(parser, options):
     """Ends with the parser's error for options that do not go together."""
     if (options.data is None) == (not options.tasks):
         parser.error("expected --data FILE or --tasks NAME,...")
-    if options.tasks and find_spec("lm_eval") is None:
-        parser.error('--tasks: needs lm-eval: pip install "llada2-fast[eval]"')
     for name in options.policies or ():
         policy = compare.POLICIES.get(name)
         if policy is None:
             parser.error(f"--policies {name}: expected some of {', '.join(compare.POLICIES)}")
         if options.tasks and policy.arguments is None:
             parser.error(f"--policies {name}: expected --data with it, it is not in the product")
-    of_data = [name for name in ("raw",) if getattr(options, name)]
-    if options.tasks and of_data:
-        parser.error("--raw: expected --data with it")
+    for name, value in (("raw", options.raw), (f"match {options.match}", options.match)):
+        if options.tasks and value:
+            parser.error(f"--{name}: expected --data with it")
     if options.data is not None and options.metric is not None:
         parser.error(f"--metric {options.metric}: expected --tasks with it")
+    if options.tasks and find_spec("lm_eval") is None:
+        parser.error('--tasks: needs lm-eval: pip install "llada2-fast[eval]"')
 
 
 def _decoding(options):
@@ -92,11 +92,12 @@ def _decoding(options):
 def _on_data(options, named):
     pairs, decoding = prompts.read(options.data, options.limit), cli.decoding(options)
     model, folder = cli.load_model(options)
-    work = prompts.work_of(pairs, load_tokenizer(folder), options.match, options.raw, 0, options.batch_size)
+    match = options.match or "exact"
+    work = prompts.work_of(pairs, load_tokenizer(folder), match, options.raw, 0, options.batch_size)
     work = work._replace(gen_length=cli.fit(decoding, model, work.prompts)["gen_length"])
     length = decoding.get("block_length")
     points = compare.measure(model, work, named, options.quick, length, options.progress)
-    return points, model.device, {"prompts": len(pairs), "gen_length": work.gen_length}
+    return points, model.device, {"match": match, "prompts": len(pairs), "gen_length": work.gen_length}
 
 
 def _on_tasks(options, named):

@@ -94,17 +94,19 @@ def answers_of(model, work, policy, knob, block_length=None) -> list[Answer]:
     length = model.block_length if block_length is None else block_length
     if policy.arguments is None:
         return decode(model, work.prompts, policy.rule(knob, length), work.gen_length, length)
-    arguments = {"gen_length": work.gen_length, "block_length": length, "eos_early_stop": True, "return_dict": True}
+    arguments = {"gen_length": work.gen_length, "eos_early_stop": True, "return_dict": True} | schedule(length)
     answers = []
     for begin in range(0, len(work.prompts), work.batch):
         output = model.generate(work.prompts[begin : begin + work.batch], **arguments | policy.arguments(knob))
         rows = zip(output.sequences.tolist(), output.num_tokens, output.finish_reasons, output.counters, strict=True)
         for ids, tokens, reason, counters in rows:
-            checks = counters.check_forwards
-            answers.append(
-                Answer(ids[: tokens - (reason == "eos")], tokens, counters.denoise_forwards - checks, checks)
-            )
+            answers.append(Answer.of(ids[: tokens - (reason == "eos")], tokens, counters))
     return answers
+
+
+def schedule(block_length):
+    """Arguments of generate(): blocks of this length, whose schedule asks for a token a step and no more."""
+    return {"block_length": block_length, "steps": block_length}
 
 
 def knobs_of(names, quick):

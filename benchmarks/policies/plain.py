@@ -22,6 +22,12 @@ class Answer(NamedTuple):
     drafts: int
     checks: int
 
+    @classmethod
+    def of(cls, ids, tokens, counters):
+        """counters: of the product."""
+        checks = counters.check_forwards
+        return cls(ids, tokens, counters.denoise_forwards - checks, checks)
+
 
 @torch.inference_mode()
 def decode(model, prompts, rule, gen_length, block_length=None):

@@ -17,7 +17,7 @@ def read(path, limit=None):
     """[(prompt, answer)] of the first `limit` lines; empty lines do not count. ValueError for what is no such file."""
     name, pairs = f"--data={str(path)!r:.200}", []
     try:
-        lines = Path(path).read_text("utf-8").splitlines()
+        lines = Path(path).read_text("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{name}: {error}") from None
     for number, line in enumerate(lines, 1):

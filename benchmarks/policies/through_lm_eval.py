@@ -6,7 +6,7 @@ from tqdm.auto import tqdm
 
 from llada2_fast.adapters.lm_eval import TASKS, register
 
-from .compare import POLICIES, knobs_of, point
+from .compare import POLICIES, knobs_of, point, schedule
 from .plain import Answer
 
 
@@ -23,11 +23,15 @@ def measure(arguments, tasks, names, quick, limit=None, metric=None, progress=Tr
 
     manager, metrics = TaskManager(include_path=str(TASKS)), {}
     try:
-        manager.load(tasks)
+        loaded = manager.load(tasks)["tasks"]
     except KeyError as error:  # a name that it does not know
         raise ValueError(f"--tasks: {error.args[0]}") from None
+    for name, task in loaded.items():
+        if task.OUTPUT_TYPE != "generate_until":
+            raise ValueError(f"--tasks: expected some whose answers are generated, {name} has {task.OUTPUT_TYPE}")
     model = _counting(register())(**arguments)
-    base = model.params
+    length = model.params.block_length or model.model.block_length
+    base = replace(model.params, sampling_method="greedy", **schedule(length))  # whatever the tasks say
     chats = model.tokenizer.chat_template is not None
     points = {name: [] for name in names}
     for name, knob in tqdm(knobs_of(names, quick), desc="Policies", unit="point", disable=not progress):
@@ -36,8 +40,6 @@ def measure(arguments, tasks, names, quick, limit=None, metric=None, progress=Tr
             model=model, tasks=tasks, limit=limit, task_manager=manager, apply_chat_template=chats, bootstrap_iters=0,
             log_samples=False,
         )  # fmt: skip
-        if not model.answers:
-            raise ValueError(f"--tasks {','.join(tasks)}: expected some whose answers are generated")
         metrics, accuracy = _accuracy(found, metric)
         points[name].append(point(knob, model.answers, accuracy))
     return points, metrics, model.model.device
@@ -51,9 +53,7 @@ def _counting(kind):
 
         def _run(self, *arguments):
             for place, output in super()._run(*arguments):
-                counters, ids = output.counters, output.token_ids
-                checks = counters.check_forwards
-                self.answers.append(Answer(ids, len(ids), counters.denoise_forwards - checks, checks))
+                self.answers.append(Answer.of(output.token_ids, len(output.token_ids), output.counters))
                 yield place, output
 
     return Counting

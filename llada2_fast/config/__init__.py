@@ -18,7 +18,7 @@ from .checks import (
     parse_json,
 )
 from .decoding import CHECK_PAGES, ENTROPY_BOUND, PRESETS, PROFILES, SAMPLING_METHODS, DecodeParams
-from .engine import EngineConfig, room_for
+from .engine import EngineConfig, longest, room_for
 from .hf import MODEL_TYPES
 from .languages import LANGUAGES, MAX_STATES
 from .model import QUANTIZATIONS, ModelConfig
@@ -29,5 +29,5 @@ __all__ = [
     "CHECK_PAGES", "DTYPES", "ENTROPY_BOUND", "LANGUAGES", "MAX_LISTED", "MAX_SAMPLES", "MAX_STATES",
     "MAX_TOP_LOGPROBS", "MODEL_TYPES", "PRESETS", "PROFILES", "QUANTIZATIONS", "SAMPLING_METHODS", "DecodeParams",
     "EngineConfig", "ModelConfig", "RequestOptions", "ServerConfig", "as_flag", "as_float", "as_float32", "as_ids",
-    "as_int", "as_positive32", "choice", "find_device", "parse_json", "room_for",
+    "as_int", "as_positive32", "choice", "find_device", "longest", "parse_json", "room_for",
 ]  # fmt: skip

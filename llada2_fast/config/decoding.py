@@ -103,7 +103,7 @@ class DecodeParams:
         "sglang-indel",
     )
     max_post_steps: int = doc(16, "most editing steps of a block without masks of its own")
-    minimal_topk: int = doc(1, "least tokens to commit per step; not read under the sglang profiles")
+    minimal_topk: int = doc(1, "least tokens to commit per step, but for a check's; not read under the sglang profiles")
     num_to_transfer: int = doc(1, "least tokens to commit per step under profile hf-2.1, and of no use elsewhere")
     eos_early_stop: bool = doc(False, "stop at the first end token")
     eos_ids: tuple[int, ...] | None = doc(

@@ -64,3 +64,15 @@ def room_for(lengths, block_length: int, together: int, edit_window: int = 0, ch
     window = edit_window + 1 if edit_window else 0
     scratch = [max(min(window, count), CHECK_PAGES * checks) for count in blocks]
     return block_length * max(1, sum(blocks[:together]) + sum(scratch[:together]))
+
+
+def longest(num_pages: int, block_length: int, edit_window: int = 0, checks: bool = False) -> int:
+    """Tokens of the longest sequence, prompt and answer, that so many pages hold; 0 if none. edit_window, checks: its
+    own, as of room_for."""
+    if checks:
+        pages = max(0, num_pages - CHECK_PAGES)
+    elif edit_window:  # a window has no more blocks than its sequence, and one of a block alone is none
+        pages = max(num_pages - edit_window - 1, num_pages // 2, min(num_pages, 1))
+    else:
+        pages = num_pages
+    return block_length * pages

@@ -137,9 +137,15 @@ def special_ids(config, mask_id: int, eos_ids: Sequence[int] = ()) -> SpecialIds
 
 def check_fit(config, prompts, form, first=0):
     """ValueError if an answer cannot be had of the model: ids outside the vocabulary, too many positions, editing that
-    its checkpoint was not trained for. form: of the answers; first: the number of the first prompt."""
+    its checkpoint was not trained for, checks that it cannot make. form: of the answers; first: the number of the first
+    prompt."""
     params = form.params
     _check_edits(config, form)
+    if params.checks and getattr(config, "expert_capacity", None) is not None:
+        raise ValueError(
+            "policy='self_speculative': expected another one where experts are chosen for whole blocks (LLaDA2.2), since "
+            "a check goes token by token"
+        )
     check_prompts(prompts, params.gen_length, config.vocab_size, config.max_position_embeddings, first=first)
 
 

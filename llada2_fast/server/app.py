@@ -12,7 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse
 
 from .. import __version__
-from ..config import DecodeParams, ServerConfig
+from ..config import DecodeParams, ServerConfig, longest
 from ..engine import AsyncEngine, Engine
 from ..viewer import page
 from . import answers
@@ -57,7 +57,9 @@ class Server:
 
     def __init__(self, serving: AsyncEngine, config: ServerConfig, names: tuple[str, ...], defaults: dict):
         engine = serving.engine
-        most = min(engine.model.config.max_position_embeddings, engine.cache.num_pages * engine.cache.block_length)
+        usual, cache = DecodeParams(**defaults), engine.cache
+        held = longest(cache.num_pages, cache.block_length, usual.edit_window, usual.checks)
+        most = min(engine.model.config.max_position_embeddings, held)
         if config.max_model_len is not None and config.max_model_len > most:
             raise ValueError(
                 f"max_model_len={config.max_model_len}: expected at most {most}, what model and cache have"

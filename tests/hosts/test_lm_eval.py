@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import quality
 from benchmarks.own_server import ServerProcess
-from benchmarks.policies import compare
+from benchmarks.policies import compare, through_lm_eval
 from benchmarks.policies import demo as policies_demo
 from llada2_fast import LLaDA2Model, demo
 from llada2_fast.adapters.likelihood import _masks, likelihood_bound
@@ -126,6 +126,29 @@ def test_what_cannot_be_compared_is_named(capsys, arguments, message):
     few = ("--limit", "1", "--quick", "--policies", "entropy", "--no-progress", "--device", "cpu")
     assert cli.main(["bench", "policies", *arguments, *few]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_policies_are_compared_on_generated_answers_without_draws(tmp_path, monkeypatch):
+    """Whatever the task's own settings are."""
+    (tmp_path / "data.jsonl").write_text('{"q": "Add 1 and 2.", "c": ["3", "4"], "a": 0}\n', "utf-8")
+    both = {
+        "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "data.jsonl")}},
+        "test_split": "test", "doc_to_text": "{{q}}",
+    }  # fmt: skip
+    chosen = {"task": "chosen", "output_type": "multiple_choice", "doc_to_choice": "{{c}}", "doc_to_target": "a"}
+    how = {"do_sample": True, "temperature": 0.9, "max_gen_toks": 64, "until": []}
+    drawn = {"task": "drawn", "output_type": "generate_until", "doc_to_target": "{{c[a]}}", "generation_kwargs": how}
+    for task, metric in ((chosen, "acc"), (drawn, "exact_match")):
+        file = tmp_path / f"{task['task']}.yaml"
+        file.write_text(json.dumps(both | task | {"metric_list": [{"metric": metric}]}), "utf-8")
+    monkeypatch.setattr(through_lm_eval, "TASKS", tmp_path)
+    model, names = {"pretrained": demo.path(), "dtype": "float32", "batch_size": 1}, ["threshold", "self_speculative"]
+    with pytest.raises(ValueError, match="whose answers are generated, chosen has multiple_choice"):
+        through_lm_eval.measure(model, ["drawn", "chosen"], names, True, progress=False)
+    points, metrics, _ = through_lm_eval.measure(model, ["drawn"], names, True, progress=False)
+    assert metrics == {"drawn": "exact_match,none"} and all(len(points[name]) == 3 for name in names)
+    again, *_ = through_lm_eval.measure(model, ["drawn"], names, True, progress=False)
+    assert points == again
 
 
 def test_config_file_limit_samples_and_the_users_own_tasks(tmp_path):
