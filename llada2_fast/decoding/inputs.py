@@ -143,8 +143,8 @@ def check_fit(config, prompts, form, first=0):
     _check_edits(config, form)
     if params.checks and getattr(config, "expert_capacity", None) is not None:
         raise ValueError(
-            "policy='self_speculative': expected another one where experts are chosen for whole blocks (LLaDA2.2), since "
-            "a check goes token by token"
+            "policy='self_speculative': expected another one where experts are chosen for whole blocks (LLaDA2.2): a "
+            "check goes token by token"
         )
     check_prompts(prompts, params.gen_length, config.vocab_size, config.max_position_embeddings, first=first)
 

@@ -12,7 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse
 
 from .. import __version__
-from ..config import DecodeParams, ServerConfig, longest
+from ..config import DecodeParams, ServerConfig
 from ..engine import AsyncEngine, Engine
 from ..viewer import page
 from . import answers
@@ -57,9 +57,7 @@ class Server:
 
     def __init__(self, serving: AsyncEngine, config: ServerConfig, names: tuple[str, ...], defaults: dict):
         engine = serving.engine
-        usual, cache = DecodeParams(**defaults), engine.cache
-        held = longest(cache.num_pages, cache.block_length, usual.edit_window, usual.checks)
-        most = min(engine.model.config.max_position_embeddings, held)
+        most = min(engine.model.config.max_position_embeddings, engine.cache.num_pages * engine.cache.block_length)
         if config.max_model_len is not None and config.max_model_len > most:
             raise ValueError(
                 f"max_model_len={config.max_model_len}: expected at most {most}, what model and cache have"
