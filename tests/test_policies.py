@@ -117,14 +117,13 @@ def test_nan_names_its_step(rules, first, monkeypatch):
 TEXT = [3, 1, 4, 1, 5, EOS]
 
 
-def certain(position, tokens, number, behind):
-    """TEXT from position 4 on, each token of which is certain once the one before it is there; the first two are. What
-    comes behind it is `behind`."""
+def certain(position, tokens, known, behind):
+    """TEXT from position 4 on, each token of which is certain once the one before it is there; the first `known` are
+    from the beginning on. What comes behind it is `behind`."""
     at = position - 4
     if at < 0 or at >= len(TEXT):
         return behind(position)
-    known = at < 2 or tokens[position - 1] == TEXT[at - 1]
-    return one_hot(TEXT[at], 12.0 if known else 2.0)
+    return one_hot(TEXT[at], 12.0 if at < known or tokens[position - 1] == TEXT[at - 1] else 2.0)
 
 
 def unsure(position):
@@ -132,13 +131,20 @@ def unsure(position):
 
 
 @each
-def test_a_short_answer_costs_what_its_own_tokens_need(rules, monkeypatch):
-    def forwards(behind, **how):
-        model = scripted(monkeypatch, lambda *seen: certain(*seen, behind))
+@pytest.mark.parametrize("known", [0, 2, len(TEXT)])
+def test_a_short_answer_costs_what_its_own_tokens_need(rules, known, monkeypatch):
+    """Where what comes behind it is not certain. But self_speculative has its draft checked, as it does not fill its
+    block."""
+
+    def cost(behind, **how):
+        model = scripted(monkeypatch, lambda position, tokens, number: certain(position, tokens, known, behind))
         out = generate(model, [prompt_of(4)], gen_length=60, block_length=32, return_dict=True, **rules | how)
         assert out.sequences[0, : len(TEXT)].tolist() == TEXT and out.num_tokens[0] == len(TEXT)
-        return out.counters[0].denoise_forwards
+        return out.counters[0]
 
-    alone = forwards(lambda position: one_hot(EOS, 12.0), eos_early_stop=True)
-    short = forwards(unsure, eos_early_stop=True)
-    assert short <= alone < forwards(unsure)
+    alone = cost(lambda position: one_hot(EOS, 12.0), eos_early_stop=True)
+    short = cost(unsure, eos_early_stop=True)
+    drafted = known == len(TEXT) and not alone.check_forwards
+    assert short.denoise_forwards <= alone.denoise_forwards + (drafted and short.check_forwards)
+    assert short.check_forwards <= max(alone.check_forwards, 1)
+    assert alone.denoise_forwards < cost(unsure).denoise_forwards
