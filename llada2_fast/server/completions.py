@@ -129,7 +129,8 @@ class _Answer:
         service.check_room(1)  # before the work that a long prompt is
         job = await job.read(service.texts)
         prompts = await service.prompts(self.body)
-        each = job.fit(prompts, service.max_model_len, "messages" if isinstance(self.body, ChatRequest) else "prompt")
+        field = "messages" if isinstance(self.body, ChatRequest) else "prompt"
+        each = job.fit(prompts, service.max_model_len, field, service.serving.engine.cache)
         if len(each) > service.most:
             raise ApiError(400, f"n: expected at most {service.most} answers to all prompts", "n", "invalid_value")
         base = self.form.request_id

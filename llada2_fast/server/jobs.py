@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from ..config import PRESETS, PROFILES, DecodeParams, RequestOptions, parse_json
+from ..config import CHECK_PAGES, PRESETS, PROFILES, DecodeParams, RequestOptions, parse_json
 from ..engine.intake import sample
 from ..structured import parse_canvas
 from ..viewer import ALTERNATIVES
@@ -83,12 +83,16 @@ class Job:
                 raise refused(error) from error
         return replace(self, options=replace(self.options, canvas=tuple(canvas)), max_tokens=len(canvas))
 
-    def fit(self, prompts: list[list[int]], max_model_len: int, field: str) -> list[tuple[list[int], DecodeParams]]:
+    def fit(
+        self, prompts: list[list[int]], max_model_len: int, field: str, cache
+    ) -> list[tuple[list[int], DecodeParams]]:
         """(prompt, params) of each answer: n for each prompt. ApiError for a prompt that is empty or too long.
 
         field: of the body, where the prompts are.
+        cache: PagedKVCache; where nobody says how long an answer may be, it leaves room there for checks.
         """
-        each = []
+        each, own = [], self.params
+        longest = min(max_model_len, cache.block_length * (cache.num_pages - CHECK_PAGES * own.checks))
         for prompt in prompts:
             if not prompt:
                 raise _invalid(field, "expected at least one token")
@@ -100,7 +104,8 @@ class Job:
                     f"{len(prompt) + asked} tokens ({len(prompt)} in the {field}, {asked} in the completion).",
                     field, "context_length_exceeded",
                 )  # fmt: skip
-            params = replace(self.params, gen_length=min(self.params.gen_length, room))
+            most = room if self.max_tokens else max(1, longest - len(prompt))
+            params = replace(own, gen_length=min(own.gen_length, most))
             each += [(prompt, sample(params, len(each) + i)) for i in range(self.n)]
         return each
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from llada2_fast import load_tokenizer
+from llada2_fast import Engine, EngineConfig, load_tokenizer
 from llada2_fast.config import ServerConfig
 from llada2_fast.demo import path
 from llada2_fast.server.errors import ApiError, invalid, refused
@@ -20,6 +20,7 @@ from llada2_fast.server.jobs import Job
 from llada2_fast.server.schema import ChatRequest, CompletionRequest
 from llada2_fast.server.stream import EventStream, event
 from llada2_fast.server.text import Texts
+from tests.engine.common import demo_model, tokenizer
 
 
 def nested(value):
@@ -264,6 +265,26 @@ def test_what_a_request_says_of_policies_itself_is_refused_by_name(usual, asked,
         job_of(asked, usual)
     assert (refused.value.status, refused.value.param) == (400, name)
     assert refused.value.message.startswith(f"{name}: expected ")
+
+
+@pytest.mark.parametrize("usual", [{}, SPECULATING, BY_ENTROPY])
+def test_an_answer_of_the_usual_length_leaves_room_for_checks(usual):
+    """In a small cache; one that is too long for it by what the request says is refused by name."""
+    engine = Engine(demo_model(), EngineConfig(cache_tokens=256), tokenizer())
+    for size in (3, 16, 100, 200):
+        (((prompt, params),), ((_, asked),)) = (
+            job_of(length, usual).fit([[1] * size], 256, "messages", engine.cache)
+            for length in ({}, {"max_tokens": 256 - size})
+        )
+        request = engine.add_request(prompt, params)
+        assert request.sequence.num_pages == engine.cache.num_pages
+        engine.cancel(request.request_id)
+        assert asked.gen_length == 256 - size == params.gen_length + (32 if usual is SPECULATING else 0)
+        if usual is SPECULATING:
+            with pytest.raises(
+                ValueError, match=f"^gen_length={256 - size}: .* and policy='self_speculative' 18 pages"
+            ):
+                engine.add_request(prompt, asked)
 
 
 def job_of(asked, usual, edits=False):
