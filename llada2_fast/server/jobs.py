@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from ..config import CHECK_PAGES, PRESETS, PROFILES, DecodeParams, RequestOptions, parse_json
+from ..config import PRESETS, PROFILES, DecodeParams, RequestOptions, longest, parse_json
 from ..engine.intake import sample
 from ..structured import parse_canvas
 from ..viewer import ALTERNATIVES
@@ -89,10 +89,10 @@ class Job:
         """(prompt, params) of each answer: n for each prompt. ApiError for a prompt that is empty or too long.
 
         field: of the body, where the prompts are.
-        cache: PagedKVCache; where nobody says how long an answer may be, it leaves room there for checks.
+        cache: PagedKVCache; where nobody says how long an answer may be, it leaves room there for windows and checks.
         """
         each, own = [], self.params
-        longest = min(max_model_len, cache.block_length * (cache.num_pages - CHECK_PAGES * own.checks))
+        held = min(max_model_len, longest(cache.num_pages, cache.block_length, own.edit_window, own.checks))
         for prompt in prompts:
             if not prompt:
                 raise _invalid(field, "expected at least one token")
@@ -104,7 +104,7 @@ class Job:
                     f"{len(prompt) + asked} tokens ({len(prompt)} in the {field}, {asked} in the completion).",
                     field, "context_length_exceeded",
                 )  # fmt: skip
-            most = room if self.max_tokens else max(1, longest - len(prompt))
+            most = room if self.max_tokens else max(1, held - len(prompt))
             params = replace(own, gen_length=min(own.gen_length, most))
             each += [(prompt, sample(params, len(each) + i)) for i in range(self.n)]
         return each

@@ -267,6 +267,15 @@ def test_what_a_request_says_of_policies_itself_is_refused_by_name(usual, asked,
     assert refused.value.message.startswith(f"{name}: expected ")
 
 
+def test_an_answer_of_the_usual_length_leaves_room_for_windows():
+    engine = Engine(demo_model(), EngineConfig(cache_tokens=256), tokenizer())
+    for size, pages in ((3, 16), (100, 16), (200, 16)):
+        ((prompt, params),) = job_of({}, {"editing_threshold": 0.5, "edit_window": 1}).fit(
+            [[1] * size], 256, "messages", engine.cache
+        )
+        assert engine.add_request(prompt, params).sequence.num_pages == pages
+
+
 @pytest.mark.parametrize("usual", [{}, SPECULATING, BY_ENTROPY])
 def test_an_answer_of_the_usual_length_leaves_room_for_checks(usual):
     """In a small cache; one that is too long for it by what the request says is refused by name."""
