@@ -40,7 +40,7 @@ class Policy(NamedTuple):
     arguments: Callable | None = None
 
 
-BOUNDS, QUICK_BOUNDS = (0.1, 0.2, 0.3, 0.6, 1.0, 1.6, 2.5), (0.3, 0.6, 1.6)
+BOUNDS, QUICK_BOUNDS = (0.1, 0.2, 0.3, 0.6, 1.0, 1.6, 2.5), (0.2, 0.3, 0.6, 1.6)
 DECAY, CREDIT, FALL, DOUBT = 0.8, (0.7, 0.8, 0.2), 0.3, 0.3
 POLICIES = {
     BASE: Policy(
@@ -52,7 +52,7 @@ POLICIES = {
         lambda bound, _: formulas.entropy(bound), lambda bound: {"policy": "entropy", "entropy_bound": bound},
     ),
     "entropy_decayed": Policy(
-        f"bound, nats; decay {DECAY}", (0.05, 0.1, 0.2, 0.35, 0.6, 1.0), (0.2, 0.6), 0.2,
+        f"bound, nats; decay {DECAY}", (0.05, 0.1, 0.2, 0.35, 0.6, 1.0), (0.1, 0.2, 0.35, 0.6), 0.2,
         lambda bound, _: formulas.entropy(bound, DECAY),
         lambda bound: {"policy": "entropy", "entropy_bound": bound, "entropy_decay": DECAY},
     ),

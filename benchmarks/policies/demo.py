@@ -9,6 +9,7 @@ from llada2_fast.weights.special_tokens import load_tokenizer
 from .. import harness, quality, sampling
 from . import compare, frontier
 
+PROMPTS, QUICK_PROMPTS = 200, 48  # of each task: what tells policies apart is a point or two of accuracy
 MIXED = harness.ROOT / "tests" / "data" / "mixed"  # trained on blocks of several lengths, 1 among them
 
 
@@ -31,7 +32,7 @@ def work_of(tokenizer, n):
 def run(options):
     """options: of benchmarks.quality."""
     torch.set_num_threads(1)
-    n, found = options.n or (24 if options.quick else tasks.PROMPTS), []
+    n, found = options.n or (QUICK_PROMPTS if options.quick else PROMPTS), []
     for name, path in checkpoints(options.model):
         model = LLaDA2Model.from_pretrained(path, torch.float32, options.device, progress=False)
         work = work_of(load_tokenizer(path), n)
