@@ -17,6 +17,7 @@ from llada2_fast.decoding.runner import CachedForward, Prefill
 from llada2_fast.decoding.speculation import Check
 from llada2_fast.kernels.roles import SpecialIds, block_kinds
 from tests.engine.common import demo_model
+from tests.test_fake_cuda import fake_cuda, held, load, move
 from tests.test_graphs import decode, decoder_of
 from tests.test_properties import by_the_book, golden_model, token_by_token
 
@@ -145,3 +146,47 @@ def test_pages_of_checks_are_given_back(model):
         engine.step()
         engine.check_integrity()
     assert engine.cache.num_free == engine.cache.num_pages
+
+
+# On a GPU, as far as a CPU can tell
+
+ALWAYS = {"gen_length": 7, "block_length": 8, "mask_id": MASK, "policy": "self_speculative", "entropy_bound": 0.0}
+
+
+def test_the_same_on_a_gpu(golden):
+    def outputs(model, **how):
+        prompts = [prompt_of(length) for length in (3, 8)]
+        out = model.generate(prompts, eos_id=-1, return_dict=True, **ALWAYS, **how)
+        return held(out.sequences).tolist(), [row.check_forwards for row in out.counters]
+
+    wanted = outputs(load(golden))
+    with fake_cuda():
+        assert outputs(move(load(golden)), graphs=True) == wanted
+    assert all(checks for checks in wanted[1])
+
+
+def test_nothing_waits_in_a_check(golden, monkeypatch):
+    """The host waits for what it has done, and for nothing else."""
+    runs, run = [], CachedForward.check
+
+    def check(self, checks, ids):
+        before = len(mode.waits)
+        result = run(self, checks, ids)
+        runs.append((len(checks), mode.waits[before:]))
+        return result
+
+    monkeypatch.setattr(CachedForward, "check", check)
+    with fake_cuda() as mode:
+        config = EngineConfig(block_length=8, mask_id=MASK, cache_tokens=128, graphs=True)
+        engine = Engine(move(load(golden)), config)
+        outputs = engine.generate([[1, 2, 3]], DecodeParams(eos_ids=(), **ALWAYS), top_logprobs=2)
+    assert outputs[0].error is None and runs and not any(waits for _, waits in runs)
+    assert sum(count for count, _ in runs) == sum(output.counters.check_forwards for output in outputs)
+
+
+def test_other_weights(golden):
+    """In fp8 the head's input is, too."""
+    with fake_cuda():
+        model = move(load(golden, quantization="fp8"))
+        out = model.generate([[1, 2, 3]], eos_id=-1, return_dict=True, **ALWAYS)
+    assert out.counters[0].check_forwards > 0 and MASK not in held(out.sequences)
