@@ -7,7 +7,8 @@
     EOS         whether the row has
 
 A GUIDED row is only looked at: its report holds the candidates in place of what the block has at masked and editable
-positions, and a host decides by commit_ref what is written. So is a row that SPECULATES, unless it fills its block.
+positions, and a host decides by commit_ref what is written. So is a row that SPECULATES, unless it fills its block or
+an EOS ends it.
 
 Each is there twice, with the same arguments first: for all rows in PyTorch (_ref), and for one row inside the kernel,
 which is one launch. Shapes: R rows, L block_length, K EOS ids a row.
@@ -96,8 +97,10 @@ def commit_ref(
     if asked & (GUIDED | SPECULATES):
         proposes = (params.flags & GUIDED) != 0
         if asked & SPECULATES:
-            fills = _select_ref(masked, confidence, entropy, state, params).sum(-1) == before
-            proposes |= live & ((params.flags & SPECULATES) != 0) & ~fills
+            would = _select_ref(masked, confidence, entropy, state, params)
+            tokens, open_end = torch.where(would, token, state.tokens), torch.zeros_like(live)
+            ends, _ = _eos_ref(tokens, state.kind, live, would, open_end, state, params, ids, asked)
+            proposes |= live & ((params.flags & SPECULATES) != 0) & ~ends & (would.sum(-1) < before)
         live = live & ~proposes
     if error is not None or proposes is not None:
         masked, editable = masked & live[:, None], editable & live[:, None]
@@ -335,12 +338,6 @@ def _select(masked, confidence, entropy, STATE, PARAMS, introduced, row, column,
 
 
 @triton.jit
-def _drafts(commit, live, flags, before):
-    """Whether one row SPECULATES and its commits leave masks, of which there were so many before."""
-    return live & ((flags & _SPECULATES) != 0) & (_count(commit) < before)
-
-
-@triton.jit
 def _edit(editable, token, confidence, held, PARAMS, row):
     """_edit_ref of one row's positions."""
     return editable & (token != held) & (confidence > tl.load(PARAMS.edit_threshold + row))
@@ -393,6 +390,20 @@ def _eos(
 
 
 @triton.jit
+def _drafts(
+    commit, token, held, before, kind, live, flags, STATE, PARAMS, ids, row, column, L: tl.constexpr,
+    NUM_EOS: tl.constexpr,
+):  # fmt: skip
+    """Whether one row SPECULATES, its commits leave masks, of which there were so many before, and no EOS ends it."""
+    drafts = live & ((flags & _SPECULATES) != 0) & (_count(commit) < before)
+    if drafts:
+        new = tl.where(commit, token, held)
+        ends, _at = _eos(new, kind, live, commit, False, STATE, PARAMS, ids, row, column, L, NUM_EOS)
+        drafts = ends == 0
+    return drafts
+
+
+@triton.jit
 def _commit_kernel(
     LOGITS, INDEX, PART, PART_ID,  # see candidates.py
     STATE, PARAMS, OUT,  # BlockState, RefineParams, RefineOutput
@@ -438,7 +449,9 @@ def _commit_kernel(
     mask_free = before == 0
     if MOVES is None:
         commit = _select(masked, confidence, entropy, STATE, PARAMS, 0, row, column, L) & live
-        drafts = _drafts(commit, live, flags, before)
+        drafts = _drafts(
+            commit, token, held, before, kind, live, flags, STATE, PARAMS, ids, row, column, L, NUM_EOS
+        )  # fmt: skip
         live &= drafts == 0
         commit &= live
         edit = _edit(editable, token, confidence, held, PARAMS, row) & live
@@ -464,7 +477,9 @@ def _commit_kernel(
         )  # fmt: skip
         num_open = _count(unfilled)
         commit = _select(masked, confidence, entropy, STATE, PARAMS, introduced, row, column, L) & live
-        drafts = _drafts(commit, live, flags, before)
+        drafts = _drafts(
+            commit, token, held, before, kind, live, flags, STATE, PARAMS, ids, row, column, L, NUM_EOS
+        )  # fmt: skip
         live &= drafts == 0
         commit &= live
         last |= on & (max_post_steps == 0) & (_count(unfilled & (commit == 0)) == 0)

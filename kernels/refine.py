@@ -10,7 +10,8 @@
     EOS         a row is finished as soon as a generated position holds an EOS with no mask before it
 
 A GUIDED row's step ends with its candidates: they are in the report, and the host that knows what the row may hold
-decides and writes before the next one. So does that of a row that SPECULATES, unless its commits fill the block.
+decides and writes before the next one. So does that of a row that SPECULATES, unless its commits fill the block or
+an EOS ends it.
 
 Each row has its own block, parameters and counters and is computed by itself. Frozen rows (state.frozen != 0) change
 nothing. Shapes: R rows, L block_length, V vocab. Source: the LLaDA2.0/2.1 model cards' generate; diffusers'

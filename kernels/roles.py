@@ -25,7 +25,7 @@ GUIDED = 512  # candidates come from allowed ids alone and are not written: they
 BAN_EDITS = 1024  # the ids of deletions and insertions are never candidates
 LEVENSHTEIN = 2048  # LLaDA2.2's editing, see levenshtein.py; with EDITING, and where the row draws with OWN_SOFTMAX
 ENTROPY = 4096  # M2T by the entropies of positions, see commit.py; where the row draws with OWN_SOFTMAX
-SPECULATES = 8192  # commits are written if they fill the block, else what GUIDED rows report is, without EDITING
+SPECULATES = 8192  # commits are written if they fill the block or end the row; else it reports as a GUIDED one does
 
 
 MAX_CLASSES = 4096  # of a row's ids
