@@ -149,6 +149,12 @@ def checked(model, canvas, masked, found, length, mask):
     return written
 
 
+def has_ended(tokens, where, rules):
+    """An EOS is there before any mask."""
+    told = (tokens[i] for i in where if tokens[i] in (*rules["eos_id"], rules["mask_id"]))
+    return next(told, rules["mask_id"]) != rules["mask_id"]
+
+
 def by_the_book(model, prompt, rules):
     """Output ids up to the first EOS, events (step, position, kind, token, old; no edits behind the output) and steps
     of each block."""
@@ -175,7 +181,9 @@ def by_the_book(model, prompt, rules):
                 order, commit = certain(logits, masked, rules)
             if len(commit) < quota:
                 commit = order[:quota]
-            if policy == "self_speculative" and len(commit) < len(masked):
+            drafted = dict(enumerate(canvas)) | {i: found[i][0] for i in commit}
+            ends = rules["eos_early_stop"] and has_ended(drafted, range(n, min(end, total)), rules)
+            if policy == "self_speculative" and len(commit) < len(masked) and not ends:
                 t += 1  # the draft, which writes nothing
                 written = checked(model, canvas, masked, found, length, mask)
                 found |= {i: (token, None) for i, token in written.items()}
@@ -200,8 +208,7 @@ def by_the_book(model, prompt, rules):
                     canvas[i] = found[i][0]
                 t += 1
             if rules["eos_early_stop"] and (done or editing is None):
-                ends = [i for i in range(n, min(end, total)) if canvas[i] in (*rules["eos_id"], mask)]
-                finished = bool(ends) and canvas[ends[0]] != mask
+                finished = has_ended(canvas, range(n, min(end, total)), rules)
         per_block.append(t)
     output = canvas[n:total]
     first = next((i for i, token in enumerate(output) if token in rules["eos_id"]), len(output))

@@ -37,15 +37,17 @@ class Step:
     over: bool [R], nothing is left to fill: no mask, or an end token with none before it.
     memory: {name: tensor [R, ...]} that the rule keeps from step to step of a block, empty at the first. A row whose
         "again" is True has another step though it is over.
+    ends: a block [R, L] -> bool [R], whether it holds an end token with no mask before it.
     check: (rows int64 [N], draft int64 [N, L]) -> logits [N, L, V] by block size 1, each position after the draft's
         tokens before it.
     """
 
-    def __init__(self, logits, block, masked, mask_id, number=1, over=None, memory=None, check: Callable | None = None):
+    def __init__(self, logits, block, masked, mask_id, number=1, over=None, memory=None, check: Callable | None = None,
+                 ends: Callable | None = None):  # fmt: skip
         self.logits, self.block, self.masked, self.mask_id, self.number = logits, block, masked, mask_id, number
         self.over = ~masked.any(1) if over is None else over
         self.memory = {} if memory is None else memory
-        self.check = check
+        self.check, self.ends = check, ends or (lambda block: torch.zeros_like(self.over))
 
     @cached_property
     def candidates(self) -> Candidates:
@@ -189,9 +191,9 @@ def remask(inner, bound):
 
 
 def self_speculative(bound, decay=1.0):
-    """The candidates at all masks are a draft. If `entropy` would commit them all they are written; else block size 1
-    says a token at each mask, after the draft before it: these are written from the first mask on as long as they are
-    the draft's, and so is the first that is not.
+    """The candidates at all masks are a draft. If `entropy` would commit them all, or as many as end the answer, it
+    does. Else block size 1 says a token at each mask, after the draft before it: these are written from the first mask
+    on as long as they are the draft's, and so is the first that is not.
 
     Source: S2D2 (arXiv 2603.25702), in a greedy form: what is checked is what block size 1 would say by itself.
     """
@@ -199,13 +201,14 @@ def self_speculative(bound, decay=1.0):
     def rule(step):
         draft = torch.where(step.masked, step.candidates.token, step.block)
         commit = _by_entropy(step, bound, decay)
-        unsure = torch.where((step.masked & ~commit).any(1))[0]
+        settled = step.written(commit)
+        unsure = torch.where((step.masked & ~commit).any(1) & ~step.ends(settled))[0]
         if not len(unsure):
-            return draft
+            return settled
         said = candidates(step.check(unsure, draft[unsure]), step.mask_id).token
         wrong = step.masked[unsure] & (said != draft[unsure])
         wrong_before = wrong.cumsum(1) - wrong.long()
-        block = draft.clone()
+        block = settled.clone()
         block[unsure] = torch.where(step.masked[unsure] & (wrong_before == 0), said, step.block[unsure])
         return block
 

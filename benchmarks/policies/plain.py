@@ -82,14 +82,17 @@ class _Batch:
                 self.forwards[1, rows[some]] += 1
                 return self._by_block_size_1(ids[some, :begin], draft)
 
+            def ends(block, own=own, starts=starts):
+                masked = own & (block == self.mask_id)
+                is_end = own & (at < starts + self.gen_length) & torch.isin(block, self.ends)
+                return (is_end & (masked.cumsum(1) == 0)).any(1)
+
             held = ids[:, begin:]
-            step = Step(logits, held, own & (held == self.mask_id), self.mask_id, number, over, memory, check)
+            step = Step(logits, held, own & (held == self.mask_id), self.mask_id, number, over, memory, check, ends)
             written = rule(step)
             self.ids[rows, begin:end] = written
-            masked = own & (written == self.mask_id)
-            is_end = own & (at < starts + self.gen_length) & torch.isin(written, self.ends)
-            ended = (is_end & (masked.cumsum(1) == 0)).any(1)
-            over = ended | ~masked.any(1)
+            ended = ends(written)
+            over = ended | ~(own & (written == self.mask_id)).any(1)
             stays = ~over | memory.get("again", torch.zeros_like(over))
             self.finished[rows[ended & ~stays]] = True
             rows, over = rows[stays], over[stays]

@@ -1,11 +1,11 @@
 """Self-speculation (DecodeParams.policy self_speculative): the model with block size 1 checks what it has drafted.
 
-A step of such a row drafts: every mask has a candidate, and if the policy entropy would commit them all they are. If
-not, none is, and a *check* follows before anything else is done with the row: one forward of 2 L positions, the block
-as drafted, each position seeing what is before it, and as many masks at the same positions, each seeing the draft
-before it and itself. A mask's likeliest token is what the model with block size 1 would write after that. Such tokens
-are committed from the block's first mask on as long as they are the draft's, and so is the first that is not: at least
-one, and each the one that block size 1 writes behind those before it.
+A step of such a row drafts: every mask has a candidate, and if the policy entropy would commit them all, or as many as
+end the answer with an EOS, it does. If not, none is written, and a *check* follows before anything else is done with
+the row: one forward of 2 L positions, the block as drafted, each position seeing what is before it, and as many masks
+at the same positions, each seeing the draft before it and itself. A mask's likeliest token is what the model with block
+size 1 would write after that. Such tokens are committed from the block's first mask on as long as they are the draft's,
+and so is the first that is not: at least one, and each the one that block size 1 writes behind those before it.
 
 A draft and its check are two steps of the block and two denoise forwards. K/V of the check go to scratch pages.
 
