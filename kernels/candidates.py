@@ -440,12 +440,11 @@ def _weigh(TOPS, SPREADS, plane, at, there, scale, asked):
     tops = tl.load(TOPS + at, mask=there, other=_NONE)
     masses = tl.load(TOPS + plane + at, mask=there, other=0.0)
     top = _finite(tl.max(tops, 1))
-    below = tops - top[:, None]
-    share = tl.exp2(below * scale)
-    masses *= share
+    masses *= tl.exp2((tops - top[:, None]) * scale)
     spread = top * 0.0
     if asked:
-        own = share * tl.load(SPREADS + at, mask=there, other=0.0)
+        below = tops - top[:, None]
+        own = tl.exp2(below * scale) * tl.load(SPREADS + at, mask=there, other=0.0)
         spread = tl.sum(tl.where(below == _NONE, 0.0, own + masses * below), 1)
     return top, masses, spread
 

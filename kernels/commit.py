@@ -303,6 +303,7 @@ _PRIOR_MASK, _PRIOR_EOS = tl.constexpr(PRIOR_MASK), tl.constexpr(PRIOR_EOS)
 _BLOCK_DONE, _FINISHED = tl.constexpr(BLOCK_DONE), tl.constexpr(FINISHED)
 _ERROR, _CHANGED = tl.constexpr(ERROR), tl.constexpr(CHANGED)
 _NUM_STATUS = tl.constexpr(NUM_STATUS)
+_TOGETHER = tl.constexpr(32)  # positions that are weighed together, more of long blocks would not fit into registers
 
 
 @triton.jit
@@ -317,6 +318,38 @@ def _first_column(mask, column, L: tl.constexpr):
 
 
 @triton.jit
+def _some(x, at):
+    """The values of a row's positions x at some of them, or at all."""
+    return x if at.shape[0] == x.shape[0] else tl.gather(x, at, 0)
+
+
+@triton.jit
+def _ahead(rank, entropy, scale, column):
+    """_ahead_ref of one row's positions by their ranks; entropy: 0 where there is no mask; scale: log2 of the decay."""
+    TOGETHER: tl.constexpr = min(column.shape[0], _TOGETHER)
+    load = tl.zeros(column.shape, tl.float32)
+    for begin in tl.range(0, column.shape[0], TOGETHER):
+        at = begin + tl.arange(0, TOGETHER)
+        further = tl.maximum(tl.abs(at[None, :] - column[:, None]) - 1, 0).to(tl.float32)
+        part = tl.exp2(further * scale) * _some(entropy, at)[None, :]
+        load += tl.sum(tl.where(_some(rank, at)[None, :] < rank[:, None], part, 0.0), 1)
+    return load
+
+
+@triton.jit
+def _rank(best, column):
+    """How many of a row's positions have more of `best`; ties: lower ones count."""
+    TOGETHER: tl.constexpr = min(column.shape[0], _TOGETHER)
+    rank = tl.zeros(column.shape, tl.int32)
+    for begin in tl.range(0, column.shape[0], TOGETHER):
+        at = begin + tl.arange(0, TOGETHER)
+        other = _some(best, at)[None, :]  # [1, part of L] beside [L, 1]
+        ahead = (other > best[:, None]) | ((other == best[:, None]) & (at[None, :] < column[:, None]))
+        rank += tl.sum(ahead.to(tl.int32), 1)
+    return rank
+
+
+@triton.jit
 def _select(masked, confidence, entropy, STATE, PARAMS, introduced, row, column, L: tl.constexpr):
     """_select_ref of one row's positions."""
     steps = tl.maximum(tl.load(PARAMS.steps + row), 1)
@@ -324,15 +357,10 @@ def _select(masked, confidence, entropy, STATE, PARAMS, introduced, row, column,
     quota = tl.maximum(L // steps + extra, tl.load(PARAMS.min_transfer + row)) + introduced
     high = masked & (confidence > tl.load(PARAMS.threshold + row))
     by_entropy = (tl.load(PARAMS.flags + row) & _ENTROPY) != 0
-    ranked = tl.where(by_entropy, -entropy, tl.maximum(confidence, -1.0))
-    ranked = tl.where(masked, ranked, float("-inf"))  # whatever is masked comes before all else
-    tied = (ranked[None, :] == ranked[:, None]) & (column[None, :] < column[:, None])  # [L] -> [L, L]
-    ahead = (ranked[None, :] > ranked[:, None]) | tied
-    rank = tl.sum(ahead.to(tl.int32), 1)  # [L, L] -> [L]
+    best = tl.where(by_entropy, -entropy, tl.maximum(confidence, -1.0))
+    rank = _rank(tl.where(masked, best, float("-inf")), column)  # whatever is masked comes before all else
     if by_entropy:
-        further = tl.maximum(tl.abs(column[None, :] - column[:, None]) - 1, 0).to(tl.float32)
-        weight = tl.exp2(further * tl.log2(tl.load(PARAMS.entropy_decay + row)))
-        load = tl.sum(tl.where(ahead & masked[None, :], weight * entropy[None, :], 0.0), 1)
+        load = _ahead(rank, tl.where(masked, entropy, 0.0), tl.log2(tl.load(PARAMS.entropy_decay + row)), column)
         high = masked & (load <= tl.load(PARAMS.entropy_bound + row))
     return tl.where(_count(high) >= quota, high, masked & (rank < quota))
 

@@ -139,7 +139,7 @@ def launch(
     )  # fmt: skip
     columns, num_warps = row_layout(length)
     if moves is not None and columns == 16:
-        num_warps = 2  # with more ptxas gives a thread fewer registers than it needs, and spills
+        num_warps = 4  # with more ptxas gives a thread fewer registers than it needs, and spills
     run_kernel(
         _commit_kernel, (rows,),
         None if moves is None else logits, index, parts, part_ids, StateTensors(**vars(state)),

@@ -47,8 +47,8 @@ def main(argv=None):
     parser.add_argument("--batch-size", type=harness.positive, default=BATCH, metavar="N", help="prompts at a time")
     cli.add_model_options(parser, without=[name for name in cli.DECODING if name not in OWN])
     options = parser.parse_args(argv)
-    _check(parser, options)
     harness.check_save(parser, options, "bench-policies")
+    _check(parser, options)
     named = options.policies or [name for name, policy in compare.POLICIES.items() if policy.arguments]
     facts = {"data": options.data, "tasks": options.tasks, "limit": options.limit}
     points, device, told = (_on_tasks if options.tasks else _on_data)(options, named)

@@ -131,7 +131,8 @@ class DecodeParams:
         "threshold",
         "what a step commits: threshold, the confident tokens; entropy, the most certain ones as long as those ahead "
         "of each are certain together; self_speculative, the block, or the end of the answer, if that much is certain, "
-        "else what the model with block size 1 would say as far as the draft agrees, in a further forward of twice the positions",
+        "else what the model with block size 1 would say as far as the draft agrees, in a further forward of twice the "
+        "positions",
     )
     entropy_bound: float | None = doc(
         None,

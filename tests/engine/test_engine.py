@@ -32,7 +32,7 @@ from tests.engine.common import (
 )
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-JOBS = [(prompt_of(n, seed=n), params) for n, params in zip((0, 5, 8, 11, 17, 3, 6, 9), PARAMS, strict=True)]
+JOBS = [(prompt_of(n, seed=n), params) for n, params in zip((0, 5, 8, 11, 17, 3, 6, 9, 4, 10), PARAMS, strict=True)]
 
 
 @pytest.mark.parametrize("running", [1, 3, 8])
@@ -83,7 +83,7 @@ def test_it_is_exact_at_every_block_length(length):
         pytest.skip("this machine's libraries round a row by its batch, at any height: nothing is promised")
     jobs = [
         (prompt_of(n, n), replace(params, block_length=length))
-        for n, params in zip(range(3, 43, 5), PARAMS, strict=True)
+        for n, params in zip(range(3, 53, 5), PARAMS, strict=True)
     ]
     engine = small_engine(block_length=length, cache_tokens=400)
     outputs = engine.generate([prompt for prompt, _ in jobs], [params for _, params in jobs])
