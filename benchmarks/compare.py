@@ -33,14 +33,14 @@ KINDS = {  # of a figure by its name; the first that matches counts
     r"|^(experts|tasks|read)(_|$)|_reference$|_default$|_in_cache$|_iqr$"
     r"|^(time|commit|versions|cores|goals|seconds|sources|peak_memory_bytes|r2|gb|peak_gb|compiled_us|noise|share)$"
     r"|^(bf16_tflops|fp8_tflops|confidence_error|relative_error|draws_differing|rerouted|duration|steps_per_block|ok)$"
-    r"|^total_.*_tokens$|^(refusals|polls)_s$",
+    r"|^total_.*_tokens$|^(refusals|polls)_s$|^(gain|check_cost)$",
     "count": r"(^|_)(launches|syncs|forwards|bytes|operations|passes|registers|spilled|shared)(_|$)"
     r"|(^|_)(instructions|calls|pages|states|classes)(_|$)",
-    "exact": r"^(accuracy|tpf)(_free|_constrained)?$|^(tokens_per_forward|equal_tokens|valid)$",
+    "exact": r"^(accuracy|tpf|aup)(_free|_constrained)?$|^(tokens_per_forward|equal_tokens|valid)$",
     "speed": r"(^|_)(tok_s|tok_s_tpf_.*|steps_s|gb_s|throughput|throughput_rounds|percent_of_(copy|read))$"
     r"|^(ratio|speedup)",
     "time": r"(^|_)(us|ms)(_per_\w+)?$|^p\d+$|^over_|^block_\d+_over_",
-    "setting": r"^(threshold|editing_threshold|temperature|top_p|rate)$",  # a float that says what is measured
+    "setting": r"^(threshold|editing_threshold|temperature|top_p|rate|knob)$",  # a float that says what is measured
 }
 MORE_IS_BETTER = {"count": False, "exact": True, "speed": True, "time": False}  # the kinds that are metrics
 TIMED = ("speed", "time")
