@@ -100,10 +100,11 @@ def _hidden(special, flags, EDITS: tl.constexpr):
     """The special ids (SpecialIds) that are no candidates of a row, -1 in place of others: the mask, and with EDITS
     those of deletions and insertions."""
     mask = tl.where((flags & _HIDE_MASK) != 0, special.mask, -1)
-    if not EDITS:
-        return (mask,)
-    hide = (flags & _HIDE_EDITS) != 0
-    return mask, tl.where(hide, special.delete, -1), tl.where(hide, special.split, -1)
+    hidden = (mask,)
+    if EDITS:  # Triton 3.6 wants all ways to return the same type
+        hide = (flags & _HIDE_EDITS) != 0
+        hidden = mask, tl.where(hide, special.delete, -1), tl.where(hide, special.split, -1)
+    return hidden
 
 
 @triton.jit
