@@ -418,17 +418,19 @@ def _eos(
 
 
 @triton.jit
-def _drafts(
+def _unless_drafted(
     commit, token, held, before, kind, live, flags, STATE, PARAMS, ids, row, column, L: tl.constexpr,
     NUM_EOS: tl.constexpr,
 ):  # fmt: skip
-    """Whether one row SPECULATES, its commits leave masks, of which there were so many before, and no EOS ends it."""
+    """Commits and `live` of one row, both off where it only drafts, and whether it does: it SPECULATES, its commits
+    leave masks, of which there were so many before, and no EOS ends it."""
     drafts = live & ((flags & _SPECULATES) != 0) & (_count(commit) < before)
     if drafts:
         new = tl.where(commit, token, held)
         ends, _at = _eos(new, kind, live, commit, False, STATE, PARAMS, ids, row, column, L, NUM_EOS)
         drafts = ends == 0
-    return drafts
+    live &= drafts == 0
+    return commit & live, live, drafts
 
 
 @triton.jit
@@ -477,11 +479,9 @@ def _commit_kernel(
     mask_free = before == 0
     if MOVES is None:
         commit = _select(masked, confidence, entropy, STATE, PARAMS, 0, row, column, L) & live
-        drafts = _drafts(
+        commit, live, drafts = _unless_drafted(
             commit, token, held, before, kind, live, flags, STATE, PARAMS, ids, row, column, L, NUM_EOS
         )  # fmt: skip
-        live &= drafts == 0
-        commit &= live
         edit = _edit(editable, token, confidence, held, PARAMS, row) & live
         written = commit | edit
         new = tl.where(written, token, held)
@@ -505,11 +505,9 @@ def _commit_kernel(
         )  # fmt: skip
         num_open = _count(unfilled)
         commit = _select(masked, confidence, entropy, STATE, PARAMS, introduced, row, column, L) & live
-        drafts = _drafts(
+        commit, live, drafts = _unless_drafted(
             commit, token, held, before, kind, live, flags, STATE, PARAMS, ids, row, column, L, NUM_EOS
         )  # fmt: skip
-        live &= drafts == 0
-        commit &= live
         last |= on & (max_post_steps == 0) & (_count(unfilled & (commit == 0)) == 0)
         commit |= masked & on & last
         edit = _edit(editable, token, confidence, held, PARAMS, row) & live
