@@ -18,7 +18,7 @@ from .checks import (
     parse_json,
 )
 from .decoding import CHECK_PAGES, ENTROPY_BOUND, PRESETS, PROFILES, SAMPLING_METHODS, DecodeParams
-from .engine import EngineConfig, longest, room_for
+from .engine import EngineConfig, longest, room_for, scratch_pages
 from .hf import MODEL_TYPES
 from .languages import LANGUAGES, MAX_STATES
 from .model import QUANTIZATIONS, ModelConfig
@@ -30,4 +30,5 @@ __all__ = [
     "MAX_TOP_LOGPROBS", "MODEL_TYPES", "PRESETS", "PROFILES", "QUANTIZATIONS", "SAMPLING_METHODS", "DecodeParams",
     "EngineConfig", "ModelConfig", "RequestOptions", "ServerConfig", "as_flag", "as_float", "as_float32", "as_ids",
     "as_int", "as_positive32", "choice", "find_device", "longest", "parse_json", "room_for",
+    "scratch_pages",
 ]  # fmt: skip

@@ -61,9 +61,13 @@ def room_for(lengths, block_length: int, together: int, edit_window: int = 0, ch
     checks: drafts of some of them are checked (policy self_speculative).
     """
     blocks = sorted((-(-length // block_length) for length in lengths), reverse=True)
-    window = edit_window + 1 if edit_window else 0
-    scratch = [max(min(window, count), CHECK_PAGES * checks) for count in blocks]
+    scratch = [scratch_pages(min(edit_window, count - 1), checks) for count in blocks]
     return block_length * max(1, sum(blocks[:together]) + sum(scratch[:together]))
+
+
+def scratch_pages(edit_window: int, checks: bool) -> int:
+    """Pages that a sequence needs beside those of its blocks, as of room_for; edit_window: no more than it can have."""
+    return max(edit_window + 1 if edit_window else 0, CHECK_PAGES * checks)
 
 
 def longest(num_pages: int, block_length: int, edit_window: int = 0, checks: bool = False) -> int:

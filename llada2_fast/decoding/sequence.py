@@ -13,7 +13,7 @@ from enum import Enum
 from itertools import islice, takewhile
 from typing import NamedTuple
 
-from ..config import CHECK_PAGES, MAX_TOP_LOGPROBS, DecodeParams
+from ..config import CHECK_PAGES, MAX_TOP_LOGPROBS, DecodeParams, scratch_pages
 from ..kernels import refine
 from ..kernels.roles import SpecialIds, block_kinds, block_tokens
 from ..structured import TokenAutomaton
@@ -131,8 +131,7 @@ class Sequence:
         self.num_blocks = -(-self.total // block_length)
         self.limit = self.num_blocks * block_length if params.attend_tail else self.total
         self.edit_window = min(params.edit_window, self.num_blocks - 1 - self.first_block)
-        window = self.edit_window + 1 if self.edit_window else 0
-        self.num_pages = self.num_blocks + (CHECK_PAGES if params.checks else window)  # it has one or the other
+        self.num_pages = self.num_blocks + scratch_pages(self.edit_window, params.checks)
         self._gaps = gaps_of(self._given, self.total)
         self._guide: BlockGuide | None = None
         self.phase = Phase.WAITING
