@@ -228,16 +228,12 @@ class CachedForward:
     @torch.inference_mode()
     def revise(self, windows: list[Window], ids) -> StepResult:
         """The window passes of some rows. ids: SpecialIds."""
-        output, listed = revise(self.model, self.cache, windows, ids)
-        blocks = list(range(len(output.token)))
-        return StepResult(output, blocks, Alternatives(blocks, *listed) if listed else None)
+        return _beside(*revise(self.model, self.cache, windows, ids))
 
     @torch.inference_mode()
     def check(self, checks: list[Check], ids) -> StepResult:
         """The checks of some rows' drafts. ids: SpecialIds."""
-        output, listed = check(self.model, self.cache, checks, ids)
-        rows = list(range(len(checks)))
-        return StepResult(output, rows, Alternatives(rows, *listed) if listed else None)
+        return _beside(*check(self.model, self.cache, checks, ids))
 
     def _forward(self, tokens, spans, prefill, read):
         """Hidden states that `read` names. tokens [T]: of the spans; those of `prefill` go behind them."""
@@ -251,3 +247,9 @@ class CachedForward:
 
     def _ids(self, numbers):
         return torch.tensor(numbers, dtype=torch.int64, device=self.model.device)
+
+
+def _beside(output, listed):
+    """The StepResult of blocks in no lane, known by their numbers. listed: their likeliest ids, None = nobody's."""
+    blocks = list(range(len(output.token)))
+    return StepResult(output, blocks, Alternatives(blocks, *listed) if listed else None)
