@@ -97,6 +97,32 @@ def assert_as_alone(output, model, prompt, params, traced=True):
     assert output.confidences == [event.confidence for event in told]
 
 
+def run(engine):
+    """To the end of all that it has."""
+    while engine.has_work:
+        engine.step()
+        engine.check_integrity()
+
+
+def assert_the_same_where_the_place_is_lost(prompt, params, other, config, what):
+    """Ahead of any step of a request beside another one. what: "suspended", "recovered" or "recomputed"."""
+    for number in range(1, alone(random_model(), prompt, params).counters[0].denoise_forwards + 2):
+        engine = small_engine(**config)
+        requests = [engine.add_request(prompt, params), engine.add_request(prompt_of(9), other)]
+        for _ in range(number):
+            engine.step()
+        if what == "suspended" and requests[0] in engine.scheduler.running:
+            engine.scheduler.suspend(requests[0])
+        elif what == "recovered":
+            engine._recover()
+        elif what == "recomputed":
+            engine.weights_changed("recompute")
+        run(engine)
+        assert_as_alone(requests[0].output, random_model(), prompt, params)
+        assert_as_alone(requests[1].output, random_model(), prompt_of(9), other)
+        assert_empty(engine)
+
+
 def assert_empty(engine):
     """Nobody is left and every page is free."""
     engine.check_integrity()

@@ -14,10 +14,12 @@ from tests.engine.common import (
     alone,
     assert_as_alone,
     assert_empty,
+    assert_the_same_where_the_place_is_lost,
     chat,
     demo_model,
     prompt_of,
     random_model,
+    run,
     small_engine,
     tokenizer,
     tokens_alone,
@@ -34,12 +36,6 @@ PLAIN = DecodeParams(gen_length=30, threshold=2.0, steps=4, eos_ids=())
 BY_ENTROPY = DecodeParams(gen_length=22, policy="entropy", entropy_bound=2.0, temperature=0.8, seed=3, eos_ids=())
 JOBS = [(prompt_of(12), CHECKED), (prompt_of(8), CHECKED), (prompt_of(5), PLAIN), (prompt_of(9), BY_ENTROPY)]
 FIRST = 36  # positions of the first one of JOBS
-
-
-def run(engine):
-    while engine.has_work:
-        engine.step()
-        engine.check_integrity()
 
 
 def has_first(checks):
@@ -149,27 +145,7 @@ def test_pages_of_checks_are_counted():
 
 @pytest.mark.parametrize("number, config, what", thinned(3, range(2), CONFIGS, LOSSES))
 def test_who_loses_the_place_gets_the_same(number, config, what):
-    """Ahead of any step."""
-    prompt, params, config = prompt_of(6, 3), PARAMS[number], CONFIGS[config]
-    for number in range(1, alone(random_model(), prompt, params).counters[0].denoise_forwards + 2):
-        engine = small_engine(**config)
-        requests = [engine.add_request(prompt, params), engine.add_request(prompt_of(9), PARAMS[0])]
-        for _ in range(number):
-            engine.step()
-        if what == "suspended" and requests[0] in engine.scheduler.running:
-            engine.scheduler.suspend(requests[0])
-        elif what == "recovered":
-            engine._recover()
-        elif what == "recomputed":
-            engine.weights_changed("recompute")
-        run(engine)
-        assert_as_alone(requests[0].output, random_model(), prompt, params)
-        assert_as_alone(requests[1].output, random_model(), prompt_of(9), PARAMS[0])
-        assert (
-            requests[0].output.counters.check_forwards
-            == alone(random_model(), prompt, params).counters[0].check_forwards
-        )
-        assert_empty(engine)
+    assert_the_same_where_the_place_is_lost(prompt_of(6, 3), PARAMS[number], PARAMS[0], CONFIGS[config], what)
 
 
 @everywhere

@@ -17,6 +17,7 @@ from tests.engine.common import (
     alone,
     assert_as_alone,
     assert_empty,
+    assert_the_same_where_the_place_is_lost,
     chat,
     demo_model,
     prompt_of,
@@ -92,25 +93,7 @@ def test_texts_of_the_embedded_model_are_their_pieces():
     "number, config, what", thinned(3, range(3), CONFIGS, ["suspended", "recovered", "recomputed"])
 )
 def test_who_loses_the_place_gets_the_same(number, config, what):
-    """Ahead of any step."""
-    prompt, params, config = prompt_of(6, 3), PARAMS[number], CONFIGS[config]
-    for number in range(1, alone(random_model(), prompt, params).counters[0].denoise_forwards + 2):
-        engine = small_engine(**config)
-        requests = [engine.add_request(prompt, params), engine.add_request(prompt_of(9), PARAMS[1])]
-        for _ in range(number):
-            engine.step()
-        if what == "suspended" and requests[0] in engine.scheduler.running:
-            engine.scheduler.suspend(requests[0])
-        elif what == "recovered":
-            engine._recover()
-        elif what == "recomputed":
-            engine.weights_changed("recompute")
-        while engine.has_work:
-            engine.step()
-            engine.check_integrity()
-        assert_as_alone(requests[0].output, random_model(), prompt, params)
-        assert_as_alone(requests[1].output, random_model(), prompt_of(9), PARAMS[1])
-        assert_empty(engine)
+    assert_the_same_where_the_place_is_lost(prompt_of(6, 3), PARAMS[number], PARAMS[1], CONFIGS[config], what)
 
 
 @each
